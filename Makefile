@@ -1,0 +1,37 @@
+# Every target first makes .venv when it is missing or older than what it is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo evaluate test lint format benchmark
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+demo: $(READY)  ## train on digits, then draw every digit from a caption
+	$(BIN)/python train.py fit --config configs/digits.yaml
+	$(BIN)/python sample.py --model runs/digits --prompts configs/digits-prompts.txt --num-images 8 --out runs/digits/demo
+	@echo "Look at runs/digits/demo/sheet.png"
+
+evaluate: $(READY)  ## the demo's numbers
+	$(BIN)/python evaluate.py --model runs/digits --out runs/digits/evaluation
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(READY)
+	$(BIN)/python benchmarks/step.py
