@@ -1,0 +1,105 @@
+"""Timestep densities: which times training looks at (Esser et al. 2024, section 3.1), and the resolution shift.
+
+A density is a map u → t of a uniform u in (0, 1), so that a stratified u gives a stratified t.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Density(ABC):
+    """A distribution of t on (0, 1), as a map of a uniform number and as a probability density."""
+
+    @abstractmethod
+    def __call__(self, u: Tensor) -> Tensor:
+        """t for uniform u, same shape."""
+
+    @abstractmethod
+    def pdf(self, t: Tensor) -> Tensor:
+        """The probability density at t, same shape."""
+
+
+class Uniform(Density):
+    """t = u."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return u
+
+    def pdf(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+class LogitNormal(Density):
+    """logit(t) ~ N(mean, std²) (Esser et al. 2024, eq. 19).
+
+    Args:
+        mean: a positive one moves mass toward the noise.
+        std: width on the logit scale, > 0.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        if std <= 0:
+            raise ValueError(f"LogitNormal needs std > 0, got {std}")
+        self.mean, self.std = mean, std
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+    def pdf(self, t: Tensor) -> Tensor:
+        gauss = torch.exp(-((torch.logit(t) - self.mean) ** 2) / (2 * self.std**2))
+        return gauss / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
+
+
+class Mode(Density):
+    """t = 1 − u − s·(cos²(πu/2) − 1 + u), with heavy tails (Esser et al. 2024, eq. 20).
+
+    Args:
+        scale: s between −1 and 2/(π − 2) ≈ 1.75, outside of which the map is not monotonic. Positive favours t = ½.
+    """
+
+    def __init__(self, scale: float = 1.29) -> None:
+        if not -1 <= scale <= 2 / (math.pi - 2):
+            raise ValueError(f"Mode needs -1 <= scale <= {2 / (math.pi - 2):.4f}, got {scale}")
+        self.scale = scale
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return 1 - u - self.scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+
+    def pdf(self, t: Tensor) -> Tensor:
+        low, high = torch.zeros_like(t), torch.ones_like(t)
+        for _ in range(50):  # u(t) has no closed form; t falls with u
+            u = (low + high) / 2
+            low, high = torch.where(self(u) > t, u, low), torch.where(self(u) > t, high, u)
+        return 1 / (1 + self.scale * (1 - math.pi / 2 * torch.sin(math.pi * (low + high) / 2)))
+
+
+class CosMap(Density):
+    """t = 1 − 1/(tan(πu/2) + 1): the cosine schedule's log-SNR on the straight path (Esser et al. 2024, eq. 21)."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return 1 - 1 / (torch.tan(math.pi * u / 2) + 1)
+
+    def pdf(self, t: Tensor) -> Tensor:
+        return 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t**2)
+
+
+def stratified(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers, one in each of `count` equal cells of [0, 1), in random order: (count,) float64.
+
+    Each number alone is uniform; together they cover the interval, which lowers the variance of a batch's mean loss.
+    """
+    cell = torch.randperm(count, generator=generator)
+    return (cell + torch.rand(count, dtype=torch.float64, generator=generator)) / count
+
+
+def shift(t: Tensor, alpha: float) -> Tensor:
+    """The resolution shift t' = αt / (1 + (α − 1)t) (Esser et al. 2024, eq. 23).
+
+    Args:
+        t: times in [0, 1].
+        alpha: √(tokens / base tokens); 1 changes nothing, more moves times toward the noise.
+    """
+    return alpha * t / (1 + (alpha - 1) * t)
