@@ -1,0 +1,125 @@
+"""MMDiT: the multimodal diffusion transformer of Stable Diffusion 3 (Esser et al. 2024, §4 and figure 2)."""
+
+from typing import NamedTuple, final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, timestep_features, unpatchify
+from mmdit.layers import FinalLayer, JointBlock
+
+TIME_FEATURES = 256
+
+
+class Condition(NamedTuple):
+    """What the network is told besides z and t."""
+
+    text: Tensor  # (B, N, text_dim) token features
+    pooled: Tensor  # (B, pooled_dim) one vector for the whole caption
+    mask: Tensor | None = None  # (B, N) bool, true for real tokens; none: padding is attended, as in released models
+
+
+@final
+class MMDiT(nn.Module):
+    """The network: model(z, t, condition) → y, of z's shape.
+
+    Args:
+        in_channels: channels of the latent.
+        patch_size: side of a patch, in latent pixels.
+        depth: number of joint blocks.
+        width: channels of a token; none means 64·depth, as in the paper's family.
+        heads: attention heads; none means one per 64 channels.
+        text_dim: channels of a text token.
+        pooled_dim: channels of the pooled text vector.
+        qk_norm: RMS-normalise queries and keys.
+        sample_size: side of the latent at the base resolution; positions are spaced as if it filled the table.
+        pos_embed_max_size: side of the positional table in patches, the largest picture that fits.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        in_channels: int = 16,
+        patch_size: int = 2,
+        depth: int = 24,
+        width: int | None = None,
+        heads: int | None = None,
+        text_dim: int = 4096,
+        pooled_dim: int = 2048,
+        qk_norm: bool = True,
+        sample_size: int = 128,
+        pos_embed_max_size: int = 192,
+    ) -> None:
+        super().__init__()
+        width = width or 64 * depth
+        heads = heads or max(width // 64, 1)
+        if width % heads or width % 4:
+            raise ValueError(f"width must be a multiple of heads and of 4, got width {width} and heads {heads}")
+        if sample_size % patch_size or sample_size // patch_size > pos_embed_max_size:
+            raise ValueError(
+                f"sample_size must be a multiple of patch_size that fits the table of {pos_embed_max_size} patches, "
+                f"got sample_size {sample_size} and patch_size {patch_size}"
+            )
+        self.in_channels, self.patch_size, self.depth, self.width, self.heads = (
+            in_channels, patch_size, depth, width, heads,
+        )  # fmt: skip
+        self.text_dim, self.pooled_dim, self.qk_norm = text_dim, pooled_dim, qk_norm
+        self.sample_size, self.pos_embed_max_size = sample_size, pos_embed_max_size
+
+        self.patch = nn.Linear(in_channels * patch_size**2, width)
+        self.context = nn.Linear(text_dim, width)
+        self.time = VectorEmbedding(TIME_FEATURES, width)
+        self.pooled = VectorEmbedding(pooled_dim, width)
+        self.blocks = nn.ModuleList(JointBlock(width, heads, qk_norm, last=i == depth - 1) for i in range(depth))
+        self.final = FinalLayer(width, patch_size**2 * in_channels)
+        spacing = sample_size / patch_size / pos_embed_max_size
+        self.register_buffer("positions", sincos_2d(pos_embed_max_size, width, spacing))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier for linears, N(0, 0.02) for the vector embeddings, zero for every modulation and the output.
+
+        With zero gates each block starts as the identity, and the network starts at y = 0.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for embedding in (self.time, self.pooled):
+            nn.init.normal_(embedding.fc1.weight, std=0.02)
+            nn.init.normal_(embedding.fc2.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, JointBlock | FinalLayer):
+                nn.init.zeros_(module.modulation.weight)
+        nn.init.zeros_(self.final.linear.weight)
+
+    def forward(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output at (z, t).
+
+        Args:
+            z: noisy latents, (B, C, H, W); H and W multiples of the patch.
+            t: times in [0, 1], (B,) float32.
+            condition: text of the same batch size.
+
+        Returns:
+            (B, C, H, W).
+
+        Raises:
+            ValueError: if H or W is no multiple of the patch, or more patches than the positional table holds.
+        """
+        height, rest_h = divmod(z.shape[-2], self.patch_size)
+        width, rest_w = divmod(z.shape[-1], self.patch_size)
+        if rest_h or rest_w:
+            raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is no multiple of the patch {self.patch_size}")
+
+        image = self.patch(patchify(z, self.patch_size)) + crop_centre(self.positions, height, width)  # b m width
+        text = self.context(condition.text)  # b n width
+        features = timestep_features(t, TIME_FEATURES).to(condition.pooled.dtype)
+        vector = F.silu(self.time(features) + self.pooled(condition.pooled))  # b width
+        mask = None
+        if condition.mask is not None:
+            mask = F.pad(condition.mask, (0, image.shape[1]), value=True)[:, None, None]  # b 1 1 n+m
+        for block in self.blocks:
+            text, image = block(text, image, vector, mask)
+        return unpatchify(self.final(image, vector), height, width, self.patch_size)  # b c h w

@@ -1,0 +1,247 @@
+"""The network: equal to diffusers' on random weights, the identity at the start, and blind where it should be."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmdit import checkpoint
+from mmdit.embed import crop_centre, patchify, sincos_2d, timestep_features, unpatchify
+from mmdit.model import Condition, MMDiT
+
+
+def small(**changes: int | bool) -> MMDiT:
+    """A small network with every weight random, so that nothing is hidden behind a zero gate."""
+    sizes = {"in_channels": 3, "depth": 3, "width": 48, "heads": 3, "text_dim": 20, "pooled_dim": 10, "sample_size": 8}
+    network = MMDiT(**(sizes | {"pos_embed_max_size": 12} | changes)).eval()
+    draw = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    return network
+
+
+def inputs(height: int = 8, width: int = 8, text: int = 5) -> tuple[Tensor, Tensor, Condition]:
+    draw = torch.Generator().manual_seed(1)
+    z = torch.randn(4, 3, height, width, generator=draw)
+    condition = Condition(torch.randn(4, text, 20, generator=draw), torch.randn(4, 10, generator=draw))
+    return z, torch.rand(4, generator=draw), condition
+
+
+def diffusers_twin(network: MMDiT, folder: Path) -> SD3Transformer2DModel:
+    checkpoint.save(network, folder)
+    return SD3Transformer2DModel.from_pretrained(folder).eval()
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()  # unused queries have no gradient in either
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("size", [(8, 8), (4, 10), (24, 6)])
+def test_equals_diffusers_forward_and_in_every_gradient(tmp_path: Path, size: tuple[int, int], qk_norm: bool) -> None:
+    network = small(qk_norm=qk_norm)
+    theirs = diffusers_twin(network, tmp_path)
+    z, t, condition = inputs(*size)
+    ours_out = network(z, t, condition)
+    theirs_out = theirs(z, condition.text, condition.pooled, t * 1000).sample
+    assert relative(ours_out, theirs_out) < 1e-5
+
+    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    (ours_out * direction).sum().backward()
+    (theirs_out * direction).sum().backward()
+    gradients = {name: p.grad for name, p in network.named_parameters()} | {"positions": network.positions}
+    ours_grad = checkpoint.to_diffusers(network, gradients)
+    for name, parameter in theirs.named_parameters():
+        assert relative(ours_grad[name], parameter.grad) < 1e-5, name
+
+
+def test_every_option_changes_the_output() -> None:
+    z, t, condition = inputs()
+    base = small()(z, t, condition)
+    for change in ({"qk_norm": False}, {"heads": 6}, {"depth": 2}, {"sample_size": 12}, {"pos_embed_max_size": 16}):
+        assert relative(small(**change)(z, t, condition), base) > 1e-3, change
+    assert relative(small()(z, t + 0.1, condition), base) > 1e-3
+    assert relative(small()(z, t, condition._replace(text=condition.text + 1)), base) > 1e-3
+    assert relative(small()(z, t, condition._replace(pooled=condition.pooled + 1)), base) > 1e-3
+
+
+def test_preset_width_is_64_per_block() -> None:
+    with torch.device("meta"):
+        network = MMDiT(depth=6)
+    assert (network.width, network.heads) == (384, 6)
+
+
+def test_starts_as_zero_with_every_block_the_identity() -> None:
+    network = MMDiT(in_channels=3, depth=2, width=48, heads=3, text_dim=20, pooled_dim=10, sample_size=8)
+    z, t, condition = inputs()
+    assert torch.equal(network(z, t, condition), torch.zeros_like(z))
+    text, image, vector = torch.randn(2, 5, 48), torch.randn(2, 16, 48), torch.randn(2, 48)
+    for block in network.blocks:
+        out = block(text, image, vector, None)
+        assert torch.equal(out[0], text)
+        assert torch.equal(out[1], image)
+        assert block.modulation.weight.abs().max() == 0
+    assert 0.015 < network.time.fc1.weight.std() < 0.025
+    bound = math.sqrt(6 / (48 + 3 * 48))
+    assert bound * 0.9 < network.blocks[0].image.qkv.weight.abs().max() <= bound
+
+
+def test_every_parameter_learns_after_the_first_steps() -> None:
+    network = MMDiT(in_channels=3, depth=2, width=48, heads=3, text_dim=20, pooled_dim=10, sample_size=8)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    z, t, condition = inputs()
+    for _ in range(4):  # zero output, image gates and text gates hold the gradient back for a step each
+        optimizer.zero_grad()
+        (network(z, t, condition) - z.flip(0)).square().mean().backward()
+        optimizer.step()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_mask_hides_padding_and_no_mask_attends_to_it() -> None:
+    network = small()
+    z, t, condition = inputs(text=6)
+    mask = torch.arange(6) < torch.tensor([3, 6, 1, 4])[:, None]
+    other = condition.text.where(mask[..., None], torch.randn(4, 6, 20))
+    masked = network(z, t, Condition(condition.text, condition.pooled, mask))
+    assert relative(network(z, t, Condition(other, condition.pooled, mask)), masked) < 1e-6
+    assert relative(network(z, t, Condition(other, condition.pooled)), masked) > 1e-3
+    short = Condition(condition.text[:1, :3], condition.pooled[:1])
+    assert relative(network(z[:1], t[:1], short), masked[:1]) < 1e-5
+    assert (
+        relative(network(z, t, condition._replace(mask=torch.ones(4, 6, dtype=torch.bool))), network(z, t, condition))
+        < 1e-6
+    )
+
+
+def test_samples_of_a_batch_do_not_meet() -> None:
+    network = small()
+    z, t, condition = inputs()
+    one = network(z[2:3], t[2:3], Condition(condition.text[2:3], condition.pooled[2:3]))
+    assert relative(one, network(z, t, condition)[2:3]) < 1e-5
+
+
+def test_patches_round_trip_and_lie_where_they_were() -> None:
+    z = torch.randn(2, 3, 4, 6)
+    tokens = patchify(z, 2)
+    assert tokens.shape == (2, 6, 12)
+    assert torch.equal(tokens[:, 4], z[:, :, 2:4, 2:4].flatten(1))
+    channels_last = rearrange(tokens, "b n (c p q) -> b n (p q c)", c=3, p=2)
+    assert torch.equal(unpatchify(channels_last, 2, 3, 2), z)
+    weight = torch.randn(5, 3, 2, 2)
+    convolved = F.conv2d(z, weight, stride=2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(F.linear(tokens, weight.flatten(1)), convolved)
+
+
+def test_positions_follow_the_formula_and_the_crop_is_centred() -> None:
+    table = sincos_2d(6, 16, spacing=0.5)
+    for row, column, i in ((0, 5, 1), (3, 2, 0), (4, 1, 3)):
+        angle = 10000 ** (-i / 4) * 0.5
+        assert table[row, column, i].item() == pytest.approx(math.sin(column * angle), abs=1e-6)
+        assert table[row, column, 4 + i].item() == pytest.approx(math.cos(column * angle), abs=1e-6)
+        assert table[row, column, 8 + i].item() == pytest.approx(math.sin(row * angle), abs=1e-6)
+        assert table[row, column, 12 + i].item() == pytest.approx(math.cos(row * angle), abs=1e-6)
+    assert torch.equal(crop_centre(table, 2, 3).reshape(2, 3, 16), table[2:4, 1:4])
+    with pytest.raises(ValueError, match="7×2 patches do not fit"):
+        crop_centre(table, 7, 2)
+
+
+def test_our_table_is_the_one_diffusers_computes() -> None:
+    theirs = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=3, num_layers=1, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=20, caption_projection_dim=48, pooled_projection_dim=10, pos_embed_max_size=12,
+    )  # fmt: skip
+    torch.testing.assert_close(small().positions.flatten(0, 1)[None], theirs.pos_embed.pos_embed)
+
+
+def test_timestep_features_are_of_a_thousand_t_cosine_first() -> None:
+    features = timestep_features(torch.tensor([0.0, 0.3]), 8)
+    assert features[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    angles = [300 * 10000 ** (-i / 4) for i in range(4)]
+    expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+    torch.testing.assert_close(features[1], torch.tensor(expected), atol=2e-5, rtol=0)
+
+
+def test_names_round_trip_to_the_bit(tmp_path: Path) -> None:
+    network = small()
+    theirs = checkpoint.to_diffusers(network, network.state_dict())
+    back = checkpoint.from_diffusers(network, theirs)
+    assert back.keys() == network.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in network.state_dict().items())
+    checkpoint.save(network, tmp_path)
+    loaded = checkpoint.load(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [(7, 8), (8, 9)])
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="no multiple of the patch 2"):
+        small()(*inputs(*size))
+
+
+def test_a_picture_beyond_the_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="13×4 patches do not fit the positional table of 12×12"):
+        small()(*inputs(26, 8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"heads": 5}, "multiple of heads"),
+        ({"sample_size": 7}, "multiple of patch_size"),
+        ({"sample_size": 64}, "fits"),
+    ],
+)
+def test_impossible_dimensions_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**sizes)
+
+
+def spoil_truncate(folder: Path) -> None:
+    file = folder / checkpoint.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def spoil_rename(folder: Path) -> None:
+    state = load_file(folder / checkpoint.WEIGHTS)
+    state["double_blocks.0.img_attn.qkv.weight"] = state.pop("proj_out.weight")
+    save_file(state, folder / checkpoint.WEIGHTS)
+
+
+def spoil_shape(folder: Path) -> None:
+    state = load_file(folder / checkpoint.WEIGHTS)
+    state["proj_out.bias"] = state["proj_out.bias"][:-1].clone()
+    save_file(state, folder / checkpoint.WEIGHTS)
+
+
+def spoil_config(folder: Path) -> None:
+    file = folder / checkpoint.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "FluxTransformer2DModel"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_truncate, "truncated or no safetensors"),
+        (spoil_rename, r"1 missing \(proj_out.weight\), 1 left over \(double_blocks"),
+        (spoil_shape, r"mis-shaped \(proj_out.bias \(11,\) instead of \(12,\)\)"),
+        (spoil_config, "FluxTransformer2DModel, not an SD3"),
+        (lambda folder: (folder / checkpoint.WEIGHTS).unlink(), "no weights at"),
+        (lambda folder: (folder / checkpoint.CONFIG).write_text("{"), "is no JSON"),
+        (lambda folder: (folder / checkpoint.CONFIG).unlink(), "no transformer config"),
+    ],
+)
+def test_damaged_folders_are_named_in_one_line(tmp_path: Path, spoil, message: str) -> None:
+    checkpoint.save(small(), tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoint.load(tmp_path)
+    assert "\n" not in str(caught.value)
