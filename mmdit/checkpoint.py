@@ -63,7 +63,8 @@ def layout(network: MMDiT) -> dict[str, list[Piece]]:
         ):  # fmt: skip
             linear(f"{we}.{stream}.qkv", *((f"{they}.attn.{name}", width) for name in qkv))
             if network.qk_norm:
-                table[f"{we}.{stream}.gain"] = [Piece(f"{they}.attn.{name}.weight", (head,)) for name in norms]
+                for norm, name in zip(("norm_q", "norm_k"), norms, strict=True):
+                    table[f"{we}.{stream}.{norm}.weight"] = [Piece(f"{they}.attn.{name}.weight", (head,))]
             if stream == "image" or not last:
                 linear(f"{we}.{stream}.proj", (f"{they}.attn.{out}", width))
                 linear(f"{we}.{stream}.mlp.fc1", (f"{they}.{mlp}.net.0.proj", 4 * width))

@@ -22,38 +22,30 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def norm_heads(qk: Tensor, gain: Tensor) -> Tensor:
-    """RMS norm of each head's queries and keys, against attention logits that grow (Esser et al. 2024, §5.3.2).
-
-    Args:
-        qk: (B, N, 2, heads, head_dim).
-        gain: learned factor per channel, (N, 2, 1, head_dim): text and image tokens have their own.
-
-    Returns:
-        qk's shape and dtype; float32 inside.
-    """
-    x = qk.float()
-    scale = torch.rsqrt(torch.linalg.vecdot(x, x) / x.shape[-1] + 1e-6)  # b n 2 heads
-    return (x * (scale[..., None] * gain)).to(qk.dtype)
-
-
 class Stream(nn.Module):
     """What one kind of token owns in a joint block: q, k, v before the attention; projection and MLP behind it.
 
     Args:
         width: channels of a token.
         heads: attention heads.
-        qk_norm: RMS-normalise q and k.
+        qk_norm: RMS-normalise each head's q and k, so that attention logits cannot grow (Esser et al. 2024, §5.3.2).
         writes: false for the last block's text, which the image still reads but nobody reads after it.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool, writes: bool = True) -> None:
         super().__init__()
+        self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.gain = nn.Parameter(torch.ones(2, 1, width // heads)) if qk_norm else None  # query, key
+        self.norm_q = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         if writes:
             self.proj = nn.Linear(width, width)
             self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Modulated tokens (B, N, width) to q, k and v, each (B, N, heads, head_dim)."""
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.heads).unbind(2)
+        return self.norm_q(q), self.norm_k(k), v
 
     def update(self, x: Tensor, attended: Tensor, attention: Modulation, mlp: Modulation) -> Tensor:
         """The two gated residuals: x (B, N, width) and what its tokens attended to (B, N, width) to (B, N, width)."""
@@ -73,7 +65,7 @@ class JointBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool, last: bool = False) -> None:
         super().__init__()
-        self.heads, self.last = heads, last
+        self.last = last
         self.image = Stream(width, heads, qk_norm)
         self.text = Stream(width, heads, qk_norm, writes=not last)
         self.modulation = nn.Linear(width, (8 if last else 12) * width)  # image's six, then text's six or two
@@ -94,14 +86,10 @@ class JointBlock(nn.Module):
         image_attention, image_mlp = Modulation(*six[:3]), Modulation(*six[3:6])
         text_shift, text_scale = six[6:8]
 
-        qkv_text = self.text.qkv(modulate(text, text_shift, text_scale))
-        qkv_image = self.image.qkv(modulate(image, image_attention.shift, image_attention.scale))
-        qkv = rearrange(torch.cat([qkv_text, qkv_image], 1), "b n (three h d) -> b n three h d", three=3, h=self.heads)
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]
-        if self.text.gain is not None and self.image.gain is not None:
-            gains = self.text.gain.expand(text.shape[1], -1, -1, -1), self.image.gain.expand(image.shape[1], -1, -1, -1)
-            qk = norm_heads(qk, torch.cat(gains))
-        q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (*qk.unbind(2), v))
+        of_text = self.text.attend(modulate(text, text_shift, text_scale))
+        of_image = self.image.attend(modulate(image, image_attention.shift, image_attention.scale))
+        joint = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))  # [text, image]
+        q, k, v = (rearrange(x, "b n h d -> b h n d") for x in joint)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         attended = rearrange(attended, "b h n d -> b n (h d)")
         attended_text, attended_image = attended.split([text.shape[1], image.shape[1]], dim=1)

@@ -103,7 +103,8 @@ def test_every_parameter_learns_after_the_first_steps() -> None:
         optimizer.step()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
+        unread = name == "blocks.1.text.norm_q.weight"  # the last block's text asks nothing; released files hold it
+        assert (parameter.grad.abs().max() > 0) != unread, name
 
 
 def test_mask_hides_padding_and_no_mask_attends_to_it() -> None:
