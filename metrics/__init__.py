@@ -1,0 +1,1 @@
+"""Measures of quality, on tensors of pictures."""
