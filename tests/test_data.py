@@ -1,0 +1,145 @@
+"""Batches, random streams, codecs and pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import digits
+from data.latents import Pixels, load_codec
+from data.module import Digits, TrainingDigits, ValidationDigits
+from data.pictures import sheet, to_image
+from data.sampler import GlobalBatches, Share, Stripes, Use, normal, order, stream
+from data.text import CLIPText
+
+CODEC = Pixels(1, 0.3, 2.66)
+
+
+def test_a_stream_is_its_own_for_each_seed_use_step_and_sample() -> None:
+    names = [(s, u, k, i) for s in (0, 1) for u in (Use.NOISE, Use.CAPTION) for k in (0, 1) for i in (0, 1)]
+    first = [stream(*name).random(100).tolist() for name in names]
+    assert len({tuple(draw) for draw in first}) == len(names)
+    assert len({number for draw in first for number in draw}) == 100 * len(names)
+    assert first == [stream(*name).random(100).tolist() for name in names]
+
+
+def test_noise_belongs_to_its_sample_whatever_the_batch() -> None:
+    all_of_it = normal(3, Use.NOISE, 7, np.arange(64), (2, 4, 4))
+    assert torch.equal(normal(3, Use.NOISE, 7, np.array([9, 4]), (2, 4, 4)), all_of_it[[9, 4]])
+    assert not torch.equal(normal(3, Use.NOISE, 8, np.arange(64), (2, 4, 4)), all_of_it)
+    assert abs(all_of_it.mean().item()) < 0.1
+    assert abs(all_of_it.std().item() - 1) < 0.05
+
+
+def test_order_is_a_permutation_of_its_own_in_each_epoch() -> None:
+    assert sorted(order(0, 100, 0)) == list(range(100))
+    assert not np.array_equal(order(0, 100, 0), order(0, 100, 1))
+    assert not np.array_equal(order(0, 100, 0), order(1, 100, 0))
+
+
+def test_global_batches_visit_every_sample_once_an_epoch_without_a_gap() -> None:
+    batches = GlobalBatches(size=10, batch_size=4, seed=5)
+    seen = np.concatenate([batches.share(k).samples for k in range(15)])
+    for epoch in range(6):
+        assert sorted(seen[10 * epoch : 10 * (epoch + 1)]) == list(range(10))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_global_batch_of_one_process(world: int) -> None:
+    whole = GlobalBatches(100, 12, seed=1)
+    parts = [GlobalBatches(100, 12, 1, 0, rank, world) for rank in range(world)]
+    for k in (0, 9, 1000):
+        shares = [part.share(k) for part in parts]
+        assert np.array_equal(np.concatenate([s.samples for s in shares]), whole.share(k).samples)
+        assert np.array_equal(np.concatenate([s.positions for s in shares]), np.arange(12))
+    with pytest.raises(ValueError, match="multiple of the 5 processes"):
+        GlobalBatches(100, 12, 1, 0, 0, 5)
+
+
+def test_a_later_start_goes_on_where_the_earlier_one_would_be() -> None:
+    early, late = iter(GlobalBatches(100, 8, 0)), iter(GlobalBatches(100, 8, 0, start=20))
+    skipped = [next(early) for _ in range(21)]
+    assert np.array_equal(skipped[-1].samples, next(late).samples)
+    assert skipped[-1].step == 20
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_validation_sees_every_sample_once_on_any_number_of_ranks(world: int) -> None:
+    shares = [share for rank in range(world) for share in Stripes(500, 64, rank, world)]
+    assert sorted(np.concatenate([s.samples for s in shares])) == list(range(500))
+
+
+def test_a_share_of_training_data_is_the_slice_of_the_whole(text: CLIPText) -> None:
+    data = TrainingDigits(text, CODEC, seed=0, batch_size=16, caption_dropout=0.5)
+    whole = data[GlobalBatches(1297, 16, 0).share(3)]
+    part = data[GlobalBatches(1297, 16, 0, 0, 1, 2).share(3)]
+    for name in ("x0", "noise", "text", "pooled"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[8:]), name
+    assert not torch.equal(data[GlobalBatches(1297, 16, 0).share(4)].noise, whole.noise)
+
+
+def test_captions_fit_their_pictures_and_dropped_ones_are_the_empty_caption(text: CLIPText) -> None:
+    data = TrainingDigits(text, CODEC, seed=0, batch_size=2000, caption_dropout=0.3)
+    samples = np.arange(2000) % 1297
+    batch = data[Share(0, np.arange(2000), samples)]
+    null = text.encode([""])
+    dropped = (batch.pooled - null.pooled).norm(dim=1) < 1e-3
+    without_tokens = (batch.text - null.tokens).flatten(1).norm(dim=1) < 1e-3
+    assert torch.equal(dropped, without_tokens)  # the pooled part goes with the tokens
+    assert abs(dropped.float().mean().item() - 0.3) < 0.04
+    used = set()
+    labels = digits.load("train").labels
+    for i in np.flatnonzero(~dropped.numpy())[:40]:
+        own = text.encode(digits.captions(int(labels[samples[i]]), digits.TRAIN_TEMPLATES))
+        distance = (own.pooled - batch.pooled[i]).norm(dim=1)
+        assert distance.min() < 1e-3
+        used.add(int(distance.argmin()))
+    assert len(used) == len(digits.TRAIN_TEMPLATES)
+
+
+def test_validation_data_is_fixed(text: CLIPText) -> None:
+    data = ValidationDigits(text, CODEC)
+    whole, part = (data[Share(0, ids, ids)] for ids in (np.arange(20), np.array([7])))
+    assert torch.equal(part.noise[0], whole.noise[7])
+    assert torch.equal(part.text[0], whole.text[7])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_workers_change_nothing(text: CLIPText, workers: int) -> None:
+    loader = iter(Digits(text, CODEC, seed=2, batch_size=8, workers=workers).train_dataloader())
+    data = TrainingDigits(text, CODEC, 2, 8, 0.1)
+    for k in range(3):
+        batch = next(loader)
+        assert batch.step == k
+        assert torch.equal(batch.noise, data[GlobalBatches(1297, 8, 2).share(k)].noise)
+
+
+def test_pixels_round_trip_normalise_and_clamp(tmp_path: Path) -> None:
+    pixels = digits.load("train").pixels
+    latents = CODEC.encode(pixels)
+    assert abs(latents.mean().item()) < 0.05
+    assert abs(latents.std().item() - 1) < 0.05
+    torch.testing.assert_close(CODEC.decode(latents), pixels)
+    assert CODEC.decode(latents * 10).max() == 1
+    CODEC.save(tmp_path)
+    torch.testing.assert_close(load_codec(tmp_path).encode(pixels), latents)
+    with pytest.raises(ValueError, match="scale must be > 0"):
+        Pixels(scale=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no codec config"), ("{", "no JSON"), ('{"_class_name": "VQModel"}', "VQModel")]
+)
+def test_a_foreign_codec_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_codec(tmp_path)
+
+
+def test_pictures_round_half_to_even_and_stand_side_by_side() -> None:
+    grey = to_image(torch.tensor([[[0.0, 0.5 / 255, 1.5 / 255, 1.0]]]))
+    assert (grey.mode, list(grey.tobytes())) == ("L", [0, 0, 2, 255])
+    assert to_image(torch.zeros(3, 2, 5)).size == (5, 2)
+    assert sheet(torch.rand(6, 1, 8, 8), columns=3, side=64).size == (3 * 68 + 4, 2 * 68 + 4)
