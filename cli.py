@@ -1,0 +1,55 @@
+"""What the entry points share: a parser, faults that end in one clear line, and where the model is."""
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+BAD_INPUT, MACHINE_FAULT = 2, 1  # exit statuses
+
+
+def fail(message: object, status: int = BAD_INPUT) -> NoReturn:
+    """Prints one line to standard error and exits."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(status)
+
+
+class Parser(ArgumentParser):
+    """argparse's parser, with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+@contextmanager
+def one_line_errors(*bad_input: type[Exception]) -> Iterator[None]:
+    """Ends the program in one line: on the named exceptions with status 2, on other OSErrors with 1."""
+    try:
+        yield
+    except bad_input as error:
+        fail(error)
+    except OSError as error:
+        fail(error, MACHINE_FAULT)
+
+
+def natural(text: str, least: int = 0) -> int:
+    """A whole number of at least 0, as a parser's `type`; ArgumentTypeError or ValueError otherwise."""
+    number = int(text)
+    if number < least:
+        raise ArgumentTypeError(f"must be at least {least}, got {number}")
+    return number
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, likewise."""
+    return natural(text, 1)
+
+
+def find_model(path: Path) -> Path:
+    """The model folder at `path` or, for a run's folder, inside it. FileNotFoundError if there is none."""
+    for folder in (path, path / "model"):
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise FileNotFoundError(f"{path} is no model folder: neither it nor {path / 'model'} has a model_index.json")

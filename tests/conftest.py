@@ -1,0 +1,39 @@
+"""Shared by all tests: one thread, so that parallel workers do not fight over cores, and a small model folder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.latents import Pixels
+from data.text import CLIPText
+from flow.objective import Objective
+from mmdit.model import MMDiT
+from pipeline import Pipeline, Sampling
+
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text() -> CLIPText:
+    return CLIPText(ROOT / "assets/digits/text")
+
+
+@pytest.fixture(scope="session")
+def pipe(text: CLIPText) -> Pipeline:
+    """A small pipeline with every weight random, so that nothing is hidden behind a zero gate."""
+    network = MMDiT(
+        in_channels=1, depth=2, width=32, heads=2, text_dim=64, pooled_dim=64, sample_size=8, pos_embed_max_size=8
+    )
+    draw = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    return Pipeline(network.eval(), Objective(shift=1.5), Pixels(1, 0.3, 2.66), text, Sampling(steps=4, guidance=2.0))
+
+
+@pytest.fixture
+def model(pipe: Pipeline, tmp_path: Path) -> Path:
+    """The same on disk."""
+    pipe.save(tmp_path / "model")
+    return tmp_path / "model"

@@ -1,0 +1,132 @@
+"""Prompts to pictures, and the model folder: what is written, who reads it, what is refused."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+from mmdit.model import Condition
+from pipeline import SCHEDULER, Pipeline
+
+PROMPTS = ["a handwritten seven", "the digit 3", ""]
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(pipe: Pipeline) -> None:
+    together = pipe(PROMPTS, [4, 5, 6])
+    assert together.shape == (3, 1, 8, 8)
+    assert together.min() >= 0
+    assert together.max() <= 1
+    for i, prompt in enumerate(PROMPTS):
+        torch.testing.assert_close(pipe([prompt], [4 + i])[0], together[i], atol=1e-5, rtol=0)
+    assert not torch.allclose(pipe(PROMPTS[:1], [9])[0], together[0], atol=1e-2)
+    assert not torch.allclose(pipe(PROMPTS[1:2], [4])[0], together[0], atol=1e-2)
+
+
+def test_it_is_the_plain_loop_over_the_network(pipe: Pipeline) -> None:
+    """The sampler written out: grid, guidance and decoding, for one prompt."""
+    prompt, seed, steps, guidance, alpha = "the digit 3", 11, 5, 3.0, 1.5
+    text, null = pipe.text.encode([prompt]), pipe.text.encode([""])
+    z = torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(seed))[None]
+    times = [1 - i / steps for i in range(steps + 1)]
+    times = [alpha * t / (1 + (alpha - 1) * t) for t in times]
+    with torch.no_grad():
+        for t, s in pairwise(times):
+            yes, no = (pipe.network(z, torch.tensor([t]), Condition(*told)) for told in (text, null))
+            z = z + (s - t) * (no + guidance * (yes - no))
+    expected = (z / 2.66 + 0.3).clamp(0, 1)
+    torch.testing.assert_close(pipe([prompt], [seed], steps=steps, guidance=guidance), expected, atol=1e-4, rtol=0)
+
+
+def test_every_setting_changes_the_picture(pipe: Pipeline) -> None:
+    base = pipe(PROMPTS[:1], [0])
+    settings = ({"steps": 5}, {"guidance": 3.0}, {"guidance": 1.0}, {"shift": 3.0}, {"negative": "the digit 4"})
+    for setting in settings:
+        assert not torch.allclose(pipe(PROMPTS[:1], [0], **setting), base, atol=1e-3), setting
+    torch.testing.assert_close(pipe(PROMPTS[:1], [0], steps=4, guidance=2.0, shift=1.5, negative=""), base)
+
+
+def test_the_empty_prompt_is_the_unconditional_model(pipe: Pipeline) -> None:
+    torch.testing.assert_close(pipe([""], [0], guidance=7.0), pipe([""], [0], guidance=1.0), atol=1e-4, rtol=0)
+
+
+def test_progress_is_told_after_each_step(pipe: Pipeline) -> None:
+    told: list[int] = []
+    pipe(PROMPTS[:1], [0], steps=3, progress=told.append)
+    assert told == [1, 2, 3]
+
+
+def test_other_sizes_up_to_the_table(pipe: Pipeline) -> None:
+    assert pipe(PROMPTS[:1], [0], height=16, width=6).shape == (1, 1, 16, 6)
+    with pytest.raises(ValueError, match="height must be a multiple of 2"):
+        pipe(PROMPTS[:1], [0], height=7)
+    with pytest.raises(ValueError, match="width must be at most 16"):
+        pipe(PROMPTS[:1], [0], width=18)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        pipe(PROMPTS[:1], [0], steps=0)
+
+
+def test_the_folder_gives_the_same_pictures(pipe: Pipeline, model: Path) -> None:
+    assert torch.equal(Pipeline.load(model)(PROMPTS, [0, 1, 2]), pipe(PROMPTS, [0, 1, 2]))
+    assert {file.suffix for file in model.rglob("*") if file.is_file()} == {".json", ".safetensors"}
+
+
+def test_diffusers_reads_transformer_and_scheduler(pipe: Pipeline, model: Path) -> None:
+    theirs = SD3Transformer2DModel.from_pretrained(model, subfolder="transformer").eval()
+    z, t = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.9])
+    condition = pipe.condition(PROMPTS[:2])
+    with torch.no_grad():
+        expected = theirs(z, condition.text, condition.pooled, 1000 * t).sample
+        torch.testing.assert_close(pipe.network(z, t, condition), expected, atol=1e-5, rtol=1e-4)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
+    assert scheduler.config.shift == 1.5
+    assert json.loads((model / "model_index.json").read_text())["transformer"] == ["diffusers", "SD3Transformer2DModel"]
+
+
+def test_saving_again_replaces_the_whole_folder(pipe: Pipeline, model: Path) -> None:
+    (model / "transformer" / "stale.safetensors").touch()
+    pipe.save(model)
+    assert not (model / "transformer" / "stale.safetensors").exists()
+    assert sorted(file.name for file in model.parent.iterdir()) == ["model"]
+
+
+def spoil_index(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+
+
+def spoil_grid(folder: Path) -> None:
+    content = json.loads((folder / SCHEDULER).read_text())
+    del content["grid"]
+    (folder / SCHEDULER).write_text(json.dumps(content))
+
+
+def spoil_channels(folder: Path) -> None:
+    file = folder / "vae/config.json"
+    file.write_text(file.read_text().replace('"channels": 1', '"channels": 3'))
+
+
+def spoil_weights(folder: Path) -> None:
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_index, "no model folder: it has no model_index.json"),
+        (spoil_grid, "time grid that this project did not write"),
+        (spoil_channels, "takes 1 latent channels, but is given 3"),
+        (spoil_weights, "truncated or no safetensors"),
+        (lambda folder: (folder / "vae/config.json").unlink(), "no codec config"),
+        (lambda folder: (folder / SCHEDULER).unlink(), "has no scheduler"),
+        (lambda folder: (folder / SCHEDULER).write_text("{"), "no JSON"),
+        (lambda folder: (folder / "text_encoder/model.safetensors").unlink(), "is missing"),
+    ],
+)
+def test_damaged_folders_are_named_in_one_line(model: Path, spoil, message: str) -> None:
+    spoil(model)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        Pipeline.load(model)
+    assert "\n" not in str(caught.value)
