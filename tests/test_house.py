@@ -1,0 +1,68 @@
+"""The import rules: which room may know which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("mmdit", "flow", "data", "metrics", "training")
+ENTRY_POINTS = ("train", "sample", "evaluate")
+OURS = (*ROOMS, *ENTRY_POINTS, "generator", "pipeline", "cli")
+MAY_IMPORT = {
+    "mmdit": {"mmdit"},
+    "flow": {"flow"},
+    "data": {"data"},
+    "metrics": {"metrics", "flow"},
+    "training": {"training"},
+    "cli": set(),
+    "pipeline": {"mmdit", "flow", "data"},
+    "generator": {"mmdit", "flow", "data", "training", "pipeline"},
+} | {name: set(OURS) - set(ENTRY_POINTS) for name in ENTRY_POINTS}
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def files() -> list[tuple[str, Path]]:
+    """(room, file) of everything that rules apply to."""
+    inside = [(room, file) for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
+    return inside + [(name, ROOT / f"{name}.py") for name in OURS if name not in ROOMS]
+
+
+@pytest.mark.parametrize(
+    ("room", "file"), files(), ids=lambda x: str(x.relative_to(ROOT)) if isinstance(x, Path) else x
+)
+def test_rooms_know_only_what_they_may(room: str, file: Path) -> None:
+    tops = {name.partition(".")[0] for name in imported(file)}
+    assert tops & set(OURS) <= MAY_IMPORT[room]
+    if room == "flow":
+        third_party = {name for name in tops if (ROOT / name).exists() is False} - {"torch"}
+        assert third_party <= {"abc", "collections", "itertools", "math", "typing", "dataclasses"}
+    if room not in ("data", "pipeline"):
+        assert not tops & {"transformers", "diffusers", "tokenizers"}
+    if "lightning" in tops:
+        assert room in ("train", "generator", "training") or file == ROOT / "data/module.py"
+
+
+def test_no_circles() -> None:
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): imported(file) for _, file in files()}
+    edges = {name: {other for other in modules if other != name and other in used} for name, used in modules.items()}
+    while edges:
+        leaves = {name for name, used in edges.items() if not used & edges.keys()}
+        assert leaves, f"these import each other in a circle: {sorted(edges)}"
+        edges = {name: used for name, used in edges.items() if name not in leaves}
+
+
+def test_every_room_is_here() -> None:
+    assert {file.parent.name for file in ROOT.glob("*/__init__.py")} == set(ROOMS)
+    others = {"conftest"}
+    assert {file.stem for file in ROOT.glob("*.py")} - others == set(OURS) - set(ROOMS)

@@ -1,0 +1,181 @@
+"""Trains a model from a YAML file: `python train.py fit --config configs/digits.yaml`. The same command resumes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from cli import fail, one_line_errors
+from data.latents import Codec
+from data.module import Digits
+from data.text import CLIPText
+from flow.objective import Objective
+from generator import Generator, Grid, Optimization
+from mmdit.model import MMDiT
+from pipeline import Sampling
+from training.checkpoint import AtomicCheckpointIO, LastCheckpoint
+from training.ema import EMA
+from training.log import JSONLinesLogger
+from training.progress import StepProgress
+
+FREE = {"run.accelerator", "run.devices", "run.wandb", "data.workers"}  # may differ when a run goes on
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run as a whole.
+
+    Args:
+        folder: everything that the run writes.
+        seed: of initial weights, order, captions, noise and times.
+        steps: optimizer steps.
+        validate_every: steps between validations, samples and, where the loss is the best so far, model folders.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of the log.
+        accelerator: as Lightning's.
+        devices: processes on this machine.
+        precision: as Lightning's.
+        wandb: also log to Weights & Biases; offline needs no account and no network.
+    """
+
+    folder: Path
+    seed: int = 0
+    steps: int = 100_000
+    validate_every: int = 1000
+    checkpoint_every: int = 1000
+    log_every: int = 50
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    wandb: Literal["off", "offline", "online"] = "off"
+
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.validate_every, self.checkpoint_every, self.log_every, self.devices)
+        if min(counts) < 1 or self.steps % self.validate_every:
+            raise ValueError(
+                "run.steps, validate_every, checkpoint_every, log_every and devices must be at least 1, and steps a "
+                f"multiple of validate_every; got {', '.join(map(str, counts))}"
+            )
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, with errors in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        fail(message)
+
+
+def parser() -> Parser:
+    """Every key of the YAML file is a constructor's argument, documented there."""
+    p = Parser(description=__doc__)
+    p.add_argument("command", choices=["fit", "validate"], help="train, or report the validation loss of a run")
+    p.add_argument("--config", action="config", required=True, help="a YAML file; later ones and flags override it")
+    p.add_class_arguments(Run, "run")
+    p.add_class_arguments(CLIPText, "text")
+    p.add_subclass_arguments(Codec, "codec")
+    p.add_class_arguments(Digits, "data", skip={"text", "codec", "seed"}, instantiate=False)
+    p.add_class_arguments(MMDiT, "network")
+    p.add_class_arguments(Objective, "objective")
+    for group, name in ((Optimization, "optimization"), (Sampling, "sampling"), (Grid, "grid")):
+        p.add_class_arguments(group, name)
+    return p
+
+
+def claim(folder: Path, resolved: str) -> None:
+    """Leaves the resolved config in a new run folder; refuses one that holds work done with another config."""
+    file = folder / "config.yaml"
+    if file.exists() and (folder / "last.ckpt").exists():
+        here, there = flat(yaml.safe_load(resolved)), flat(yaml.safe_load(file.read_text()))
+        different = [key for key in here | there if here.get(key) != there.get(key) and key not in FREE]
+        if different:
+            told = "; ".join(f"{key} is {there.get(key)} there and {here.get(key)} now" for key in different[:3])
+            raise ValueError(f"{folder} holds a run with another config ({told}); choose another run.folder")
+    elif not file.exists() and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run; choose another run.folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(resolved)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, branch in tree.items() for k, v in flat(branch, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def build(config: Namespace) -> tuple[L.Trainer, Generator, Digits]:
+    """The trainer, the module and the data of a config."""
+    run: Run = config.run
+    network, text, codec = config.network, config.text, config.codec
+    data = Digits(text, codec, run.seed, **config.data)
+    for key, given, needed in (
+        ("in_channels", network.in_channels, codec.channels),
+        ("text_dim", network.text_dim, text.tokens_dim),
+        ("pooled_dim", network.pooled_dim, text.pooled_dim),
+    ):
+        if given != needed:
+            raise ValueError(f"network.{key} is {given}, but codec and text give {needed}")
+    generator = Generator(
+        network, config.objective, text, codec, config.optimization, config.sampling, config.grid,
+        run.folder, run.steps, data.batch_size, run.seed, run.log_every,
+    )  # fmt: skip
+    ema = EMA(network, config.optimization.ema_decay)
+    loggers: list[Logger] = [JSONLinesLogger(run.folder / "log.jsonl")]
+    if run.wandb != "off":
+        offline = run.wandb == "offline"
+        wandb = WandbLogger(project=run.folder.name, save_dir=run.folder, offline=offline, id=run.folder.name)
+        loggers.append(wandb)
+    trainer = L.Trainer(
+        accelerator=run.accelerator,
+        devices=run.devices,
+        precision=run.precision,
+        max_steps=run.steps,
+        val_check_interval=run.validate_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=run.log_every,
+        logger=loggers,
+        callbacks=[ema, StepProgress(), LastCheckpoint(run.folder / "last.ckpt", run.checkpoint_every)],
+        plugins=[AtomicCheckpointIO()],
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=run.folder,
+    )
+    return trainer, generator, data
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = parser()
+    config = p.parse_args(argv)
+    command = config.pop("command")
+    resolved = p.dump(config, skip_validation=True)
+    L.seed_everything(config.run.seed, verbose=False)
+    with one_line_errors(ValueError, FileNotFoundError):
+        config = p.instantiate(config)
+        last = config.run.folder / "last.ckpt"
+        if command == "validate" and not last.is_file():
+            raise FileNotFoundError(f"{last} does not exist: train this config first")
+        trainer, generator, data = build(config)
+        if command == "fit":
+            claim(config.run.folder, resolved)
+        state = AtomicCheckpointIO().load_checkpoint(last) if last.is_file() else None
+    if command == "fit" and state and state["global_step"] >= config.run.steps:
+        print(f"{config.run.folder} is trained already; the model is {config.run.folder / 'model'}")
+        return
+    with one_line_errors():
+        if command == "validate":
+            trainer.validate(generator, data, ckpt_path=last, weights_only=True)
+        else:
+            trainer.fit(generator, data, ckpt_path=last if state else None, weights_only=True)
+            print(f"trained {config.run.steps} steps; the model is {config.run.folder / 'model'}")
+
+
+if __name__ == "__main__":
+    main()

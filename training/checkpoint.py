@@ -1,0 +1,57 @@
+"""Checkpoints for going on with a run: written whole or not at all, read without running pickled code."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, then renames: a kill or a full disk leaves the previous file as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Raises OSError if the disk is full; the previous checkpoint stays."""
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(file.name + ".new")
+        try:
+            with temporary.open("wb") as out:
+                torch.save(checkpoint, out)
+                out.flush()
+                os.fsync(out.fileno())
+        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a short write
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"could not write {file}: {error}") from error
+        temporary.replace(file)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Raises ValueError for a file that is truncated, or that holds anything but tensors and plain containers."""
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError(f"{path} holds pickled code, which is not run; a checkpoint holds tensors only") from None
+        except (RuntimeError, EOFError) as error:
+            raise ValueError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}") from None
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps the run's newest state in one file, saved every few steps and at the end.
+
+    Lightning runs `Checkpoint` callbacks after all others, so the file holds this step's average.
+
+    Args:
+        file: where to.
+        every: steps between two saves.
+    """
+
+    def __init__(self, file: Path, every: int) -> None:
+        self.file, self.every = file, every
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            trainer.save_checkpoint(self.file, weights_only=False)

@@ -1,0 +1,47 @@
+"""The local log: one JSON object a line, only ever appended to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class JSONLinesLogger(Logger):
+    """Appends metrics to a file; a resumed run goes on in the same file, where the last line for a step counts.
+
+    Args:
+        file: the log.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.file.parent)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Appends one line: the step and the metrics, all but Lightning's epoch, which means nothing here."""
+        line: dict[str, float | None] = {"step": step} | {
+            name: value for name, value in metrics.items() if name != "epoch"
+        }
+        if len(line) > 1:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as out:
+                out.write(json.dumps(line) + "\n")
+
+    @rank_zero_only
+    def log_hyperparams(self, *_: Any) -> None:
+        """Does nothing: the resolved config lies beside the log."""

@@ -1,0 +1,39 @@
+"""How far the run is: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
+
+
+class StepProgress(Callback):
+    """Steps done of all steps with speed, time left, loss and validation loss; right after a resume, too."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            desc="training",
+            unit="step",
+            mininterval=0.2 if sys.stderr.isatty() else 15,
+            dynamic_ncols=True,
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if self.bar is not None:
+            shown = {key.removeprefix("train/"): f"{float(trainer.logged_metrics[key]):.4f}"
+                     for key in ("train/loss", "val/loss") if key in trainer.logged_metrics}  # fmt: skip
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(trainer.global_step - self.bar.n)
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
