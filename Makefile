@@ -22,7 +22,7 @@ evaluate: $(READY)  ## the demo's numbers
 	$(BIN)/python evaluate.py --model runs/digits --out runs/digits/evaluation
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

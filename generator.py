@@ -97,6 +97,7 @@ class Generator(L.LightningModule):
         self.pipeline = Pipeline(network, objective, codec, text, sampling)
         self.bins = TimeBins()
         self.best = math.inf
+        self.loaded_step = 0
 
     def training_step(self, batch: Batch) -> Tensor:
         """The mean loss of this rank's share of global batch `batch.step`."""
@@ -153,7 +154,7 @@ class Generator(L.LightningModule):
         mean = sum(losses) / len(losses)
         times = [(i + 0.5) / VALIDATION_TIMES for i in range(VALIDATION_TIMES)]
         values = {"val/loss": mean} | {f"val/loss_t{t:.4f}": loss for t, loss in zip(times, losses, strict=True)}
-        self.log_dict(values | {"step": float(self.global_step)}, rank_zero_only=True)
+        self.log_dict(values | {"step": float(self.global_step or self.loaded_step)}, rank_zero_only=True)
         if self.trainer.state.fn != "fit":
             return
         self.draw_samples()
@@ -183,3 +184,4 @@ class Generator(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.best = checkpoint["best"]
+        self.loaded_step = checkpoint["global_step"]  # Lightning restores its own only to go on training

@@ -1,5 +1,7 @@
 """Trains a model from a YAML file: `python train.py fit --config configs/digits.yaml`. The same command resumes."""
 
+import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -151,7 +153,14 @@ def build(config: Namespace) -> tuple[L.Trainer, Generator, Digits]:
     return trainer, generator, data
 
 
+def quiet() -> None:
+    """Leaves only what a user can act on: no tips, no device table, no warnings about loops that we mean."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+
+
 def main(argv: list[str] | None = None) -> None:
+    quiet()
     p = parser()
     config = p.parse_args(argv)
     command = config.pop("command")

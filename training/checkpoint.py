@@ -35,7 +35,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise ValueError(f"{path} holds pickled code, which is not run; a checkpoint holds tensors only") from None
-        except (RuntimeError, EOFError) as error:
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (OSError, RuntimeError, EOFError) as error:  # which of them depends on where the file ends
             raise ValueError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}") from None
 
 

@@ -33,7 +33,14 @@ class StepProgress(Callback):
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.close()
+
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it is, so that what follows starts on a line of its own."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -1,0 +1,97 @@
+"""Measures models of the digits: `python evaluate.py --model runs/digits --steps 1,2,4,8,50`."""
+
+import json
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import matplotlib
+import torch
+from tqdm import tqdm
+
+from cli import Parser, find_model, natural, one_line_errors, positive
+from data import digits
+from data.pictures import save_png, sheet
+from metrics.distance import measure
+from metrics.judge import Judge
+from pipeline import Pipeline
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def parser() -> Parser:
+    p = Parser(description=__doc__)
+    p.add_argument("--model", type=Path, action="append", required=True, help="a model or run folder; repeatable")
+    p.add_argument("--steps", type=str, default="1,2,4,8,25,50", help="numbers of sampling steps, with commas")
+    p.add_argument("--guidance", type=float, help="default: each model's own")
+    p.add_argument("--per-digit", type=positive, default=100, help="samples of each digit")
+    p.add_argument("--seed", type=natural, default=0, help="of the first sample")
+    p.add_argument("--judge", type=Path, default=Path("assets/digits/judge"), help="folder of the judge")
+    p.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for results.json, quality.png, sheets")
+    return p
+
+
+def whole_numbers(text: str) -> list[int]:
+    """'1,2,4' as numbers; ValueError unless all are at least 1."""
+    try:
+        return [positive(part) for part in text.split(",")]
+    except (ValueError, ArgumentTypeError):
+        raise ValueError(f"--steps takes whole numbers of at least 1 such as 1,2,4; got {text}") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    with one_line_errors(ValueError, FileNotFoundError):
+        steps = whole_numbers(args.steps)
+        judge = Judge.load(args.judge)
+        pipes = {str(path): Pipeline.load(find_model(path)) for path in args.model}
+        args.out.mkdir(parents=True, exist_ok=True)
+    train, held_out = digits.load("train").pixels, digits.load("held_out").pixels
+    labels = torch.arange(10).repeat_interleave(args.per_digit)
+    prompts = [
+        digits.captions(int(label), digits.HELD_OUT_TEMPLATES)[i % len(digits.HELD_OUT_TEMPLATES)]
+        for i, label in enumerate(labels)
+    ]
+    results = []
+    rounds = [(name, pipe, n) for name, pipe in pipes.items() for n in steps]
+    for name, pipe, n in tqdm(rounds, desc="evaluating", unit="setting"):
+        seeds = range(args.seed, args.seed + len(prompts))
+        parts = [
+            pipe(prompts[i : i + 100], seeds[i : i + 100], steps=n, guidance=args.guidance)
+            for i in range(0, len(prompts), 100)
+        ]
+        pictures = torch.cat(parts).mul(255).round() / 255  # as the PNG would hold them
+        scale = pipe.sampling.guidance if args.guidance is None else args.guidance
+        quality = measure(judge, pictures, labels, train, held_out)
+        results.append({"model": name, "steps": n, "guidance": scale, "samples": len(prompts)} | quality._asdict())
+        shown = pictures.unflatten(0, (10, -1))[:, :10].flatten(0, 1)
+        save_png(sheet(shown, 10, side=40), args.out / f"{Path(name).name}-{n:03d}-steps.png")
+    with one_line_errors():
+        (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        plot(results, args.out / "quality.png")
+    print("| model | steps | accuracy | FD / FD of real | neighbours | repeats |\n|---|---|---|---|---|---|")
+    for r in results:
+        print(
+            f"| {r['model']} | {r['steps']} | {r['accuracy']:.1%} | {r['distance_ratio']:.2f} | "
+            f"{r['neighbour_ratio']:.2f} | {r['duplicates']} |"
+        )
+
+
+def plot(results: list[dict], file: Path) -> None:
+    """Distance against steps, one line a model."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for model in dict.fromkeys(r["model"] for r in results):
+        rows = [r for r in results if r["model"] == model]
+        axes.plot([r["steps"] for r in rows], [r["distance_ratio"] for r in rows], "o-", label=model)
+    axes.axhline(1, color="grey", linewidth=1, linestyle="--", label="real training digits")
+    axes.set(xscale="log", yscale="log", xlabel="Euler steps", ylabel="Fréchet distance / that of real digits")
+    ticks = sorted({r["steps"] for r in results})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
