@@ -10,6 +10,7 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cli import fail, one_line_errors
 from data.latents import Codec
@@ -116,6 +117,8 @@ def build(config: Namespace) -> tuple[L.Trainer, Generator, Digits]:
     run: Run = config.run
     network, text, codec = config.network, config.text, config.codec
     data = Digits(text, codec, run.seed, **config.data)
+    if data.batch_size % run.devices:
+        raise ValueError(f"data.batch_size must be a multiple of the {run.devices} devices, got {data.batch_size}")
     for key, given, needed in (
         ("in_channels", network.in_channels, codec.channels),
         ("text_dim", network.text_dim, text.tokens_dim),
@@ -166,14 +169,13 @@ def main(argv: list[str] | None = None) -> None:
     command = config.pop("command")
     resolved = p.dump(config, skip_validation=True)
     L.seed_everything(config.run.seed, verbose=False)
-    with one_line_errors(ValueError, FileNotFoundError):
+    with one_line_errors(ValueError, FileNotFoundError, MisconfigurationException):
         config = p.instantiate(config)
         last = config.run.folder / "last.ckpt"
         if command == "validate" and not last.is_file():
             raise FileNotFoundError(f"{last} does not exist: train this config first")
         trainer, generator, data = build(config)
-        if command == "fit":
-            claim(config.run.folder, resolved)
+        claim(config.run.folder, resolved)
         state = AtomicCheckpointIO().load_checkpoint(last) if last.is_file() else None
     if command == "fit" and state and state["global_step"] >= config.run.steps:
         print(f"{config.run.folder} is trained already; the model is {config.run.folder / 'model'}")

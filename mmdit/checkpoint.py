@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mmdit.model import TIME_FEATURES, MMDiT
@@ -136,7 +137,8 @@ def save(network: MMDiT, folder: Path) -> None:
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-    save_file(to_diffusers(network, state), folder / WEIGHTS, metadata={"format": "pt"})
+    # Not save_file: it hides a full disk in an error of its own and makes a file that only its owner can read.
+    (folder / WEIGHTS).write_bytes(serialize(to_diffusers(network, state), metadata={"format": "pt"}))
 
 
 def load(folder: Path) -> MMDiT:

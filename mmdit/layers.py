@@ -19,7 +19,7 @@ class Modulation(NamedTuple):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm(x)·(1 + scale) + shift, the norm without learned parameters. x (B, N, width)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class Stream(nn.Module):
@@ -34,23 +34,25 @@ class Stream(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool, writes: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.writes = heads, writes
         self.qkv = nn.Linear(width, 3 * width)
         self.norm_q = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         if writes:
             self.proj = nn.Linear(width, width)
             self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
+        else:
+            self.norm_q.requires_grad_(False)  # unread, but released checkpoints hold it
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Modulated tokens (B, N, width) to q, k and v, each (B, N, heads, head_dim)."""
+        """Modulated tokens (B, N, width) to q, k and v, each (B, N, heads, head_dim); q is empty unless it writes."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.heads).unbind(2)
-        return self.norm_q(q), self.norm_k(k), v
+        return self.norm_q(q) if self.writes else q[:, :0], self.norm_k(k), v
 
     def update(self, x: Tensor, attended: Tensor, attention: Modulation, mlp: Modulation) -> Tensor:
         """The two gated residuals: x (B, N, width) and what its tokens attended to (B, N, width) to (B, N, width)."""
-        x = x + attention.gate * self.proj(attended)
-        return x + mlp.gate * self.mlp(modulate(x, mlp.shift, mlp.scale))
+        x = torch.addcmul(x, attention.gate, self.proj(attended))
+        return torch.addcmul(x, mlp.gate, self.mlp(modulate(x, mlp.shift, mlp.scale)))
 
 
 class JointBlock(nn.Module):
@@ -92,7 +94,7 @@ class JointBlock(nn.Module):
         q, k, v = (rearrange(x, "b n h d -> b h n d") for x in joint)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         attended = rearrange(attended, "b h n d -> b n (h d)")
-        attended_text, attended_image = attended.split([text.shape[1], image.shape[1]], dim=1)
+        attended_text, attended_image = attended.tensor_split([-image.shape[1]], dim=1)
 
         image = self.image.update(image, attended_image, image_attention, image_mlp)
         if not self.last:

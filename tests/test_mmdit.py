@@ -56,7 +56,8 @@ def test_equals_diffusers_forward_and_in_every_gradient(tmp_path: Path, size: tu
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
     (ours_out * direction).sum().backward()
     (theirs_out * direction).sum().backward()
-    gradients = {name: p.grad for name, p in network.named_parameters()} | {"positions": network.positions}
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in network.named_parameters()}
+    gradients["positions"] = network.positions
     ours_grad = checkpoint.to_diffusers(network, gradients)
     for name, parameter in theirs.named_parameters():
         assert relative(ours_grad[name], parameter.grad) < 1e-5, name
@@ -102,9 +103,11 @@ def test_every_parameter_learns_after_the_first_steps() -> None:
         (network(z, t, condition) - z.flip(0)).square().mean().backward()
         optimizer.step()
     for name, parameter in network.named_parameters():
+        if name == "blocks.1.text.norm_q.weight":  # the last block's text asks nothing, but released files hold it
+            assert not parameter.requires_grad
+            continue
         assert parameter.grad is not None, name
-        unread = name == "blocks.1.text.norm_q.weight"  # the last block's text asks nothing; released files hold it
-        assert (parameter.grad.abs().max() > 0) != unread, name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_mask_hides_padding_and_no_mask_attends_to_it() -> None:

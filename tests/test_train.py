@@ -16,11 +16,11 @@ import torch
 import yaml
 
 import train
-from flow.density import LogitNormal
 from pipeline import Pipeline
 from training.checkpoint import AtomicCheckpointIO
 
 ROOT = Path(__file__).parents[1]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what this machine has")
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -192,6 +192,8 @@ def test_two_processes_train_as_one(config: Path) -> None:
         (["--data.caption_dropout", "1.5"], "caption_dropout"),
         (["--optimization.ema_decay", "1"], "ema_decay"),
         (["--sampling.steps", "0"], "steps must be at least 1"),
+        (["--data.batch_size", "7", "--run.devices", "2"], "multiple of the 2 devices"),
+        pytest.param(["--run.accelerator", "gpu"], "No supported gpu", marks=NO_GPU),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_nothing(
@@ -212,6 +214,7 @@ def test_a_run_of_another_config_is_refused_and_left_alone(config: Path, capsys:
     before = copy.deepcopy(state(config.parent / "run"))
     message = refused(capsys, config, "--optimization.lr", "0.5")
     assert "optimization.lr is 0.002 there and 0.5 now" in message
+    assert "another config" in refused(capsys, config, "--network.width", "32", command="validate")
     assert_same(state(config.parent / "run"), before)
     (config.parent / "letters").mkdir()
     (config.parent / "letters/dear.txt").touch()
@@ -270,11 +273,42 @@ def test_a_full_disk_in_training_ends_in_one_line_with_status_1(config: Path) ->
     assert "Traceback" not in done.stderr
 
 
-def test_overlays_change_one_thing(config: Path, tmp_path: Path) -> None:
-    overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("objective: {density: {class_path: LogitNormal, init_args: {mean: 0.5, std: 0.6}}}\n")
+def test_bfloat16_is_for_the_network_alone(config: Path) -> None:
+    folders = [str(config.parent / name) for name in ("32-true", "bf16-mixed")]
+    for folder in folders:
+        fit(config, "--run.folder", folder, "--run.precision", Path(folder).name)
+    exact, rounded = (lines(Path(folder))[-1]["val/loss"] for folder in folders)
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=1e-2)
+    kept = state(Path(folders[1]))
+    assert {t.dtype for t in kept["ema"]["average"].values()} == {torch.float32}
+    assert {t.dtype for t in kept["state_dict"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("overlay", sorted((ROOT / "configs/objective").glob("*.yaml")), ids=lambda file: file.stem)
+def test_overlays_change_one_thing(config: Path, overlay: Path) -> None:
     parser = train.parser()
     built = parser.instantiate(parser.parse_args(["fit", "--config", str(config), "--config", str(overlay)]))
-    assert isinstance(built.objective.density, LogitNormal)
-    assert (built.objective.density.mean, built.objective.density.std) == (0.5, 0.6)
+    assert type(built.objective.density).__name__.lower() == overlay.stem
     assert built.network.depth == 1
+
+
+def test_wandb_offline_holds_metrics_and_samples(config: Path) -> None:
+    command = shell(config, "--run.wandb", "offline")
+    subprocess.run(command, cwd=ROOT, env=ENV, check=True, capture_output=True)
+    (kept,) = (config.parent / "run/wandb").glob("offline-run-*")
+    assert list(kept.glob("*.wandb"))
+    assert len(list(kept.glob("files/media/images/*.png"))) == 2
+
+
+def test_a_full_disk_while_writing_the_model_leaves_no_half_model(config: Path) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    folder = config.parent / "other"
+    command = shell(config, "--run.folder", str(folder), "--run.checkpoint_every", "6")
+    done = subprocess.run(command, cwd=ROOT, env=ENV, preexec_fn=small_files, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not (folder / "model").exists()
