@@ -17,6 +17,7 @@ from pipeline import Pipeline
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 
 def parser() -> Parser:
@@ -86,8 +87,10 @@ def plot(results: list[dict], file: Path) -> None:
     axes.axhline(1, color="grey", linewidth=1, linestyle="--", label="real training digits")
     axes.set(xscale="log", yscale="log", xlabel="Euler steps", ylabel="Fréchet distance / that of real digits")
     ticks = sorted({r["steps"] for r in results})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
     figure.savefig(file, dpi=150)
     plt.close(figure)
