@@ -1,6 +1,7 @@
 """What the entry points share: a parser, faults that end in one clear line, and where the model is."""
 
 import sys
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,11 @@ def one_line_errors(*bad_input: type[Exception]) -> Iterator[None]:
         fail(error)
     except OSError as error:
         fail(error, MACHINE_FAULT)
+
+
+def plain_warnings() -> None:
+    """Lets a warning be one line that says what it is about, not where in the code it arose."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def natural(text: str, least: int = 0) -> int:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from cli import Parser, find_model, natural, one_line_errors, positive
 from data import digits
 from data.pictures import save_png, sheet
-from metrics.distance import measure
+from metrics.distance import frechet_distance, measure
 from metrics.judge import Judge
 from pipeline import Pipeline
 
@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
         judge = Judge.load(args.judge)
         pipes = {str(path): Pipeline.load(find_model(path)) for path in args.model}
         args.out.mkdir(parents=True, exist_ok=True)
-    train, held_out = digits.load("train").pixels, digits.load("held_out").pixels
+    (train, real_labels), (held_out, _) = digits.load("train"), digits.load("held_out")
+    real = torch.cat([train[real_labels == label][: args.per_digit] for label in range(10)])
+    floor = frechet_distance(judge, real, held_out) / frechet_distance(judge, train, held_out)
     labels = torch.arange(10).repeat_interleave(args.per_digit)
     prompts = [
         digits.captions(int(label), digits.HELD_OUT_TEMPLATES)[i % len(digits.HELD_OUT_TEMPLATES)]
@@ -69,22 +71,24 @@ def main(argv: list[str] | None = None) -> None:
         save_png(sheet(shown, 10, side=40), args.out / f"{Path(name).name}-{n:03d}-steps.png")
     with one_line_errors():
         (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        plot(results, args.out / "quality.png")
+        plot(results, floor, args.out / "quality.png")
     print("| model | steps | accuracy | FD / FD of real | neighbours | repeats |\n|---|---|---|---|---|---|")
     for r in results:
         print(
             f"| {r['model']} | {r['steps']} | {r['accuracy']:.1%} | {r['distance_ratio']:.2f} | "
             f"{r['neighbour_ratio']:.2f} | {r['duplicates']} |"
         )
+    print(f"FD / FD of real, for real training digits, {args.per_digit} of each: {floor:.2f}")
 
 
-def plot(results: list[dict], file: Path) -> None:
-    """Distance against steps, one line a model."""
+def plot(results: list[dict], floor: float, file: Path) -> None:
+    """Distance against steps, one line a model, with what real digits reach."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for model in dict.fromkeys(r["model"] for r in results):
         rows = [r for r in results if r["model"] == model]
         axes.plot([r["steps"] for r in rows], [r["distance_ratio"] for r in rows], "o-", label=model)
-    axes.axhline(1, color="grey", linewidth=1, linestyle="--", label="real training digits")
+    axes.axhline(1, color="grey", linewidth=1, linestyle="--", label="training digits, as they come")
+    axes.axhline(floor, color="grey", linewidth=1, linestyle=":", label="training digits, as many of each")
     axes.set(xscale="log", yscale="log", xlabel="Euler steps", ylabel="Fréchet distance / that of real digits")
     ticks = sorted({r["steps"] for r in results})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import Parser, find_model, natural, one_line_errors, positive
+from cli import Parser, find_model, natural, one_line_errors, plain_warnings, positive
 from data.pictures import save_png, sheet, to_image
 
 
@@ -46,6 +46,7 @@ def slug(prompt: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    plain_warnings()
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
         folder = find_model(args.model)
@@ -55,10 +56,11 @@ def main(argv: list[str] | None = None) -> None:
 
         from pipeline import Pipeline
 
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError:
-            raise ValueError(f"there is no device {args.device}; give cpu or cuda") from None
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):  # unknown, or without hardware, driver or build
+            raise ValueError(f"this machine has no device {device}; give another, such as cpu") from None
         pipe = Pipeline.load(folder, device)
         steps = args.steps or pipe.sampling.steps
         guidance = pipe.sampling.guidance if args.guidance is None else args.guidance

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from cli import fail, one_line_errors
+from cli import fail, one_line_errors, plain_warnings
 from data.latents import Codec
 from data.module import Digits
 from data.text import CLIPText
@@ -81,7 +81,7 @@ def parser() -> Parser:
     p.add_argument("--config", action="config", required=True, help="a YAML file; later ones and flags override it")
     p.add_class_arguments(Run, "run")
     p.add_class_arguments(CLIPText, "text")
-    p.add_subclass_arguments(Codec, "codec")
+    p.add_subclass_arguments(Codec, "codec", required=True)
     p.add_class_arguments(Digits, "data", skip={"text", "codec", "seed"}, instantiate=False)
     p.add_class_arguments(MMDiT, "network")
     p.add_class_arguments(Objective, "objective")
@@ -160,6 +160,7 @@ def quiet() -> None:
     """Leaves only what a user can act on: no tips, no device table, no warnings about loops that we mean."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
+    plain_warnings()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -62,7 +62,8 @@ def test_a_run_folder_serves_as_its_model_and_an_empty_prompt_is_allowed(model: 
         (["--model", "MODEL", "--prompt", "7", "--width", "4000"], "width must be at most 16"),
         (["--model", "MODEL", "--prompt", "7", "--guidence", "2"], "unrecognized arguments: --guidence"),
         (["--model", "MODEL", "--prompt", "7", "--shift", "0"], "shift must be > 0"),
-        (["--model", "MODEL", "--prompt", "7", "--device", "abacus"], "abacus"),
+        (["--model", "MODEL", "--prompt", "7", "--device", "abacus"], "no device abacus"),
+        (["--model", "MODEL", "--prompt", "7", "--device", "cuda:99"], "no device cuda:99"),
         (["--model", "MODEL", "--prompt", "7", "--seed", "-1"], "seed"),
     ],
 )
