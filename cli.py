@@ -5,6 +5,7 @@ import warnings
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,8 +44,16 @@ def plain_warnings() -> None:
 def natural(text: str, least: int = 0) -> int:
     """A whole number of at least 0, as a parser's `type`; ArgumentTypeError or ValueError otherwise."""
     number = int(text)
-    if number < least:
-        raise ArgumentTypeError(f"must be at least {least}, got {number}")
+    if not least <= number < 2**62:
+        raise ArgumentTypeError(f"must be at least {least} and below 2^62, got {number}")
+    return number
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN, likewise."""
+    number = float(text)
+    if not isfinite(number):
+        raise ArgumentTypeError(f"must be a finite number, got {text}")
     return number
 
 
@@ -55,7 +64,7 @@ def positive(text: str) -> int:
 
 def find_model(path: Path) -> Path:
     """The model folder at `path` or, for a run's folder, inside it. FileNotFoundError if there is none."""
-    for folder in (path, path / "model"):
+    for folder in (path, path / "model", path / "model.old"):  # the last where a kill came between two renames
         if (folder / "model_index.json").is_file():
             return folder
     raise FileNotFoundError(f"{path} is no model folder: neither it nor {path / 'model'} has a model_index.json")

@@ -8,7 +8,7 @@ import matplotlib
 import torch
 from tqdm import tqdm
 
-from cli import Parser, find_model, natural, one_line_errors, positive
+from cli import Parser, fail, find_model, finite, natural, one_line_errors, positive
 from data import digits
 from data.pictures import save_png, sheet
 from metrics.distance import frechet_distance, measure
@@ -24,7 +24,7 @@ def parser() -> Parser:
     p = Parser(description=__doc__)
     p.add_argument("--model", type=Path, action="append", required=True, help="a model or run folder; repeatable")
     p.add_argument("--steps", type=str, default="1,2,4,8,25,50", help="numbers of sampling steps, with commas")
-    p.add_argument("--guidance", type=float, help="default: each model's own")
+    p.add_argument("--guidance", type=finite, help="default: each model's own")
     p.add_argument("--per-digit", type=positive, default=100, help="samples of each digit")
     p.add_argument("--seed", type=natural, default=0, help="of the first sample")
     p.add_argument("--judge", type=Path, default=Path("assets/digits/judge"), help="folder of the judge")
@@ -55,8 +55,12 @@ def main(argv: list[str] | None = None) -> None:
         digits.captions(int(label), digits.HELD_OUT_TEMPLATES)[i % len(digits.HELD_OUT_TEMPLATES)]
         for i, label in enumerate(labels)
     ]
+    for path, pipe in pipes.items():
+        if (pipe.codec.pixel_channels, *pipe.latent_size(None, None)) != (1, 8, 8):
+            fail(f"{path} does not draw digits of 8×8 grey pixels, which is what the judge knows")
     results = []
     rounds = [(name, pipe, n) for name, pipe in pipes.items() for n in steps]
+    sheets = {name: f"{Path(name).name}-{i}" if len(pipes) > 1 else Path(name).name for i, name in enumerate(pipes)}
     for name, pipe, n in tqdm(rounds, desc="evaluating", unit="setting"):
         seeds = range(args.seed, args.seed + len(prompts))
         parts = [
@@ -68,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         quality = measure(judge, pictures, labels, train, held_out)
         results.append({"model": name, "steps": n, "guidance": scale, "samples": len(prompts)} | quality._asdict())
         shown = pictures.unflatten(0, (10, -1))[:, :10].flatten(0, 1)
-        save_png(sheet(shown, 10, side=40), args.out / f"{Path(name).name}-{n:03d}-steps.png")
+        with one_line_errors():
+            save_png(sheet(shown, 10, side=40), args.out / f"{sheets[name]}-{n:03d}-steps.png")
     with one_line_errors():
         (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         plot(results, floor, args.out / "quality.png")

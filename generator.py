@@ -43,6 +43,13 @@ class Optimization:
     clip: float = 1.0
     ema_decay: float = 0.9999
 
+    def __post_init__(self) -> None:
+        if not (self.lr >= 0 and self.warmup >= 0 and self.weight_decay >= 0 and self.clip > 0):
+            raise ValueError(
+                "optimization needs lr, warmup and weight_decay of at least 0 and clip > 0, "
+                f"got {self.lr}, {self.warmup}, {self.weight_decay} and {self.clip}"
+            )
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -55,6 +62,10 @@ class Grid:
 
     prompts: tuple[str, ...] = ()
     columns: int = 4
+
+    def __post_init__(self) -> None:
+        if self.columns < 1:
+            raise ValueError(f"grid.columns must be at least 1, got {self.columns}")
 
 
 class Generator(L.LightningModule):
@@ -94,6 +105,8 @@ class Generator(L.LightningModule):
         self.network, self.objective = network, objective
         self.optimization, self.grid, self.folder = optimization, grid, folder
         self.steps, self.batch_size, self.seed, self.log_every = steps, batch_size, seed, log_every
+        if optimization.warmup >= steps:
+            raise ValueError(f"optimization.warmup must be below run.steps {steps}, got {optimization.warmup}")
         self.pipeline = Pipeline(network, objective, codec, text, sampling)
         self.bins = TimeBins()
         self.best = math.inf
@@ -108,8 +121,10 @@ class Generator(L.LightningModule):
         self.bins.add(t, loss)
         mean = loss.mean()
         if (self.global_step + 1) % self.log_every == 0:
-            self.log_dict({"step": self.global_step + 1.0, "train/loss": mean.detach()})
-            self.log_dict({f"train/loss_bin{i}": value for i, value in enumerate(self.bins.means())})
+            self.log("step", self.global_step + 1.0)
+            self.log("train/loss", mean.detach(), sync_dist=True)
+            bins = self.bins.means(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+            self.log_dict({f"train/loss_bin{i}": value for i, value in enumerate(bins)})
         return mean
 
     def configure_gradient_clipping(
@@ -128,7 +143,7 @@ class Generator(L.LightningModule):
         groups = param_groups_weight_decay(self.network, o.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=o.lr, fused=True)
         schedule = CosineLRScheduler(
-            optimizer, t_initial=self.steps, warmup_t=o.warmup, warmup_lr_init=0, t_in_epochs=False
+            optimizer, self.steps - o.warmup, warmup_t=o.warmup, warmup_prefix=True, t_in_epochs=False
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -157,6 +172,8 @@ class Generator(L.LightningModule):
         self.log_dict(values | {"step": float(self.global_step or self.loaded_step)}, rank_zero_only=True)
         if self.trainer.state.fn != "fit":
             return
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"the validation loss is {mean} at step {self.global_step}: try a lower lr")
         self.draw_samples()
         if mean < self.best:
             self.best = mean

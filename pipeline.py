@@ -1,6 +1,8 @@
 """Pipeline: network, process, codec and text joined for inference, and the model folder that holds them on disk."""
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
 
 
 class Pipeline:
@@ -139,6 +143,18 @@ class Pipeline:
             raise ValueError("a model folder holds a rectified flow that predicts its velocity, nothing else yet")
         new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
         shutil.rmtree(new, ignore_errors=True)
+        try:
+            self._write(new)
+        except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
+            raise OSError(f"could not write {folder}: {error}") from error
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _write(self, new: Path) -> None:
         checkpoint.save(self.network, new / "transformer")
         self.codec.save(new / "vae")
         self.text.save(new)
@@ -161,11 +177,10 @@ class Pipeline:
         for file, content in ((new / SCHEDULER, scheduler), (new / INDEX, index)):
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(content, indent=2) + "\n")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        for file in new.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> "Pipeline":
@@ -180,8 +195,10 @@ class Pipeline:
             scheduler = json.loads((folder / SCHEDULER).read_text())
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} has no {SCHEDULER}") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{folder / SCHEDULER} is no JSON: {error}") from None
+        if not isinstance(scheduler, dict) or not {"shift", "steps", "guidance"} <= scheduler.keys():
+            raise ValueError(f"{folder / SCHEDULER} lacks shift, steps or guidance: this project did not write it")
         if scheduler.get("_class_name") != "FlowMatchEulerDiscreteScheduler" or scheduler.get("grid") != "linear":
             raise ValueError(f"{folder / SCHEDULER} describes a time grid that this project did not write")
         network = checkpoint.load(folder / "transformer").to(device)

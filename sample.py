@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import Parser, find_model, natural, one_line_errors, plain_warnings, positive
+from cli import Parser, find_model, finite, natural, one_line_errors, plain_warnings, positive
 from data.pictures import save_png, sheet, to_image
 
 
@@ -18,8 +18,8 @@ def parser() -> Parser:
     p.add_argument("--negative", type=str, default="", help="what guidance moves away from")
     p.add_argument("--num-images", type=positive, default=1, help="pictures per prompt")
     p.add_argument("--steps", type=positive, help="sampling steps; default: the model's")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 is none; default: the model's")
-    p.add_argument("--shift", type=float, help="shift of the time grid; default: the model's")
+    p.add_argument("--guidance", type=finite, help="classifier-free guidance scale, 1 is none; default: the model's")
+    p.add_argument("--shift", type=finite, help="shift of the time grid; default: the model's")
     p.add_argument("--height", type=positive, help="in pixels; default: the model's")
     p.add_argument("--width", type=positive, help="in pixels; default: the model's")
     p.add_argument("--seed", type=natural, default=0, help="picture i starts from seed + i")
@@ -33,7 +33,10 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
     """The prompts of the command line and of the file, whose empty lines do not count. ValueError if there are none."""
     if file and not file.is_file():
         raise FileNotFoundError(f"there is no prompt file {file}")
-    lines = file.read_text().splitlines() if file else []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is no text in UTF-8") from None
     prompts = given + [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError("there is nothing to draw: give --prompt TEXT or --prompts FILE with at least one line")
@@ -48,7 +51,7 @@ def slug(prompt: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     args = parser().parse_args(argv)
-    with one_line_errors(ValueError, FileNotFoundError):
+    with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
         folder = find_model(args.model)
         prompts = [p for p in read_prompts(args.prompt, args.prompts) for _ in range(args.num_images)]
         args.out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,9 @@ def main(argv: list[str] | None = None) -> None:
                 )
         columns = args.num_images if args.num_images > 1 else min(len(prompts), 10)
         save_png(sheet(torch.cat(pictures), columns), args.out / "sheet.png")
-        (args.out / "samples.json").write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+        (args.out / "samples.json").write_text(
+            json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     print(f"{len(entries)} pictures in {args.out}, side by side in {args.out / 'sheet.png'}")
 
 

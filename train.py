@@ -1,5 +1,6 @@
 """Trains a model from a YAML file: `python train.py fit --config configs/digits.yaml`. The same command resumes."""
 
+import hashlib
 import logging
 import warnings
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from training.ema import EMA
 from training.log import JSONLinesLogger
 from training.progress import StepProgress
 
-FREE = {"run.accelerator", "run.devices", "run.wandb", "data.workers"}  # may differ when a run goes on
+FREE = {"run.folder", "run.accelerator", "run.devices", "run.wandb", "data.workers"}  # may differ when a run goes on
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,22 @@ def parser() -> Parser:
 def claim(folder: Path, resolved: str) -> None:
     """Leaves the resolved config in a new run folder; refuses one that holds work done with another config."""
     file = folder / "config.yaml"
-    if file.exists() and (folder / "last.ckpt").exists():
-        here, there = flat(yaml.safe_load(resolved)), flat(yaml.safe_load(file.read_text()))
+    if file.exists() and any((folder / work).exists() for work in ("last.ckpt", "log.jsonl")):
+        try:
+            here, there = flat(yaml.safe_load(resolved)), flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except yaml.YAMLError:
+            raise ValueError(f"{file} is no YAML; what run is in {folder}?") from None
         different = [key for key in here | there if here.get(key) != there.get(key) and key not in FREE]
         if different:
             told = "; ".join(f"{key} is {there.get(key)} there and {here.get(key)} now" for key in different[:3])
             raise ValueError(f"{folder} holds a run with another config ({told}); choose another run.folder")
-    elif not file.exists() and folder.is_dir() and any(folder.iterdir()):
+        return
+    if not file.exists() and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run; choose another run.folder")
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(resolved)
+    new = folder / "config.yaml.new"
+    new.write_text(resolved, encoding="utf-8")
+    new.replace(file)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -130,12 +137,16 @@ def build(config: Namespace) -> tuple[L.Trainer, Generator, Digits]:
         network, config.objective, text, codec, config.optimization, config.sampling, config.grid,
         run.folder, run.steps, data.batch_size, run.seed, run.log_every,
     )  # fmt: skip
+    generator.pipeline.latent_size(data.side, data.side)  # a patch that does not fit should fail now
     ema = EMA(network, config.optimization.ema_decay)
     loggers: list[Logger] = [JSONLinesLogger(run.folder / "log.jsonl")]
     if run.wandb != "off":
         offline = run.wandb == "offline"
-        wandb = WandbLogger(project=run.folder.name, save_dir=run.folder, offline=offline, id=run.folder.name)
+        name = run.folder.resolve()
+        identity = hashlib.sha256(str(name).encode()).hexdigest()[:12]  # a resumed run goes on in the same place
+        wandb = WandbLogger(project="mmdit", name=name.name, id=identity, save_dir=run.folder, offline=offline)
         loggers.append(wandb)
+    last = LastCheckpoint(run.folder / "last.ckpt", run.checkpoint_every, run.validate_every)
     trainer = L.Trainer(
         accelerator=run.accelerator,
         devices=run.devices,
@@ -147,7 +158,7 @@ def build(config: Namespace) -> tuple[L.Trainer, Generator, Digits]:
         use_distributed_sampler=False,
         log_every_n_steps=run.log_every,
         logger=loggers,
-        callbacks=[ema, StepProgress(), LastCheckpoint(run.folder / "last.ckpt", run.checkpoint_every)],
+        callbacks=[ema, StepProgress(), last],
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
         enable_progress_bar=False,
@@ -169,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     config = p.parse_args(argv)
     command = config.pop("command")
     resolved = p.dump(config, skip_validation=True)
-    L.seed_everything(config.run.seed, verbose=False)
     with one_line_errors(ValueError, FileNotFoundError, MisconfigurationException):
+        L.seed_everything(config.run.seed, verbose=False)
         config = p.instantiate(config)
         last = config.run.folder / "last.ckpt"
         if command == "validate" and not last.is_file():
@@ -178,15 +189,17 @@ def main(argv: list[str] | None = None) -> None:
         trainer, generator, data = build(config)
         claim(config.run.folder, resolved)
         state = AtomicCheckpointIO().load_checkpoint(last) if last.is_file() else None
+    model = config.run.folder / "model"
     if command == "fit" and state and state["global_step"] >= config.run.steps:
-        print(f"{config.run.folder} is trained already; the model is {config.run.folder / 'model'}")
+        print(f"{config.run.folder} is trained already; the model is {model}")
         return
-    with one_line_errors():
+    with one_line_errors(FloatingPointError):
         if command == "validate":
             trainer.validate(generator, data, ckpt_path=last, weights_only=True)
         else:
             trainer.fit(generator, data, ckpt_path=last if state else None, weights_only=True)
-            print(f"trained {config.run.steps} steps; the model is {config.run.folder / 'model'}")
+            if trainer.is_global_zero:
+                print(f"trained {config.run.steps} steps; the model is {model}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ class Pixels(Codec):
     factor = 1
 
     def __init__(self, channels: int = 3, shift: float = 0.5, scale: float = 2.0) -> None:
-        if scale <= 0:
+        if channels not in (1, 3):
+            raise ValueError(f"the codec's channels must be 1 or 3, got {channels}")
+        if not scale > 0:
             raise ValueError(f"the codec's scale must be > 0, got {scale}")
         self.channels = self.pixel_channels = channels
         self.shift, self.scale = shift, scale
@@ -78,6 +80,9 @@ def load_codec(folder: Path) -> Codec:
         raise ValueError(f"no codec config at {folder / CONFIG}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / CONFIG} is no JSON: {error}") from None
-    if config.get("_class_name") != "Pixels":
-        raise ValueError(f"{folder / CONFIG} describes a {config.get('_class_name')}; the known codec is Pixels")
-    return Pixels(config["channels"], config["shift_factor"], config["scaling_factor"])
+    if not isinstance(config, dict) or config.get("_class_name") != "Pixels":
+        raise ValueError(f"{folder / CONFIG} describes no codec that this project knows, which is Pixels")
+    try:
+        return Pixels(config["channels"], config["shift_factor"], config["scaling_factor"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is no whole config of Pixels: {error}") from None

@@ -91,6 +91,8 @@ class Digits(L.LightningDataModule):
         workers: loader processes; 0 loads in the training process.
     """
 
+    side = 8  # of a picture, in pixels
+
     def __init__(
         self,
         text: CLIPText,
@@ -106,6 +108,8 @@ class Digits(L.LightningDataModule):
                 "data needs batch_size >= 1, workers >= 0 and caption_dropout from 0 to 1, "
                 f"got {batch_size}, {workers} and {caption_dropout}"
             )
+        if codec.pixel_channels != 1:
+            raise ValueError(f"the digits are grey: codec.channels must be 1, got {codec.pixel_channels}")
         self.text, self.codec = text, codec
         self.seed, self.batch_size, self.caption_dropout, self.workers = seed, batch_size, caption_dropout, workers
 

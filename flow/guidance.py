@@ -15,7 +15,7 @@ class ClassifierFree:
         model: the model to guide.
         null: what to move away from: the null condition or a negative prompt's. A named tuple of the condition's own
             type, whose tensors have its batch size or 1.
-        scale: 0 gives the null branch, 1 the conditional one, more goes beyond it.
+        scale: 1 + w of the paper: 0 gives the null branch, 1 the conditional one, more goes beyond it.
     """
 
     def __init__(self, model: Model, null: Any, scale: float) -> None:

@@ -113,10 +113,14 @@ class TimeBins:
         index = (t.detach() * self.count).long().clamp(max=self.count - 1)
         self.sums.index_add_(1, index, torch.stack([loss.detach(), torch.ones_like(loss)]))
 
-    def means(self) -> list[float]:
-        """Mean loss per bin since the last call, NaN for an empty bin. Starts afresh."""
+    def means(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> list[float]:
+        """Mean loss per bin since the last call, NaN for an empty bin. Starts afresh.
+
+        Args:
+            reduce: adds up the sums (2, count) of all processes.
+        """
         if self.sums is None:
             return [float("nan")] * self.count
-        total, number = self.sums
+        total, number = reduce(self.sums)
         self.sums = None
         return (total / number).tolist()

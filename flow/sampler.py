@@ -1,5 +1,6 @@
 """Samplers: pure functions of (denoiser, path, start, time grid). No network, no guidance, no text in here."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ def linear_grid(steps: int, alpha: float = 1.0) -> Tensor:
     """Times from 1 to 0, equally spaced and then shifted once (see `flow.density.shift`): (steps + 1,) float32."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if alpha <= 0:
+    if not 0 < alpha < math.inf:
         raise ValueError(f"shift must be > 0, got {alpha}")
     return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).float()
 

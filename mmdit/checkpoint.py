@@ -161,6 +161,8 @@ def load(folder: Path) -> MMDiT:
             sample_size=config["sample_size"],
             pos_embed_max_size=config["pos_embed_max_size"],
         )
+    except TypeError as error:
+        raise ValueError(f"{folder / CONFIG} has a value of the wrong type: {error}") from None
     except KeyError as error:
         raise ValueError(f"{folder / CONFIG} lacks {error}; is it an SD3 transformer?") from None
     try:
@@ -181,8 +183,10 @@ def _read_config(file: Path) -> dict:
         config = json.loads(file.read_text())
     except FileNotFoundError:
         raise ValueError(f"no transformer config at {file}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no JSON object")
     if config.get("_class_name") != "SD3Transformer2DModel":
         raise ValueError(f"{file} describes a {config.get('_class_name')}, not an SD3Transformer2DModel")
     if config.get("dual_attention_layers"):

@@ -52,8 +52,11 @@ class MMDiT(nn.Module):
         pos_embed_max_size: int = 192,
     ) -> None:
         super().__init__()
-        width = width or 64 * depth
-        heads = heads or max(width // 64, 1)
+        width = 64 * depth if width is None else width
+        heads = max(width // 64, 1) if heads is None else heads
+        sizes = (in_channels, patch_size, depth, width, heads, text_dim, pooled_dim, sample_size, pos_embed_max_size)
+        if min(sizes) < 1:
+            raise ValueError(f"all sizes of the network must be at least 1, got {min(sizes)}")
         if width % heads or width % 4:
             raise ValueError(f"width must be a multiple of heads and of 4, got width {width} and heads {heads}")
         if sample_size % patch_size or sample_size // patch_size > pos_embed_max_size:
@@ -114,7 +117,7 @@ class MMDiT(nn.Module):
             raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is no multiple of the patch {self.patch_size}")
 
         image = self.patch(patchify(z, self.patch_size)) + crop_centre(self.positions, height, width)  # b m width
-        text = self.context(condition.text)  # b n width
+        text = self.context(condition.text).to(image.dtype)  # b n width
         features = timestep_features(t, TIME_FEATURES).to(condition.pooled.dtype)
         vector = F.silu(self.time(features) + self.pooled(condition.pooled))  # b width
         mask = None

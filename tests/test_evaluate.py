@@ -22,7 +22,11 @@ def test_measures_every_model_at_every_step_count(model: Path, tmp_path: Path, c
     assert first == second  # the run's folder holds the same model
     assert results[0]["distance_ratio"] != results[1]["distance_ratio"]
     assert all(0 <= r["accuracy"] < 0.5 for r in results)  # its weights are random
-    assert {file.name for file in out.glob("*.png")} >= {"quality.png", "model-001-steps.png", "model-003-steps.png"}
+    assert {file.name for file in out.glob("*.png")} >= {
+        "quality.png",
+        "model-0-001-steps.png",
+        "model-0-003-steps.png",
+    }
     assert capsys.readouterr().out.count("\n") == 2 + 4 + 1
 
 

@@ -200,6 +200,8 @@ def test_a_picture_beyond_the_table_is_refused() -> None:
     ("sizes", "message"),
     [
         ({"heads": 5}, "multiple of heads"),
+        ({"patch_size": 0}, "at least 1"),
+        ({"depth": 0}, "at least 1"),
         ({"sample_size": 7}, "multiple of patch_size"),
         ({"sample_size": 64}, "fits"),
     ],

@@ -122,6 +122,8 @@ def spoil_weights(folder: Path) -> None:
         (lambda folder: (folder / "vae/config.json").unlink(), "no codec config"),
         (lambda folder: (folder / SCHEDULER).unlink(), "has no scheduler"),
         (lambda folder: (folder / SCHEDULER).write_text("{"), "no JSON"),
+        (lambda folder: (folder / SCHEDULER).write_text("[]"), "lacks shift"),
+        (lambda folder: (folder / "vae/config.json").write_text('{"_class_name": "Pixels"}'), "no whole config"),
         (lambda folder: (folder / "text_encoder/model.safetensors").unlink(), "is missing"),
     ],
 )

@@ -65,13 +65,18 @@ def test_a_run_folder_serves_as_its_model_and_an_empty_prompt_is_allowed(model: 
         (["--model", "MODEL", "--prompt", "7", "--device", "abacus"], "no device abacus"),
         (["--model", "MODEL", "--prompt", "7", "--device", "cuda:99"], "no device cuda:99"),
         (["--model", "MODEL", "--prompt", "7", "--seed", "-1"], "seed"),
+        (["--model", "MODEL", "--prompt", "7", "--seed", "9" * 25], "seed"),
+        (["--model", "MODEL", "--prompt", "7", "--guidance", "nan"], "finite"),
+        (["--model", "MODEL", "--prompt", "7", "--shift", "inf"], "finite"),
+        (["--model", "MODEL", "--prompts", "BINARY"], "no text in UTF-8"),
     ],
 )
 def test_bad_input_ends_in_one_line(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], message: str
 ) -> None:
     (tmp_path / "empty.txt").touch()
-    places = {"MODEL": str(model), "EMPTY": str(tmp_path / "empty.txt")}
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe7")
+    places = {"MODEL": str(model)} | {name: str(tmp_path / f"{name.lower()}.txt") for name in ("EMPTY", "BINARY")}
     out = ["--out", str(tmp_path / "out")]
     assert message in refused(capsys, *(places.get(arg, arg) for arg in argv), *out)
     assert not list(tmp_path.glob("out/*.png"))

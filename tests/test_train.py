@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import pickle
 import resource
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 import train
+from generator import Generator
 from pipeline import Pipeline
 from training.checkpoint import AtomicCheckpointIO
 
@@ -31,6 +33,7 @@ def config(tmp_path: Path) -> Path:
     content["run"] |= {"folder": str(tmp_path / "run"), "steps": 6, "validate_every": 3, "checkpoint_every": 3}
     content["run"]["log_every"] = 2
     content["text"]["folder"] = str(ROOT / "assets/digits/text")
+    content["optimization"]["warmup"] = 2
     content["network"] |= {"depth": 1, "width": 16, "heads": 1}
     content["data"]["batch_size"] = 8
     content["grid"] = {"prompts": ["a handwritten seven"], "columns": 2}
@@ -60,7 +63,7 @@ def refused(capsys: pytest.CaptureFixture, config: Path, *flags: str, command: s
 
 
 def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def state(run: Path) -> dict:
@@ -113,7 +116,7 @@ def test_a_run_leaves_config_log_samples_checkpoint_and_model(config: Path, caps
 
 
 def test_the_average_is_the_recursion_over_the_weights(config: Path) -> None:
-    flags = ["--run.checkpoint_every", "1", "--run.validate_every", "1", "--optimization.ema_decay", "0.2"]
+    flags = ["--run.checkpoint_every", "1", "--run.validate_every", "1", "--optimization.ema_decay", "0.9"]
     averages, weights = [], []
     for steps in (1, 2):
         run = config.parent / f"run{steps}"
@@ -121,7 +124,7 @@ def test_the_average_is_the_recursion_over_the_weights(config: Path) -> None:
         averages.append(state(run)["ema"]["average"]["patch.weight"])
         weights.append(state(run)["state_dict"]["network.patch.weight"])
     # Both runs start alike, and with no warm-up the cosine's first step is at the peak rate for either length.
-    decay = min(0.2, 3 / 12)
+    decay = min(0.9, 3 / 12)
     torch.testing.assert_close(averages[1], torch.lerp(weights[1], averages[0], decay))
     assert averages[1].dtype == torch.float32
 
@@ -161,6 +164,56 @@ def test_killed_and_resumed_equals_straight_to_the_bit(config: Path) -> None:
     assert_same(state(killed), state(straight))
 
 
+def test_a_fault_while_validating_loses_neither_validation_nor_model(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [config.parent / name for name in ("straight", "faulty")]
+    fit(config, "--run.folder", str(folders[0]))
+    draw = Generator.draw_samples
+
+    def fault(self: Generator) -> None:
+        if self.global_step == 6:
+            raise OSError("the disk fell off")
+        draw(self)
+
+    monkeypatch.setattr(Generator, "draw_samples", fault)
+    with pytest.raises(SystemExit) as end:
+        fit(config, "--run.folder", str(folders[1]))
+    assert end.value.code == 1
+    assert state(folders[1])["global_step"] == 3
+    monkeypatch.undo()
+    fit(config, "--run.folder", str(folders[1]))
+    assert_same(state(folders[1]), state(folders[0]))
+    assert (folders[1] / "samples/step-0000006.png").exists()
+    weights = [Pipeline.load(folder / "model").network.state_dict() for folder in folders]
+    assert_same(*weights)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine(config: Path) -> None:
+    flags = ["--run.steps", "12", "--run.log_every", "1", "--optimization.warmup", "4", "--optimization.lr", "1"]
+    fit(config, *flags)
+    found = [line["train/lr"] for line in lines(config.parent / "run") if "train/lr" in line]
+    expected = [k / 4 if k < 4 else 0.5 * (1 + math.cos(math.pi * (k - 4) / 8)) for k in range(12)]
+    assert found == pytest.approx(expected)
+
+
+def test_a_training_that_diverges_ends_in_one_line(config: Path, capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        fit(config, "--optimization.lr", "1e38", "--optimization.warmup", "0")
+    assert end.value.code == 2
+    assert "the validation loss is nan at step 3: try a lower lr" in capsys.readouterr().err
+    assert not (config.parent / "run/model").exists()
+    assert all(isinstance(line, dict) for line in lines(config.parent / "run"))  # JSON without NaN
+
+
+def test_a_run_may_be_moved(config: Path, capsys: pytest.CaptureFixture) -> None:
+    fit(config)
+    (config.parent / "run").rename(config.parent / "moved")
+    fit(config, "--run.folder", str(config.parent / "moved"))
+    assert "trained already" in capsys.readouterr().out
+
+
 def test_two_processes_train_as_one(config: Path) -> None:
     flags = ["--run.steps", "10", "--run.validate_every", "5", "--run.checkpoint_every", "10"]
     for devices in ("1", "2"):
@@ -173,6 +226,10 @@ def test_two_processes_train_as_one(config: Path) -> None:
         torch.testing.assert_close(two["ema"]["average"][name], average, atol=2e-5, rtol=1e-4)
     losses = [[line["val/loss"] for line in lines(config.parent / d) if "val/loss" in line] for d in ("1", "2")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    logs = [[line for line in lines(config.parent / d) if "train/loss" in line] for d in ("1", "2")]
+    for one_line, two_line in zip(*logs, strict=True):  # loss and bins are those of the global batch
+        for name in (name for name, value in one_line.items() if name.startswith("train/loss") and value is not None):
+            assert two_line[name] == pytest.approx(one_line[name], rel=1e-4), name
 
 
 @pytest.mark.parametrize(
@@ -193,6 +250,13 @@ def test_two_processes_train_as_one(config: Path) -> None:
         (["--optimization.ema_decay", "1"], "ema_decay"),
         (["--sampling.steps", "0"], "steps must be at least 1"),
         (["--data.batch_size", "7", "--run.devices", "2"], "multiple of the 2 devices"),
+        (["--data.batch_size", "0"], "batch_size >= 1"),
+        (["--run.seed", "-1"], "-1"),
+        (["--optimization.lr", "-1"], "optimization needs lr"),
+        (["--optimization.warmup", "6"], "warmup must be below run.steps 6"),
+        (["--network.patch_size", "3", "--network.sample_size", "9"], "height must be a multiple of 3"),
+        (["--codec.channels", "3", "--network.in_channels", "3"], "the digits are grey"),
+        (["--grid.columns", "0"], "grid.columns"),
         pytest.param(["--run.accelerator", "gpu"], "No supported gpu", marks=NO_GPU),
     ],
 )
@@ -246,20 +310,23 @@ def test_a_truncated_checkpoint_is_refused(config: Path, capsys: pytest.CaptureF
     last = config.parent / "run/last.ckpt"
     last.write_bytes(last.read_bytes()[:5000])
     assert "truncated or no checkpoint" in refused(capsys, config)
+    torch.save({"epoch": 3}, last)
+    assert "no checkpoint of a run" in refused(capsys, config)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path) -> None:
     file = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, file)
+    whole: dict[str, object] = {"global_step": 1, "state_dict": {}, "callbacks": {}}
+    AtomicCheckpointIO().save_checkpoint(whole, file)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk: writes beyond it fail
     try:
         with pytest.raises(OSError, match=r"could not write .*last.ckpt"):
-            AtomicCheckpointIO().save_checkpoint({"step": 2, "weights": torch.zeros(1_000_000)}, file)
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1_000_000)}, file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert AtomicCheckpointIO().load_checkpoint(file) == {"step": 1}
+    assert AtomicCheckpointIO().load_checkpoint(file) == whole
     assert [f.name for f in tmp_path.iterdir()] == ["last.ckpt"]
 
 

@@ -1,6 +1,7 @@
 """The local log: one JSON object a line, only ever appended to."""
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,12 @@ class JSONLinesLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends one line: the step and the metrics, all but Lightning's epoch, which means nothing here."""
-        line: dict[str, float | None] = {"step": step} | {
-            name: value for name, value in metrics.items() if name != "epoch"
-        }
-        if len(line) > 1:
+        """Appends one line: the step and the metrics, null where not finite, without Lightning's meaningless epoch."""
+        values = {name: value if isfinite(value) else None for name, value in metrics.items() if name != "epoch"}
+        if values:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as out:
-                out.write(json.dumps(line) + "\n")
+                out.write(json.dumps({"step": step} | values, allow_nan=False) + "\n")
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any) -> None:
