@@ -32,7 +32,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        while self.steps < trainer.global_step:  # no step while gradients accumulate
+        if self.steps < trainer.global_step:  # no step while gradients accumulate
             self.steps += 1
             decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
             weights = [p.detach().float() for p in self.network.parameters()]
