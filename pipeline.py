@@ -53,11 +53,21 @@ class Pipeline:
         codec: latents to pixels.
         text: prompts to conditions.
         sampling: defaults for `__call__`.
+
+    Raises:
+        ValueError: if the network's channels are not those of codec and text.
     """
 
     def __init__(
         self, network: MMDiT, objective: Objective, codec: Codec, text: CLIPText, sampling: Sampling | None = None
     ) -> None:
+        for key, given, needed in (
+            ("in_channels", network.in_channels, codec.channels),
+            ("text_dim", network.text_dim, text.tokens_dim),
+            ("pooled_dim", network.pooled_dim, text.pooled_dim),
+        ):
+            if given != needed:
+                raise ValueError(f"the network's {key} is {given}, but codec and text give {needed}")
         self.network, self.objective, self.codec, self.text = network, objective, codec, text
         self.sampling = sampling or Sampling()
 
@@ -204,12 +214,5 @@ class Pipeline:
         network = checkpoint.load(folder / "transformer").to(device)
         codec = load_codec(folder / "vae")
         text = CLIPText(folder)
-        for what, ours, theirs in (
-            ("latent channels", network.in_channels, codec.channels),
-            ("channels of a text token", network.text_dim, text.tokens_dim),
-            ("channels of the pooled text", network.pooled_dim, text.pooled_dim),
-        ):
-            if ours != theirs:
-                raise ValueError(f"{folder}: the transformer takes {ours} {what}, but is given {theirs}")
         objective = Objective(shift=scheduler["shift"])
         return cls(network, objective, codec, text, Sampling(scheduler["steps"], scheduler["guidance"]))

@@ -126,13 +126,6 @@ def build(config: Namespace) -> tuple[L.Trainer, Generator, Digits]:
     data = Digits(text, codec, run.seed, **config.data)
     if data.batch_size % run.devices:
         raise ValueError(f"data.batch_size must be a multiple of the {run.devices} devices, got {data.batch_size}")
-    for key, given, needed in (
-        ("in_channels", network.in_channels, codec.channels),
-        ("text_dim", network.text_dim, text.tokens_dim),
-        ("pooled_dim", network.pooled_dim, text.pooled_dim),
-    ):
-        if given != needed:
-            raise ValueError(f"network.{key} is {given}, but codec and text give {needed}")
     generator = Generator(
         network, config.objective, text, codec, config.optimization, config.sampling, config.grid,
         run.folder, run.steps, data.batch_size, run.seed, run.log_every,

@@ -49,13 +49,16 @@ def seconds(step: Callable[[], None], times: int) -> float:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", type=Path, default=ROOT / "configs/digits.yaml", help="whose network and batch to time")
+    p.add_argument("--width", type=int, help="another width than the config's")
+    p.add_argument("--batch", type=int, help="another batch than the config's")
     p.add_argument("--text-tokens", type=int, default=10, help="tokens of a caption")
     p.add_argument("--turns", type=int, default=30, help="turns of each network")
     p.add_argument("--compile", action="store_true", help="compile both networks")
     args = p.parse_args()
 
     config = yaml.safe_load(args.config.read_text())
-    ours, batch = MMDiT(**config["network"]), config["data"]["batch_size"]
+    ours = MMDiT(**config["network"] | ({"width": args.width} if args.width else {}))
+    batch = args.batch or config["data"]["batch_size"]
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.05)
     with tempfile.TemporaryDirectory() as folder:

@@ -84,9 +84,9 @@ class JointBlock(nn.Module):
         Returns:
             (text, image), shapes as given.
         """
-        six = self.modulation(vector)[:, None].chunk(8 if self.last else 12, dim=-1)
-        image_attention, image_mlp = Modulation(*six[:3]), Modulation(*six[3:6])
-        text_shift, text_scale = six[6:8]
+        parts = self.modulation(vector)[:, None].chunk(8 if self.last else 12, dim=-1)
+        image_attention, image_mlp = Modulation(*parts[:3]), Modulation(*parts[3:6])
+        text_shift, text_scale = parts[6:8]
 
         of_text = self.text.attend(modulate(text, text_shift, text_scale))
         of_image = self.image.attend(modulate(image, image_attention.shift, image_attention.scale))
@@ -98,7 +98,7 @@ class JointBlock(nn.Module):
 
         image = self.image.update(image, attended_image, image_attention, image_mlp)
         if not self.last:
-            text = self.text.update(text, attended_text, Modulation(*six[6:9]), Modulation(*six[9:]))
+            text = self.text.update(text, attended_text, Modulation(*parts[6:9]), Modulation(*parts[9:]))
         return text, image
 
 

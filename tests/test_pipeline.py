@@ -117,7 +117,7 @@ def spoil_weights(folder: Path) -> None:
     [
         (spoil_index, "no model folder: it has no model_index.json"),
         (spoil_grid, "time grid that this project did not write"),
-        (spoil_channels, "takes 1 latent channels, but is given 3"),
+        (spoil_channels, "in_channels is 1, but codec and text give 3"),
         (spoil_weights, "truncated or no safetensors"),
         (lambda folder: (folder / "vae/config.json").unlink(), "no codec config"),
         (lambda folder: (folder / SCHEDULER).unlink(), "has no scheduler"),

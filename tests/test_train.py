@@ -243,7 +243,7 @@ def test_two_processes_train_as_one(config: Path) -> None:
         (["--objective.density", "LogNormal"], "LogNormal"),
         (["--objective.density=Mode", "--objective.density.scale=2"], "Mode needs"),
         (["--text.folder", "nowhere"], "nowhere"),
-        (["--network.text_dim", "77"], "network.text_dim is 77, but codec and text give 64"),
+        (["--network.text_dim", "77"], "text_dim is 77, but codec and text give 64"),
         (["--network.heads", "3"], "multiple of heads"),
         (["--network.sample_size", "7"], "sample_size"),
         (["--data.caption_dropout", "1.5"], "caption_dropout"),
