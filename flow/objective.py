@@ -1,39 +1,26 @@
 """The objective: path + target + density + weight, as one loss for training and validation and one denoiser."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from flow.density import Density, LogitNormal, shift
-from flow.path import Path, RectifiedFlow, expand_as
+from flow.path import Discrete, Path, RectifiedFlow, expand_as
 from flow.target import Target, Velocity, solve
+from flow.variance import LearnedVariance
+from flow.weight import Weight
 
 Model = Callable[[Tensor, Tensor, Any], Tensor]  # (z (B, …), t (B,), condition) → y (B, …)
 
 
-class Weight(ABC):
-    """A factor on the loss at t. Independent of how t was drawn: the density has its own say by drawing."""
+class Estimate(NamedTuple):
+    """What a model's output at z says."""
 
-    @abstractmethod
-    def __call__(self, t: Tensor) -> Tensor:
-        """The weight at t, same shape."""
-
-
-class DensityWeight(Weight):
-    """w(t) = π(t): with t drawn uniformly, in expectation the same loss as drawing t from π (Esser et al. 2024, §3.1).
-
-    Args:
-        density: π.
-    """
-
-    def __init__(self, density: Density) -> None:
-        self.density = density
-
-    def __call__(self, t: Tensor) -> Tensor:
-        return self.density.pdf(t)
+    x0: Tensor  # the picture, (B, …)
+    noise: Tensor  # ε, (B, …)
+    variance: Tensor | None = None  # the output that says where between β̃ and β the step's variance lies, (B, …)
 
 
 @final
@@ -46,6 +33,7 @@ class Objective:
         density: where in t training looks.
         weight: an extra factor on the loss at t; none means 1.
         shift: α of the resolution shift, applied to the drawn t here and to the sampler's time grid, once each.
+        variance: also learns the reverse step's variance, on a discrete path: the network then has twice the channels.
     """
 
     def __init__(
@@ -55,6 +43,7 @@ class Objective:
         density: Density | None = None,
         weight: Weight | None = None,
         shift: float = 1.0,
+        variance: LearnedVariance | None = None,
     ) -> None:
         if shift <= 0:
             raise ValueError(f"shift must be > 0, got {shift}")
@@ -63,13 +52,17 @@ class Objective:
         self.density = density or LogitNormal()
         self.weight = weight
         self.shift = shift
+        self.variance = variance
+        if variance and not isinstance(self.path, Discrete):
+            raise ValueError(f"a learned variance needs a discrete path, got {type(self.path).__name__}")
+        self.target.row(self.path, torch.tensor([0.5]))  # a target that the path does not have should fail now
 
     def time(self, u: Tensor) -> Tensor:
         """Training times for uniform u: (B,) float32."""
-        return shift(self.density(u), self.shift).float()
+        return self.path.cell(shift(self.density(u), self.shift)).float()
 
     def loss(self, model: Model, x0: Tensor, noise: Tensor, t: Tensor, condition: Any) -> Tensor:
-        """w(t)·mean((model(z_t, t) − y)²) for each image.
+        """w(t)·mean((model(z_t, t) − y)²) for each image, plus the learned variance's own loss.
 
         Everything around the network is float32, under any autocast: bfloat16 would round t by up to 4/1000.
 
@@ -86,13 +79,26 @@ class Objective:
             raise TypeError(f"t must be float32, got {t.dtype}")
         x0, noise = x0.float(), noise.float()
         a, b, p, q = (expand_as(c, x0) for c in (*self.path(t), *self.target.row(self.path, t)))
-        error = model(a * x0 + b * noise, t, condition).float() - (p * x0 + q * noise)
-        loss = error.square().flatten(1).mean(1)
-        return loss if self.weight is None else self.weight(t) * loss
+        z = a * x0 + b * noise
+        y, v = self._split(model(z, t, condition).float())
+        loss = (y - (p * x0 + q * noise)).square().flatten(1).mean(1)
+        if self.weight is not None:
+            loss = self.weight(self.path, self.target, t) * loss
+        if self.variance is not None and v is not None and isinstance(self.path, Discrete):
+            estimate, _ = solve(self.path, self.target, z, y, t)
+            loss = loss + self.variance.loss(self.path, self.path.steps, x0, estimate, v, t)
+        return loss
 
-    def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any) -> tuple[Tensor, Tensor]:
-        """The model's estimate (x0, ε) at z (B, …), t (B,)."""
-        return solve(self.path, self.target, z, model(z, t, condition).float(), t)
+    def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any) -> Estimate:
+        """The model's estimate at z (B, …), t (B,); the model is given t in float32, the solve the t that comes."""
+        y, v = self._split(model(z, t.float(), condition).float())
+        return Estimate(*solve(self.path, self.target, z, y, t), v)
+
+    def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.variance is None:
+            return output, None
+        y, v = output.chunk(2, dim=1)
+        return y, v
 
 
 class TimeBins:

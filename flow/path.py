@@ -2,8 +2,12 @@
 
 Every process here is z_t = a(t)·x0 + b(t)·ε with ε ~ N(0, I), t = 0 at the data and t = 1 at the noise
 (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 2).
+
+In the coordinates w = z / (a + b) and τ = b / (a + b) each of them is the same straight line w = (1 − τ)·x0 + τ·ε, so
+what holds of one path's deterministic sampler holds of all (see `flow.sampler`).
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -11,12 +15,12 @@ from torch import Tensor
 
 
 def expand_as(coefficient: Tensor, z: Tensor) -> Tensor:
-    """A per-sample coefficient (B,) as (B, 1, …, 1), so that it multiplies z (B, …)."""
-    return coefficient.reshape(coefficient.shape + (1,) * (z.ndim - coefficient.ndim))
+    """A per-sample coefficient (B,) as (B, 1, …, 1) of z's type, so that it multiplies z (B, …)."""
+    return coefficient.reshape(coefficient.shape + (1,) * (z.ndim - coefficient.ndim)).to(z.dtype)
 
 
 class Path(ABC):
-    """The pair of functions a and b. Takes t of any shape in [0, 1]; gives coefficients of that shape."""
+    """The pair of functions a and b. Takes t of any shape in [0, 1]; gives coefficients of that shape and type."""
 
     @abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +28,19 @@ class Path(ABC):
 
     @abstractmethod
     def rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(da/dt, db/dt) at t."""
+        """(da/dt, db/dt) at t. ValueError on a discrete path, which has none."""
+
+    @abstractmethod
+    def time(self, tau: Tensor) -> Tensor:
+        """The t at which b / (a + b) = τ. ValueError on a discrete path, which has only some τ."""
+
+    def snap(self, t: Tensor) -> Tensor:
+        """The nearest time that the path has: t itself unless the path is discrete."""
+        return t
+
+    def cell(self, t: Tensor) -> Tensor:
+        """The time that stands for t in training: t itself unless the path is discrete."""
+        return t
 
 
 class RectifiedFlow(Path):
@@ -35,3 +51,134 @@ class RectifiedFlow(Path):
 
     def rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return -torch.ones_like(t), torch.ones_like(t)
+
+    def time(self, tau: Tensor) -> Tensor:
+        return tau
+
+
+class Cosine(Path):
+    """The quarter circle z_t = cos(πt/2)·x0 + sin(πt/2)·ε (Esser et al. 2024, §3.1, after Nichol & Dhariwal 2021)."""
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)  # a is exactly 0 at t = 1
+
+    def rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self(t)
+        return -math.pi / 2 * b, math.pi / 2 * a
+
+    def time(self, tau: Tensor) -> Tensor:
+        return 2 / math.pi * torch.atan2(tau, 1 - tau)
+
+
+class EDM(Path):
+    """z_t = (x0 + σ·ε) / √(σ² + σ_d²) with ln σ = P_m + P_s·Φ⁻¹(t) (Karras et al. 2022, table 1 and eq. 7).
+
+    The division is their c_in, so z has unit variance and is what the network sees. A uniform t draws their
+    log-normal σ. At t = 0, z = x0 / σ_d; at t = 1, σ is infinite and z = ε.
+
+    Args:
+        mean: P_m.
+        std: P_s, > 0.
+        sigma_data: σ_d, the standard deviation of the data.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2, sigma_data: float = 0.5) -> None:
+        if std <= 0 or sigma_data <= 0:
+            raise ValueError(f"EDM needs std > 0 and sigma_data > 0, got {std} and {sigma_data}")
+        self.mean, self.std, self.sigma_data = mean, std, sigma_data
+
+    def _log_ratio(self, t: Tensor) -> Tensor:
+        """ln(σ / σ_d)."""
+        return self.mean - math.log(self.sigma_data) + self.std * torch.special.ndtri(t)
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        r = 2 * self._log_ratio(t)
+        return torch.sigmoid(-r).sqrt() / self.sigma_data, torch.sigmoid(r).sqrt()
+
+    def rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Infinite or NaN at the very ends, where σ runs off."""
+        a, b = self(t)
+        quantile = torch.special.ndtri(t)
+        speed = self.std * math.sqrt(2 * math.pi) * torch.exp(quantile**2 / 2)  # d ln σ / dt
+        return -a * b**2 * speed, b * (self.sigma_data * a) ** 2 * speed
+
+    def time(self, tau: Tensor) -> Tensor:
+        return torch.erfc((self.mean - torch.logit(tau)) / (self.std * math.sqrt(2))) / 2  # ndtr is 0 below −8.3
+
+
+class Discrete(Path):
+    """A chain of T noising steps: a = √ᾱ_n and b = √(1 − ᾱ_n) at t = n/T, n = 0 … T (Ho et al. 2020, eq. 4).
+
+    n counts as theirs: n = 1 is after the first step, which code that counts from zero calls timestep 0.
+
+    Args:
+        alphas_cumprod: ᾱ_1 … ᾱ_T, (T,) float64, falling.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        self.alphas_cumprod = alphas_cumprod
+        self.steps = len(alphas_cumprod)
+        bar = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double()])
+        self.tables = {torch.device("cpu"): torch.stack([bar.sqrt(), (1 - bar).sqrt()])}
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if t.device not in self.tables:
+            self.tables[t.device] = self.tables[torch.device("cpu")].to(t.device)
+        a, b = self.tables[t.device][:, (t * self.steps).round().long()].to(t.dtype)
+        return a, b
+
+    def rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError(f"{type(self).__name__} is discrete and has no rate: use Epsilon, X0 or V as target")
+
+    def time(self, tau: Tensor) -> Tensor:
+        raise ValueError(f"{type(self).__name__} is discrete and has no times in between")
+
+    def snap(self, t: Tensor) -> Tensor:
+        return (t * self.steps).round() / self.steps
+
+    def cell(self, t: Tensor) -> Tensor:
+        """The n/T with (n − 1)/T < t ≤ n/T, so that a uniform t gives each of 1 … T alike."""
+        return (t * self.steps).ceil().clamp(1, self.steps) / self.steps
+
+
+def _cumulated(betas: Tensor) -> Tensor:
+    return torch.cumprod(1 - betas, 0)
+
+
+class DDPMLinear(Discrete):
+    """β linear from 1e-4 to 0.02 over 1000 steps (Ho et al. 2020, §4)."""
+
+    def __init__(self) -> None:
+        super().__init__(_cumulated(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)))
+
+
+class LDMLinear(Discrete):
+    """√β linear, β from 0.00085 to 0.012 over 1000 steps (Rombach et al. 2022, in their code)."""
+
+    def __init__(self) -> None:
+        super().__init__(_cumulated(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2))
+
+
+class ImprovedCosine(Discrete):
+    """ᾱ(t) = cos²((t + s)/(1 + s)·π/2), s = 0.008, β at most 0.999, 1000 steps (Nichol & Dhariwal 2021, eq. 17)."""
+
+    def __init__(self) -> None:
+        n = torch.arange(1001, dtype=torch.float64) / 1000
+        bar = torch.cos((n + 0.008) / 1.008 * math.pi / 2) ** 2
+        super().__init__(_cumulated((1 - bar[1:] / bar[:-1]).clamp(max=0.999)))
+
+
+class ZeroTerminalSNR(Discrete):
+    """Another chain, rescaled so that its last step is pure noise: √ᾱ ← (√ᾱ − √ᾱ_T)·√ᾱ_1 / (√ᾱ_1 − √ᾱ_T).
+
+    Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1. At a = 0 the noise
+    tells nothing about the picture, so Epsilon cannot be the target.
+
+    Args:
+        path: the chain to rescale.
+    """
+
+    def __init__(self, path: Discrete) -> None:
+        self.path = path
+        root = path.alphas_cumprod.sqrt()
+        super().__init__(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)

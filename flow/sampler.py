@@ -1,36 +1,34 @@
-"""Samplers: pure functions of (denoiser, path, start, time grid). No network, no guidance, no text in here."""
+"""Samplers: pure functions of (denoiser, path, start, time grid). No network, no guidance, no text in here.
+
+Every path is a straight line in w = z/(a + b) against τ = b/(a + b), with velocity dw/dτ = ε − x0. The general solvers
+walk there: on rectified flow that is z and t themselves, and it is finite at both ends of every path, where σ is not.
+A stochastic sampler takes its random numbers from `noise`, which gives a fresh standard normal of z's shape.
+"""
 
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from flow.density import shift
-from flow.path import Path
+from flow.objective import Estimate
+from flow.path import Discrete, Path
+from flow.variance import interpolated, posterior
 
-Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (z (B, …), t (B,)) → (x0, ε), both (B, …)
-Callback = Callable[[int, Tensor, Tensor], object]  # (steps done, z, x0)
-
-
-def linear_grid(steps: int, alpha: float = 1.0) -> Tensor:
-    """Times from 1 to 0, equally spaced and then shifted once (see `flow.density.shift`): (steps + 1,) float32."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"shift must be > 0, got {alpha}")
-    return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).float()
+Denoiser = Callable[[Tensor, Tensor], Estimate]  # (z (B, …), t (B,)) → estimate
+Callback = Callable[[int, Tensor, Tensor], object]  # (steps done, z, x̂0)
+Noise = Callable[[], Tensor]  # → (B, …) standard normal
 
 
 def euler(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
-    """One evaluation a step: z_s = a(s)·x̂0 + b(s)·ε̂.
+    """One evaluation a step: z_s = a(s)·x̂0 + b(s)·ε̂. First order.
 
     On the straight path this is Euler's method z + (s − t)·v; on a variance-preserving one it is DDIM with η = 0
     (Song et al. 2020, eq. 12).
 
     Args:
-        denoise: estimates (x0, ε).
+        denoise: estimates picture and noise.
         path: the path that z lives on.
         z: start at grid[0], (B, …) float32.
         grid: times in walking order, (steps + 1,). The denoiser is given exactly these.
@@ -40,9 +38,228 @@ def euler(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Call
         z at grid[-1], (B, …).
     """
     for i, (t, s) in enumerate(pairwise(grid), start=1):
-        x0, noise = denoise(z, t.expand(len(z)))
+        x0, noise, _ = denoise(z, t.expand(len(z)))
         a, b = path(s)
         z = a * x0 + b * noise
         if callback:
             callback(i, z, x0)
     return z
+
+
+def heun(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
+    """Heun's method in (w, τ): two evaluations a step, one in the last if it ends at the data. Second order.
+
+    Arguments and result as `euler`'s.
+    """
+    for i, (t, s) in enumerate(pairwise(grid), start=1):
+        (a, b), (a_s, b_s) = path(t), path(s)
+        x0, noise, _ = denoise(z, t.expand(len(z)))
+        step = b_s / (a_s + b_s) - b / (a + b)
+        w, v = z / (a + b), noise - x0
+        z = (a_s + b_s) * (w + step * v)
+        if b_s > 0:
+            x0, noise, _ = denoise(z, s.expand(len(z)))
+            z = (a_s + b_s) * (w + step * (v + noise - x0) / 2)
+        if callback:
+            callback(i, z, x0)
+    return z
+
+
+def midpoint(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
+    """The midpoint method in (w, τ): two evaluations a step, on a continuous path. Second order.
+
+    Arguments and result as `euler`'s.
+    """
+    for i, (t, s) in enumerate(pairwise(grid), start=1):
+        (a, b), (a_s, b_s) = path(t), path(s)
+        step = b_s / (a_s + b_s) - b / (a + b)
+        middle = path.time(b / (a + b) + step / 2)
+        a_m, b_m = path(middle)
+        x0, noise, _ = denoise(z, t.expand(len(z)))
+        w = z / (a + b)
+        x0, noise, _ = denoise((a_m + b_m) * (w + step / 2 * (noise - x0)), middle.expand(len(z)))
+        z = (a_s + b_s) * (w + step * (noise - x0))
+        if callback:
+            callback(i, z, x0)
+    return z
+
+
+def dpmpp_2m(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
+    """DPM-Solver++(2M): one evaluation a step, the last estimate remembered (Lu et al. 2022b, algorithm 2). 2nd order.
+
+    With h the step in ln(a/b), the picture is extrapolated to x0 + h/(2·h_last)·(x0 − x0_last), then DDIM's step is
+    taken. First order where h is infinite: from pure noise, and to the data.
+
+    Arguments and result as `euler`'s.
+    """
+    last: tuple[Tensor, Tensor] | None = None  # x̂0 and h of the step before
+    for i, (t, s) in enumerate(pairwise(grid), start=1):
+        (a, b), (a_s, b_s) = path(t), path(s)
+        x0, _, _ = denoise(z, t.expand(len(z)))
+        h = (a_s / b_s).log() - (a / b).log()
+        ahead = x0 if last is None or b_s == 0 else x0 + h / (2 * last[1]) * (x0 - last[0])
+        z = b_s / b * z + (a_s - b_s / b * a) * ahead
+        last = x0, h
+        if callback:
+            callback(i, z, x0)
+    return z
+
+
+def ddim(
+    denoise: Denoiser,
+    path: Path,
+    z: Tensor,
+    grid: Tensor,
+    noise: Noise,
+    callback: Callback | None = None,
+    *,
+    eta: float = 0.0,
+) -> Tensor:
+    """DDIM: z_s = a_s·x̂0 + √(b_s² − σ²)·ε̂ + σ·n with σ² = η²·β̃ of the step (Song et al. 2020, eqs. 12 and 16).
+
+    Other arguments and result as `euler`'s, which is η = 0.
+
+    Args:
+        eta: η; 1 has the variance of DDPM's posterior.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"ddim needs 0 <= eta <= 1, got {eta}")
+    for i, (t, s) in enumerate(pairwise(grid), start=1):
+        x0, e, _ = denoise(z, t.expand(len(z)))
+        a, b = path(s)
+        variance = eta**2 * posterior(path, t, s).small
+        z = a * x0 + (b**2 - variance).clamp(min=0).sqrt() * e
+        if eta:
+            z = z + variance.sqrt() * noise()
+        if callback:
+            callback(i, z, x0)
+    return z
+
+
+def ddpm(
+    denoise: Denoiser,
+    path: Path,
+    z: Tensor,
+    grid: Tensor,
+    noise: Noise,
+    callback: Callback | None = None,
+    *,
+    variance: Literal["small", "large", "learned"] = "small",
+) -> Tensor:
+    """Ancestral sampling of a chain: the posterior's mean, then noise (Ho et al. 2020, algorithm 2).
+
+    Over fewer than T steps the chain is that of the grid's times (Nichol & Dhariwal 2021, §4). The step to the data
+    adds no noise. With `large` this is the σ̂ of DDIM (Song et al. 2020, appendix D.3).
+
+    Other arguments and result as `euler`'s.
+
+    Args:
+        variance: β̃ (small), β (large), or what the network says between the two (learned).
+    """
+    if not isinstance(path, Discrete):
+        raise ValueError(f"ddpm reverses a discrete chain, and {type(path).__name__} is continuous: use ddim:eta=1")
+    for i, (t, s) in enumerate(pairwise(grid), start=1):
+        x0, e, v = denoise(z, t.expand(len(z)))
+        exact = posterior(path, t, s)
+        a, b = path(s)
+        z = a * x0 + (b**2 - exact.small).clamp(min=0).sqrt() * e
+        if s > 0:
+            if variance == "learned":
+                if v is None:
+                    raise ValueError("ddpm:variance=learned needs a model that learned its variance")
+                z = z + (interpolated(exact, v) / 2).exp() * noise()
+            else:
+                z = z + (exact.small if variance == "small" else exact.large).sqrt() * noise()
+        if callback:
+            callback(i, z, x0)
+    return z
+
+
+def edm(
+    denoise: Denoiser,
+    path: Path,
+    z: Tensor,
+    grid: Tensor,
+    noise: Noise,
+    callback: Callback | None = None,
+    *,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = math.inf,
+    churn_noise: float = 1.0,
+) -> Tensor:
+    """EDM's sampler: Heun in σ = b/a, each step after a little more noise (Karras et al. 2022, algorithm 2).
+
+    On a continuous path, from a grid whose first σ is finite. Other arguments and result as `euler`'s.
+
+    Args:
+        churn: S_churn, of which each step takes 1/steps, up to √2 − 1; 0 is the deterministic algorithm 1.
+        churn_min: S_tmin, the smallest σ that gets new noise.
+        churn_max: S_tmax, the largest.
+        churn_noise: S_noise, the standard deviation of the new noise.
+    """
+    if churn < 0 or churn_noise < 0:
+        raise ValueError(f"edm needs churn >= 0 and churn_noise >= 0, got {churn} and {churn_noise}")
+    a, b = path(grid[0])
+    if a == 0:
+        raise ValueError("edm starts from a finite sigma, and this grid from pure noise: use karras spacing")
+    x = z / a
+    for i, (t, s) in enumerate(pairwise(grid), start=1):
+        (a, b), (a_s, b_s) = path(t), path(s)
+        sigma, sigma_s = b / a, b_s / a_s
+        gamma = min(churn / (len(grid) - 1), math.sqrt(2) - 1) if churn_min <= sigma <= churn_max else 0.0
+        if gamma > 0:
+            more = sigma * (1 + gamma)
+            x = x + (more**2 - sigma**2).sqrt() * churn_noise * noise()
+            sigma, t = more, path.time(more / (1 + more))
+            a, b = path(t)
+        x0, e, _ = denoise(a * x, t.expand(len(x)))
+        ahead = x + (sigma_s - sigma) * e
+        if sigma_s > 0:
+            x0, e_s, _ = denoise(a_s * ahead, s.expand(len(x)))
+            ahead = x + (sigma_s - sigma) * (e + e_s) / 2
+        x = ahead
+        if callback:
+            callback(i, a_s * x, x0)
+    return path(grid[-1])[0] * x
+
+
+def langevin(
+    denoise: Denoiser,
+    path: Path,
+    z: Tensor,
+    grid: Tensor,
+    noise: Noise,
+    callback: Callback | None = None,
+    *,
+    repeats: int = 5,
+    step: float = 0.2,
+) -> Tensor:
+    """Annealed Langevin dynamics: at each level x ← x + α/2·score + √α·n (Song & Ermon 2019, algorithm 1).
+
+    In x = z/a with σ = b/a, where the score is −ε̂/σ; α = step·σ², a constant share of the level's variance. The last
+    level's estimate of the picture, not its noisy x, is the result (Jolicoeur-Martineau et al. 2020, §3.1).
+
+    From a grid whose first σ is finite. Other arguments and result as `euler`'s.
+
+    Args:
+        repeats: steps at each level, and network evaluations.
+        step: α/σ².
+    """
+    if repeats < 1 or not 0 < step < 2:
+        raise ValueError(f"langevin needs repeats >= 1 and 0 < step < 2, got {repeats} and {step}")
+    a, b = path(grid[0])
+    if a == 0:
+        raise ValueError("langevin starts from a finite sigma, and this grid from pure noise: use karras spacing")
+    x = z / a
+    for i, (t, s) in enumerate(pairwise(grid), start=1):
+        a, b = path(t)
+        a_s, b_s = path(s)
+        sigma = b / a
+        for _ in range(repeats):
+            x0, e, _ = denoise(a * x, t.expand(len(x)))
+            x = x - step / 2 * sigma * e + math.sqrt(step) * sigma * noise()
+        if callback:
+            callback(i, a_s * x, x0)
+    x0, e, _ = denoise(a * x, t.expand(len(x)))
+    return a_s * x0 + b_s * e

@@ -49,6 +49,32 @@ class Velocity(Target):
         return path.rate(t)
 
 
+class Preconditioned(Target):
+    """EDM's F: what is left to predict after c_skip and c_out (Karras et al. 2022, eq. 7), on any path.
+
+    With σ = b/a, y = (σ/σ_d·x0 − σ_d·ε) / √(σ² + σ_d²). Never singular.
+
+    Args:
+        sigma_data: σ_d, the standard deviation of the data.
+    """
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        if sigma_data <= 0:
+            raise ValueError(f"Preconditioned needs sigma_data > 0, got {sigma_data}")
+        self.sigma_data = sigma_data
+
+    def row(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = path(t)
+        spread = (b**2 + (self.sigma_data * a) ** 2).sqrt()
+        return b / (self.sigma_data * spread), -self.sigma_data * a / spread
+
+
+def determinant(path: Path, target: Target, t: Tensor) -> Tensor:
+    """a·q − b·p, of t's shape: zero where z and y do not determine picture and noise."""
+    (a, b), (p, q) = path(t), target.row(path, t)
+    return a * q - b * p
+
+
 def solve(path: Path, target: Target, z: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Picture and noise from a point and the network's output there.
 

@@ -1,0 +1,77 @@
+"""Time grids: the times at which a sampler stops, from noise to data, the last of them 0. Float64, (steps + 1,)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from flow.density import shift
+from flow.path import Discrete, Path
+
+
+def trailing(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
+    """Equal steps from t = 1, shifted once (`flow.density.shift`): for a chain n = T, T − T/steps, … rounded.
+
+    Lin et al. 2024, table 2, "trailing"; the only one of the three that starts from pure noise.
+    """
+    _count(path, steps)
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"shift must be > 0, got {alpha}")
+    grid = path.snap(shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha))
+    if not bool((grid.diff() < 0).all()):
+        raise ValueError(f"{steps} steps with shift {alpha} fall together on {type(path).__name__}: take fewer")
+    return grid
+
+
+def leading(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
+    """n = i·⌊T/steps⌋ + 1 for i = steps − 1 … 0: DDIM's, which never looks at the noisiest times of a chain.
+
+    Song et al. 2020, appendix D.2, "linear"; Lin et al. 2024, table 2, "leading".
+    """
+    T = _chain(path, steps, alpha, "leading")
+    return torch.cat([torch.arange(steps - 1, -1, -1) * (T // steps) + 1, torch.zeros(1)]).double() / T
+
+
+def linspace(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
+    """From n = T to n = 1 in equal parts, rounded, then 0: improved DDPM's (Nichol & Dhariwal 2021, §4)."""
+    T = _chain(path, steps, alpha, "linspace")
+    return torch.cat([torch.linspace(T - 1, 0, steps, dtype=torch.float64).round() + 1, torch.zeros(1)]).double() / T
+
+
+def karras(
+    path: Path, steps: int, alpha: float = 1.0, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Tensor:
+    """σ_i = (σ_max^(1/ρ) + i/(n−1)·(σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ, then 0 (Karras et al. 2022, eq. 5).
+
+    On any continuous path, with σ = b/a. It starts at σ_max, not at pure noise.
+    """
+    _count(path, steps)
+    if isinstance(path, Discrete):
+        raise ValueError(f"karras spacing needs a continuous path, and {type(path).__name__} is discrete")
+    if alpha != 1:
+        raise ValueError(f"karras spacing has no shift, got {alpha}")
+    if not 0 < sigma_min < sigma_max < math.inf or rho <= 0:
+        given = f"{sigma_min}, {sigma_max} and {rho}"
+        raise ValueError(f"karras spacing needs 0 < sigma_min < sigma_max and rho > 0, got {given}")
+    ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64) ** (1 / rho)
+    sigma = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, steps, dtype=torch.float64)) ** rho
+    grid = torch.cat([path.time(sigma / (1 + sigma)), torch.zeros(1, dtype=torch.float64)])
+    if not bool((grid.diff() < 0).all()):
+        raise ValueError(f"{steps} steps of karras spacing fall together on {type(path).__name__}: take other options")
+    return grid
+
+
+def _count(path: Path, steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if isinstance(path, Discrete) and steps > path.steps:
+        raise ValueError(f"steps must be at most the {path.steps} of {type(path).__name__}, got {steps}")
+
+
+def _chain(path: Path, steps: int, alpha: float, name: str) -> int:
+    _count(path, steps)
+    if not isinstance(path, Discrete):
+        raise ValueError(f"{name} spacing needs a discrete path, and {type(path).__name__} is continuous: use trailing")
+    if alpha != 1:
+        raise ValueError(f"{name} spacing has no shift, got {alpha}")
+    return path.steps

@@ -1,0 +1,47 @@
+"""The ODE solved to a tolerance, to measure the other samplers against."""
+
+from torch import Tensor
+from torchdiffeq import odeint
+
+from flow.path import Path
+from flow.sampler import Callback, Denoiser
+
+
+def reference(
+    denoise: Denoiser,
+    path: Path,
+    z: Tensor,
+    grid: Tensor,
+    callback: Callback | None = None,
+    *,
+    tolerance: float = 1e-5,
+) -> Tensor:
+    """Dormand–Prince of order 5 with adaptive steps in (w, τ), on a continuous path (see `flow.sampler`).
+
+    Arguments and result as `flow.sampler.euler`'s; of the grid only the ends matter to the result.
+
+    Args:
+        tolerance: relative and absolute, of each adaptive step.
+    """
+    a, b = path(grid)
+    tau = b / (a + b)
+
+    def velocity(tau: Tensor, w: Tensor) -> Tensor:
+        t = path.time(tau)
+        a, b = path(t)
+        x0, noise, _ = denoise(((a + b) * w).to(z.dtype), t.expand(len(w)))
+        return (noise - x0).double()
+
+    w = odeint(
+        velocity,
+        z.double() / (a[0] + b[0]),  # in float32 τ would come as float32 too, which is coarse at the noise
+        tau,
+        rtol=tolerance,
+        atol=tolerance,
+        method="dopri5",
+        options={"step_t": tau[-1:]},  # or the last step would go on to τ < 0, where there is no path
+    ).to(z.dtype)
+    if callback:
+        for i in range(1, len(grid)):
+            callback(i, (a[i] + b[i]) * w[i], w[-1])
+    return (a[-1] + b[-1]) * w[-1]
