@@ -71,7 +71,7 @@ def layout(network: MMDiT) -> dict[str, list[Piece]]:
                 linear(f"{we}.{stream}.mlp.fc1", (f"{they}.{mlp}.net.0.proj", 4 * width))
                 linear(f"{we}.{stream}.mlp.fc2", (f"{they}.{mlp}.net.2", width), inputs=4 * width)
     linear("final.modulation", ("norm_out.linear", 2 * width), swapped=0)
-    linear("final.linear", ("proj_out", patch**2 * network.in_channels))
+    linear("final.linear", ("proj_out", patch**2 * network.out_channels))
     return table
 
 
@@ -124,7 +124,7 @@ def save(network: MMDiT, folder: Path) -> None:
         "sample_size": network.sample_size,
         "patch_size": network.patch_size,
         "in_channels": network.in_channels,
-        "out_channels": network.in_channels,
+        "out_channels": network.out_channels,
         "num_layers": network.depth,
         "num_attention_heads": network.heads,
         "attention_head_dim": network.width // network.heads,
@@ -160,6 +160,7 @@ def load(folder: Path) -> MMDiT:
             qk_norm=config.get("qk_norm") == "rms_norm",
             sample_size=config["sample_size"],
             pos_embed_max_size=config["pos_embed_max_size"],
+            out_channels=config.get("out_channels"),
         )
     except TypeError as error:
         raise ValueError(f"{folder / CONFIG} has a value of the wrong type: {error}") from None

@@ -1,6 +1,6 @@
 """MMDiT: the multimodal diffusion transformer of Stable Diffusion 3 (Esser et al. 2024, §4 and figure 2)."""
 
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ class Condition(NamedTuple):
     mask: Tensor | None = None  # (B, N) bool, true for real tokens; none: padding is attended, as in released models
 
 
-@final
 class MMDiT(nn.Module):
     """The network: model(z, t, condition) → y, of z's shape.
 
@@ -34,6 +33,11 @@ class MMDiT(nn.Module):
         qk_norm: RMS-normalise queries and keys.
         sample_size: side of the latent at the base resolution; positions are spaced as if it filled the table.
         pos_embed_max_size: side of the positional table in patches, the largest picture that fits.
+        out_channels: channels of y; none means in_channels. A learned variance takes twice as many.
+
+    Attributes:
+        unit: height and width of a latent are multiples of it.
+        largest: height or width of the largest latent.
     """
 
     positions: Tensor
@@ -50,11 +54,16 @@ class MMDiT(nn.Module):
         qk_norm: bool = True,
         sample_size: int = 128,
         pos_embed_max_size: int = 192,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         width = 64 * depth if width is None else width
         heads = max(width // 64, 1) if heads is None else heads
-        sizes = (in_channels, patch_size, depth, width, heads, text_dim, pooled_dim, sample_size, pos_embed_max_size)
+        out_channels = in_channels if out_channels is None else out_channels
+        sizes = (
+            in_channels, patch_size, depth, width, heads, text_dim, pooled_dim, sample_size, pos_embed_max_size,
+            out_channels,
+        )  # fmt: skip
         if min(sizes) < 1:
             raise ValueError(f"all sizes of the network must be at least 1, got {min(sizes)}")
         if width % heads or width % 4:
@@ -68,14 +77,15 @@ class MMDiT(nn.Module):
             in_channels, patch_size, depth, width, heads,
         )  # fmt: skip
         self.text_dim, self.pooled_dim, self.qk_norm = text_dim, pooled_dim, qk_norm
-        self.sample_size, self.pos_embed_max_size = sample_size, pos_embed_max_size
+        self.sample_size, self.pos_embed_max_size, self.out_channels = sample_size, pos_embed_max_size, out_channels
+        self.unit, self.largest = patch_size, pos_embed_max_size * patch_size
 
         self.patch = nn.Linear(in_channels * patch_size**2, width)
         self.context = nn.Linear(text_dim, width)
         self.time = VectorEmbedding(TIME_FEATURES, width)
         self.pooled = VectorEmbedding(pooled_dim, width)
         self.blocks = nn.ModuleList(JointBlock(width, heads, qk_norm, last=i == depth - 1) for i in range(depth))
-        self.final = FinalLayer(width, patch_size**2 * in_channels)
+        self.final = FinalLayer(width, patch_size**2 * out_channels)
         spacing = sample_size / patch_size / pos_embed_max_size
         self.register_buffer("positions", sincos_2d(pos_embed_max_size, width, spacing))
         self.init_weights()
@@ -106,7 +116,7 @@ class MMDiT(nn.Module):
             condition: text of the same batch size.
 
         Returns:
-            (B, C, H, W).
+            (B, out_channels, H, W).
 
         Raises:
             ValueError: if H or W is no multiple of the patch, or more patches than the positional table holds.

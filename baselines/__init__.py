@@ -1,0 +1,1 @@
+"""What the transformer is measured against: the classical network behind the same contract."""

@@ -1,0 +1,204 @@
+"""The classical backbone: a U-Net (Ho et al. 2020, appendix B) with cross attention (Rombach et al. 2022, §3.3)."""
+
+import json
+from operator import index
+from pathlib import Path
+from typing import final
+
+from diffusers.models import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from mmdit.model import Condition
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+@final
+class UNet(nn.Module):
+    """diffusers' `UNet2DConditionModel` behind the contract of the transformer: model(z, t, condition) → y.
+
+    Every level and the middle attend to themselves and to the text tokens; the pooled vector, through one linear
+    layer, is added to the embedding of the time. The embedding's features are those of the step 1000·t, as many as
+    `channels[0]`. The last convolution starts at zero, as in Ho et al.'s code (init_scale 0) but not in diffusers, so
+    that the network starts at y = 0 as the transformer does; all else starts as in diffusers. The default sizes are
+    those of Stable Diffusion 1, which has no attention at its lowest level and no pooled vector.
+
+    Args:
+        in_channels: channels of the latent.
+        out_channels: channels of the output; none means in_channels, a learned variance takes twice as many.
+        channels: of each level, from the finest; height and width halve from one to the next.
+        layers_per_block: residual blocks of a level on the way down; there is one more on the way up.
+        heads: attention heads, the same number at every level.
+        text_dim: channels of a text token.
+        pooled_dim: channels of the pooled text vector.
+        sample_size: side of the latent at the base resolution; told to the pipeline, of no effect on the function.
+        norm_num_groups: groups of the group normalisation.
+
+    Raises:
+        ValueError: if a size is below 1, a level's channels are no multiple of the heads or make no groups of two or
+            more (a normalised group of one forgets the time, which was added to it), or sample_size does not halve.
+
+    Attributes:
+        unit: height and width of a latent are multiples of it, 2^(levels − 1).
+        largest: height or width of the largest latent; none, there is no limit.
+    """
+
+    largest: int | None = None
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        channels: tuple[int, ...] = (320, 640, 1280, 1280),
+        layers_per_block: int = 2,
+        heads: int = 8,
+        text_dim: int = 768,
+        pooled_dim: int = 768,
+        sample_size: int = 64,
+        norm_num_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        sizes = (in_channels, out_channels, *channels, layers_per_block, heads, text_dim, pooled_dim, sample_size,
+                 norm_num_groups)  # fmt: skip
+        if not channels or min(sizes) < 1:
+            raise ValueError(f"the network needs a level, and sizes of at least 1, got {min(sizes)}")
+        if any(c % heads or c % norm_num_groups or c == norm_num_groups for c in channels):
+            raise ValueError(
+                "channels must be multiples of heads and of norm_num_groups, two or more times the latter, "
+                f"got {tuple(channels)}, {heads} heads and {norm_num_groups} groups"
+            )
+        self.unit = 2 ** (len(channels) - 1)
+        if sample_size % self.unit:
+            raise ValueError(f"sample_size must be a multiple of {self.unit} with {len(channels)} levels, "
+                             f"got {sample_size}")  # fmt: skip
+        self.in_channels, self.out_channels, self.sample_size = in_channels, out_channels, sample_size
+        self.text_dim, self.pooled_dim = text_dim, pooled_dim
+        self.settings = {
+            "sample_size": sample_size,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "down_block_types": ["CrossAttnDownBlock2D"] * len(channels),
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "up_block_types": ["CrossAttnUpBlock2D"] * len(channels),
+            "block_out_channels": list(channels),
+            "layers_per_block": layers_per_block,
+            "attention_head_dim": heads,  # their misnomer: this network takes it for the number of heads
+            "cross_attention_dim": text_dim,
+            "norm_num_groups": norm_num_groups,
+            "class_embed_type": "simple_projection",
+            "projection_class_embeddings_input_dim": pooled_dim,
+        }
+        self.net = UNet2DConditionModel(**self.settings)
+        nn.init.zeros_(self.net.conv_out.weight)
+        nn.init.zeros_(self.net.conv_out.bias)
+
+    def forward(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output at (z, t).
+
+        Args:
+            z: noisy latents, (B, C, H, W); H and W multiples of `unit`.
+            t: times in [0, 1], (B,) float32.
+            condition: text of the same batch size; its mask needs a true token in every row.
+
+        Returns:
+            (B, out_channels, H, W).
+
+        Raises:
+            ValueError: if H or W is no multiple of `unit`.
+        """
+        if z.shape[-2] % self.unit or z.shape[-1] % self.unit:
+            raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is no multiple of {self.unit}")
+        return self.net(
+            z, 1000 * t, condition.text, class_labels=condition.pooled, encoder_attention_mask=condition.mask,
+            return_dict=False,
+        )[0]  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        """Writes config and weights so that `UNet2DConditionModel.from_pretrained` reads them. OSError on failure."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": "UNet2DConditionModel"} | self.settings
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.net.state_dict().items()}
+        # Not save_file: it hides a full disk in an error of its own and makes a file that only its owner can read.
+        (folder / WEIGHTS).write_bytes(serialize(state, metadata={"format": "pt"}))
+
+    @classmethod
+    def load(cls, folder: Path) -> "UNet":
+        """Reads a U-Net folder, ours or one that diffusers wrote of a network of this kind.
+
+        Returns:
+            The network in evaluation mode, float32.
+
+        Raises:
+            ValueError: if a file is missing, truncated or foreign, or names or shapes do not fit. Nothing is
+                half-loaded.
+        """
+        network = cls._from_config(folder / CONFIG)
+        try:
+            state = load_file(folder / WEIGHTS)
+        except FileNotFoundError:
+            raise ValueError(f"no weights at {folder / WEIGHTS}") from None
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS} is truncated or no safetensors file: {error}") from None
+        own = network.net.state_dict()
+        faults = {
+            "missing": sorted(own.keys() - state.keys()),
+            "left over": sorted(state.keys() - own.keys()),
+            "mis-shaped": [
+                f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+                for name in sorted(own.keys() & state.keys())
+                if state[name].shape != own[name].shape
+            ],
+        }
+        if any(faults.values()):
+            told = (f"{len(names)} {fault} ({_few(names)})" for fault, names in faults.items() if names)
+            raise ValueError(f"{folder / WEIGHTS}: the weights do not fit this U-Net's config: {', '.join(told)}")
+        network.net.load_state_dict(state)
+        return network.eval()
+
+    @classmethod
+    def _from_config(cls, file: Path) -> "UNet":
+        """A new network of the sizes in the file. ValueError if it asks for anything else than this class has."""
+        try:
+            config = json.loads(file.read_text())
+        except FileNotFoundError:
+            raise ValueError(f"no U-Net config at {file}") from None
+        except ValueError as error:
+            raise ValueError(f"{file} is no JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{file} holds no JSON object")
+        if config.get("_class_name") != "UNet2DConditionModel":
+            raise ValueError(f"{file} describes a {config.get('_class_name')}, not a UNet2DConditionModel")
+        try:
+            network = cls(
+                in_channels=index(config["in_channels"]),
+                out_channels=index(config["out_channels"]),
+                channels=tuple(map(index, config["block_out_channels"])),
+                layers_per_block=index(config["layers_per_block"]),
+                heads=index(config["attention_head_dim"]),
+                text_dim=index(config["cross_attention_dim"]),
+                pooled_dim=index(config["projection_class_embeddings_input_dim"]),
+                sample_size=index(config["sample_size"]),
+                norm_num_groups=index(config["norm_num_groups"]),
+            )
+        except TypeError as error:
+            raise ValueError(f"{file} has a value of the wrong type: {error}") from None
+        except KeyError as error:
+            raise ValueError(f"{file} lacks {error}; is it a U-Net with text?") from None
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        ours = json.loads(network.net.to_json_string())
+        told = {name: value for name, value in config.items() if not name.startswith("_")}
+        foreign = [name for name in sorted(told.keys() | network.settings) if name not in told
+                   or name not in ours or told[name] != ours[name]]  # fmt: skip
+        if foreign:
+            raise ValueError(f"{file} asks for what this network does not have, or leaves it open: {_few(foreign)}")
+        return network
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
