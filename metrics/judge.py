@@ -35,8 +35,15 @@ class Judge(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Returns the features `(B, num_features)`."""
-        x = self.trunk(2 * pixels - 1)  # (B, 2·width, 2, 2)
-        return nn.functional.gelu(self.features(rearrange(x, "b c h w -> b (c h w)")))
+        return self.embed(self.maps(pixels))
+
+    def maps(self, pixels: Tensor) -> Tensor:
+        """Returns the maps that end the trunk, `(B, 2·width, 2, 2)`."""
+        return self.trunk(2 * pixels - 1)
+
+    def embed(self, maps: Tensor) -> Tensor:
+        """Returns the features `(B, num_features)` of such maps."""
+        return nn.functional.gelu(self.features(rearrange(maps, "b c h w -> b (c h w)")))
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Returns the logits `(B, num_classes)`."""

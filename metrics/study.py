@@ -1,0 +1,308 @@
+"""What the results of a study say: a document of tables, a plot, and what was asked against what was found.
+
+A result is a row of `metrics.report` with two more keys: the `recipe` of the model and the `seed` of its training.
+"""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from metrics.ranking import pareto_ranks
+from metrics.report import MARKERS, PALETTE, column
+
+Result = dict[str, Any]
+KEY = "distance_ratio"
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean ± sample standard deviation, the latter from two values on."""
+    mean = format(statistics.fmean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+def of(results: Iterable[Result], **wanted: object) -> list[Result]:
+    """The results whose keys have these values."""
+    return [r for r in results if all(r.get(key) == value for key, value in wanted.items())]
+
+
+def unique(results: Iterable[Result], key: str) -> list[Any]:
+    """The values of a key, in the order in which they come."""
+    return list(dict.fromkeys(r[key] for r in results))
+
+
+def first_order(results: Sequence[Result]) -> list[Result]:
+    """Those of the sampler that all recipes share: Euler, which is DDIM on a chain, on each recipe's first spacing."""
+    own = {r["recipe"]: r["spacing"] for r in reversed(of(results, sampler="euler"))}
+    return [r for r in of(results, sampler="euler") if r["spacing"] == own[r["recipe"]]]
+
+
+def average_ranks(results: Sequence[Result], steps: Sequence[int]) -> dict[str, float]:
+    """Mean Pareto rank of each recipe by distance and accuracy, over these step counts and all seeds."""
+    ranks: dict[str, list[int]] = {}
+    for count in steps:
+        for seed in unique(results, "seed"):
+            group = of(results, steps=count, seed=seed)
+            points = [(r["distance"], -(r["accuracy"] or 0.0)) for r in group]
+            for r, rank in zip(group, pareto_ranks(points), strict=True):
+                ranks.setdefault(r["recipe"], []).append(rank)
+    return {recipe: statistics.fmean(found) for recipe, found in ranks.items()}
+
+
+def best_within(results: Sequence[Result], recipe: str, evaluations: float) -> tuple[float, list[float], str] | None:
+    """(mean, values over the seeds, how) of the way with the least distance ratio in at most so many evaluations."""
+    ways: dict[tuple, list[Result]] = {}
+    for r in of(results, recipe=recipe):
+        if r["evaluations"] <= evaluations:
+            ways.setdefault((r["sampler"], r["spacing"], r["steps"]), []).append(r)
+    found = [
+        (
+            statistics.fmean(r[KEY] for r in group),
+            [r[KEY] for r in group],
+            f"{way[0]}, {way[1].partition(':')[0]}, {way[2]} steps",
+        )
+        for way, group in ways.items()
+    ]
+    return min(found, default=None)
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (head, rule, *body))
+
+
+def curves(results: Sequence[Result], floor: float | None, file: Path) -> None:
+    """Distance ratio against evaluations, a line for each recipe, with a bar from the lowest to the highest seed."""
+    figure = Figure(figsize=(9, 5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for i, recipe in enumerate(unique(results, "recipe")):
+        rows = of(results, recipe=recipe)
+        x = sorted(unique(rows, "steps"))
+        y = [[r[KEY] for r in of(rows, steps=count)] for count in x]
+        mean = [statistics.fmean(values) for values in y]
+        bars = [[m - min(v) for m, v in zip(mean, y, strict=True)], [max(v) - m for m, v in zip(mean, y, strict=True)]]
+        axes.errorbar(
+            x, mean, bars, color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)], markersize=5,
+            linewidth=1.5, capsize=2, label=recipe, linestyle="-" if recipe.startswith("rf") else "--",
+        )  # fmt: skip
+    if floor:
+        axes.axhline(floor, color="grey", linewidth=1, linestyle=":", label="real digits, as many of each")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="function evaluations a picture",
+        ylabel="Fréchet distance / that of real digits",
+    )
+    ticks = sorted(unique(results, "steps"))
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+    axes.grid(alpha=0.25, linewidth=0.5, which="both")
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.savefig(file, format="png", metadata={"Software": None})
+
+
+class Claim(NamedTuple):
+    """A claim of the field as a ratio of two distances."""
+
+    text: str
+    asked: float  # the ratio is at most this
+    above: Sequence[float]  # over the seeds
+    below: Sequence[float]
+
+    def row(self) -> list[str]:
+        """Text, asked, found and whether it holds."""
+        ratio = statistics.fmean(self.above) / statistics.fmean(self.below)
+        found = f"{ratio:.2f} ({spread(self.above)} against {spread(self.below)})"
+        return [self.text, f"≤ {self.asked:.2f}", found, "yes" if ratio <= self.asked else "**no**"]
+
+
+def claims(results: Sequence[Result], longer: Sequence[Result], chain: str) -> list[Claim]:
+    """What can be tested of the field's claims with these results.
+
+    Args:
+        results: of all samplers.
+        longer: results of longer trainings, with a `budget` in steps.
+        chain: the recipe that is DDPM on the same network, on the schedule that suits it better.
+    """
+    plain = first_order(results)
+    recipes = unique(results, "recipe")
+    straight = [r for r in recipes if r.startswith("rf")]
+    found = []
+
+    def values(rows: Iterable[Result], **wanted: object) -> list[float]:
+        return [r[KEY] for r in of(rows, **wanted)]
+
+    def best_straight(steps: int) -> tuple[str, list[float]]:
+        each = {r: values(plain, recipe=r, steps=steps) for r in straight}
+        name = min(each, key=lambda r: statistics.fmean(each[r]))
+        return name, each[name]
+
+    steps = unique(plain, "steps")
+    if 4 in steps and (chained := best_within(of(results, sampler="euler", steps=4), chain, 4)):
+        name, ours = best_straight(4)
+        text = f"4 evaluations: the best RF ({name}) against DDIM on the same network ({chain}: {chained[2]})"
+        found.append(Claim(text, 1 / 3, ours, chained[1]))
+    if 50 in steps:
+        name, ours = best_straight(50)
+        rivals = {r: way for r in recipes if r not in straight and (way := best_within(results, r, 50))}
+        rival = min(rivals, key=lambda r: rivals[r][0])
+        text = f"50 evaluations: the best RF by Euler ({name}) against the best opponent ({rival}: {rivals[rival][2]})"
+        found.append(Claim(text, 1.05, ours, rivals[rival][1]))
+    if ancestral := values(results, recipe=chain, sampler="ddpm", steps=1000):
+        text = f"DDPM's own sampler, 1000 steps ({chain}), against rf-lognorm by 50 Euler steps, equal training"
+        found.append(Claim(text, 1.3, ancestral, values(plain, recipe="rf-lognorm", steps=50)))
+    for budget in sorted(unique(longer, "budget")):
+        pair = [values(longer, budget=budget, recipe=r) for r in (chain, "rf-lognorm")]
+        if all(pair):
+            found.append(Claim(f"the same after {budget:,} training steps, one seed", 1.3, *pair))
+    if 5 in steps:
+        pair = [values(plain, recipe=r, steps=5) for r in ("rf-lognorm", "rf-uniform")]
+        found.append(Claim("5 steps: rf-lognorm against rf-uniform, ahead in the paper", 1.0, *pair))
+    return found
+
+
+REST = {  # key → how a column is written
+    "accuracy": ".1%", "kernel_distance": ".4f", "inception_score": ".2f", "spatial_distance": ".2f",
+    "precision": ".1%", "recall": ".1%", "neighbour_ratio": ".2f", "path_length": ".2f", "straightness": ".2f",
+}  # fmt: skip
+
+INTRODUCTION = """\
+# Rectified flow against DDPM, EDM and the rest
+
+Written by `{command}` from its results alone.
+
+Every recipe is trained with {seeds}; of one seed, all see the same batches in the same order with the same noise.
+Numbers are mean ± standard deviation over the seeds' models: {samples:,} samples each, {per_digit} of each digit, from
+held-out captions, at guidance {guidance:g}. The *FD ratio* is the Fréchet distance to the held-out digits on features of a
+classifier, over that of the training digits ({real_distance:.2f}). Real digits, as many of each, score {floor:.2f}.
+
+![Fréchet distance against function evaluations](compare.png)
+
+![The same seeds, recipes as rows, step counts as columns](compare-sheet.png)
+"""
+
+FIRST_ORDER = """\
+## FD ratio by first-order steps
+
+Euler's method, which on a chain is DDIM with η = 0: one evaluation a step.
+"""
+
+BEST = """\
+## FD ratio by the best way tried
+
+In at most so many evaluations, by the best of the samplers and spacings that were measured. The choice is made on the
+same pictures, so it flatters the recipes with more choices.
+"""
+
+RANKS = """\
+## Ranks
+
+Mean Pareto rank by Fréchet distance and accuracy over seeds and step counts (Esser et al. 2024, §5.1), Euler.
+"""
+
+STRAIGHT = """\
+## The other measures, {steps} Euler steps
+
+Path length and straightness are in the coordinates w = z/(a + b), τ = b/(a + b), in which every path is a straight
+line, so that they compare. KD and sFD are kernel distance and spatial Fréchet distance.
+"""
+
+TUNED = """\
+The learning rates, by the Fréchet distance to the *training* digits after a training with a seed of its own:
+"""
+
+
+def document(
+    results: Sequence[Result],
+    longer: Sequence[Result],
+    tuned: dict[str, dict[float, float]],
+    facts: dict[str, tuple[str, str]],
+    command: str,
+    settings: dict[str, Any],
+    chain: str = "eps-linear",
+) -> str:
+    """The whole document in Markdown, but for its pictures `compare.png` and `compare-sheet.png`.
+
+    Args:
+        results: of all models, samplers and step counts.
+        longer: of longer trainings.
+        tuned: distance to the training pictures for each recipe and learning rate.
+        facts: (parameters, learning rate) of each recipe.
+        command: repeats the study.
+        settings: of the measurements, with the floor.
+        chain: as for `claims`.
+    """
+    plain = first_order(results)
+    recipes, steps, seeds = unique(plain, "recipe"), sorted(unique(plain, "steps")), unique(plain, "seed")
+    most = max(steps)
+
+    def cells(recipe: str, key: str, form: str, count: int) -> str:
+        return spread([r[key] for r in of(plain, recipe=recipe, steps=count)], form)
+
+    def best(recipe: str, evaluations: int) -> str:
+        found = best_within(results, recipe, evaluations)
+        return f"{spread(found[1])} ({found[2]})" if found else "–"
+
+    sets = {"all": steps} | {f"{n} steps": [n] for n in (5, 50) if n in steps}
+    ranks = {name: average_ranks(plain, counts) for name, counts in sets.items()}
+    parts = [
+        INTRODUCTION.format(
+            command=command,
+            seeds="one seed" if len(seeds) == 1 else f"{len(seeds)} seeds",
+            samples=results[0]["samples"],
+            guidance=results[0]["guidance"],
+            **{key: settings[key] for key in ("per_digit", "real_distance", "floor")},
+        ),
+        "## What was claimed, and what was found\n",
+        table(["claim", "asked", "found", "holds"], (claim.row() for claim in claims(results, longer, chain))),
+        FIRST_ORDER,
+        table(["recipe", *map(str, steps)], ([r, *(cells(r, KEY, ".2f", n) for n in steps)] for r in recipes)),
+        BEST,
+        table(["recipe", "4", "8", "25", "50"], ([r, *(best(r, n) for n in (4, 8, 25, 50))] for r in recipes)),
+        RANKS,
+        table(
+            ["recipe", *ranks],
+            (
+                [r, *(f"{rank[r]:.2f}" for rank in ranks.values())]
+                for r in sorted(recipes, key=lambda recipe: ranks["all"][recipe])
+            ),
+        ),
+        STRAIGHT.format(steps=most),
+        table(
+            ["recipe", *(column(key).title for key in REST)],
+            ([r, *(cells(r, key, form, most) for key, form in REST.items())] for r in recipes),
+        ),
+    ]
+    if longer:
+        ways = [of(longer, recipe=r)[0] for r in unique(longer, "recipe")]
+        parts += [
+            "## FD ratio after more training, one seed\n",
+            table(
+                ["training steps", *(f"{w['recipe']}, {w['sampler']}, {w['steps']} steps" for w in ways)],
+                (
+                    [
+                        f"{budget:,}",
+                        *(spread([r[KEY] for r in of(longer, budget=budget, recipe=w["recipe"])]) for w in ways),
+                    ]
+                    for budget in sorted(unique(longer, "budget"))
+                ),
+            ),
+        ]
+    parts += ["## Settings\n", table(["recipe", "parameters", "learning rate"], ([r, *facts[r]] for r in recipes))]
+    rates = sorted({rate for found in tuned.values() for rate in found})
+    if len(rates) > 1:
+        body = ([r, *(marked(found[rate], found) for rate in rates)] for r, found in tuned.items())
+        parts += [TUNED, table(["recipe", *(f"{rate:g}" for rate in rates)], body)]
+    parts.append("; ".join(f"{key} {settings[key]}" for key in ("features", "torch", "machine", "threads")) + "\n")
+    return "\n".join(parts)
+
+
+def marked(distance: float, found: dict[float, float]) -> str:
+    """The distance, in bold if it is the least."""
+    return f"**{distance:.2f}**" if distance == min(found.values()) else f"{distance:.2f}"
