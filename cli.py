@@ -2,12 +2,13 @@
 
 import sys
 import warnings
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 BAD_INPUT, MACHINE_FAULT = 2, 1  # exit statuses
 
@@ -60,6 +61,37 @@ def finite(text: str) -> float:
 def positive(text: str) -> int:
     """A whole number of at least 1, likewise."""
     return natural(text, 1)
+
+
+def add_sampling(p: Parser, repeatable: bool = False) -> None:
+    """The flags of how to sample, but for the number of steps; what is left out comes from the model."""
+    p.add_argument(
+        "--sampler",
+        action="append" if repeatable else "store",
+        help="euler, heun, dpmpp_2m, ddim:eta=1, ddpm, edm, …; default: the model's" + "; repeatable" * repeatable,
+    )
+    p.add_argument("--spacing", help="of the times: trailing, leading, linspace, karras; default: the model's")
+    p.add_argument("--guidance", type=finite, help="classifier-free guidance scale, 1 is none; default: the model's")
+    p.add_argument("--rescale", type=finite, help="share of the guidance's rescaling, 0 to 1; default: the model's")
+    p.add_argument("--interval", type=finite, nargs=2, metavar=("FROM", "TO"), help="times in which guidance works")
+
+
+def sampling_of(args: Namespace, own: Any, **chosen: Any) -> Any:
+    """A model's own way of sampling, a dataclass, with what the flags and `chosen` say instead, where they do."""
+    given = {key: getattr(args, key) for key in ("spacing", "guidance", "rescale", "interval")}
+    return replace(own, **{key: value for key, value in (given | chosen).items() if value is not None})
+
+
+def find_device(name: str | None) -> str:
+    """The device, or if none is given cuda where there is one; ValueError if the machine does not have it."""
+    import torch  # slow, and not needed to refuse a flag
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # unknown, or without hardware, driver or build
+        raise ValueError(f"this machine has no device {device}; give another, such as cpu") from None
+    return device
 
 
 def find_model(path: Path) -> Path:

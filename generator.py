@@ -19,8 +19,9 @@ from data.sampler import Use, stream
 from data.text import CLIPText
 from flow.density import stratified
 from flow.objective import Objective, TimeBins
-from mmdit.model import Condition, MMDiT
-from pipeline import Pipeline, Sampling
+from mmdit.model import Condition
+from pipeline import Network, Pipeline
+from sampling import Sampling
 
 VALIDATION_TIMES = 8
 
@@ -88,7 +89,7 @@ class Generator(L.LightningModule):
 
     def __init__(
         self,
-        network: MMDiT,
+        network: Network,
         objective: Objective,
         text: CLIPText,
         codec: Codec,
@@ -159,6 +160,7 @@ class Generator(L.LightningModule):
         condition = Condition(batch.text, batch.pooled)
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(batch.x0),), (i + 0.5) / VALIDATION_TIMES, device=self.device)
+            t = self.objective.path.cell(t)
             self.sums[i] += self.objective.loss(self.network, batch.x0, batch.noise, t, condition).double().sum()
         self.sums[-1] += len(batch.x0)
 

@@ -1,47 +1,40 @@
 """Pipeline: network, process, codec and text joined for inference, and the model folder that holds them on disk."""
 
+import inspect
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from data.latents import Codec, load_codec
 from data.text import CLIPText
+from flow import path as paths
 from flow.guidance import ClassifierFree
 from flow.objective import Model, Objective
 from flow.path import RectifiedFlow
-from flow.sampler import euler, linear_grid
-from flow.target import Velocity
+from flow.sampler import Callback
+from flow.target import Target, Velocity
+from flow.variance import LearnedVariance
 from mmdit import checkpoint
 from mmdit.model import Condition, MMDiT
+from sampling import Sampling, random_normals
+
+if TYPE_CHECKING:
+    from baselines.unet import UNet  # diffusers is slow to import
 
 INDEX = "model_index.json"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a model is sampled unless the caller says otherwise. Stored with the model.
-
-    Args:
-        steps: steps of Euler's method, at least 1.
-        guidance: scale of classifier-free guidance; 1 is none and costs half.
-    """
-
-    steps: int = 28
-    guidance: float = 4.5
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+# A network has: in_channels, out_channels, text_dim, pooled_dim; sample_size, the side of the latents in its training;
+# unit, of which a latent's height and width are multiples; largest, the most that they can be, or none.
+Network: TypeAlias = "MMDiT | UNet"
 
 
 class Pipeline:
@@ -49,32 +42,41 @@ class Pipeline:
 
     Args:
         network: the trained network.
-        objective: path, target and shift that it was trained with.
+        objective: path, target, shift and variance that it was trained with.
         codec: latents to pixels.
         text: prompts to conditions.
         sampling: defaults for `__call__`.
 
     Raises:
-        ValueError: if the network's channels are not those of codec and text.
+        ValueError: if the network's channels are not those of codec, text and objective, or the objective cannot be
+            sampled as `sampling` says.
     """
 
     def __init__(
-        self, network: MMDiT, objective: Objective, codec: Codec, text: CLIPText, sampling: Sampling | None = None
+        self, network: Network, objective: Objective, codec: Codec, text: CLIPText, sampling: Sampling | None = None
     ) -> None:
-        for key, given, needed in (
-            ("in_channels", network.in_channels, codec.channels),
-            ("text_dim", network.text_dim, text.tokens_dim),
-            ("pooled_dim", network.pooled_dim, text.pooled_dim),
+        outputs = codec.channels * (2 if objective.variance else 1)
+        for key, needed in (
+            ("in_channels", codec.channels),
+            ("out_channels", outputs),
+            ("text_dim", text.tokens_dim),
+            ("pooled_dim", text.pooled_dim),
         ):
+            given = getattr(network, key, None)
             if given != needed:
-                raise ValueError(f"the network's {key} is {given}, but codec and text give {needed}")
+                raise ValueError(f"the network's {key} is {given}, but codec, text and objective need {needed}")
         self.network, self.objective, self.codec, self.text = network, objective, codec, text
         self.sampling = sampling or Sampling()
+        self.sampling.walk(objective)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """The prompts' condition, on the network's device. The empty prompt's is the null condition."""
-        device = self.network.positions.device
-        return Condition(*(part.to(device) for part in self.text.encode(prompts)))
+        return Condition(*(part.to(self.device) for part in self.text.encode(prompts)))
 
     @torch.inference_mode()
     def __call__(
@@ -82,66 +84,57 @@ class Pipeline:
         prompts: Sequence[str],
         seeds: Sequence[int],
         negative: str = "",
-        steps: int | None = None,
-        guidance: float | None = None,
+        sampling: Sampling | None = None,
         shift: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        progress: Callable[[int], object] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
         """One picture for each prompt.
 
         Args:
             prompts: B texts; an empty one is unconditional.
-            seeds: B seeds; picture i starts from `torch.randn` of a CPU generator seeded with seeds[i].
+            seeds: B seeds; picture i starts from `torch.randn` of a CPU generator seeded with seeds[i], from which a
+                stochastic sampler draws on.
             negative: what guidance moves away from.
-            steps: network evaluations, or pairs of them under guidance; none takes the model's own.
-            guidance: scale; 1 is none, none takes the model's own.
+            sampling: sampler, steps and guidance; none takes the model's own.
             shift: α of the time grid; none takes the one of the training.
-            height: of the picture in pixels, a multiple of patch × codec factor; none takes the training's size.
+            height: of the picture in pixels, a multiple of unit × codec factor; none takes the training's size.
             width: likewise.
-            progress: called with the number of steps done, after each.
+            callback: called with (steps done, z, x̂0), first with (0, z, z) and then after each step.
 
         Returns:
             Pixels in [0, 1], (B, C, height, width), on the CPU.
 
         Raises:
-            ValueError: for a size or number of steps that cannot be.
+            ValueError: for a size or number of steps that cannot be, and a sampler that does not fit the process.
         """
-        steps = self.sampling.steps if steps is None else steps
-        guidance = self.sampling.guidance if guidance is None else guidance
-        grid = self.time_grid(steps, shift)
+        sampling = sampling or self.sampling
+        walk, times = sampling.walk(self.objective, shift)
         shape = (self.network.in_channels, *self.latent_size(height, width))
-        device = self.network.positions.device
-
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        draw = random_normals(seeds, shape, self.device)
         condition = self.condition(prompts)
         model: Model = self.network
-        if guidance != 1:
-            model = ClassifierFree(self.network, self.condition([negative]), guidance)
-        z = euler(
-            lambda z, t: self.objective.denoise(model, z, t, condition),
-            self.objective.path,
-            noise.to(device),
-            grid.to(device),
-            None if progress is None else lambda done, z, x0: progress(done),
-        )
-        return self.codec.decode(z).cpu()
-
-    def time_grid(self, steps: int, shift: float | None = None) -> Tensor:
-        """Times from 1 to 0, (steps + 1,), shifted as in training unless told otherwise; ValueError for no steps."""
-        return linear_grid(steps, self.objective.shift if shift is None else shift)
+        if sampling.guidance != 1:
+            null = self.condition([negative])
+            model = ClassifierFree(self.network, null, sampling.guidance, sampling.rescale, sampling.interval)
+        z = draw()
+        if callback:
+            callback(0, z, z)
+        z = walk(lambda z, t: self.objective.denoise(model, z, t, condition), z, draw, callback)
+        a, _ = self.objective.path(times[-1])
+        return self.codec.decode(z / a).cpu()
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The latent's size for a picture's; ValueError if there is none."""
-        unit = self.network.patch_size * self.codec.factor
-        largest = self.network.pos_embed_max_size * unit
+        unit, largest = self.network.unit * self.codec.factor, self.network.largest
         sizes = [self.network.sample_size * self.codec.factor if s is None else s for s in (height, width)]
         for name, size in zip(("height", "width"), sizes, strict=True):
             if size < unit or size % unit:
-                raise ValueError(f"{name} must be a multiple of {unit} (patch × codec factor), got {size}")
-            if size > largest:
-                raise ValueError(f"{name} must be at most {largest}, the size of the positional table, got {size}")
+                raise ValueError(f"{name} must be a multiple of {unit} (patch or unit × codec factor), got {size}")
+            if largest and size > largest * self.codec.factor:
+                most = largest * self.codec.factor
+                raise ValueError(f"{name} must be at most {most}, the size of the positional table, got {size}")
         return sizes[0] // self.codec.factor, sizes[1] // self.codec.factor
 
     def save(self, folder: Path) -> None:
@@ -149,8 +142,6 @@ class Pipeline:
 
         The folder is written beside its place and then renamed, so that a full disk leaves the old one as it was.
         """
-        if not isinstance(self.objective.path, RectifiedFlow) or not isinstance(self.objective.target, Velocity):
-            raise ValueError("a model folder holds a rectified flow that predicts its velocity, nothing else yet")
         new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
         shutil.rmtree(new, ignore_errors=True)
         try:
@@ -165,21 +156,30 @@ class Pipeline:
         shutil.rmtree(old, ignore_errors=True)
 
     def _write(self, new: Path) -> None:
-        checkpoint.save(self.network, new / "transformer")
+        if isinstance(self.network, MMDiT):
+            checkpoint.save(self.network, new / "transformer")
+            network = {"transformer": ["diffusers", "SD3Transformer2DModel"]}
+        else:
+            self.network.save(new / "unet")
+            network = {"unet": ["diffusers", "UNet2DConditionModel"]}
         self.codec.save(new / "vae")
         self.text.save(new)
+        o = self.objective
+        flow_match = isinstance(o.path, RectifiedFlow) and isinstance(o.target, Velocity)
+        name = "FlowMatchEulerDiscreteScheduler" if flow_match else "Objective"  # diffusers knows only the first
         scheduler = {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "_class_name": name,
             "num_train_timesteps": 1000,
-            "shift": self.objective.shift,
-            "grid": "linear",  # from 1 to 0, shifted once; diffusers' own list starts from an already shifted end
-            "steps": self.sampling.steps,
-            "guidance": self.sampling.guidance,
+            "shift": o.shift,
+            "path": describe(o.path),
+            "target": describe(o.target),
+            "variance": o.variance and describe(o.variance),
+            "sampling": asdict(self.sampling),  # its grid goes from 1 to 0, shifted once; diffusers' starts elsewhere
         }
         index = {
-            "_class_name": "StableDiffusion3Pipeline",
-            "transformer": ["diffusers", "SD3Transformer2DModel"],
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "_class_name": "StableDiffusion3Pipeline" if "transformer" in network else "Pipeline",
+            **network,
+            "scheduler": ["diffusers" if flow_match else "flow.objective", name],
             "vae": ["data.latents", type(self.codec).__name__],
             "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -207,12 +207,45 @@ class Pipeline:
             raise FileNotFoundError(f"{folder} has no {SCHEDULER}") from None
         except ValueError as error:
             raise ValueError(f"{folder / SCHEDULER} is no JSON: {error}") from None
-        if not isinstance(scheduler, dict) or not {"shift", "steps", "guidance"} <= scheduler.keys():
-            raise ValueError(f"{folder / SCHEDULER} lacks shift, steps or guidance: this project did not write it")
-        if scheduler.get("_class_name") != "FlowMatchEulerDiscreteScheduler" or scheduler.get("grid") != "linear":
-            raise ValueError(f"{folder / SCHEDULER} describes a time grid that this project did not write")
-        network = checkpoint.load(folder / "transformer").to(device)
+        needed = {"shift", "path", "target", "variance", "sampling"}
+        if not isinstance(scheduler, dict) or not needed <= scheduler.keys():
+            raise ValueError(f"{folder / SCHEDULER} lacks {', '.join(sorted(needed))}: this project did not write it")
+        try:
+            objective = Objective(
+                restore(paths.Path, scheduler["path"]),
+                restore(Target, scheduler["target"]),
+                shift=scheduler["shift"],
+                variance=scheduler["variance"] and restore(LearnedVariance, scheduler["variance"]),
+            )
+            sampling = Sampling(**scheduler["sampling"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / SCHEDULER}: {error}") from None
+        network: Any
+        if (folder / "unet").is_dir():
+            from baselines.unet import UNet
+
+            network = UNet.load(folder / "unet")
+        else:
+            network = checkpoint.load(folder / "transformer")
         codec = load_codec(folder / "vae")
-        text = CLIPText(folder)
-        objective = Objective(shift=scheduler["shift"])
-        return cls(network, objective, codec, text, Sampling(scheduler["steps"], scheduler["guidance"]))
+        return cls(network.to(device), objective, codec, CLIPText(folder), sampling)
+
+
+def describe(thing: Any) -> dict[str, Any]:
+    """A path or target as its class and its constructor's arguments, which it must keep under their own names."""
+    names = list(inspect.signature(type(thing)).parameters)
+    values = {name: getattr(thing, name) for name in names}
+    nested = {name: describe(v) if isinstance(v, paths.Path) else v for name, v in values.items()}
+    return {"class": type(thing).__name__} | nested
+
+
+def restore(base: type, described: Any) -> Any:
+    """What `describe` described, if it is a `base`; ValueError or TypeError otherwise."""
+    known, found = [base], {}
+    while known:
+        found[known[0].__name__] = known[0]
+        known = [*known[1:], *known[0].__subclasses__()]
+    if not isinstance(described, dict) or described.get("class") not in found:
+        raise ValueError(f"there is no {base.__name__} {described}")
+    values = {k: restore(paths.Path, v) if isinstance(v, dict) else v for k, v in described.items() if k != "class"}
+    return found[described["class"]](**values)

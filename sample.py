@@ -2,11 +2,23 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import Parser, find_model, finite, natural, one_line_errors, plain_warnings, positive
+from cli import (
+    Parser,
+    add_sampling,
+    find_device,
+    find_model,
+    finite,
+    natural,
+    one_line_errors,
+    plain_warnings,
+    positive,
+    sampling_of,
+)
 from data.pictures import save_png, sheet, to_image
 
 
@@ -18,7 +30,7 @@ def parser() -> Parser:
     p.add_argument("--negative", type=str, default="", help="what guidance moves away from")
     p.add_argument("--num-images", type=positive, default=1, help="pictures per prompt")
     p.add_argument("--steps", type=positive, help="sampling steps; default: the model's")
-    p.add_argument("--guidance", type=finite, help="classifier-free guidance scale, 1 is none; default: the model's")
+    add_sampling(p)
     p.add_argument("--shift", type=finite, help="shift of the time grid; default: the model's")
     p.add_argument("--height", type=positive, help="in pixels; default: the model's")
     p.add_argument("--width", type=positive, help="in pixels; default: the model's")
@@ -59,25 +71,19 @@ def main(argv: list[str] | None = None) -> None:
 
         from pipeline import Pipeline
 
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError):  # unknown, or without hardware, driver or build
-            raise ValueError(f"this machine has no device {device}; give another, such as cpu") from None
-        pipe = Pipeline.load(folder, device)
-        steps = args.steps or pipe.sampling.steps
-        guidance = pipe.sampling.guidance if args.guidance is None else args.guidance
+        pipe = Pipeline.load(folder, find_device(args.device))
+        sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
         pipe.latent_size(args.height, args.width)  # what cannot be should fail before anything is drawn
-        pipe.time_grid(steps, args.shift)
+        sampling.walk(pipe.objective, args.shift)
     seeds = [args.seed + i for i in range(len(prompts))]
     starts = range(0, len(prompts), args.batch_size)
     pictures, entries = [], []
-    with one_line_errors(), tqdm(total=len(starts) * steps, desc="sampling", unit="step", leave=False) as bar:
+    with one_line_errors(), tqdm(total=len(starts) * sampling.steps, desc="sampling", unit="step", leave=False) as bar:
         for start in starts:
             part = slice(start, start + args.batch_size)
             batch = pipe(
-                prompts[part], seeds[part], args.negative, steps, guidance, args.shift, args.height, args.width,
-                progress=lambda _: bar.update(1),
+                prompts[part], seeds[part], args.negative, sampling, args.shift, args.height, args.width,
+                callback=lambda done, z, x0: bar.update(1 if done else 0),
             )  # fmt: skip
             pictures.append(batch)
             for prompt, seed, picture in zip(prompts[part], seeds[part], batch, strict=True):
@@ -89,9 +95,7 @@ def main(argv: list[str] | None = None) -> None:
                         "prompt": prompt,
                         "negative": args.negative,
                         "seed": seed,
-                        "steps": steps,
-                        "guidance": guidance,
-                        "sampler": "euler",
+                        **asdict(sampling),
                         "shift": pipe.objective.shift if args.shift is None else args.shift,
                         "height": picture.shape[-2],
                         "width": picture.shape[-1],

@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from cli import fail, one_line_errors, plain_warnings
 from data.latents import Codec
@@ -19,8 +20,7 @@ from data.module import Digits
 from data.text import CLIPText
 from flow.objective import Objective
 from generator import Generator, Grid, Optimization
-from mmdit.model import MMDiT
-from pipeline import Sampling
+from sampling import Sampling
 from training.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from training.ema import EMA
 from training.log import JSONLinesLogger
@@ -84,7 +84,7 @@ def parser() -> Parser:
     p.add_class_arguments(CLIPText, "text")
     p.add_subclass_arguments(Codec, "codec", required=True)
     p.add_class_arguments(Digits, "data", skip={"text", "codec", "seed"}, instantiate=False)
-    p.add_class_arguments(MMDiT, "network")
+    p.add_subclass_arguments(nn.Module, "network", required=True)
     p.add_class_arguments(Objective, "objective")
     for group, name in ((Optimization, "optimization"), (Sampling, "sampling"), (Grid, "grid")):
         p.add_class_arguments(group, name)

@@ -57,7 +57,7 @@ def main() -> None:
     args = p.parse_args()
 
     config = yaml.safe_load(args.config.read_text())
-    ours = MMDiT(**config["network"] | ({"width": args.width} if args.width else {}))
+    ours = MMDiT(**config["network"]["init_args"] | ({"width": args.width} if args.width else {}))
     batch = args.batch or config["data"]["batch_size"]
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.05)

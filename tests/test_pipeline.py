@@ -1,17 +1,28 @@
 """Prompts to pictures, and the model folder: what is written, who reads it, what is refused."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DConditionModel
 
-from mmdit.model import Condition
+from baselines.unet import UNet
+from flow.objective import Objective
+from flow.path import EDM, Cosine, DDPMLinear, ImprovedCosine, LDMLinear, ZeroTerminalSNR
+from flow.target import Epsilon, Preconditioned, V
+from flow.variance import LearnedVariance
+from mmdit.model import Condition, MMDiT
 from pipeline import SCHEDULER, Pipeline
+from sampling import Sampling
 
 PROMPTS = ["a handwritten seven", "the digit 3", ""]
+
+
+def way(pipe: Pipeline, **changes: object) -> Sampling:
+    return replace(pipe.sampling, **changes)
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(pipe: Pipeline) -> None:
@@ -37,25 +48,45 @@ def test_it_is_the_plain_loop_over_the_network(pipe: Pipeline) -> None:
             yes, no = (pipe.network(z, torch.tensor([t]), Condition(*told)) for told in (text, null))
             z = z + (s - t) * (no + guidance * (yes - no))
     expected = (z / 2.66 + 0.3).clamp(0, 1)
-    torch.testing.assert_close(pipe([prompt], [seed], steps=steps, guidance=guidance), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        pipe([prompt], [seed], sampling=way(pipe, steps=steps, guidance=guidance)), expected, atol=1e-4, rtol=0
+    )
 
 
 def test_every_setting_changes_the_picture(pipe: Pipeline) -> None:
     base = pipe(PROMPTS[:1], [0])
-    settings = ({"steps": 5}, {"guidance": 3.0}, {"guidance": 1.0}, {"shift": 3.0}, {"negative": "the digit 4"})
-    for setting in settings:
+    for setting in ({"shift": 3.0}, {"negative": "the digit 4"}):
         assert not torch.allclose(pipe(PROMPTS[:1], [0], **setting), base, atol=1e-3), setting
-    torch.testing.assert_close(pipe(PROMPTS[:1], [0], steps=4, guidance=2.0, shift=1.5, negative=""), base)
+    ways = ({"steps": 5}, {"guidance": 3.0}, {"guidance": 1.0}, {"sampler": "heun"}, {"sampler": "ddim:eta=1"},
+            {"spacing": "karras", "steps": 8}, {"rescale": 1.0}, {"interval": (0.5, 1.0)})  # fmt: skip
+    for changes in ways:
+        other = pipe(PROMPTS[:1], [0], sampling=way(pipe, **changes), shift=1.0 if "spacing" in changes else None)
+        assert not torch.allclose(other, base, atol=1e-3), changes
+    torch.testing.assert_close(pipe(PROMPTS[:1], [0], sampling=way(pipe), shift=1.5, negative=""), base)
 
 
 def test_the_empty_prompt_is_the_unconditional_model(pipe: Pipeline) -> None:
-    torch.testing.assert_close(pipe([""], [0], guidance=7.0), pipe([""], [0], guidance=1.0), atol=1e-4, rtol=0)
+    guided, plain = (pipe([""], [0], sampling=way(pipe, guidance=scale)) for scale in (7.0, 1.0))
+    torch.testing.assert_close(guided, plain, atol=1e-4, rtol=0)
 
 
-def test_progress_is_told_after_each_step(pipe: Pipeline) -> None:
+def test_a_stochastic_sampler_gives_each_picture_its_own_noise(pipe: Pipeline) -> None:
+    sampling = way(pipe, sampler="ddim:eta=1")
+    together = pipe(PROMPTS, [4, 5, 6], sampling=sampling)
+    torch.testing.assert_close(pipe(PROMPTS[1:2], [5], sampling=sampling)[0], together[1], atol=1e-5, rtol=0)
+
+
+def test_the_callback_sees_the_start_and_each_step(pipe: Pipeline) -> None:
     told: list[int] = []
-    pipe(PROMPTS[:1], [0], steps=3, progress=told.append)
-    assert told == [1, 2, 3]
+    starts = []
+
+    def callback(done: int, z: torch.Tensor, x0: torch.Tensor) -> None:
+        told.append(done)
+        starts.append(z)
+
+    pipe(PROMPTS[:1], [0], sampling=way(pipe, steps=3), callback=callback)
+    assert told == [0, 1, 2, 3]
+    torch.testing.assert_close(starts[0][0], torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(0)))
 
 
 def test_other_sizes_up_to_the_table(pipe: Pipeline) -> None:
@@ -65,12 +96,54 @@ def test_other_sizes_up_to_the_table(pipe: Pipeline) -> None:
     with pytest.raises(ValueError, match="width must be at most 16"):
         pipe(PROMPTS[:1], [0], width=18)
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        pipe(PROMPTS[:1], [0], steps=0)
+        pipe(PROMPTS[:1], [0], sampling=way(pipe, steps=0))
 
 
 def test_the_folder_gives_the_same_pictures(pipe: Pipeline, model: Path) -> None:
     assert torch.equal(Pipeline.load(model)(PROMPTS, [0, 1, 2]), pipe(PROMPTS, [0, 1, 2]))
     assert {file.suffix for file in model.rglob("*") if file.is_file()} == {".json", ".safetensors"}
+
+
+OBJECTIVES = [
+    Objective(Cosine(), V()),
+    Objective(EDM(-0.5, 1.1, 0.9), Preconditioned(0.9)),
+    Objective(DDPMLinear(), Epsilon()),
+    Objective(ZeroTerminalSNR(LDMLinear()), V(), shift=2.0),
+    Objective(ImprovedCosine(), Epsilon(), variance=LearnedVariance(0.002)),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o.path).__name__)
+def test_every_process_comes_back_from_its_folder(pipe: Pipeline, tmp_path: Path, objective: Objective) -> None:
+    sizes = {"in_channels": 1, "depth": 1, "width": 16, "heads": 1, "text_dim": 64, "pooled_dim": 64}
+    network = MMDiT(**sizes, sample_size=8, pos_embed_max_size=8, out_channels=2 if objective.variance else 1)
+    torch.nn.init.normal_(network.final.linear.weight, std=0.1)
+    sampler = "ddpm:variance=learned" if objective.variance else "dpmpp_2m"
+    ours = Pipeline(network, objective, pipe.codec, pipe.text, Sampling(steps=3, guidance=1.0, sampler=sampler))
+    ours.save(tmp_path / "model")
+    back = Pipeline.load(tmp_path / "model")
+    assert torch.equal(back(PROMPTS, [0, 1, 2]), ours(PROMPTS, [0, 1, 2]))
+    assert back.sampling == ours.sampling
+    t = torch.linspace(0.1, 1, 7, dtype=torch.float64)
+    assert torch.equal(torch.stack(back.objective.path(t)), torch.stack(objective.path(t)))
+
+
+def test_a_unet_has_a_folder_too(pipe: Pipeline, tmp_path: Path) -> None:
+    network = UNet(1, channels=(8, 16), layers_per_block=1, heads=2, text_dim=64, pooled_dim=64, sample_size=8,
+                   norm_num_groups=4)  # fmt: skip
+    torch.nn.init.normal_(network.net.conv_out.weight, std=0.1)
+    ours = Pipeline(network.eval(), Objective(DDPMLinear(), Epsilon()), pipe.codec, pipe.text, Sampling(3, 1.0))
+    ours.save(tmp_path / "model")
+    assert torch.equal(Pipeline.load(tmp_path / "model")(PROMPTS, [0, 1, 2]), ours(PROMPTS, [0, 1, 2]))
+    UNet2DConditionModel.from_pretrained(tmp_path / "model", subfolder="unet")
+    with pytest.raises(ValueError, match="height must be a multiple of 2"):
+        ours(PROMPTS[:1], [0], height=9)
+
+
+def test_channels_must_fit_a_learned_variance(pipe: Pipeline) -> None:
+    objective = Objective(ImprovedCosine(), Epsilon(), variance=LearnedVariance())
+    with pytest.raises(ValueError, match="out_channels is 1, but codec, text and objective need 2"):
+        Pipeline(pipe.network, objective, pipe.codec, pipe.text)
 
 
 def test_diffusers_reads_transformer_and_scheduler(pipe: Pipeline, model: Path) -> None:
@@ -98,7 +171,7 @@ def spoil_index(folder: Path) -> None:
 
 def spoil_grid(folder: Path) -> None:
     content = json.loads((folder / SCHEDULER).read_text())
-    del content["grid"]
+    content["path"] = {"class": "Spiral"}
     (folder / SCHEDULER).write_text(json.dumps(content))
 
 
@@ -116,13 +189,13 @@ def spoil_weights(folder: Path) -> None:
     ("spoil", "message"),
     [
         (spoil_index, "no model folder: it has no model_index.json"),
-        (spoil_grid, "time grid that this project did not write"),
-        (spoil_channels, "in_channels is 1, but codec and text give 3"),
+        (spoil_grid, "there is no Path"),
+        (spoil_channels, "in_channels is 1, but codec, text and objective need 3"),
         (spoil_weights, "truncated or no safetensors"),
         (lambda folder: (folder / "vae/config.json").unlink(), "no codec config"),
         (lambda folder: (folder / SCHEDULER).unlink(), "has no scheduler"),
         (lambda folder: (folder / SCHEDULER).write_text("{"), "no JSON"),
-        (lambda folder: (folder / SCHEDULER).write_text("[]"), "lacks shift"),
+        (lambda folder: (folder / SCHEDULER).write_text("[]"), "lacks path, sampling, shift"),
         (lambda folder: (folder / "vae/config.json").write_text('{"_class_name": "Pixels"}'), "no whole config"),
         (lambda folder: (folder / "text_encoder/model.safetensors").unlink(), "is missing"),
     ],

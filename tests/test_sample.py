@@ -1,6 +1,7 @@
 """sample.py as a user calls it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_writes_pictures_named_by_prompt_and_seed(pipe: Pipeline, model: Path, t
         "the-digit-4_12.png",
     ]  # fmt: skip
     for entry in entries:
-        picture = pipe([entry["prompt"]], [entry["seed"]], steps=3)[0, 0]
+        picture = pipe([entry["prompt"]], [entry["seed"]], sampling=replace(pipe.sampling, steps=3))[0, 0]
         image = Image.open(tmp_path / "out" / entry["file"])
         assert (image.mode, image.size) == ("L", (8, 8))
         shown = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(8, 8) / 255
@@ -67,6 +68,12 @@ def test_a_run_folder_serves_as_its_model_and_an_empty_prompt_is_allowed(model: 
         (["--model", "MODEL", "--prompt", "7", "--seed", "-1"], "seed"),
         (["--model", "MODEL", "--prompt", "7", "--seed", "9" * 25], "seed"),
         (["--model", "MODEL", "--prompt", "7", "--guidance", "nan"], "finite"),
+        (["--model", "MODEL", "--prompt", "7", "--sampler", "ddpm"], "RectifiedFlow is continuous"),
+        (["--model", "MODEL", "--prompt", "7", "--sampler", "rk45"], "there is no sampler 'rk45'"),
+        (["--model", "MODEL", "--prompt", "7", "--sampler", "ddim:eta=2"], "0 <= eta <= 1"),
+        (["--model", "MODEL", "--prompt", "7", "--spacing", "leading"], "needs a discrete path"),
+        (["--model", "MODEL", "--prompt", "7", "--interval", "0.9", "0.1"], "from <= to"),
+        (["--model", "MODEL", "--prompt", "7", "--rescale", "2"], "between 0 and 1"),
         (["--model", "MODEL", "--prompt", "7", "--shift", "inf"], "finite"),
         (["--model", "MODEL", "--prompts", "BINARY"], "no text in UTF-8"),
     ],

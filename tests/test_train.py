@@ -34,7 +34,7 @@ def config(tmp_path: Path) -> Path:
     content["run"]["log_every"] = 2
     content["text"]["folder"] = str(ROOT / "assets/digits/text")
     content["optimization"]["warmup"] = 2
-    content["network"] |= {"depth": 1, "width": 16, "heads": 1}
+    content["network"]["init_args"] |= {"depth": 1, "width": 16, "heads": 1}
     content["data"]["batch_size"] = 8
     content["grid"] = {"prompts": ["a handwritten seven"], "columns": 2}
     file = tmp_path / "config.yaml"
@@ -243,7 +243,7 @@ def test_two_processes_train_as_one(config: Path) -> None:
         (["--objective.density", "LogNormal"], "LogNormal"),
         (["--objective.density=Mode", "--objective.density.scale=2"], "Mode needs"),
         (["--text.folder", "nowhere"], "nowhere"),
-        (["--network.text_dim", "77"], "text_dim is 77, but codec and text give 64"),
+        (["--network.text_dim", "77"], "text_dim is 77, but codec, text and objective need 64"),
         (["--network.heads", "3"], "multiple of heads"),
         (["--network.sample_size", "7"], "sample_size"),
         (["--data.caption_dropout", "1.5"], "caption_dropout"),
@@ -257,6 +257,15 @@ def test_two_processes_train_as_one(config: Path) -> None:
         (["--network.patch_size", "3", "--network.sample_size", "9"], "height must be a multiple of 3"),
         (["--codec.channels", "3", "--network.in_channels", "3"], "the digits are grey"),
         (["--grid.columns", "0"], "grid.columns"),
+        (["--objective.path", "DDPMLinear"], "is discrete and has no rate"),
+        (
+            ["--objective.path", "Cosine", "--objective.target", "Epsilon"],
+            "at t = 1 Epsilon does not tell picture from noise",
+        ),
+        (["--objective.variance.weight", "0.001"], "a learned variance needs a discrete path"),
+        (["--sampling.sampler", "ddpm"], "RectifiedFlow is continuous"),
+        (["--sampling.spacing", "leading"], "needs a discrete path"),
+        (["--network.class_path", "torch.nn.Identity"], "in_channels is None"),
         pytest.param(["--run.accelerator", "gpu"], "No supported gpu", marks=NO_GPU),
     ],
 )
@@ -352,12 +361,43 @@ def test_bfloat16_is_for_the_network_alone(config: Path) -> None:
     assert {t.dtype for t in kept["state_dict"].values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("overlay", sorted((ROOT / "configs/objective").glob("*.yaml")), ids=lambda file: file.stem)
-def test_overlays_change_one_thing(config: Path, overlay: Path) -> None:
+OVERLAYS = {  # file → path, target, density, weight
+    "cosmap": "RectifiedFlow Velocity CosMap NoneType",
+    "mode": "RectifiedFlow Velocity Mode NoneType",
+    "uniform": "RectifiedFlow Velocity Uniform NoneType",
+    "edm": "EDM Preconditioned Uniform NoneType",
+    "v-cosine": "Cosine V Uniform NoneType",
+    "v-linear": "LDMLinear V Uniform NoneType",
+    "eps-linear": "LDMLinear Epsilon Uniform NoneType",
+    "ddpm": "DDPMLinear Epsilon Uniform NoneType",
+    "iddpm": "ImprovedCosine Epsilon Uniform NoneType",
+    "zero-snr": "ZeroTerminalSNR V Uniform NoneType",
+    "min-snr": "LDMLinear Epsilon Uniform MinSNR",
+}
+
+
+def test_every_overlay_is_listed() -> None:
+    assert {file.stem for file in (ROOT / "configs/objective").glob("*.yaml")} == OVERLAYS.keys()
+
+
+@pytest.mark.parametrize(("stem", "names"), OVERLAYS.items())
+def test_each_process_trains_and_samples(config: Path, stem: str, names: str) -> None:
+    fit(config, "--config", str(ROOT / f"configs/objective/{stem}.yaml"), "--sampling.steps", "2", "--run.steps", "3")
     parser = train.parser()
-    built = parser.instantiate(parser.parse_args(["fit", "--config", str(config), "--config", str(overlay)]))
-    assert type(built.objective.density).__name__.lower() == overlay.stem
+    flags = ["fit", "--config", str(config), "--config", str(ROOT / f"configs/objective/{stem}.yaml")]
+    built = parser.instantiate(parser.parse_args(flags))
+    o = built.objective
+    assert [type(x).__name__ for x in (o.path, o.target, o.density, o.weight)] == names.split()
     assert built.network.depth == 1
+    model = Pipeline.load(config.parent / "run/model")
+    assert type(model.objective.path) is type(o.path)
+    assert all(line["val/loss"] > 0 for line in lines(config.parent / "run") if "val/loss" in line)
+
+
+def test_the_unet_trains(config: Path) -> None:
+    overlays = [f"configs/{name}.yaml" for name in ("objective/ddpm", "network/unet-parameters")]
+    fit(config, *(part for name in overlays for part in ("--config", str(ROOT / name))), "--run.steps", "3")
+    assert type(Pipeline.load(config.parent / "run/model").network).__name__ == "UNet"
 
 
 def test_wandb_offline_holds_metrics_and_samples(config: Path) -> None:
