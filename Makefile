@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo evaluate test lint format benchmark
+.PHONY: setup demo evaluate compare compare-quick test lint format benchmark
 
 setup: $(READY)
 
@@ -20,6 +20,12 @@ demo: $(READY)  ## train on digits, then draw every digit from a caption
 
 evaluate: $(READY)  ## the demo's numbers
 	$(BIN)/python evaluate.py --model runs/digits --out runs/digits/evaluation
+
+compare: $(READY)  ## every process and baseline on the digits: hours; writes docs/compare.md
+	$(BIN)/python compare.py configs/studies/digits.yaml
+
+compare-quick: $(READY)  ## ten minutes that show the way, not the result: runs/studies/digits-quick/compare.md
+	$(BIN)/python compare.py configs/studies/digits.yaml --quick
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2

@@ -1,35 +1,73 @@
-"""Measures models of the digits: `python evaluate.py --model runs/digits --steps 1,2,4,8,50`."""
+"""Quality against function evaluations: `python evaluate.py --model runs/a --model runs/b --steps 1,2,4,8,50`."""
 
-import json
-from argparse import ArgumentTypeError
+import platform
+import time
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-import matplotlib
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import Parser, fail, find_model, finite, natural, one_line_errors, positive
+from cli import (
+    Parser,
+    add_sampling,
+    find_device,
+    find_model,
+    natural,
+    one_line_errors,
+    plain_warnings,
+    positive,
+    sampling_of,
+)
 from data import digits
-from data.pictures import save_png, sheet
-from metrics.distance import frechet_distance, measure
-from metrics.judge import Judge
+from metrics import report
+from metrics.clip_score import clip_score
+from metrics.distance import Measure
+from metrics.distribution import enough
+from metrics.features import CLIPFeatures, load_features
+from metrics.straightness import path_length, straightness
 from pipeline import Pipeline
+from sampling import Sampling
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator
+SHOWN = 10  # pictures of each setting on the sheet
 
 
 def parser() -> Parser:
     p = Parser(description=__doc__)
     p.add_argument("--model", type=Path, action="append", required=True, help="a model or run folder; repeatable")
-    p.add_argument("--steps", type=str, default="1,2,4,8,25,50", help="numbers of sampling steps, with commas")
-    p.add_argument("--guidance", type=finite, help="default: each model's own")
+    p.add_argument("--steps", default="1,2,4,5,8,10,25,50", help="numbers of sampling steps, with commas")
+    add_sampling(p, repeatable=True)
     p.add_argument("--per-digit", type=positive, default=100, help="samples of each digit")
     p.add_argument("--seed", type=natural, default=0, help="of the first sample")
-    p.add_argument("--judge", type=Path, default=Path("assets/digits/judge"), help="folder of the judge")
-    p.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for results.json, quality.png, sheets")
+    p.add_argument("--reference", choices=["held_out", "train"], default="held_out", help="distances to which digits")
+    p.add_argument("--features", default="judge:assets/digits/judge", help="judge:DIR, inception:FILE or clip:DIR")
+    p.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
+    p.add_argument("--batch-size", type=positive, default=100, help="pictures at a time; does not change them")
+    p.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
+    p.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of results, plot, sheet and report")
     return p
+
+
+class Setting(NamedTuple):
+    """One row of the result."""
+
+    name: str
+    pipe: Pipeline
+    sampling: Sampling
+
+
+class Drawn(NamedTuple):
+    """Pictures, and how they came about."""
+
+    pictures: Tensor  # (N, C, H, W) in [0, 1], in 256 levels, as a PNG would hold them
+    evaluations: float  # of the network, for each picture
+    seconds: float  # for each picture
+    path_length: float  # means over the pictures, in straight coordinates
+    straightness: float
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -40,69 +78,141 @@ def whole_numbers(text: str) -> list[int]:
         raise ValueError(f"--steps takes whole numbers of at least 1 such as 1,2,4; got {text}") from None
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    with one_line_errors(ValueError, FileNotFoundError):
-        steps = whole_numbers(args.steps)
-        judge = Judge.load(args.judge)
-        pipes = {str(path): Pipeline.load(find_model(path)) for path in args.model}
-        args.out.mkdir(parents=True, exist_ok=True)
-    (train, real_labels), (held_out, _) = digits.load("train"), digits.load("held_out")
-    real = torch.cat([train[real_labels == label][: args.per_digit] for label in range(10)])
-    floor = frechet_distance(judge, real, held_out) / frechet_distance(judge, train, held_out)
-    labels = torch.arange(10).repeat_interleave(args.per_digit)
-    prompts = [
-        digits.captions(int(label), digits.HELD_OUT_TEMPLATES)[i % len(digits.HELD_OUT_TEMPLATES)]
-        for i, label in enumerate(labels)
-    ]
-    for path, pipe in pipes.items():
+def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
+    """Every model with every sampler and number of steps; ValueError in one line where they do not fit."""
+    found = []
+    for name, pipe in pipes.items():
+        for sampler in args.sampler or [pipe.sampling.sampler]:
+            for steps in whole_numbers(args.steps):
+                try:
+                    sampling = sampling_of(args, pipe.sampling, sampler=sampler, steps=steps)
+                    sampling.walk(pipe.objective)
+                except ValueError as error:
+                    raise ValueError(f"{name} cannot be sampled so: {error}") from None
+                found.append(Setting(name, pipe, sampling))
+    return found
+
+
+def same_data(pipes: dict[str, Pipeline]) -> None:
+    """ValueError unless all models draw digits and read captions alike."""
+    first: Tensor | None = None
+    for name, pipe in pipes.items():
         if (pipe.codec.pixel_channels, *pipe.latent_size(None, None)) != (1, 8, 8):
-            fail(f"{path} does not draw digits of 8×8 grey pixels, which is what the judge knows")
-    results = []
-    rounds = [(name, pipe, n) for name, pipe in pipes.items() for n in steps]
-    sheets = {name: f"{Path(name).name}-{i}" if len(pipes) > 1 else Path(name).name for i, name in enumerate(pipes)}
-    for name, pipe, n in tqdm(rounds, desc="evaluating", unit="setting"):
-        seeds = range(args.seed, args.seed + len(prompts))
-        parts = [
-            pipe(prompts[i : i + 100], seeds[i : i + 100], steps=n, guidance=args.guidance)
-            for i in range(0, len(prompts), 100)
-        ]
-        pictures = torch.cat(parts).mul(255).round() / 255  # as the PNG would hold them
-        scale = pipe.sampling.guidance if args.guidance is None else args.guidance
-        quality = measure(judge, pictures, labels, train, held_out)
-        results.append({"model": name, "steps": n, "guidance": scale, "samples": len(prompts)} | quality._asdict())
-        shown = pictures.unflatten(0, (10, -1))[:, :10].flatten(0, 1)
-        with one_line_errors():
-            save_png(sheet(shown, 10, side=40), args.out / f"{sheets[name]}-{n:03d}-steps.png")
-    with one_line_errors():
-        (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        plot(results, floor, args.out / "quality.png")
-    print("| model | steps | accuracy | FD / FD of real | neighbours | repeats |\n|---|---|---|---|---|---|")
-    for r in results:
-        print(
-            f"| {r['model']} | {r['steps']} | {r['accuracy']:.1%} | {r['distance_ratio']:.2f} | "
-            f"{r['neighbour_ratio']:.2f} | {r['duplicates']} |"
+            raise ValueError(f"{name} does not draw digits of 8×8 grey pixels, with which this compares")
+        tokens = pipe.text.encode(["a picture"]).tokens
+        first = tokens if first is None else first
+        if tokens.shape != first.shape or not torch.allclose(tokens, first):
+            raise ValueError(f"{name} has another text encoder than {next(iter(pipes))}: models of different data")
+
+
+def draw(pipe: Pipeline, sampling: Sampling, prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> Drawn:
+    """A picture for each prompt, with everything that is measured on the way."""
+    times = sampling.walk(pipe.objective)[1]
+    a, b = pipe.objective.path(times)
+    scale, tau = a + b, b / (a + b)
+    pictures, lengths, bends, calls, seconds = [], [], [], 0, 0.0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal calls
+        calls += len(inputs[0])
+
+    hook = cast(nn.Module, pipe.network).register_forward_pre_hook(count)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        walk: list[Tensor] = []
+        began = time.perf_counter()
+        images = pipe(
+            prompts[part],
+            seeds[part],
+            sampling=sampling,
+            callback=lambda done, z, x0, walk=walk: walk.append((z / scale[done]).cpu()),  # type: ignore[misc]
         )
-    print(f"FD / FD of real, for real training digits, {args.per_digit} of each: {floor:.2f}")
+        seconds += time.perf_counter() - began
+        pictures.append(images.mul(255).round() / 255)
+        lengths.append(path_length(walk))
+        bends.append(straightness(walk, tau))
+    hook.remove()
+    n = len(prompts)
+    return Drawn(
+        torch.cat(pictures), calls / n, seconds / n, torch.cat(lengths).mean().item(), torch.cat(bends).mean().item()
+    )
 
 
-def plot(results: list[dict], floor: float, file: Path) -> None:
-    """Distance against steps, one line a model, with what real digits reach."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for model in dict.fromkeys(r["model"] for r in results):
-        rows = [r for r in results if r["model"] == model]
-        axes.plot([r["steps"] for r in rows], [r["distance_ratio"] for r in rows], "o-", label=model)
-    axes.axhline(1, color="grey", linewidth=1, linestyle="--", label="training digits, as they come")
-    axes.axhline(floor, color="grey", linewidth=1, linestyle=":", label="training digits, as many of each")
-    axes.set(xscale="log", yscale="log", xlabel="Euler steps", ylabel="Fréchet distance / that of real digits")
-    ticks = sorted({r["steps"] for r in results})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend()
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+def main(argv: list[str] | None = None) -> None:
+    plain_warnings()
+    args = parser().parse_args(argv)
+    with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
+        device = find_device(args.device)
+        pipes = {str(path): Pipeline.load(find_model(path), device) for path in args.model}
+        same_data(pipes)
+        settings = settings_of(args, pipes)
+        network = load_features(args.features)
+        clip = CLIPFeatures(args.clip) if args.clip else None
+        enough(10 * args.per_digit, network.num_features)
+        args.out.mkdir(parents=True, exist_ok=True)
+    halves = [digits.load("train"), digits.load("held_out")]
+    other, reference = halves if args.reference == "held_out" else halves[::-1]
+    measure = Measure(network, other.pixels, reference.pixels)
+    real = torch.cat([other.pixels[other.labels == label][: args.per_digit] for label in range(10)])
+    labels = torch.arange(10).repeat_interleave(args.per_digit)
+    templates = digits.HELD_OUT_TEMPLATES
+    prompts = [digits.captions(int(label), templates)[i % len(templates)] for i, label in enumerate(labels)]
+    seeds = range(args.seed, args.seed + len(prompts))
+    rows: list[dict[str, Any]] = []
+    sheet: dict[tuple[str, int], Tensor] = {}
+    for name, pipe, sampling in tqdm(settings, desc="evaluating", unit="setting"):
+        drawn = draw(pipe, sampling, prompts, seeds, args.batch_size)
+        rows.append(
+            {
+                "model": name,
+                **{key: value for key, value in asdict(sampling).items() if key != "interval"},
+                "evaluations": drawn.evaluations,
+                "samples": len(prompts),
+                "seconds_per_picture": drawn.seconds,
+                **measure.quality(drawn.pictures, labels)._asdict(),
+                "path_length": drawn.path_length,
+                "straightness": drawn.straightness,
+                "clip_score": clip and clip_score(clip, drawn.pictures, prompts),
+            }
+        )
+        series = name if len({s.sampling.sampler for s in settings}) == 1 else f"{name}, {sampling.sampler}"
+        shown = drawn.pictures.unflatten(0, (10, -1))[:, 0]  # one of each digit
+        sheet[series, sampling.steps] = shown[:SHOWN]
+    record = {
+        "settings": {
+            "features": network.name,
+            "preprocessing": network.preprocessing,
+            "reference": args.reference,
+            "real_distance": measure.real_distance,
+            "per_digit": args.per_digit,
+            "first_seed": args.seed,
+            "captions": list(templates),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        },
+        "floor": measure.floor(real) if len(real) > network.num_features else None,
+        "rows": rows,
+    }
+    with one_line_errors():
+        models, steps = (list(dict.fromkeys(key[i] for key in sheet)) for i in (0, 1))
+        report.write(record, report.sheet_image(sheet, cast(list[str], models), cast(list[int], steps), 32), args.out)
+    columns = [
+        "model",
+        "sampler",
+        "steps",
+        "evaluations",
+        "accuracy",
+        "distance_ratio",
+        "neighbour_ratio",
+        "duplicates",
+    ]
+    print(report.table(rows, columns), end="")
+    if record["floor"] is not None:
+        print(f"FD ratio of real {'training' if args.reference == 'held_out' else 'held-out'} digits, "
+              f"up to {args.per_digit} of each: {record['floor']:.2f}")  # fmt: skip
+    print(f"Look at {args.out / 'report.html'}")
 
 
 if __name__ == "__main__":

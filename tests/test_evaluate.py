@@ -4,30 +4,51 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import evaluate
+from pipeline import Pipeline
+from sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
-JUDGE = ["--judge", str(ROOT / "assets/digits/judge")]
+JUDGE = ["--features", f"judge:{ROOT / 'assets/digits/judge'}"]
 
 
-def test_measures_every_model_at_every_step_count(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def rows(out: Path) -> list[dict]:
+    return json.loads((out / "results.json").read_text())["rows"]
+
+
+def test_measures_every_model_sampler_and_step_count(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "out"
-    argv = ["--model", str(model), "--model", str(model.parent), "--steps", "1,3", "--per-digit", "10", *JUDGE]
-    evaluate.main([*argv, "--out", str(out)])
-    results = json.loads((out / "results.json").read_text())
-    assert [(r["model"], r["steps"]) for r in results] == [(str(m), n) for m in (model, model.parent) for n in (1, 3)]
-    assert results[0]["samples"] == 100
-    first, second = ({k: v for k, v in r.items() if k != "model"} for r in (results[0], results[2]))
-    assert first == second  # the run's folder holds the same model
-    assert results[0]["distance_ratio"] != results[1]["distance_ratio"]
-    assert all(0 <= r["accuracy"] < 0.5 for r in results)  # its weights are random
-    assert {file.name for file in out.glob("*.png")} >= {
-        "quality.png",
-        "model-0-001-steps.png",
-        "model-0-003-steps.png",
-    }
-    assert capsys.readouterr().out.count("\n") == 2 + 4 + 1
+    argv = ["--model", str(model), "--model", str(model.parent), "--steps", "1,3", "--per-digit", "7", *JUDGE]
+    evaluate.main([*argv, "--sampler", "euler", "--sampler", "heun", "--out", str(out)])
+    found = rows(out)
+    expected = [(str(m), s, n) for m in (model, model.parent) for s in ("euler", "heun") for n in (1, 3)]
+    assert [(r["model"], r["sampler"], r["steps"]) for r in found] == expected
+    assert [r["evaluations"] for r in found[:4]] == [2, 6, 2, 10]  # guidance doubles n and 2n − 1
+    same = ({k: v for k, v in found[i].items() if k not in ("model", "seconds_per_picture")} for i in (1, 5))
+    assert next(same) == next(same)  # the run's folder holds the same model
+    assert found[0]["distance_ratio"] != found[1]["distance_ratio"]
+    assert all(0 <= r["accuracy"] < 0.5 for r in found)  # its weights are random
+    assert found[0]["straightness"] == pytest.approx(0, abs=1e-9)  # one step is a straight line
+    assert found[1]["straightness"] > 0
+    assert {file.name for file in out.iterdir()} == {
+        "results.json", "results.csv", "quality.png", "report.html", "sheet.png",
+    }  # fmt: skip
+    assert Image.open(out / "sheet.png").size[0] > 8 * 32
+    assert capsys.readouterr().out.count("\n") == 2 + 8 + 2
+
+
+def test_the_pictures_do_not_depend_on_the_batch_and_references_differ(model: Path, tmp_path: Path) -> None:
+    argv = ["--model", str(model), "--steps", "2", "--per-digit", "7", *JUDGE]
+    evaluate.main([*argv, "--out", str(tmp_path / "a")])
+    evaluate.main([*argv, "--out", str(tmp_path / "b"), "--batch-size", "33"])
+    evaluate.main([*argv, "--out", str(tmp_path / "c"), "--reference", "train"])
+    a, b, c = (rows(tmp_path / name)[0]["distance"] for name in "abc")
+    assert a == pytest.approx(b, rel=1e-3)
+    assert a != pytest.approx(c, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -36,14 +57,42 @@ def test_measures_every_model_at_every_step_count(model: Path, tmp_path: Path, c
         (["--model", "nowhere"], "nowhere is no model folder"),
         (["--model", "MODEL", "--steps", "1,zero"], "whole numbers of at least 1"),
         (["--model", "MODEL", "--steps", "0"], "whole numbers of at least 1"),
-        (["--model", "MODEL", "--judge", "nowhere"], "nowhere"),
+        (["--model", "MODEL", "--features", "judge:nowhere"], "nowhere"),
+        (["--model", "MODEL", "--features", "oracle:nowhere"], "oracle"),
+        (["--model", "MODEL", "--clip", "nowhere"], "nowhere"),
         (["--model", "MODEL", "--per-digit", "0"], "at least 1"),
+        (["--model", "MODEL", "--per-digit", "6"], "more than 64 samples, got 60"),
+        (["--model", "MODEL", "--sampler", "ddpm"], "RectifiedFlow is continuous"),
+        (["--model", "MODEL", "--sampler", "edm"], "use karras"),
+        (["--model", "MODEL", "--device", "abacus"], "no device abacus"),
+        (["--model", "MODEL", "--model", "OTHER"], "8×8"),
     ],
 )
-def test_bad_input_ends_in_one_line(model: Path, capsys: pytest.CaptureFixture, argv: list[str], message: str) -> None:
+def test_bad_input_ends_in_one_line(
+    pipe: Pipeline, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], message: str
+) -> None:
+    other = tmp_path / "other"
+    if "OTHER" in argv:
+        pipe.save(other)
+        config = json.loads((other / "transformer/config.json").read_text())
+        (other / "transformer/config.json").write_text(json.dumps(config | {"sample_size": 16}))
+    places = {"MODEL": str(model), "OTHER": str(other)}
     with pytest.raises(SystemExit) as end:
-        evaluate.main([*JUDGE, *(str(model) if arg == "MODEL" else arg for arg in argv)])
+        evaluate.main([*JUDGE, *(places.get(arg, arg) for arg in argv), "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert len(lines) == 1
     assert message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chain_has_only_so_many_steps_and_its_own_samplers(pipe: Pipeline) -> None:
+    from flow.objective import Objective
+    from flow.path import DDPMLinear
+    from flow.target import Epsilon
+
+    chain = Pipeline(pipe.network, Objective(DDPMLinear(), Epsilon()), pipe.codec, pipe.text, Sampling())
+    for flags, message in ((["--steps", "1001"], "at most the 1000"), (["--spacing", "karras"], "continuous path")):
+        args = evaluate.parser().parse_args(["--model", "m", *flags])
+        with pytest.raises(ValueError, match=message):
+            evaluate.settings_of(args, {"m": chain})
