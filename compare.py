@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from cli import Parser, one_line_errors, positive
 from metrics import study as write_up
+from sampling import Sampling
 
 ROOT = Path(__file__).parent
 
@@ -34,10 +35,12 @@ class Recipe:
     Args:
         overlays: YAML files on top of the study's base.
         tuned_as: the recipe whose learning rate it takes; none: it has its own.
+        learning_rates: candidates of its own; none: those of the tuning.
     """
 
     overlays: tuple[str, ...] = ()
     tuned_as: str | None = None
+    learning_rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,10 @@ class Study:
             raise ValueError("a study needs seeds, learning rates, and a first measurement that is of all recipes")
         if self.tuning.seed in self.seeds or (self.budgets.steps and self.budgets.seed not in self.seeds):
             raise ValueError("tuning.seed must not be one of the seeds, and budgets.seed must be")
+        for m in self.measurements:
+            for sampler in m.samplers:
+                for steps in m.steps:
+                    Sampling(steps, sampler=sampler)  # what cannot be should fail before hours of work
 
 
 @dataclass(frozen=True)
@@ -168,12 +175,17 @@ def read(file: Path) -> Study:
 
 def quickened(study: Study) -> Study:
     """A tenth of the training, the first seed only, one learning rate, few pictures."""
-    rates = study.tuning.learning_rates
+
+    def middle(rates: tuple[float, ...]) -> tuple[float, ...]:
+        return rates[len(rates) // 2 :][:1]
+
+    recipes = {name: replace(r, learning_rates=middle(r.learning_rates)) for name, r in study.recipes.items()}
     return replace(
         study,
+        recipes=recipes,
         seeds=study.seeds[:1],
         measurements=(replace(study.measurements[0], steps=(1, 4, 50)),),
-        tuning=replace(study.tuning, learning_rates=(rates[len(rates) // 2],)),
+        tuning=replace(study.tuning, learning_rates=middle(study.tuning.learning_rates)),
         budgets=Budgets(),
         flags=study.flags | {"run.steps": 300, "run.validate_every": 300},
         per_digit=10,
@@ -237,9 +249,9 @@ def tune(s: Study, out: Path, at_once: int) -> dict[str, dict[float, float]]:
         (name, lr): out / "tuning" / name / f"lr-{lr:g}"
         for name, recipe in s.recipes.items()
         if not recipe.tuned_as
-        for lr in s.tuning.learning_rates
+        for lr in recipe.learning_rates or s.tuning.learning_rates
     }
-    if len(s.tuning.learning_rates) == 1:
+    if len(places) == len({name for name, _ in places}):  # nothing to choose
         return {name: {lr: float("nan")} for name, lr in places}
     run([training(s, name, s.tuning.seed, place, lr) for (name, lr), place in places.items()], "tuning", at_once)
     by = Measurement((s.tuning.steps,), ("euler",))

@@ -78,6 +78,19 @@ def whole_numbers(text: str) -> list[int]:
         raise ValueError(f"--steps takes whole numbers of at least 1 such as 1,2,4; got {text}") from None
 
 
+def labels(paths: Sequence[Path]) -> list[str]:
+    """The paths without the folders that all of them begin with and end with: a/rf/1 and a/edm/1 are rf and edm."""
+    parts = [path.parts for path in paths]
+    while len(paths) > 1 and min(map(len, parts)) > 1:
+        for end in (0, -1):
+            if len({part[end] for part in parts}) == 1:
+                parts = [part[1:] if end == 0 else part[:-1] for part in parts]
+                break
+        else:
+            break
+    return ["/".join(part) for part in parts]
+
+
 def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
     """Every model with every sampler and number of steps; ValueError in one line where they do not fit."""
     found = []
@@ -143,7 +156,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
         device = find_device(args.device)
-        pipes = {str(path): Pipeline.load(find_model(path), device) for path in args.model}
+        names = labels(args.model)
+        if len(set(args.model)) < len(names):
+            raise ValueError("the same --model was given twice")
+        pipes = {name: Pipeline.load(find_model(path), device) for name, path in zip(names, args.model, strict=True)}
+        folders = dict(zip(names, map(str, args.model), strict=True))
         same_data(pipes)
         settings = settings_of(args, pipes)
         network = load_features(args.features)
@@ -154,9 +171,9 @@ def main(argv: list[str] | None = None) -> None:
     other, reference = halves if args.reference == "held_out" else halves[::-1]
     measure = Measure(network, other.pixels, reference.pixels)
     real = torch.cat([other.pixels[other.labels == label][: args.per_digit] for label in range(10)])
-    labels = torch.arange(10).repeat_interleave(args.per_digit)
+    asked = torch.arange(10).repeat_interleave(args.per_digit)
     templates = digits.HELD_OUT_TEMPLATES
-    prompts = [digits.captions(int(label), templates)[i % len(templates)] for i, label in enumerate(labels)]
+    prompts = [digits.captions(int(label), templates)[i % len(templates)] for i, label in enumerate(asked)]
     seeds = range(args.seed, args.seed + len(prompts))
     rows: list[dict[str, Any]] = []
     sheet: dict[tuple[str, int], Tensor] = {}
@@ -165,11 +182,12 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(
             {
                 "model": name,
+                "folder": folders[name],
                 **{key: value for key, value in asdict(sampling).items() if key != "interval"},
                 "evaluations": drawn.evaluations,
                 "samples": len(prompts),
                 "seconds_per_picture": drawn.seconds,
-                **measure.quality(drawn.pictures, labels)._asdict(),
+                **measure.quality(drawn.pictures, asked)._asdict(),
                 "path_length": drawn.path_length,
                 "straightness": drawn.straightness,
                 "clip_score": clip and clip_score(clip, drawn.pictures, prompts),

@@ -26,9 +26,9 @@ def test_measures_every_model_sampler_and_step_count(
     evaluate.main([*argv, "--sampler", "euler", "--sampler", "heun", "--out", str(out)])
     found = rows(out)
     expected = [(str(m), s, n) for m in (model, model.parent) for s in ("euler", "heun") for n in (1, 3)]
-    assert [(r["model"], r["sampler"], r["steps"]) for r in found] == expected
+    assert [(r["folder"], r["sampler"], r["steps"]) for r in found] == expected
     assert [r["evaluations"] for r in found[:4]] == [2, 6, 2, 10]  # guidance doubles n and 2n − 1
-    same = ({k: v for k, v in found[i].items() if k not in ("model", "seconds_per_picture")} for i in (1, 5))
+    same = ({k: v for k, v in found[i].items() if k not in ("model", "folder", "seconds_per_picture")} for i in (1, 5))
     assert next(same) == next(same)  # the run's folder holds the same model
     assert found[0]["distance_ratio"] != found[1]["distance_ratio"]
     assert all(0 <= r["accuracy"] < 0.5 for r in found)  # its weights are random
@@ -52,6 +52,20 @@ def test_the_pictures_do_not_depend_on_the_batch_and_references_differ(model: Pa
 
 
 @pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["runs/a/seed-1", "runs/b/seed-1"], ["a", "b"]),
+        (["runs/a/seed-1", "runs/a/seed-2"], ["seed-1", "seed-2"]),
+        (["runs/a", "b"], ["runs/a", "b"]),
+        (["runs/a/model"], ["runs/a/model"]),
+        (["x/m", "x/m/m"], ["m", "m/m"]),
+    ],
+)
+def test_models_are_named_by_what_tells_them_apart(paths: list[str], expected: list[str]) -> None:
+    assert evaluate.labels([Path(p) for p in paths]) == expected
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--model", "nowhere"], "nowhere is no model folder"),
@@ -66,6 +80,7 @@ def test_the_pictures_do_not_depend_on_the_batch_and_references_differ(model: Pa
         (["--model", "MODEL", "--sampler", "edm"], "use karras"),
         (["--model", "MODEL", "--device", "abacus"], "no device abacus"),
         (["--model", "MODEL", "--model", "OTHER"], "8×8"),
+        (["--model", "MODEL", "--model", "MODEL"], "given twice"),
     ],
 )
 def test_bad_input_ends_in_one_line(
