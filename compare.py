@@ -67,12 +67,14 @@ class Measurement:
         samplers: each of them.
         recipes: whose models; none: all.
         spacing: of the times; none: the models' own.
+        per_digit: samples of each digit.
     """
 
     steps: tuple[int, ...]
     samplers: tuple[str, ...]
     recipes: tuple[str, ...] = ()
     spacing: str | None = None
+    per_digit: int = 100
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,6 @@ class Study:
         tuning: the search for learning rates.
         budgets: longer trainings.
         flags: settings of train.py on top of the base.
-        per_digit: samples of each digit in a measurement.
     """
 
     base: str
@@ -120,7 +121,6 @@ class Study:
     tuning: Tuning
     budgets: Budgets = field(default_factory=Budgets)
     flags: dict[str, Any] = field(default_factory=dict)
-    per_digit: int = 100
 
     def __post_init__(self) -> None:
         named = {r.tuned_as for r in self.recipes.values() if r.tuned_as} | self.budgets.recipes.keys()
@@ -184,11 +184,10 @@ def quickened(study: Study) -> Study:
         study,
         recipes=recipes,
         seeds=study.seeds[:1],
-        measurements=(replace(study.measurements[0], steps=(1, 4, 50)),),
+        measurements=(replace(study.measurements[0], steps=(1, 4, 50), per_digit=10),),
         tuning=replace(study.tuning, learning_rates=middle(study.tuning.learning_rates)),
         budgets=Budgets(),
         flags=study.flags | {"run.steps": 300, "run.validate_every": 300},
-        per_digit=10,
     )
 
 
@@ -223,11 +222,11 @@ def training(study: Study, name: str, seed: int, folder: Path, lr: float, steps:
     return Job([sys.executable, "train.py", "fit", *configs, *options], folder / "model" / "model_index.json")
 
 
-def measuring(study: Study, models: Sequence[Path], out: Path, m: Measurement, *flags: str) -> Job:
+def measuring(models: Sequence[Path], out: Path, m: Measurement, *flags: str) -> Job:
     """Measures models."""
     named = [part for model in models for part in ("--model", str(model))]
     ways = [part for sampler in m.samplers for part in ("--sampler", sampler)]
-    ways += ["--steps", ",".join(map(str, m.steps)), "--per-digit", str(study.per_digit), "--out", str(out)]
+    ways += ["--steps", ",".join(map(str, m.steps)), "--per-digit", str(m.per_digit), "--out", str(out)]
     ways += ["--spacing", m.spacing] if m.spacing else []
     return Job([sys.executable, "evaluate.py", *named, *ways, *flags], out / "results.json")
 
@@ -256,7 +255,7 @@ def tune(s: Study, out: Path, at_once: int) -> dict[str, dict[float, float]]:
     run([training(s, name, s.tuning.seed, place, lr) for (name, lr), place in places.items()], "tuning", at_once)
     by = Measurement((s.tuning.steps,), ("euler",))
     flags = ("--reference", "train", "--seed", "1000000")  # seeds of its own
-    jobs = {key: measuring(s, [place], place / "evaluation", by, *flags) for key, place in places.items()}
+    jobs = {key: measuring([place], place / "evaluation", by, *flags) for key, place in places.items()}
     run(jobs.values(), "measuring the tuning", at_once)
     found: dict[str, dict[float, float]] = {}
     for (name, lr), job in jobs.items():
@@ -276,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         places = {(name, seed): out / name / f"seed-{seed}" for seed in study.seeds for name in study.recipes}
         run((training(study, *key, place, lr[key[0]]) for key, place in places.items()), "training", args.jobs)
         measured = {
-            (*key, i): measuring(study, [place], place / f"evaluation-{i}", m)
+            (*key, i): measuring([place], place / f"evaluation-{i}", m)
             for i, m in enumerate(study.measurements)
             for key, place in places.items()
             if not m.recipes or key[0] in m.recipes
@@ -287,13 +286,13 @@ def main(argv: list[str] | None = None) -> None:
             for steps in study.budgets.steps:
                 place = out / "budgets" / name / f"steps-{steps}"
                 model = training(study, name, study.budgets.seed, place, lr[name], steps)
-                by = Measurement((way.steps,), (way.sampler,))
-                longer[name, steps] = model, measuring(study, [place], place / "evaluation", by)
+                by = replace(study.measurements[0], steps=(way.steps,), samplers=(way.sampler,))
+                longer[name, steps] = model, measuring([place], place / "evaluation", by)
         run((model for model, _ in longer.values()), "training longer", args.jobs)
         run((job for _, job in longer.values()), "measuring the longer", args.jobs)
-        shown = Measurement((1, 2, 4, 8, 50), ("euler",))
+        shown = Measurement((1, 2, 4, 8, 50), ("euler",), per_digit=10)
         first = [places[name, study.seeds[0]] for name in study.recipes]
-        sheet = measuring(replace(study, per_digit=10), first, out / "sheet", shown)
+        sheet = measuring(first, out / "sheet", shown)
         run([sheet], "drawing the sheet", 1)
         results = [row | {"recipe": key[0], "seed": key[1]} for key, job in measured.items() for row in rows(job.done)]
         more = [
@@ -302,9 +301,9 @@ def main(argv: list[str] | None = None) -> None:
         settings = json.loads(next(iter(measured.values())).done.read_text())
         facts = {name: (f"{parameters(places[name, study.seeds[0]]):,}", f"{lr[name]:g}") for name in study.recipes}
         command = f"python compare.py {args.study}{' --quick' * args.quick}"
-        text = write_up.document(
-            results, more, tuned, facts, command, settings["settings"] | {"floor": settings["floor"]}
-        )
+        others = [name for name, r in study.recipes.items() if any("configs/network/" in file for file in r.overlays)]
+        measured_with = settings["settings"] | {"floor": settings["floor"]}
+        text = write_up.document(results, more, tuned, facts, command, measured_with, others=others)
     with one_line_errors():
         docs.mkdir(parents=True, exist_ok=True)
         write_up.curves(write_up.first_order(results), settings["floor"], docs / "compare.png")

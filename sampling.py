@@ -116,7 +116,13 @@ def chosen(table: dict[str, Callable[..., Tensor]], kind: str, text: str) -> par
             if (words and value not in words) or (isinstance(values[key], float) and math.isnan(values[key])):
                 raise ValueError
         except ValueError:
-            wanted = " or ".join(words) if words else f"a {type(options[key].default).__name__}"
+            wanted = (
+                " or ".join(words)
+                if words
+                else "a whole number"
+                if isinstance(options[key].default, int)
+                else "a number"
+            )
             raise ValueError(f"{kind} {name} takes {key} as {wanted}, got {value!r}") from None
     return partial(table[name], **values)
 

@@ -55,7 +55,10 @@ class Objective:
         self.variance = variance
         if variance and not isinstance(self.path, Discrete):
             raise ValueError(f"a learned variance needs a discrete path, got {type(self.path).__name__}")
-        self.target.row(self.path, torch.tensor([0.5]))  # a target that the path does not have should fail now
+        half = torch.tensor([0.5])
+        self.target.row(self.path, half)  # a target or weight that the path does not have should fail now
+        if weight:
+            weight(self.path, self.target, half)
 
     def time(self, u: Tensor) -> Tensor:
         """Training times for uniform u: (B,) float32."""

@@ -232,7 +232,7 @@ def langevin(
     noise: Noise,
     callback: Callback | None = None,
     *,
-    repeats: int = 5,
+    repeats: int = 20,
     step: float = 0.2,
 ) -> Tensor:
     """Annealed Langevin dynamics: at each level x ← x + α/2·score + √α·n (Song & Ermon 2019, algorithm 1).
@@ -243,7 +243,7 @@ def langevin(
     From a grid whose first σ is finite. Other arguments and result as `euler`'s.
 
     Args:
-        repeats: steps at each level, and network evaluations.
+        repeats: steps at each level, and network evaluations; too few don't mix.
         step: α/σ².
     """
     if repeats < 1 or not 0 < step < 2:

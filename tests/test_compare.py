@@ -63,7 +63,7 @@ def test_claims_are_ratios_of_means_over_seeds(results: list[dict]) -> None:
         result("eps-linear", 1, 1000, 1.0, "ddpm") | {"budget": 9000},
         result("rf-lognorm", 1, 50, 0.5) | {"budget": 9000},
     ]
-    found = {claim.text.partition(":")[0]: claim for claim in study.claims(results, longer, ["eps-linear"])}
+    found = {claim.text.partition(":")[0]: claim for claim in study.claims(results, longer, ["eps-linear"], [])}
     four = found["4 evaluations"]
     assert (list(four.above), list(four.below)) == ([2.0, 2.2], [6.0, 6.2])  # the better spacing of DDIM
     assert four.row()[2:] == ["0.34 (2.10 ± 0.14 against 6.10 ± 0.14)", "**no**"]
@@ -121,9 +121,8 @@ def file(tmp_path: Path) -> Path:
             "rf-lognorm": {},
             "eps-linear": {"overlays": ["configs/objective/eps-linear.yaml"], "tuned_as": "rf-lognorm"},
         },
-        "measurements": [{"steps": [1, 4], "samplers": ["euler"]}],
+        "measurements": [{"steps": [1, 4], "samplers": ["euler"], "per_digit": 7}],
         "budgets": {"seed": 1, "steps": [8], "recipes": {"eps-linear": {"sampler": "ddpm", "steps": 2}}},
-        "per_digit": 7,
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
     return tmp_path / "study.yaml"
