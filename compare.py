@@ -22,6 +22,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from cli import Parser, one_line_errors, positive
+from flow.objective import Objective
 from metrics import study as write_up
 from sampling import Sampling
 
@@ -50,7 +51,7 @@ class Tuning:
     Args:
         learning_rates: the candidates.
         seed: of the trainings, not one of the study's.
-        steps: of the model's own sampler.
+        steps: of Euler's method.
     """
 
     learning_rates: tuple[float, ...]
@@ -133,22 +134,53 @@ class Study:
         for file in (self.base, *(file for r in self.recipes.values() for file in r.overlays)):
             if not (ROOT / file).is_file():
                 raise FileNotFoundError(f"the study names {file}, which does not exist")
-        if not (self.seeds and self.tuning.learning_rates and self.measurements and self.measurements[0].recipes == ()):
-            raise ValueError("a study needs seeds, learning rates, and a first measurement that is of all recipes")
+        if not (self.seeds and self.tuning.learning_rates and self.recipes and self.measurements):
+            raise ValueError("a study needs recipes, seeds, learning rates and measurements")
+        if self.measurements[0].recipes or "euler" not in self.measurements[0].samplers:
+            raise ValueError("the first measurement must be of all recipes, with euler among its samplers")
+        if not all(m.steps and m.samplers for m in self.measurements):
+            raise ValueError("each measurement needs steps and samplers")
         if self.tuning.seed in self.seeds or (self.budgets.steps and self.budgets.seed not in self.seeds):
             raise ValueError("tuning.seed must not be one of the seeds, and budgets.seed must be")
-        for m in self.measurements:
-            for sampler in m.samplers:
-                for steps in m.steps:
-                    Sampling(steps, sampler=sampler)  # what cannot be should fail before hours of work
+        if len(set(self.seeds)) < len(self.seeds) or {"tuning", "budgets", "sheet"} & self.recipes.keys():
+            raise ValueError("seeds must differ, and no recipe may be called tuning, budgets or sheet")
+        if "run.steps" not in self.flags or self.flags["run.steps"] != self.flags.get("run.validate_every"):
+            raise ValueError(
+                "flags need run.steps and an equal run.validate_every: the last model counts, not the best"
+            )
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and the file that is there once it has succeeded."""
+    """A command, and the file that is there once it has succeeded.
+
+    The command is kept beside the result, so that a result of another command is not taken for this one's.
+    """
 
     command: list[str]
+    folder: Path
     done: Path
+
+    @property
+    def note(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".command.json")
+
+    def is_done(self) -> bool:
+        """ValueError if the result is there, but of another command."""
+        if not self.done.is_file():
+            return False
+        if not self.note.is_file() or json.loads(self.note.read_text()) != self.command[1:]:
+            raise ValueError(f"{self.folder} holds the result of another command; remove it, or choose another --out")
+        return True
+
+    def run(self, environment: dict[str, str]) -> None:
+        """ValueError or, where the machine is at fault, OSError with its last line if it fails."""
+        ended = subprocess.run(self.command, env=environment, capture_output=True, text=True, cwd=ROOT)
+        if ended.returncode or not self.done.is_file():
+            last = (ended.stderr.strip() or "no message").splitlines()[-1]
+            fault = f"`{' '.join(self.command)}` ended with status {ended.returncode}: {last}"
+            raise (OSError if ended.returncode == 1 else ValueError)(fault)
+        self.note.write_text(json.dumps(self.command[1:]))
 
 
 def parser() -> Parser:
@@ -173,8 +205,35 @@ def read(file: Path) -> Study:
         raise ValueError(f"{file}: {error}") from None
 
 
+def check(study: Study) -> None:
+    """ValueError in one line if a recipe cannot be built, or not be sampled as the study says."""
+    p = ArgumentParser(exit_on_error=False)
+    p.add_class_arguments(Objective, "objective")
+    p.add_class_arguments(Sampling, "sampling")
+    for name, recipe in study.recipes.items():
+        config = None
+        try:
+            for file in (study.base, *recipe.overlays):
+                content = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+                parts = {key: content[key] for key in ("objective", "sampling") if key in content}
+                config = p.parse_object(parts, cfg_base=config)
+            built = p.instantiate(config)
+            ways = [
+                (m.steps, m.samplers, m.spacing) for m in study.measurements if name in (m.recipes or study.recipes)
+            ]
+            ways += [((study.tuning.steps,), ("euler",), None)]
+            ways += [((w.steps,), (w.sampler,), None) for r, w in study.budgets.recipes.items() if r == name]
+            for steps, samplers, spacing in ways:
+                for sampler in samplers:
+                    for count in steps:
+                        own = replace(built.sampling, steps=count, sampler=sampler)
+                        (replace(own, spacing=spacing) if spacing else own).walk(built.objective)
+        except (ArgumentError, yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"recipe {name}: {error}") from None
+
+
 def quickened(study: Study) -> Study:
-    """A tenth of the training, the first seed only, one learning rate, few pictures."""
+    """300 training steps, the first seed only, one learning rate, few pictures."""
 
     def middle(rates: tuple[float, ...]) -> tuple[float, ...]:
         return rates[len(rates) // 2 :][:1]
@@ -191,24 +250,17 @@ def quickened(study: Study) -> Study:
     )
 
 
-def run(jobs: Iterable[Job], title: str, at_once: int) -> None:
-    """Runs the commands that are not done yet; ValueError with the last line of the first that fails."""
+def run(jobs: Iterable[Job], title: str, at_once: int, forgiven: str | None = None) -> None:
+    """Runs the commands that are not done yet; the first failure ends it unless `forgiven` is in its message."""
     jobs = list(jobs)
-    todo = [job for job in jobs if not job.done.is_file()]
+    todo = [job for job in jobs if not job.is_done()]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))}
-
-    def call(job: Job) -> str | None:
-        ended = subprocess.run(job.command, env=environment, capture_output=True, text=True, cwd=ROOT)
-        if ended.returncode == 0 and job.done.is_file():
-            return None
-        last = (ended.stderr.strip() or "no message").splitlines()[-1]
-        return f"`{' '.join(job.command)}` ended with status {ended.returncode}: {last}"
-
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=title) as bar:
-        for future in as_completed([pool.submit(call, job) for job in todo]):
-            if fault := future.result():
+        for future in as_completed([pool.submit(job.run, environment) for job in todo]):
+            fault = future.exception()
+            if fault and not (forgiven and forgiven in str(fault)):
                 pool.shutdown(cancel_futures=True)
-                raise ValueError(fault)
+                raise fault
             bar.update()
 
 
@@ -219,7 +271,7 @@ def training(study: Study, name: str, seed: int, folder: Path, lr: float, steps:
         flags |= {"run.steps": steps, "run.validate_every": steps}
     configs = [part for file in (study.base, *study.recipes[name].overlays) for part in ("--config", file)]
     options = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
-    return Job([sys.executable, "train.py", "fit", *configs, *options], folder / "model" / "model_index.json")
+    return Job([sys.executable, "train.py", "fit", *configs, *options], folder, folder / "model" / "model_index.json")
 
 
 def measuring(models: Sequence[Path], out: Path, m: Measurement, *flags: str) -> Job:
@@ -228,11 +280,12 @@ def measuring(models: Sequence[Path], out: Path, m: Measurement, *flags: str) ->
     ways = [part for sampler in m.samplers for part in ("--sampler", sampler)]
     ways += ["--steps", ",".join(map(str, m.steps)), "--per-digit", str(m.per_digit), "--out", str(out)]
     ways += ["--spacing", m.spacing] if m.spacing else []
-    return Job([sys.executable, "evaluate.py", *named, *ways, *flags], out / "results.json")
+    return Job([sys.executable, "evaluate.py", *named, *ways, *flags], out, out / "sheet.png")  # written last but one
 
 
-def rows(file: Path) -> list[dict[str, Any]]:
-    return json.loads(file.read_text())["rows"]
+def results(job: Job) -> dict[str, Any]:
+    """What evaluate.py wrote."""
+    return json.loads((job.folder / "results.json").read_text())
 
 
 def parameters(run_folder: Path) -> int:
@@ -252,14 +305,20 @@ def tune(s: Study, out: Path, at_once: int) -> dict[str, dict[float, float]]:
     }
     if len(places) == len({name for name, _ in places}):  # nothing to choose
         return {name: {lr: float("nan")} for name, lr in places}
-    run([training(s, name, s.tuning.seed, place, lr) for (name, lr), place in places.items()], "tuning", at_once)
+    trained = {key: training(s, key[0], s.tuning.seed, place, key[1]) for key, place in places.items()}
+    run(trained.values(), "tuning", at_once, forgiven="try a lower lr")
     by = Measurement((s.tuning.steps,), ("euler",))
     flags = ("--reference", "train", "--seed", "1000000")  # seeds of its own
-    jobs = {key: measuring([place], place / "evaluation", by, *flags) for key, place in places.items()}
+    jobs = {
+        key: measuring([place], place / "evaluation", by, *flags)
+        for key, place in places.items()
+        if trained[key].is_done()
+    }
     run(jobs.values(), "measuring the tuning", at_once)
     found: dict[str, dict[float, float]] = {}
-    for (name, lr), job in jobs.items():
-        found.setdefault(name, {})[lr] = rows(job.done)[0]["distance"]
+    for name, lr in places:
+        distance = results(jobs[name, lr])["rows"][0]["distance"] if (name, lr) in jobs else None
+        found.setdefault(name, {})[lr] = math.inf if distance is None else distance  # diverged, or all alike
     return found
 
 
@@ -267,7 +326,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
         study = quickened(read(args.study)) if args.quick else read(args.study)
-        out = args.out or Path("runs") / "studies" / (args.study.stem + "-quick" * args.quick)
+        check(study)
+        out = (args.out or ROOT / "runs" / "studies" / (args.study.stem + "-quick" * args.quick)).resolve()
         docs = args.docs or (out if args.quick else Path("docs"))
         tuned = tune(study, out, args.jobs)
         lr = {name: min(found, key=lambda rate: found[rate]) for name, found in tuned.items()}
@@ -275,10 +335,9 @@ def main(argv: list[str] | None = None) -> None:
         places = {(name, seed): out / name / f"seed-{seed}" for seed in study.seeds for name in study.recipes}
         run((training(study, *key, place, lr[key[0]]) for key, place in places.items()), "training", args.jobs)
         measured = {
-            (*key, i): measuring([place], place / f"evaluation-{i}", m)
+            (name, i): measuring([places[name, seed] for seed in study.seeds], out / name / f"evaluation-{i}", m)
             for i, m in enumerate(study.measurements)
-            for key, place in places.items()
-            if not m.recipes or key[0] in m.recipes
+            for name in m.recipes or study.recipes
         }
         run(measured.values(), "measuring", args.jobs)
         longer = {}
@@ -291,23 +350,39 @@ def main(argv: list[str] | None = None) -> None:
         run((model for model, _ in longer.values()), "training longer", args.jobs)
         run((job for _, job in longer.values()), "measuring the longer", args.jobs)
         shown = Measurement((1, 2, 4, 8, 50), ("euler",), per_digit=10)
-        first = [places[name, study.seeds[0]] for name in study.recipes]
-        sheet = measuring(first, out / "sheet", shown)
+        sheet = measuring([places[name, study.seeds[0]] for name in study.recipes], out / "sheet", shown)
         run([sheet], "drawing the sheet", 1)
-        results = [row | {"recipe": key[0], "seed": key[1]} for key, job in measured.items() for row in rows(job.done)]
-        more = [
-            row | {"recipe": key[0], "budget": key[1]} for key, (_, job) in longer.items() for row in rows(job.done)
+        found = [
+            row | {"recipe": name, "seed": int(Path(row["folder"]).name.removeprefix("seed-"))}
+            for (name, _), job in measured.items()
+            for row in results(job)["rows"]
         ]
-        settings = json.loads(next(iter(measured.values())).done.read_text())
-        facts = {name: (f"{parameters(places[name, study.seeds[0]]):,}", f"{lr[name]:g}") for name in study.recipes}
-        command = f"python compare.py {args.study}{' --quick' * args.quick}"
-        others = [name for name, r in study.recipes.items() if any("configs/network/" in file for file in r.overlays)]
-        measured_with = settings["settings"] | {"floor": settings["floor"]}
-        text = write_up.document(results, more, tuned, facts, command, measured_with, others=others)
+        more = [
+            row | {"recipe": name, "budget": steps}
+            for (name, steps), (_, job) in longer.items()
+            for row in results(job)["rows"]
+        ]
+        with_what = results(next(iter(measured.values())))
+        facts = {
+            name: (
+                f"{parameters(places[name, study.seeds[0]]):,}",
+                f"{lr[name]:g}" + (f", as {recipe.tuned_as}" if recipe.tuned_as else ""),
+            )
+            for name, recipe in study.recipes.items()
+        }
+        text = write_up.document(
+            found,
+            more,
+            tuned,
+            facts,
+            f"python compare.py {args.study}{' --quick' * args.quick}",
+            with_what["settings"] | {"floor": with_what["floor"]},
+            others=[name for name, r in study.recipes.items() if any("configs/network/" in f for f in r.overlays)],
+        )
     with one_line_errors():
         docs.mkdir(parents=True, exist_ok=True)
-        write_up.curves(write_up.first_order(results), settings["floor"], docs / "compare.png")
-        shutil.copyfile(out / "sheet" / "sheet.png", docs / "compare-sheet.png")
+        write_up.curves(write_up.first_order(found), with_what["floor"], docs / "compare.png")
+        shutil.copyfile(sheet.done, docs / "compare-sheet.png")
         (docs / "compare.md").write_text(text, encoding="utf-8")
     print(f"Look at {docs / 'compare.md'}")
 

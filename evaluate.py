@@ -15,6 +15,7 @@ from tqdm import tqdm
 from cli import (
     Parser,
     add_sampling,
+    fail,
     find_device,
     find_model,
     natural,
@@ -165,11 +166,13 @@ def main(argv: list[str] | None = None) -> None:
         settings = settings_of(args, pipes)
         network = load_features(args.features)
         clip = CLIPFeatures(args.clip) if args.clip else None
+        if clip:
+            clip.text(["a picture"])  # a folder without a tokenizer should fail now
         enough(10 * args.per_digit, network.num_features)
+        halves = [digits.load("train"), digits.load("held_out")]
+        other, reference = halves if args.reference == "held_out" else halves[::-1]
+        measure = Measure(network, other.pixels, reference.pixels)
         args.out.mkdir(parents=True, exist_ok=True)
-    halves = [digits.load("train"), digits.load("held_out")]
-    other, reference = halves if args.reference == "held_out" else halves[::-1]
-    measure = Measure(network, other.pixels, reference.pixels)
     real = torch.cat([other.pixels[other.labels == label][: args.per_digit] for label in range(10)])
     asked = torch.arange(10).repeat_interleave(args.per_digit)
     templates = digits.HELD_OUT_TEMPLATES
@@ -178,12 +181,16 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     sheet: dict[tuple[str, int], Tensor] = {}
     for name, pipe, sampling in tqdm(settings, desc="evaluating", unit="setting"):
-        drawn = draw(pipe, sampling, prompts, seeds, args.batch_size)
+        with one_line_errors():
+            drawn = draw(pipe, sampling, prompts, seeds, args.batch_size)
+        if not drawn.pictures.isfinite().all():
+            fail(f"{name} draws pictures that are no numbers, by {sampling.sampler} in {sampling.steps} steps", 1)
         rows.append(
             {
                 "model": name,
                 "folder": folders[name],
-                **{key: value for key, value in asdict(sampling).items() if key != "interval"},
+                **asdict(sampling),
+                "shift": pipe.objective.shift,
                 "evaluations": drawn.evaluations,
                 "samples": len(prompts),
                 "seconds_per_picture": drawn.seconds,

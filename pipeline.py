@@ -117,13 +117,14 @@ class Pipeline:
         model: Model = self.network
         if sampling.guidance != 1:
             null = self.condition([negative])
-            model = ClassifierFree(self.network, null, sampling.guidance, sampling.rescale, sampling.interval)
-        z = draw()
+            guided = self.codec.channels if self.objective.variance else None
+            model = ClassifierFree(self.network, null, sampling.guidance, sampling.rescale, sampling.interval, guided)
+        a, b = self.objective.path(times[0])
+        z = (a**2 + b**2).sqrt() * draw()  # the variance at times[0] of data of unit variance
         if callback:
             callback(0, z, z)
         z = walk(lambda z, t: self.objective.denoise(model, z, t, condition), z, draw, callback)
-        a, _ = self.objective.path(times[-1])
-        return self.codec.decode(z / a).cpu()
+        return self.codec.decode(z / self.objective.path(times[-1])[0]).cpu()
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The latent's size for a picture's; ValueError if there is none."""
@@ -208,8 +209,9 @@ class Pipeline:
         except ValueError as error:
             raise ValueError(f"{folder / SCHEDULER} is no JSON: {error}") from None
         needed = {"shift", "path", "target", "variance", "sampling"}
-        if not isinstance(scheduler, dict) or not needed <= scheduler.keys():
-            raise ValueError(f"{folder / SCHEDULER} lacks {', '.join(sorted(needed))}: this project did not write it")
+        missing = sorted(needed - scheduler.keys()) if isinstance(scheduler, dict) else sorted(needed)
+        if missing:
+            raise ValueError(f"{folder / SCHEDULER} lacks {', '.join(missing)}: another program or version wrote it")
         try:
             objective = Objective(
                 restore(paths.Path, scheduler["path"]),
@@ -218,7 +220,7 @@ class Pipeline:
                 variance=scheduler["variance"] and restore(LearnedVariance, scheduler["variance"]),
             )
             sampling = Sampling(**scheduler["sampling"])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{folder / SCHEDULER}: {error}") from None
         network: Any
         if (folder / "unet").is_dir():

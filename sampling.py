@@ -50,8 +50,10 @@ class Sampling:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not isinstance(self.sampler, str) or not isinstance(self.spacing, str):
+            raise ValueError(f"sampler and spacing are words, got {self.sampler} and {self.spacing}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         if not 0 <= self.rescale <= 1:

@@ -12,7 +12,7 @@ from flow.path import Discrete, Path
 def trailing(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
     """Equal steps from t = 1, shifted once (`flow.density.shift`): for a chain n = T, T − T/steps, … rounded.
 
-    Lin et al. 2024, table 2, "trailing"; the only one of the three that starts from pure noise.
+    Lin et al. 2024, table 2, "trailing".
     """
     _count(path, steps)
     if not 0 < alpha < math.inf:

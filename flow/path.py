@@ -179,6 +179,8 @@ class ZeroTerminalSNR(Discrete):
     """
 
     def __init__(self, path: Discrete) -> None:
+        if not isinstance(path, Discrete):
+            raise ValueError(f"ZeroTerminalSNR rescales a discrete path, and {type(path).__name__} is continuous")
         self.path = path
         root = path.alphas_cumprod.sqrt()
         super().__init__(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)

@@ -259,7 +259,10 @@ def langevin(
         for _ in range(repeats):
             x0, e, _ = denoise(a * x, t.expand(len(x)))
             x = x - step / 2 * sigma * e + math.sqrt(step) * sigma * noise()
-        if callback:
-            callback(i, a_s * x, x0)
+        if callback and i < len(grid) - 1:
+            callback(i, a_s * x, x0)  # as the next level takes it
     x0, e, _ = denoise(a * x, t.expand(len(x)))
-    return a_s * x0 + b_s * e
+    z = a_s * x0 + b_s * e
+    if callback:
+        callback(len(grid) - 1, z, x0)
+    return z

@@ -55,18 +55,20 @@ COLUMNS = {
     "samples": Column("samples", "Pictures measured.", None, ".3g"),
     "seconds_per_picture": Column("s / picture", "Seconds of sampling for one picture.", "low", "#.3g"),
     "accuracy": Column("accuracy", "Share of the pictures that show what was asked for.", "high", ".1%"),
-    "distance": Column("FD", "Fréchet distance of the features to those of held-out pictures.", "low", "#.3g"),
+    "distance": Column("FD", "Fréchet distance of the features to those of the reference pictures.", "low", "#.3g"),
     "distance_ratio": Column(
-        "FD ratio", "FD over that of the training pictures; 1 means as close as real pictures are.", "low", ".2f"
+        "FD ratio", "FD over that of the other real pictures; 1 means as close as real ones are.", "low", ".2f"
     ),
-    "kernel_distance": Column("KD", "Squared kernel distance (KID) to held-out pictures; noise near 0.", "low", "#.3g"),
+    "kernel_distance": Column(
+        "KD", "Squared kernel distance (KID) to reference pictures; noise near 0.", "low", "#.3g"
+    ),
     "inception_score": Column("IS", "Inception score, from 1 to the number of classes.", "high", "#.3g"),
     "spatial_distance": Column("sFD", "Fréchet distance of features that keep their places (sFID).", "low", "#.3g"),
-    "precision": Column("precision", "Share of the samples that look like held-out pictures.", "high", ".1%"),
-    "recall": Column("recall", "Share of the held-out pictures that the samples reach.", "high", ".1%"),
+    "precision": Column("precision", "Share of the samples that look like reference pictures.", "high", ".1%"),
+    "recall": Column("recall", "Share of the reference pictures that the samples reach.", "high", ".1%"),
     "neighbour_ratio": Column(
         "neighbours",
-        "Distance to the nearest training picture, over that of held-out pictures; far below 1 means copies.",
+        "Distance to the nearest other real picture, over that of reference pictures; far below 1 means copies.",
         None,
         ".2f",
     ),

@@ -3,6 +3,7 @@
 A result is a row of `metrics.report` with two more keys: the `recipe` of the model and the `seed` of its training.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ KEY = "distance_ratio"
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean ± sample standard deviation, the latter from two values on."""
+    """Mean ± sample standard deviation, the latter from two values on; a dash if any is missing."""
+    if not values or any(value is None for value in values):
+        return "–"
     mean = format(statistics.fmean(values), form)
     return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
 
@@ -46,7 +49,7 @@ def average_ranks(results: Sequence[Result], steps: Sequence[int]) -> dict[str, 
     for count in steps:
         for seed in unique(results, "seed"):
             group = of(results, steps=count, seed=seed)
-            points = [(r["distance"], -(r["accuracy"] or 0.0)) for r in group]
+            points = [(math.inf if r["distance"] is None else r["distance"], -(r["accuracy"] or 0.0)) for r in group]
             for r, rank in zip(group, pareto_ranks(points), strict=True):
                 ranks.setdefault(r["recipe"], []).append(rank)
     return {recipe: statistics.fmean(found) for recipe, found in ranks.items()}
@@ -56,7 +59,7 @@ def best_within(results: Sequence[Result], recipe: str, evaluations: float) -> t
     """(mean, values over the seeds, how) of the way with the least distance ratio in at most so many evaluations."""
     ways: dict[tuple, list[Result]] = {}
     for r in of(results, recipe=recipe):
-        if r["evaluations"] <= evaluations:
+        if r["evaluations"] <= evaluations and r[KEY] is not None:
             ways.setdefault((r["sampler"], r["spacing"], r["steps"]), []).append(r)
     found = [
         (
@@ -81,8 +84,9 @@ def curves(results: Sequence[Result], floor: float | None, file: Path) -> None:
     axes = figure.subplots()
     for i, recipe in enumerate(unique(results, "recipe")):
         rows = of(results, recipe=recipe)
-        x = sorted(unique(rows, "steps"))
-        y = [[r[KEY] for r in of(rows, steps=count)] for count in x]
+        rows = [r for r in rows if r[KEY] is not None]
+        x = sorted(unique(rows, "evaluations"))
+        y = [[r[KEY] for r in of(rows, evaluations=count)] for count in x]
         mean = [statistics.fmean(values) for values in y]
         bars = [[m - min(v) for m, v in zip(mean, y, strict=True)], [max(v) - m for m, v in zip(mean, y, strict=True)]]
         axes.errorbar(
@@ -97,8 +101,8 @@ def curves(results: Sequence[Result], floor: float | None, file: Path) -> None:
         xlabel="function evaluations a picture",
         ylabel="Fréchet distance / that of real digits",
     )
-    ticks = sorted(unique(results, "steps"))
-    axes.set_xticks(ticks, [str(t) for t in ticks])
+    ticks = sorted(unique(results, "evaluations"))
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
@@ -116,10 +120,12 @@ class Claim(NamedTuple):
     below: Sequence[float]
 
     def row(self) -> list[str]:
-        """Text, asked, found and whether it holds."""
+        """Text, asked, found and whether it holds: for the means, and for the worst or best pair of seeds."""
         ratio = statistics.fmean(self.above) / statistics.fmean(self.below)
         found = f"{ratio:.2f} ({spread(self.above)} against {spread(self.below)})"
-        return [self.text, f"≤ {self.asked:.2f}", found, "yes" if ratio <= self.asked else "**no**"]
+        low, high = min(self.above) / max(self.below), max(self.above) / min(self.below)
+        open_ = ", but not for every pair of seeds" if low <= self.asked < high else ""
+        return [self.text, f"≤ {self.asked:.2f}", found, ("yes" if ratio <= self.asked else "**no**") + open_]
 
 
 def claims(
@@ -139,11 +145,12 @@ def claims(
     found: list[Claim] = []
 
     def values(rows: Iterable[Result], **wanted: object) -> list[float]:
-        return [r[KEY] for r in of(rows, **wanted)]
+        return [r[KEY] for r in of(rows, **wanted) if r[KEY] is not None]
 
     def best_straight(steps: int) -> tuple[str, list[float]]:
         each = {r: values(plain, recipe=r, steps=steps) for r in straight}
-        return min(each.items(), key=lambda item: statistics.fmean(item[1]), default=("none", []))
+        there = [(name, found) for name, found in each.items() if found]
+        return min(there, key=lambda item: statistics.fmean(item[1]), default=("none", []))
 
     def claim(text: str, asked: float, above: Sequence[float], below: Sequence[float]) -> None:
         if above and below:
@@ -186,7 +193,7 @@ INTRODUCTION = """\
 
 Written by `{command}` from its results alone.
 
-Every recipe is trained with {seeds}; of one seed, all see the same batches in the same order with the same noise.
+{note}Every recipe is trained with {seeds}; of one seed, all see the same batches in the same order with the same noise.
 Numbers are mean ± standard deviation over the seeds' models: {samples:,} samples each, {per_digit} of each digit, from
 held-out captions, at guidance {guidance:g}. The *FD ratio* is the Fréchet distance to the held-out digits on a
 classifier's features, over that of the training digits ({real_distance:.2f}). Real digits, as many
@@ -197,10 +204,22 @@ of each, score {floor:.2f}.
 ![The same seeds, recipes as rows, step counts as columns](compare-sheet.png)
 """
 
+QUICK = """\
+**The quick version: too little training and too few pictures for a result. It shows the way.**
+
+"""
+
+CLAIMS = """\
+## What was claimed, and what was found
+
+"The best" of several is chosen on these same numbers.
+"""
+
 FIRST_ORDER = """\
 ## FD ratio by first-order steps
 
-Euler's method, which on a chain is DDIM with η = 0: one evaluation a step.
+Euler's method, which on a chain is DDIM with η = 0: one evaluation a step, each recipe on its own spacing of the times
+({spacings}).
 """
 
 BEST = """\
@@ -224,7 +243,9 @@ line, so that they compare. KD and sFD are kernel distance and spatial Fréchet 
 """
 
 TUNED = """\
-The learning rates, by the Fréchet distance to the *training* digits after a training with a seed of its own:
+The learning rates are chosen by the Fréchet distance to the *training* digits, by Euler's method, after a training with
+a seed of its own. Network, batch and steps come from the demo, where they were chosen for rf-lognorm on the held-out
+digits.
 """
 
 
@@ -261,19 +282,22 @@ def document(
         found = best_within(results, recipe, evaluations)
         return f"{spread(found[1])} ({found[2]})" if found else "–"
 
+    own = {r["recipe"]: r["spacing"].partition(":")[0] for r in plain}
+    spacings = "; ".join(f"{s}: {', '.join(r for r in recipes if own[r] == s)}" for s in dict.fromkeys(own.values()))
     sets = {"all": steps} | {f"{n} steps": [n] for n in (5, 50) if n in steps}
     ranks = {name: average_ranks(plain, counts) for name, counts in sets.items()}
     parts = [
         INTRODUCTION.format(
             command=command,
+            note=QUICK if "--quick" in command else "",
             seeds="one seed" if len(seeds) == 1 else f"{len(seeds)} seeds",
             samples=results[0]["samples"],
             guidance=results[0]["guidance"],
             **{key: settings[key] for key in ("per_digit", "real_distance", "floor")},
         ),
-        "## What was claimed, and what was found\n",
+        CLAIMS,
         table(["claim", "asked", "found", "holds"], (claim.row() for claim in claims(results, longer, chains, others))),
-        FIRST_ORDER,
+        FIRST_ORDER.format(spacings=spacings),
         table(["recipe", *map(str, steps)], ([r, *(cells(r, KEY, ".2f", n) for n in steps)] for r in recipes)),
         BEST,
         table(["recipe", "4", "8", "25", "50"], ([r, *(best(r, n) for n in (4, 8, 25, 50))] for r in recipes)),

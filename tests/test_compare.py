@@ -66,7 +66,7 @@ def test_claims_are_ratios_of_means_over_seeds(results: list[dict]) -> None:
     found = {claim.text.partition(":")[0]: claim for claim in study.claims(results, longer, ["eps-linear"], [])}
     four = found["4 evaluations"]
     assert (list(four.above), list(four.below)) == ([2.0, 2.2], [6.0, 6.2])  # the better spacing of DDIM
-    assert four.row()[2:] == ["0.34 (2.10 ± 0.14 against 6.10 ± 0.14)", "**no**"]
+    assert four.row()[2:] == ["0.34 (2.10 ± 0.14 against 6.10 ± 0.14)", "**no**, but not for every pair of seeds"]
     fifty = found["50 evaluations"]
     assert "edm: dpmpp_2m, trailing, 5 steps" in fifty.text
     assert fifty.row()[3] == "**no**"
@@ -128,7 +128,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "study.yaml"
 
 
-def test_a_study_trains_measures_writes_and_goes_on(file: Path, tmp_path: Path) -> None:
+def test_a_study_trains_measures_writes_and_goes_on(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     argv = [str(file), "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs"), "--jobs", "2"]
     compare.main(argv)
     text = (tmp_path / "docs/compare.md").read_text()
@@ -140,16 +140,21 @@ def test_a_study_trains_measures_writes_and_goes_on(file: Path, tmp_path: Path) 
         "tuning/rf-lognorm/lr-0.001", "tuning/rf-lognorm/lr-0.002", "rf-lognorm/seed-1", "eps-linear/seed-1",
         "budgets/eps-linear/steps-8",
     }  # fmt: skip
-    lost = tmp_path / "out/eps-linear/seed-1/evaluation-0/results.json"
+    lost = tmp_path / "out/eps-linear/evaluation-0/results.json"
     others = {f: os.stat(f).st_mtime_ns for f in (tmp_path / "out").rglob("*.safetensors")}
     before = json.loads(lost.read_text())["rows"]
-    lost.unlink()
+    lost.with_name("sheet.png").unlink()
     (tmp_path / "docs/compare.md").unlink()
     compare.main(argv)  # does again only what is missing, with the same result
     assert (tmp_path / "docs/compare.md").read_text() == text
     after = json.loads(lost.read_text())["rows"]
     assert [r["distance"] for r in after] == [r["distance"] for r in before]
     assert others == {f: os.stat(f).st_mtime_ns for f in (tmp_path / "out").rglob("*.safetensors")}
+    file.write_text(file.read_text().replace("run.steps: 4", "run.steps: 5").replace("every: 4", "every: 5"))
+    with pytest.raises(SystemExit) as end:  # a result of other settings is not taken for this one's
+        compare.main(argv)
+    assert end.value.code == 2
+    assert "holds the result of another command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -161,9 +166,14 @@ def test_a_study_trains_measures_writes_and_goes_on(file: Path, tmp_path: Path) 
         ({"recipes": {"a": {"tuned_as": "b"}}}, "there is no recipe b"),
         ({"recipes": {"a": {"overlays": ["no.yaml"]}}}, "no.yaml"),
         ({"seeds": [0]}, "tuning.seed"),
-        ({"seeds": []}, "needs seeds"),
-        ({"measurements": [{"steps": [1], "samplers": ["rk45"]}]}, "there is no sampler 'rk45'"),
+        ({"seeds": []}, "needs recipes, seeds"),
+        ({"measurements": [{"steps": [1], "samplers": ["euler", "rk45"]}]}, "there is no sampler 'rk45'"),
         ({"measurements": [{"steps": [0], "samplers": ["euler"]}]}, "at least 1"),
+        ({"measurements": [{"steps": [1], "samplers": ["heun"]}]}, "with euler among"),
+        ({"measurements": [{"steps": [1], "samplers": ["euler", "ddpm"]}]}, "recipe rf-lognorm: sampler ddpm"),
+        ({"measurements": [{"steps": [1], "samplers": ["euler"], "spacing": "leading"}]}, "needs a discrete path"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"flags": {"run.steps": 4, "run.validate_every": 2}}, "equal run.validate_every"),
     ],
 )
 def test_bad_studies_end_in_one_line_before_any_work(
@@ -189,6 +199,7 @@ def test_a_missing_study_ends_in_one_line(capsys: pytest.CaptureFixture) -> None
 def test_the_committed_study_is_sound_and_quick_is_smaller() -> None:
     whole = compare.read(ROOT / "configs/studies/digits.yaml")
     quick = compare.quickened(whole)
-    assert quick.recipes == whole.recipes
+    assert quick.recipes.keys() == whole.recipes.keys()
+    assert all(len(recipe.learning_rates) <= 1 for recipe in quick.recipes.values())
     assert len(quick.seeds) == 1
     assert quick.flags["run.steps"] < whole.flags["run.steps"] / 5

@@ -1,10 +1,12 @@
 """evaluate.py as a user calls it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save
 
 import evaluate
 from pipeline import Pipeline
@@ -73,6 +75,7 @@ def test_models_are_named_by_what_tells_them_apart(paths: list[str], expected: l
         (["--model", "MODEL", "--steps", "0"], "whole numbers of at least 1"),
         (["--model", "MODEL", "--features", "judge:nowhere"], "nowhere"),
         (["--model", "MODEL", "--features", "oracle:nowhere"], "oracle"),
+        (["--model", "MODEL", "--features", "inception:nowhere"], "nowhere"),
         (["--model", "MODEL", "--clip", "nowhere"], "nowhere"),
         (["--model", "MODEL", "--per-digit", "0"], "at least 1"),
         (["--model", "MODEL", "--per-digit", "6"], "more than 64 samples, got 60"),
@@ -99,6 +102,18 @@ def test_bad_input_ends_in_one_line(
     assert len(lines) == 1
     assert message in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_other_captions_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(model, tmp_path / "other")
+    weights = tmp_path / "other/text_encoder/model.safetensors"
+    weights.write_bytes(save({name: tensor * 1.1 for name, tensor in load_file(weights).items()}, {"format": "pt"}))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(
+            ["--model", str(model), "--model", str(tmp_path / "other"), *JUDGE, "--out", str(tmp_path / "out")]
+        )
+    assert end.value.code == 2
+    assert "another text encoder" in capsys.readouterr().err
 
 
 def test_a_chain_has_only_so_many_steps_and_its_own_samplers(pipe: Pipeline) -> None:

@@ -707,3 +707,23 @@ def test_guidance_outside_its_interval_is_the_plain_model_at_half_the_cost() -> 
         found = within(z, t, condition)
         assert calls == [6 if inside else 3]
         assert torch.equal(found, plain(z, t, condition) if inside else plain.model(z, t, condition))
+
+
+def test_guidance_leaves_a_learned_variance_to_the_conditional_branch() -> None:
+    def model(z: Tensor, t: Tensor, condition: Told) -> Tensor:
+        y = z + condition.value[:, :, None, None]
+        return torch.cat([y, 10 * y], 1)
+
+    z, t = torch.randn(3, 4, 2, 2), torch.rand(3)
+    condition, null = Told(torch.randn(3, 4)), Told(torch.randn(1, 4))
+    for rescale in (0.0, 0.7):
+        guided = ClassifierFree(model, null, 2.5, rescale, channels=4)(z, t, condition)
+        y, v = guided.chunk(2, dim=1)
+        torch.testing.assert_close(v, model(z, t, condition)[:, 4:])
+        mean = ClassifierFree(lambda *told: model(*told)[:, :4], null, 2.5, rescale)(z, t, condition)
+        torch.testing.assert_close(y, mean)
+
+
+def test_only_a_chain_has_a_terminal_snr() -> None:
+    with pytest.raises(ValueError, match="RectifiedFlow is continuous"):
+        ZeroTerminalSNR(RectifiedFlow())  # type: ignore[arg-type]

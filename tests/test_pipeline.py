@@ -89,6 +89,14 @@ def test_the_callback_sees_the_start_and_each_step(pipe: Pipeline) -> None:
     torch.testing.assert_close(starts[0][0], torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(0)))
 
 
+def test_a_start_below_pure_noise_has_the_path_s_own_variance(pipe: Pipeline) -> None:
+    starts = []
+    sampling = way(pipe, spacing="karras:sigma_max=3", sampler="edm")
+    pipe(PROMPTS[:1], [0], sampling=sampling, shift=1.0, callback=lambda done, z, x0: starts.append(z))
+    noise = torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(starts[0][0], noise * (0.25**2 + 0.75**2) ** 0.5)  # σ = 3 at t = ¾
+
+
 def test_other_sizes_up_to_the_table(pipe: Pipeline) -> None:
     assert pipe(PROMPTS[:1], [0], height=16, width=6).shape == (1, 1, 16, 6)
     with pytest.raises(ValueError, match="height must be a multiple of 2"):
@@ -175,6 +183,18 @@ def spoil_grid(folder: Path) -> None:
     (folder / SCHEDULER).write_text(json.dumps(content))
 
 
+def spoil_sampling(folder: Path) -> None:
+    content = json.loads((folder / SCHEDULER).read_text())
+    content["sampling"]["sampler"] = None
+    (folder / SCHEDULER).write_text(json.dumps(content))
+
+
+def spoil_chain(folder: Path) -> None:
+    content = json.loads((folder / SCHEDULER).read_text())
+    content["path"] = {"class": "Discrete", "alphas_cumprod": [0.5]}
+    (folder / SCHEDULER).write_text(json.dumps(content))
+
+
 def spoil_channels(folder: Path) -> None:
     file = folder / "vae/config.json"
     file.write_text(file.read_text().replace('"channels": 1', '"channels": 3'))
@@ -190,6 +210,8 @@ def spoil_weights(folder: Path) -> None:
     [
         (spoil_index, "no model folder: it has no model_index.json"),
         (spoil_grid, "there is no Path"),
+        (spoil_sampling, "sampler and spacing are words"),
+        (spoil_chain, "scheduler_config.json"),
         (spoil_channels, "in_channels is 1, but codec, text and objective need 3"),
         (spoil_weights, "truncated or no safetensors"),
         (lambda folder: (folder / "vae/config.json").unlink(), "no codec config"),
