@@ -216,7 +216,7 @@ def check(study: Study) -> None:
             for file in (study.base, *recipe.overlays):
                 content = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
                 parts = {key: content[key] for key in ("objective", "sampling") if key in content}
-                config = p.parse_object(parts, cfg_base=config)
+                config = p.parse_object(parts, namespace=config)
             built = p.instantiate(config)
             ways = [
                 (m.steps, m.samplers, m.spacing) for m in study.measurements if name in (m.recipes or study.recipes)
