@@ -8,17 +8,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("mmdit", "baselines", "flow", "data", "metrics", "training")
 ENTRY_POINTS = ("train", "sample", "evaluate", "compare")
-OURS = (*ROOMS, *ENTRY_POINTS, "generator", "pipeline", "sampling", "cli")
+OURS = (*ROOMS, *ENTRY_POINTS, "generator", "pipeline", "sampling", "weights", "cli")
 MAY_IMPORT = {
-    "mmdit": {"mmdit"},
-    "baselines": {"baselines", "mmdit"},  # for the record of conditions, which is the network's contract
+    "mmdit": {"mmdit", "weights"},
+    "baselines": {"baselines", "mmdit", "weights"},  # for the record of conditions, which is the network's contract
     "flow": {"flow"},
-    "data": {"data"},
+    "data": {"data", "weights"},
     "metrics": {"metrics", "flow"},
     "training": {"training"},
     "cli": set(),
+    "weights": set(),
     "sampling": {"flow"},
-    "pipeline": {"mmdit", "baselines", "flow", "data", "sampling"},
+    "pipeline": {"mmdit", "baselines", "flow", "data", "sampling", "weights"},
     "generator": {"mmdit", "flow", "data", "training", "pipeline", "sampling"},
 } | {name: set(OURS) - set(ENTRY_POINTS) for name in ENTRY_POINTS}
 

@@ -1,0 +1,210 @@
+"""Weights on disk: safetensors files, read tensor by tensor, refused as a whole if anything does not fit."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Place(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Weights(Mapping[str, Tensor]):
+    """Names → tensors of one or more safetensors files. A tensor is mapped into memory anew each time it is asked for,
+    so that what has been copied and let go no longer counts against the machine's memory.
+
+    Attributes:
+        source: the file or folder, for messages.
+        places: where each tensor lies.
+    """
+
+    def __init__(self, source: Path, places: dict[str, Place]) -> None:
+        self.source, self.places = source, places
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self.places[name]
+        with safe_open(place.file, framework="pt") as file:
+            return file.get_tensor(place.name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return self.places[name].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that most numbers are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for place in self.places.values():
+            sizes[place.dtype] = sizes.get(place.dtype, 0) + math.prod(place.shape)
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def under(self, prefix: str) -> "Weights":
+        """Those whose names start with a prefix, without it."""
+        return self.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+
+    def renamed(self, rename: Callable[[str], str | None]) -> "Weights":
+        """The same tensors under other names; a name of none leaves a tensor out."""
+        names = ((rename(name), place) for name, place in self.places.items())
+        return Weights(self.source, {name: place for name, place in names if name is not None})
+
+
+def open_file(file: Path) -> Weights:
+    """The tensors of one file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: in one line, for a pickle, a truncated file or anything else that is no safetensors file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no weights at {file}")
+    with file.open("rb") as start:
+        magic = start.read(2)
+    if magic in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise ValueError(f"{file} is a pickle, which can run code when it is opened: convert it to safetensors first")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return Weights(
+                file,
+                {n: Place(file, n, tuple(s.get_shape()), DTYPES[s.get_dtype()]) for n, s in slices.items()},
+            )
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{file} holds tensors of type {error}, which is not one of {', '.join(DTYPES)}") from None
+
+
+def open_folder(folder: Path, stem: str) -> Weights:
+    """The tensors of `stem.safetensors`, or of the shards that `stem.safetensors.index.json` names.
+
+    Where there is neither, of their half-precision variant `stem.fp16…`, which released folders hold beside them.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_file`'s; also if a shard lacks what the index promises.
+    """
+    for variant in ("", ".fp16"):
+        whole = folder / f"{stem}{variant}.safetensors"
+        if whole.is_file():
+            return open_file(whole)
+        for index in (folder / f"{stem}.safetensors.index{variant}.json", folder / f"{whole.name}.index.json"):
+            if index.is_file():
+                return _open_shards(index)
+    pickles = [file.name for kind in ("*.bin", "*.pt", "*.ckpt", "*.pth") for file in folder.glob(kind)]
+    if pickles:
+        raise ValueError(f"{folder} holds only a pickle, {pickles[0]}, which can run code when it is opened: "
+                         "convert it to safetensors first")  # fmt: skip
+    raise FileNotFoundError(f"no weights at {folder / f'{stem}.safetensors'}")
+
+
+def _open_shards(index: Path) -> Weights:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
+        raise ValueError(f"{index} has no weight_map of names and files")
+    shards = {name: open_file(index.parent / name) for name in sorted(set(table.values()))}
+    absent = [name for name, shard in table.items() if name not in shards[shard]]
+    if absent:
+        raise ValueError(f"{index} promises {len(absent)} tensors that its files lack ({few(absent)})")
+    return Weights(index.parent, {name: shards[shard].places[name] for name, shard in table.items()})
+
+
+def fit(weights: Weights, wanted: Mapping[str, tuple[int, ...]], owner: str) -> None:
+    """Checks that the weights are those of a module.
+
+    Args:
+        weights: what there is.
+        wanted: name → shape of what there should be.
+        owner: what it is for, in the message.
+
+    Raises:
+        ValueError: naming what is missing, left over or mis-shaped.
+    """
+    faults = {
+        "missing": sorted(wanted.keys() - weights.keys()),
+        "left over": sorted(weights.keys() - wanted.keys()),
+        "mis-shaped": [
+            f"{name} {weights.shape(name)} instead of {tuple(shape)}"
+            for name, shape in sorted(wanted.items())
+            if name in weights and weights.shape(name) != tuple(shape)
+        ],
+    }
+    if any(faults.values()):
+        told = (f"{len(names)} {fault} ({few(names)})" for fault, names in faults.items() if names)
+        raise ValueError(f"{weights.source}: the weights do not fit {owner}: {', '.join(told)}")
+
+
+def save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Writes one safetensors file beside its place and renames it. The tensors may be views that do not overlap.
+
+    Raises:
+        OSError: if it cannot be written whole; what was there stays.
+    """
+    part = file.with_name(f".{file.name}.part")
+    try:
+        save_file(dict(tensors), part, metadata={"format": "pt"})
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)  # the library makes a file that only its owner can read
+        part.replace(file)
+    except (SafetensorError, OSError) as error:  # the library hides a full disk in an error of its own
+        part.unlink(missing_ok=True)
+        raise OSError(f"could not write {file}: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. FileNotFoundError if there is no such file, ValueError if it holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {file}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return content
+
+
+def write_json(content: Mapping[str, Any], file: Path) -> None:
+    """Writes a JSON object, and the folder for it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def few(names: list[str]) -> str:
+    """All names in as few words as they need: those that differ in one number only are told together."""
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        pattern = f"{name[: number.start()]}{{}}{name[number.end() :]}" if number else name
+        groups.setdefault(pattern, []).extend([int(number[0])] if number else [])
+    return ", ".join(
+        pattern.replace("{}", str(found[0]) if len(found) == 1 else f"{{{','.join(map(str, sorted(found)))}}}", 1)
+        for pattern, found in groups.items()
+    )
