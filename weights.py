@@ -158,7 +158,7 @@ def fit(weights: Weights, wanted: Mapping[str, tuple[int, ...]], owner: str) -> 
         raise ValueError(f"{weights.source}: the weights do not fit {owner}: {', '.join(told)}")
 
 
-def save(tensors: Mapping[str, Tensor], file: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Writes one safetensors file beside its place and renames it. The tensors may be views that do not overlap.
 
     Raises:
@@ -208,3 +208,6 @@ def few(names: list[str]) -> str:
         pattern.replace("{}", str(found[0]) if len(found) == 1 else f"{{{','.join(map(str, sorted(found)))}}}", 1)
         for pattern, found in groups.items()
     )
+
+
+save = write_tensors

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import final
 
 from diffusers.models import UNet2DConditionModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from mmdit.model import Condition
+from weights import few, fit, open_folder, read_json, write_json, write_tensors
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
 
 @final
@@ -119,12 +117,8 @@ class UNet(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes config and weights so that `UNet2DConditionModel.from_pretrained` reads them. OSError on failure."""
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": "UNet2DConditionModel"} | self.settings
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.net.state_dict().items()}
-        # Not save_file: it hides a full disk in an error of its own and makes a file that only its owner can read.
-        (folder / WEIGHTS).write_bytes(serialize(state, metadata={"format": "pt"}))
+        write_json({"_class_name": "UNet2DConditionModel"} | self.settings, folder / CONFIG)
+        write_tensors(self.net.state_dict(), folder / f"{STEM}.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> "UNet":
@@ -134,43 +128,19 @@ class UNet(nn.Module):
             The network in evaluation mode, float32.
 
         Raises:
-            ValueError: if a file is missing, truncated or foreign, or names or shapes do not fit. Nothing is
-                half-loaded.
+            FileNotFoundError, ValueError: if a file is missing, truncated or foreign, or names or shapes do not fit.
+                Nothing is half-loaded.
         """
         network = cls._from_config(folder / CONFIG)
-        try:
-            state = load_file(folder / WEIGHTS)
-        except FileNotFoundError:
-            raise ValueError(f"no weights at {folder / WEIGHTS}") from None
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS} is truncated or no safetensors file: {error}") from None
-        own = network.net.state_dict()
-        faults = {
-            "missing": sorted(own.keys() - state.keys()),
-            "left over": sorted(state.keys() - own.keys()),
-            "mis-shaped": [
-                f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-                for name in sorted(own.keys() & state.keys())
-                if state[name].shape != own[name].shape
-            ],
-        }
-        if any(faults.values()):
-            told = (f"{len(names)} {fault} ({_few(names)})" for fault, names in faults.items() if names)
-            raise ValueError(f"{folder / WEIGHTS}: the weights do not fit this U-Net's config: {', '.join(told)}")
-        network.net.load_state_dict(state)
+        weights = open_folder(folder, STEM)
+        fit(weights, {name: tuple(t.shape) for name, t in network.net.state_dict().items()}, "this U-Net's config")
+        network.net.load_state_dict(dict(weights))
         return network.eval()
 
     @classmethod
     def _from_config(cls, file: Path) -> "UNet":
         """A new network of the sizes in the file. ValueError if it asks for anything else than this class has."""
-        try:
-            config = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise ValueError(f"no U-Net config at {file}") from None
-        except ValueError as error:
-            raise ValueError(f"{file} is no JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{file} holds no JSON object")
+        config = read_json(file)
         if config.get("_class_name") != "UNet2DConditionModel":
             raise ValueError(f"{file} describes a {config.get('_class_name')}, not a UNet2DConditionModel")
         try:
@@ -196,9 +166,5 @@ class UNet(nn.Module):
         foreign = [name for name in sorted(told.keys() | network.settings) if name not in told
                    or name not in ours or told[name] != ours[name]]  # fmt: skip
         if foreign:
-            raise ValueError(f"{file} asks for what this network does not have, or leaves it open: {_few(foreign)}")
+            raise ValueError(f"{file} asks for what this network does not have, or leaves it open: {few(foreign)}")
         return network
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,23 +1,60 @@
-"""Names: our parameters ↔ those of diffusers' `SD3Transformer2DModel`, and the transformer's folder on disk.
+"""Names: our parameters ↔ diffusers' `SD3Transformer2DModel` ↔ the released single files, and all three on disk.
 
-Every tensor of ours is one or more of theirs laid end to end, so a table of names and shapes is the whole mapping.
+Every tensor of ours is one or more of theirs laid end to end, so a table of names is the whole mapping.
 """
 
-import json
 import math
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mmdit.model import TIME_FEATURES, MMDiT
+from mmdit.layers import JointBlock
+from mmdit.model import MMDiT
+from weights import Weights, few, fit, open_file, open_folder, read_json, write_json, write_tensors
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-State = dict[str, Tensor]
+CONFIG, STEM = "config.json", "diffusion_pytorch_model"
+PREFIX = "model.diffusion_model."  # of the network's names in a single file
+Naming: TypeAlias = Literal["diffusers", "original"]
+DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
+
+# ours: (what diffusers calls its parts, what the single files call them)
+OUTSIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "patch": (("pos_embed.proj",), ("x_embedder.proj",)),
+    "context": (("context_embedder",), ("context_embedder",)),
+    "time.fc1": (("time_text_embed.timestep_embedder.linear_1",), ("t_embedder.mlp.0",)),
+    "time.fc2": (("time_text_embed.timestep_embedder.linear_2",), ("t_embedder.mlp.2",)),
+    "pooled.fc1": (("time_text_embed.text_embedder.linear_1",), ("y_embedder.mlp.0",)),
+    "pooled.fc2": (("time_text_embed.text_embedder.linear_2",), ("y_embedder.mlp.2",)),
+    "final.modulation": (("norm_out.linear",), ("final_layer.adaLN_modulation.1",)),
+    "final.linear": (("proj_out",), ("final_layer.linear",)),
+}
+BLOCK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "modulation": (
+        ("norm1.linear", "norm1_context.linear"),
+        ("x_block.adaLN_modulation.1", "context_block.adaLN_modulation.1"),
+    ),
+    "image.qkv": (("attn.to_q", "attn.to_k", "attn.to_v"), ("x_block.attn.qkv",)),
+    "image.norm_q": (("attn.norm_q",), ("x_block.attn.ln_q",)),
+    "image.norm_k": (("attn.norm_k",), ("x_block.attn.ln_k",)),
+    "image.proj": (("attn.to_out.0",), ("x_block.attn.proj",)),
+    "image.mlp.fc1": (("ff.net.0.proj",), ("x_block.mlp.fc1",)),
+    "image.mlp.fc2": (("ff.net.2",), ("x_block.mlp.fc2",)),
+    "text.qkv": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), ("context_block.attn.qkv",)),
+    "text.norm_q": (("attn.norm_added_q",), ("context_block.attn.ln_q",)),
+    "text.norm_k": (("attn.norm_added_k",), ("context_block.attn.ln_k",)),
+    "text.proj": (("attn.to_add_out",), ("context_block.attn.proj",)),
+    "text.mlp.fc1": (("ff_context.net.0.proj",), ("context_block.mlp.fc1",)),
+    "text.mlp.fc2": (("ff_context.net.2",), ("context_block.mlp.fc2",)),
+    "dual.qkv": (("attn2.to_q", "attn2.to_k", "attn2.to_v"), ("x_block.attn2.qkv",)),
+    "dual.norm_q": (("attn2.norm_q",), ("x_block.attn2.ln_q",)),
+    "dual.norm_k": (("attn2.norm_k",), ("x_block.attn2.ln_k",)),
+    "dual.proj": (("attn2.to_out.0",), ("x_block.attn2.proj",)),
+}
 
 
 class Piece(NamedTuple):
@@ -28,97 +65,145 @@ class Piece(NamedTuple):
     swapped: bool = False  # they keep (scale, shift) where we keep (shift, scale)
 
 
-def layout(network: MMDiT) -> dict[str, list[Piece]]:
-    """For each of our names, their tensors that make it up, in order."""
-    width, patch, head = network.width, network.patch_size, network.width // network.heads
-    table: dict[str, list[Piece]] = {
-        "patch.weight": [Piece("pos_embed.proj.weight", (width, network.in_channels, patch, patch))],
-        "patch.bias": [Piece("pos_embed.proj.bias", (width,))],
-        "positions": [Piece("pos_embed.pos_embed", (1, network.pos_embed_max_size**2, width))],
-    }
-
-    def linear(ours: str, *theirs: tuple[str, int], inputs: int = width, swapped: int | None = None) -> None:
-        """Stacked linear layers: their names and output sizes; `swapped` is the index of one with swapped halves."""
-        for kind, tail in (("weight", (inputs,)), ("bias", ())):
-            table[f"{ours}.{kind}"] = [
-                Piece(f"{name}.{kind}", (rows, *tail), i == swapped) for i, (name, rows) in enumerate(theirs)
+def layout(network: MMDiT, naming: Naming) -> dict[str, list[Piece]]:
+    """For each of our names, their tensors that make it up, in order. The network may be on the meta device."""
+    column = 0 if naming == "diffusers" else 1
+    table = {}
+    for ours, tensor in network.state_dict().items():
+        module, _, kind = ours.rpartition(".")
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+        if ours == "positions":
+            name = ("pos_embed.pos_embed", "pos_embed")[column]
+            table[ours] = [Piece(name, (1, network.pos_embed_max_size**2, network.width))]
+        elif ours == "patch.weight":
+            shape = (network.width, network.in_channels, network.patch_size, network.patch_size)
+            table[ours] = [Piece(f"{OUTSIDE['patch'][column][0]}.weight", shape)]
+        else:
+            names = BLOCK[block[2]][column] if block else OUTSIDE[module][column]
+            where = f"{('transformer_blocks', 'joint_blocks')[column]}.{block[1]}." if block else ""
+            rows = [len(tensor) // len(names)] * len(names)
+            if block and block[2] == "modulation":
+                rows = [part * network.width for part in cast(JointBlock, network.blocks[int(block[1])]).parts]
+            lone = naming == "diffusers" and module.endswith("modulation")  # two vectors: there (scale, shift)
+            table[ours] = [
+                Piece(f"{where}{name}.{kind}", (n, *tensor.shape[1:]), swapped=lone and n == 2 * network.width)
+                for name, n in zip(names, rows, strict=True)
             ]
-
-    linear("context", ("context_embedder", width), inputs=network.text_dim)
-    for ours, theirs, inputs in (("time", "timestep", TIME_FEATURES), ("pooled", "text", network.pooled_dim)):
-        linear(f"{ours}.fc1", (f"time_text_embed.{theirs}_embedder.linear_1", width), inputs=inputs)
-        linear(f"{ours}.fc2", (f"time_text_embed.{theirs}_embedder.linear_2", width))
-    for i in range(network.depth):
-        last = i == network.depth - 1
-        we, they = f"blocks.{i}", f"transformer_blocks.{i}"
-        linear(
-            f"{we}.modulation",
-            (f"{they}.norm1.linear", 6 * width),
-            (f"{they}.norm1_context.linear", (2 if last else 6) * width),
-            swapped=1 if last else None,
-        )
-        for stream, qkv, norms, out, mlp in (
-            ("image", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "ff"),
-            ("text", ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"), "to_add_out",
-             "ff_context"),
-        ):  # fmt: skip
-            linear(f"{we}.{stream}.qkv", *((f"{they}.attn.{name}", width) for name in qkv))
-            if network.qk_norm:
-                for norm, name in zip(("norm_q", "norm_k"), norms, strict=True):
-                    table[f"{we}.{stream}.{norm}.weight"] = [Piece(f"{they}.attn.{name}.weight", (head,))]
-            if stream == "image" or not last:
-                linear(f"{we}.{stream}.proj", (f"{they}.attn.{out}", width))
-                linear(f"{we}.{stream}.mlp.fc1", (f"{they}.{mlp}.net.0.proj", 4 * width))
-                linear(f"{we}.{stream}.mlp.fc2", (f"{they}.{mlp}.net.2", width), inputs=4 * width)
-    linear("final.modulation", ("norm_out.linear", 2 * width), swapped=0)
-    linear("final.linear", ("proj_out", patch**2 * network.out_channels))
     return table
 
 
-def to_diffusers(network: MMDiT, state: State) -> State:
-    """Our state dict under their names. Bit-exact; the tensors are new."""
-    theirs: State = {}
-    for ours, pieces in layout(network).items():
-        parts = state[ours].flatten().split([math.prod(piece.shape) for piece in pieces])
+def export(network: MMDiT, naming: Naming, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Our tensors under their names. Bit-exact; views of ours, but for the few whose halves are swapped.
+
+    Args:
+        network: whose sizes count.
+        naming: whose names to give; of the single file without its prefix.
+        state: other tensors under the network's names, such as gradients; none takes its own.
+    """
+    state = network.state_dict() if state is None else state
+    theirs = {}
+    for ours, pieces in layout(network, naming).items():
+        parts = state[ours].detach().flatten().split([math.prod(piece.shape) for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
-            theirs[piece.name] = (
-                _swap(part.reshape(piece.shape)) if piece.swapped else part.reshape(piece.shape).clone()
-            )
+            tensor = part.reshape(piece.shape)
+            theirs[piece.name] = _swap(tensor) if piece.swapped else tensor
     return theirs
 
 
-def from_diffusers(network: MMDiT, state: State) -> State:
-    """Their state dict under our names. Bit-exact; the tensors are new.
+def read(network: MMDiT, weights: Weights, naming: Naming, dtype: torch.dtype, device: torch.device | str) -> MMDiT:
+    """Fills a network, made on the meta device, with weights that are read one by one straight to their place.
 
     Raises:
-        ValueError: naming every missing, left-over or mis-shaped tensor.
+        ValueError: naming every missing, left-over or mis-shaped tensor, before anything is read.
     """
-    table = layout(network)
-    shapes = {piece.name: piece.shape for pieces in table.values() for piece in pieces}
-    faults = {
-        "missing": sorted(shapes.keys() - state.keys()),
-        "left over": sorted(state.keys() - shapes.keys()),
-        "mis-shaped": [
-            f"{name} {tuple(state[name].shape)} instead of {shape}"
-            for name, shape in sorted(shapes.items())
-            if name in state and state[name].shape != shape
-        ],
+    table = layout(network, naming)
+    fit(weights, {p.name: p.shape for pieces in table.values() for p in pieces}, "this transformer's config")
+    state = {}
+    for ours, tensor in network.state_dict().items():
+        state[ours] = torch.empty(tensor.shape, dtype=dtype, device=device)
+        places = state[ours].flatten().split([math.prod(piece.shape) for piece in table[ours]])
+        for piece, place in zip(table[ours], places, strict=True):
+            source = weights[piece.name]
+            place.copy_((_swap(source) if piece.swapped else source).flatten())
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def infer(weights: Weights) -> tuple[Naming, dict[str, Any]]:
+    """The naming and `MMDiT`'s arguments, read off names and shapes.
+
+    Heads have 64 channels where no norm of theirs tells otherwise, as in all released models. The size of the training
+    pictures is not to be seen; it is taken as MMDiT's own default where the table allows it.
+
+    Raises:
+        ValueError: if these are no weights of an SD3 transformer, with a guess at what they are.
+    """
+    naming: Naming = "diffusers" if "pos_embed.pos_embed" in weights else "original"
+    column = 0 if naming == "diffusers" else 1
+    blocks = ("transformer_blocks", "joint_blocks")[column]
+    numbers = [int(found[1]) for name in weights if (found := re.match(rf"{blocks}\.(\d+)\.", name))]
+
+    def shape(ours: str, kind: str = "weight", block: int | None = None) -> tuple[int, ...] | None:
+        names = OUTSIDE[ours] if block is None else BLOCK[ours]
+        name = f"{'' if block is None else f'{blocks}.{block}.'}{names[column][0]}.{kind}"
+        return weights.shape(name) if name in weights else None
+
+    patch, positions = shape("patch"), ("pos_embed.pos_embed", "pos_embed")[column]
+    text, pooled, final = shape("context"), shape("pooled.fc1"), shape("final.linear")
+    if not (numbers and patch and len(patch) == 4 and text and pooled and final and positions in weights):
+        raise ValueError(f"{weights.source} holds no SD3 transformer{_guess(weights)}")
+    depth, width, size = max(numbers) + 1, patch[0], patch[2]
+    norm = shape("image.norm_k", block=0)
+    table = math.isqrt(weights.shape(positions)[1])
+    return naming, {
+        "in_channels": patch[1],
+        "patch_size": size,
+        "depth": depth,
+        "width": width,
+        "heads": width // norm[0] if norm else max(width // 64, 1),
+        "text_dim": text[1],
+        "pooled_dim": pooled[1],
+        "qk_norm": norm is not None,
+        "sample_size": min(128, table * size),
+        "pos_embed_max_size": table,
+        "out_channels": final[0] // size**2,
+        "dual_attention_layers": tuple(i for i in range(depth) if shape("dual.qkv", block=i)),
     }
-    if any(faults.values()):
-        told = (f"{len(names)} {fault} ({_few(names)})" for fault, names in faults.items() if names)
-        raise ValueError(f"the weights do not fit this transformer's config: {', '.join(told)}")
-    ours = network.state_dict()
-    return {
-        name: torch.cat([(_swap(state[p.name]) if p.swapped else state[p.name]).flatten() for p in pieces]).reshape(
-            ours[name].shape
-        )
-        for name, pieces in table.items()
-    }
+
+
+def load(path: str | os.PathLike[str], dtype: DType = "float32", device: torch.device | str = "cpu") -> MMDiT:
+    """Reads a transformer, ours or a released one, streaming: peak memory is that of the network.
+
+    Args:
+        path: a transformer's folder (`config.json` and safetensors, whole or sharded), a model folder with
+            `transformer/` inside, or a single safetensors file, with or without the other parts of the model.
+        dtype: of the weights in memory.
+        device: where they go.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line, if anything is missing, truncated, foreign or does not fit. Nothing
+            is half-loaded.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        naming: Naming = "diffusers"
+        arguments = _arguments(folder / CONFIG)
+        weights = open_folder(folder, STEM)
+    else:
+        whole = open_file(path)
+        weights = whole.under(PREFIX) or whole
+        naming, arguments = infer(weights)
+    try:
+        with torch.device("meta"):
+            network = MMDiT(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{path} has a config with a value of the wrong type: {error}") from None
+    return read(network, weights, naming, getattr(torch, dtype), device)
 
 
 def save(network: MMDiT, folder: Path) -> None:
-    """Writes config and weights so that `SD3Transformer2DModel.from_pretrained` reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes config and weights so that `SD3Transformer2DModel.from_pretrained` reads them. OSError on failure."""
     config = {
         "_class_name": "SD3Transformer2DModel",
         "sample_size": network.sample_size,
@@ -132,72 +217,72 @@ def save(network: MMDiT, folder: Path) -> None:
         "caption_projection_dim": network.width,
         "pooled_projection_dim": network.pooled_dim,
         "pos_embed_max_size": network.pos_embed_max_size,
-        "dual_attention_layers": [],
+        "dual_attention_layers": list(network.dual_attention_layers),
         "qk_norm": "rms_norm" if network.qk_norm else None,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-    # Not save_file: it hides a full disk in an error of its own and makes a file that only its owner can read.
-    (folder / WEIGHTS).write_bytes(serialize(to_diffusers(network, state), metadata={"format": "pt"}))
+    write_json(config, folder / CONFIG)
+    write_tensors(export(network, "diffusers"), folder / f"{STEM}.safetensors")
 
 
-def load(folder: Path) -> MMDiT:
-    """Reads a transformer folder, ours or one that diffusers wrote.
+def single_file(network: MMDiT) -> dict[str, Tensor]:
+    """The network's tensors as a released single file names them.
 
     Raises:
-        ValueError: if a file is missing, truncated or foreign, or names or shapes do not fit. Nothing is half-loaded.
+        ValueError: if the file could not tell the network's heads, which only the norms of q and k do.
     """
-    config = _read_config(folder / CONFIG)
-    try:
-        network = MMDiT(
-            in_channels=config["in_channels"],
-            patch_size=config["patch_size"],
-            depth=config["num_layers"],
-            width=config["num_attention_heads"] * config["attention_head_dim"],
-            heads=config["num_attention_heads"],
-            text_dim=config["joint_attention_dim"],
-            pooled_dim=config["pooled_projection_dim"],
-            qk_norm=config.get("qk_norm") == "rms_norm",
-            sample_size=config["sample_size"],
-            pos_embed_max_size=config["pos_embed_max_size"],
-            out_channels=config.get("out_channels"),
+    if not network.qk_norm and network.heads != max(network.width // 64, 1):
+        raise ValueError(
+            f"a single file cannot hold a network without qk_norm whose heads have "
+            f"{network.width // network.heads} channels: its readers take them to have 64; write a folder"
         )
-    except TypeError as error:
-        raise ValueError(f"{folder / CONFIG} has a value of the wrong type: {error}") from None
-    except KeyError as error:
-        raise ValueError(f"{folder / CONFIG} lacks {error}; is it an SD3 transformer?") from None
-    try:
-        state = load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        raise ValueError(f"no weights at {folder / WEIGHTS}") from None
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is truncated or no safetensors file: {error}") from None
-    try:
-        network.load_state_dict(from_diffusers(network, state))
-    except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS}: {error}") from None
-    return network.eval()
+    return {PREFIX + name: tensor for name, tensor in export(network, "original").items()}
 
 
-def _read_config(file: Path) -> dict:
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"no transformer config at {file}") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds no JSON object")
+def _arguments(file: Path) -> dict[str, Any]:
+    """`MMDiT`'s arguments from diffusers' config."""
+    config = read_json(file)
     if config.get("_class_name") != "SD3Transformer2DModel":
         raise ValueError(f"{file} describes a {config.get('_class_name')}, not an SD3Transformer2DModel")
-    if config.get("dual_attention_layers"):
-        raise ValueError(f"{file} asks for dual attention layers, which this network does not have")
-    return config
+    if config.get("qk_norm") not in (None, "rms_norm"):
+        raise ValueError(f"{file} asks for qk_norm {config['qk_norm']!r}, which is neither null nor 'rms_norm'")
+    try:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        if config.get("caption_projection_dim", width) != width:
+            raise ValueError(f"{file}: caption_projection_dim must be heads × head dim, {width}")
+        return {
+            "in_channels": config["in_channels"],
+            "patch_size": config["patch_size"],
+            "depth": config["num_layers"],
+            "width": width,
+            "heads": config["num_attention_heads"],
+            "text_dim": config["joint_attention_dim"],
+            "pooled_dim": config["pooled_projection_dim"],
+            "qk_norm": config.get("qk_norm") == "rms_norm",
+            "sample_size": config["sample_size"],
+            "pos_embed_max_size": config["pos_embed_max_size"],
+            "out_channels": config.get("out_channels"),
+            "dual_attention_layers": tuple(config.get("dual_attention_layers") or ()),
+        }
+    except TypeError as error:
+        raise ValueError(f"{file} has a value of the wrong type: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error}; is it an SD3 transformer?") from None
+
+
+def _guess(weights: Weights) -> str:
+    """What a foreign file seems to be, for the message."""
+    for start, kind in (
+        ("double_blocks.", "Flux"),
+        ("single_transformer_blocks.", "Flux"),
+        ("input_blocks.", "a Stable Diffusion 1, 2 or XL UNet"),
+        ("down_blocks.", "a UNet or VAE of diffusers"),
+        ("lora_", "a LoRA in a layout that is not diffusers'"),
+        ("transformer.", "a LoRA, which goes on top of a model: give it as --lora"),
+    ):
+        if any(name.startswith(start) for name in weights):
+            return f"; it seems to be {kind}"
+    return f": its tensors are {few(sorted(weights)[:3])}, …" if weights else ": it is empty"
 
 
 def _swap(tensor: Tensor) -> Tensor:
     return torch.roll(tensor, len(tensor) // 2, dims=0)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -22,55 +22,73 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
-class Stream(nn.Module):
-    """What one kind of token owns in a joint block: q, k, v before the attention; projection and MLP behind it.
+class Attention(nn.Module):
+    """One kind of token's q, k and v, and its projection of what was attended to.
 
     Args:
         width: channels of a token.
         heads: attention heads.
         qk_norm: RMS-normalise each head's q and k, so that attention logits cannot grow (Esser et al. 2024, §5.3.2).
-        writes: false for the last block's text, which the image still reads but nobody reads after it.
+        asks: false if nobody reads what these tokens attend to: there is no projection, and q is empty.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, writes: bool = True) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, asks: bool = True) -> None:
         super().__init__()
-        self.heads, self.writes = heads, writes
+        self.heads, self.asks = heads, asks
         self.qkv = nn.Linear(width, 3 * width)
         self.norm_q = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        if writes:
+        if asks:
             self.proj = nn.Linear(width, width)
-            self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
         else:
             self.norm_q.requires_grad_(False)  # unread, but released checkpoints hold it
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Modulated tokens (B, N, width) to q, k and v, each (B, N, heads, head_dim); q is empty unless it writes."""
+        """Modulated tokens (B, N, width) to q, k and v, each (B, N, heads, head_dim)."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.heads).unbind(2)
-        return self.norm_q(q) if self.writes else q[:, :0], self.norm_k(k), v
+        return self.norm_q(q) if self.asks else q[:, :0], self.norm_k(k), v
 
-    def update(self, x: Tensor, attended: Tensor, attention: Modulation, mlp: Modulation) -> Tensor:
-        """The two gated residuals: x (B, N, width) and what its tokens attended to (B, N, width) to (B, N, width)."""
-        x = torch.addcmul(x, attention.gate, self.proj(attended))
-        return torch.addcmul(x, mlp.gate, self.mlp(modulate(x, mlp.shift, mlp.scale)))
+
+class Stream(Attention):
+    """What one kind of token owns in a joint block: its part of the attention, and the MLP behind it.
+
+    Arguments as `Attention`'s; `asks` is false for the last block's text, which the image still reads but nobody reads
+    after it.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, asks: bool = True) -> None:
+        super().__init__(width, heads, qk_norm, asks)
+        if asks:
+            self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of q (B, N, heads, head_dim) over k and v (B, M, heads, head_dim): (B, N, width)."""
+    q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h n d -> b n (h d)")
 
 
 class JointBlock(nn.Module):
     """Text and image streams with their own weights, joined in one attention over [text, image].
+
+    With `dual`, MMDiT-X's block (Stable Diffusion 3.5 medium): the image also attends to itself alone, from the same
+    normed tokens with a modulation of its own, before the MLP.
 
     Args:
         width: channels of a token.
         heads: attention heads.
         qk_norm: RMS-normalise q and k.
         last: the text stream only gives q, k and v; `forward` returns its tokens unchanged.
+        dual: the image stream has a second attention.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, last: bool = False) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, last: bool = False, dual: bool = False) -> None:
         super().__init__()
-        self.last = last
         self.image = Stream(width, heads, qk_norm)
-        self.text = Stream(width, heads, qk_norm, writes=not last)
-        self.modulation = nn.Linear(width, (8 if last else 12) * width)  # image's six, then text's six or two
+        self.text = Stream(width, heads, qk_norm, asks=not last)
+        self.dual = Attention(width, heads, qk_norm) if dual else None
+        self.parts = [9 if dual else 6, 2 if last else 6]  # vectors for the image, which come first, and for the text
+        self.modulation = nn.Linear(width, sum(self.parts) * width)
 
     def forward(self, text: Tensor, image: Tensor, vector: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """One block.
@@ -84,21 +102,26 @@ class JointBlock(nn.Module):
         Returns:
             (text, image), shapes as given.
         """
-        parts = self.modulation(vector)[:, None].chunk(8 if self.last else 12, dim=-1)
-        image_attention, image_mlp = Modulation(*parts[:3]), Modulation(*parts[3:6])
-        text_shift, text_scale = parts[6:8]
+        parts = self.modulation(vector)[:, None].chunk(sum(self.parts), dim=-1)
+        of_image, of_text = parts[: self.parts[0]], parts[self.parts[0] :]
+        joint, mlp = Modulation(*of_image[:3]), Modulation(*of_image[3:6])
 
-        of_text = self.text.attend(modulate(text, text_shift, text_scale))
-        of_image = self.image.attend(modulate(image, image_attention.shift, image_attention.scale))
-        joint = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))  # [text, image]
-        q, k, v = (rearrange(x, "b n h d -> b h n d") for x in joint)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        attended = rearrange(attended, "b h n d -> b n (h d)")
-        attended_text, attended_image = attended.tensor_split([-image.shape[1]], dim=1)
+        text_qkv = self.text.attend(modulate(text, of_text[0], of_text[1]))
+        image_qkv = self.image.attend(modulate(image, joint.shift, joint.scale))
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))  # [text, image]
+        text_read, image_read = scaled_dot_product(q, k, v, mask).tensor_split([-image.shape[1]], dim=1)
 
-        image = self.image.update(image, attended_image, image_attention, image_mlp)
-        if not self.last:
-            text = self.text.update(text, attended_text, Modulation(*parts[6:9]), Modulation(*parts[9:]))
+        x = torch.addcmul(image, joint.gate, self.image.proj(image_read))
+        if self.dual is not None:
+            alone = Modulation(*of_image[6:])
+            read = scaled_dot_product(*self.dual.attend(modulate(image, alone.shift, alone.scale)))
+            x = torch.addcmul(x, alone.gate, self.dual.proj(read))
+        image = torch.addcmul(x, mlp.gate, self.image.mlp(modulate(x, mlp.shift, mlp.scale)))
+
+        if self.text.asks:
+            joint, mlp = Modulation(*of_text[:3]), Modulation(*of_text[3:])
+            text = torch.addcmul(text, joint.gate, self.text.proj(text_read))
+            text = torch.addcmul(text, mlp.gate, self.text.mlp(modulate(text, mlp.shift, mlp.scale)))
         return text, image
 
 

@@ -1,5 +1,6 @@
 """MMDiT: the multimodal diffusion transformer of Stable Diffusion 3 (Esser et al. 2024, §4 and figure 2)."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ class MMDiT(nn.Module):
         sample_size: side of the latent at the base resolution; positions are spaced as if it filled the table.
         pos_embed_max_size: side of the positional table in patches, the largest picture that fits.
         out_channels: channels of y; none means in_channels. A learned variance takes twice as many.
+        dual_attention_layers: blocks whose image tokens also attend to themselves alone, counted from 0.
 
     Attributes:
         unit: height and width of a latent are multiples of it.
@@ -55,6 +57,7 @@ class MMDiT(nn.Module):
         sample_size: int = 128,
         pos_embed_max_size: int = 192,
         out_channels: int | None = None,
+        dual_attention_layers: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         width = 64 * depth if width is None else width
@@ -73,10 +76,13 @@ class MMDiT(nn.Module):
                 f"sample_size must be a multiple of patch_size that fits the table of {pos_embed_max_size} patches, "
                 f"got sample_size {sample_size} and patch_size {patch_size}"
             )
+        dual = tuple(sorted(dual_attention_layers))
+        if not set(dual) <= set(range(depth)):
+            raise ValueError(f"dual_attention_layers must be blocks from 0 to {depth - 1}, got {dual}")
         self.in_channels, self.patch_size, self.depth, self.width, self.heads = (
             in_channels, patch_size, depth, width, heads,
         )  # fmt: skip
-        self.text_dim, self.pooled_dim, self.qk_norm = text_dim, pooled_dim, qk_norm
+        self.text_dim, self.pooled_dim, self.qk_norm, self.dual_attention_layers = text_dim, pooled_dim, qk_norm, dual
         self.sample_size, self.pos_embed_max_size, self.out_channels = sample_size, pos_embed_max_size, out_channels
         self.unit, self.largest = patch_size, pos_embed_max_size * patch_size
 
@@ -84,7 +90,9 @@ class MMDiT(nn.Module):
         self.context = nn.Linear(text_dim, width)
         self.time = VectorEmbedding(TIME_FEATURES, width)
         self.pooled = VectorEmbedding(pooled_dim, width)
-        self.blocks = nn.ModuleList(JointBlock(width, heads, qk_norm, last=i == depth - 1) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            JointBlock(width, heads, qk_norm, last=i == depth - 1, dual=i in dual) for i in range(depth)
+        )
         self.final = FinalLayer(width, patch_size**2 * out_channels)
         spacing = sample_size / patch_size / pos_embed_max_size
         self.register_buffer("positions", sincos_2d(pos_embed_max_size, width, spacing))
@@ -107,13 +115,14 @@ class MMDiT(nn.Module):
                 nn.init.zeros_(module.modulation.weight)
         nn.init.zeros_(self.final.linear.weight)
 
-    def forward(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's output at (z, t).
+    def forward(self, z: Tensor, t: Tensor, condition: Condition, skip_layers: Collection[int] = ()) -> Tensor:
+        """The network's output at (z, t). Numbers are cast to the type of its weights on the way in, but for t.
 
         Args:
             z: noisy latents, (B, C, H, W); H and W multiples of the patch.
             t: times in [0, 1], (B,) float32.
             condition: text of the same batch size.
+            skip_layers: blocks that are left out, which makes the network a worse one to be guided away from.
 
         Returns:
             (B, out_channels, H, W).
@@ -125,14 +134,16 @@ class MMDiT(nn.Module):
         width, rest_w = divmod(z.shape[-1], self.patch_size)
         if rest_h or rest_w:
             raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is no multiple of the patch {self.patch_size}")
+        dtype = self.positions.dtype
 
-        image = self.patch(patchify(z, self.patch_size)) + crop_centre(self.positions, height, width)  # b m width
-        text = self.context(condition.text).to(image.dtype)  # b n width
-        features = timestep_features(t, TIME_FEATURES).to(condition.pooled.dtype)
-        vector = F.silu(self.time(features) + self.pooled(condition.pooled))  # b width
+        image = self.patch(patchify(z.to(dtype), self.patch_size)) + crop_centre(self.positions, height, width)
+        text = self.context(condition.text.to(dtype)).to(image.dtype)  # b n width
+        features = timestep_features(t, TIME_FEATURES).to(dtype)
+        vector = F.silu(self.time(features) + self.pooled(condition.pooled.to(dtype)))  # b width
         mask = None
         if condition.mask is not None:
             mask = F.pad(condition.mask, (0, image.shape[1]), value=True)[:, None, None]  # b 1 1 n+m
-        for block in self.blocks:
-            text, image = block(text, image, vector, mask)
+        for i, block in enumerate(self.blocks):
+            if i not in skip_layers:
+                text, image = block(text, image, vector, mask)
         return unpatchify(self.final(image, vector), height, width, self.patch_size)  # b c h w
