@@ -23,7 +23,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     )
 }  # fmt: skip
 GRIDS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (grid.trailing, grid.leading, grid.linspace, grid.karras)
+    f.__name__: f for f in (grid.trailing, grid.flow_match, grid.leading, grid.linspace, grid.karras)
 }
 Walk = Callable[[sampler.Denoiser, Tensor, sampler.Noise, sampler.Callback | None], Tensor]
 
@@ -36,10 +36,15 @@ class Sampling:
         steps: of the sampler, at least 1.
         guidance: scale of classifier-free guidance; 1 is none and costs half.
         sampler: euler, heun, midpoint, dpmpp_2m, reference, ddim, ddpm, edm or langevin, with options after a colon,
-            such as ddim:eta=1 or ddpm:variance=large,….
-        spacing: of the times: trailing, leading, linspace, or karras with options as karras:sigma_max=80.
+            such as ddim:eta=1 or ddpm:variance=large.
+        spacing: of the times: trailing, flow_match (the released models'), leading, linspace, or karras with options
+            as karras:sigma_max=80.
         rescale: φ of the guidance, 0 to 1.
         interval: the times (from, to) in which guidance works.
+        skip_layers: blocks of the network that skip-layer guidance leaves out; 7, 8 and 9 in Stable Diffusion 3.5
+            medium. Needs classifier-free guidance.
+        skip_scale: how far it moves away from the network without them.
+        skip_interval: the shares of the steps (after, before) in which it does.
     """
 
     steps: int = 28
@@ -48,6 +53,9 @@ class Sampling:
     spacing: str = "trailing"
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
+    skip_layers: tuple[int, ...] = ()
+    skip_scale: float = 2.8
+    skip_interval: tuple[float, float] = (0.01, 0.2)
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
@@ -58,25 +66,36 @@ class Sampling:
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must be between 0 and 1, got {self.rescale}")
-        object.__setattr__(self, "interval", tuple(float(end) for end in self.interval))  # JSON knows only lists
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise ValueError(f"interval must be two times, 0 <= from <= to <= 1, got {self.interval}")
+        for name in ("interval", "skip_interval"):
+            ends = tuple(float(end) for end in getattr(self, name))  # JSON knows only lists
+            object.__setattr__(self, name, ends)
+            if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
+                raise ValueError(f"{name} must be two numbers, 0 <= from <= to <= 1, got {ends}")
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        if self.skip_layers and self.guidance == 1:
+            raise ValueError("skip_layers need classifier-free guidance: give a guidance other than 1")
+        if not math.isfinite(self.skip_scale):
+            raise ValueError(f"skip_scale must be a finite number, got {self.skip_scale}")
         chosen(SAMPLERS, "sampler", self.sampler)
         chosen(GRIDS, "spacing", self.spacing)
 
-    def walk(self, objective: Objective, shift: float | None = None) -> tuple[Walk, Tensor]:
-        """The sampler as a function (denoise, z, noise, callback) → z, and its times (steps + 1,), float64.
+    def walk(self, objective: Objective, shift: float | None = None, strength: float = 1.0) -> tuple[Walk, Tensor]:
+        """The sampler as a function (denoise, z, noise, callback) → z, and its times, one more than steps, float64.
 
         Args:
             objective: what the model was trained on.
             shift: α of the grid; none takes that of the training.
+            strength: share of the steps that are taken, the last ones, rounded up.
 
         Raises:
             ValueError: in one line, if sampler, spacing, steps, path and target do not fit each other.
         """
         method = chosen(SAMPLERS, "sampler", self.sampler)
         grid = chosen(GRIDS, "spacing", self.spacing)
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
         times = grid(objective.path, self.steps, objective.shift if shift is None else shift)
+        times = times[int(self.steps - self.steps * strength) :]
         noisy = "noise" in inspect.signature(method).parameters
 
         def walk(
@@ -99,6 +118,12 @@ class Sampling:
             raise ValueError(f"sampler {self.sampler} with {self.spacing} spacing: {error}") from None
         return walk, times
 
+    def skipping(self, times: Tensor) -> tuple[float, float] | None:
+        """The times (from, to) of the steps in which skip-layer guidance works; none if there are none."""
+        first, last = (self.steps * share for share in self.skip_interval)
+        inside = [float(t) for i, t in enumerate(times[:-1].float()) if first < i < last]  # the model's t is float32
+        return (inside[-1], inside[0]) if inside and self.skip_layers else None
+
 
 def chosen(table: dict[str, Callable[..., Tensor]], kind: str, text: str) -> partial:
     """The function that `name` or `name:key=value,key=value` stands for; ValueError in one line if there is none."""
@@ -118,13 +143,8 @@ def chosen(table: dict[str, Callable[..., Tensor]], kind: str, text: str) -> par
             if (words and value not in words) or (isinstance(values[key], float) and math.isnan(values[key])):
                 raise ValueError
         except ValueError:
-            wanted = (
-                " or ".join(words)
-                if words
-                else "a whole number"
-                if isinstance(options[key].default, int)
-                else "a number"
-            )
+            number = "a whole number" if isinstance(options[key].default, int) else "a number"
+            wanted = " or ".join(words) if words else number
             raise ValueError(f"{kind} {name} takes {key} as {wanted}, got {value!r}") from None
     return partial(table[name], **values)
 

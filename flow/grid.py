@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flow.density import shift
-from flow.path import Discrete, Path
+from flow.path import Discrete, Path, RectifiedFlow
 
 
 def trailing(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
@@ -15,12 +15,26 @@ def trailing(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
     Lin et al. 2024, table 2, "trailing".
     """
     _count(path, steps)
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"shift must be > 0, got {alpha}")
+    _positive(alpha)
     grid = path.snap(shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha))
     if not bool((grid.diff() < 0).all()):
         raise ValueError(f"{steps} steps with shift {alpha} fall together on {type(path).__name__}: take fewer")
     return grid
+
+
+def flow_match(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
+    """The released Stable Diffusion 3 models' own: equal steps from 1 to shift(1/1000), shifted, then 0.
+
+    The last noisy time is so shifted twice. Pictures of other tools come out the same only on these times (diffusers'
+    `FlowMatchEulerDiscreteScheduler`, to the bit in float32).
+    """
+    _count(path, steps)
+    _positive(alpha)
+    if not isinstance(path, RectifiedFlow):
+        raise ValueError(f"flow_match spacing is rectified flow's, and the path is {type(path).__name__}: use trailing")
+    least = shift(torch.tensor(0.001), alpha).double()
+    times = shift(torch.linspace(1, float(least), steps, dtype=torch.float64), alpha)
+    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
 
 def leading(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
@@ -59,6 +73,11 @@ def karras(
     if not bool((grid.diff() < 0).all()):
         raise ValueError(f"{steps} steps of karras spacing fall together on {type(path).__name__}: take other options")
     return grid
+
+
+def _positive(alpha: float) -> None:
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"shift must be > 0, got {alpha}")
 
 
 def _count(path: Path, steps: int) -> None:

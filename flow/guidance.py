@@ -1,11 +1,25 @@
-"""Guidance wraps a model and is itself a model, so no sampler knows of it."""
+"""Guidance wraps a model and is itself a model; what is known wraps a denoiser. So no sampler knows of either."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flow.objective import Model
+from flow.objective import Estimate, Model
+from flow.sampler import Denoiser
+
+ALWAYS = (0.0, 1.0)
+
+
+class Weak(NamedTuple):
+    """A worse model to move away from: autoguidance (Karras et al. 2024, eq. 3), adds scale·(y_cond − y_weak).
+
+    With a network that skips some of its own blocks this is the skip-layer guidance of Stable Diffusion 3.5 medium.
+    """
+
+    model: Model
+    scale: float  # 0 is none
+    interval: tuple[float, float] = ALWAYS
 
 
 class ClassifierFree:
@@ -22,6 +36,7 @@ class ClassifierFree:
             (Kynkäänniemi et al. 2024). All times of a call must be alike.
         channels: how many of y's channels are guided, from the first; the rest, a learned variance, are the conditional
             branch's. None means all.
+        weak: a worse model of the same condition to move away from, too.
     """
 
     def __init__(
@@ -30,23 +45,53 @@ class ClassifierFree:
         null: Any,
         scale: float,
         rescale: float = 0.0,
-        interval: tuple[float, float] = (0.0, 1.0),
+        interval: tuple[float, float] = ALWAYS,
         channels: int | None = None,
+        weak: Weak | None = None,
     ) -> None:
         self.model, self.null, self.scale, self.rescale, self.interval = model, null, scale, rescale, interval
-        self.channels = channels
+        self.channels, self.weak = channels, weak
 
     def __call__(self, z: Tensor, t: Tensor, condition: Any) -> Tensor:
-        if self.interval != (0.0, 1.0) and not self.interval[0] <= t[0] <= self.interval[1]:
-            return self.model(z, t, condition)
-        both = type(condition)(*(_stack(n, c) for n, c in zip(self.null, condition, strict=True)))
-        y_null, y_cond = self.model(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
-        y_null, y_cond, rest = y_null[:, : self.channels], y_cond[:, : self.channels], y_cond[:, self.channels :]
-        y = y_null + self.scale * (y_cond - y_null)
-        if self.rescale:
-            std_cond, std = (x.flatten(1).std(1).reshape(-1, *(1,) * (x.ndim - 1)) for x in (y_cond, y))
+        if _within(self.interval, t):
+            both = type(condition)(*(_stack(n, c) for n, c in zip(self.null, condition, strict=True)))
+            y_null, y_cond = self.model(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+            guided = y_null + self.scale * (y_cond - y_null)
+        else:
+            guided = y_cond = self.model(z, t, condition)
+        if self.weak and _within(self.weak.interval, t):
+            guided = guided + self.weak.scale * (y_cond - self.weak.model(z, t, condition))
+        y, plain, rest = guided[:, : self.channels], y_cond[:, : self.channels], y_cond[:, self.channels :]
+        if self.rescale and guided is not y_cond:
+            std_cond, std = (x.flatten(1).std(1).reshape(-1, *(1,) * (x.ndim - 1)) for x in (plain, y))
             y = self.rescale * (std_cond / std) * y + (1 - self.rescale) * y
         return y if self.channels is None else torch.cat([y, rest], 1)
+
+
+def known(denoise: Denoiser, x0: Tensor, noise: Tensor, mask: Tensor) -> Denoiser:
+    """A denoiser that knows part of the answer, for inpainting: where the mask is 0, picture and noise are given.
+
+    By Euler's method z is there a(s)·x0 + b(s)·noise after each step, the known part at its own noise level: the latent
+    blending of Avrahami et al. 2022, algorithm 1, with one noise instead of a fresh one each time.
+
+    Args:
+        denoise: estimates the rest.
+        x0: the known picture, (B, C, H, W).
+        noise: what z started from there, (B, C, H, W).
+        mask: 1 where the picture is to be made, 0 where it is known, broadcast to (B, C, H, W).
+    """
+
+    def knowing(z: Tensor, t: Tensor) -> Estimate:
+        estimate = denoise(z, t)
+        return estimate._replace(
+            x0=torch.where(mask > 0, estimate.x0, x0), noise=torch.where(mask > 0, estimate.noise, noise)
+        )
+
+    return knowing
+
+
+def _within(interval: tuple[float, float], t: Tensor) -> bool:
+    return interval == ALWAYS or bool(interval[0] <= t[0] <= interval[1])
 
 
 def _stack(null: Tensor | None, condition: Tensor | None) -> Tensor | None:

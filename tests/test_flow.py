@@ -12,8 +12,8 @@ from torch.distributions import Normal, kl_divergence
 
 from flow.density import CosMap, Density, LogitNormal, Mode, Uniform, shift, stratified
 from flow.grid import trailing
-from flow.guidance import ClassifierFree
-from flow.objective import Objective, TimeBins
+from flow.guidance import ClassifierFree, Weak, known
+from flow.objective import Estimate, Objective, TimeBins
 from flow.path import (
     EDM,
     Cosine,
@@ -26,6 +26,7 @@ from flow.path import (
     ZeroTerminalSNR,
     expand_as,
 )
+from flow.sampler import euler
 from flow.target import X0, Epsilon, Preconditioned, Target, V, Velocity, determinant, solve
 from flow.variance import LearnedVariance, interpolated, posterior
 from flow.weight import (
@@ -722,6 +723,46 @@ def test_guidance_leaves_a_learned_variance_to_the_conditional_branch() -> None:
         torch.testing.assert_close(v, model(z, t, condition)[:, 4:])
         mean = ClassifierFree(lambda *told: model(*told)[:, :4], null, 2.5, rescale)(z, t, condition)
         torch.testing.assert_close(y, mean)
+
+
+def test_a_weak_model_is_moved_away_from_in_its_interval() -> None:
+    plain, z, t, condition, calls = two_branches()
+
+    def worse(z: Tensor, t: Tensor, condition: Told) -> Tensor:
+        calls.append(-len(z))
+        return z + condition.value[:, :, None, None]
+
+    guided = ClassifierFree(plain.model, plain.null, plain.scale, weak=Weak(worse, 2.8, (0.25, 0.75)))
+    expected = plain(z, t, condition) + 2.8 * (plain.model(z, t, condition) - worse(z, t, condition))
+    calls.clear()
+    torch.testing.assert_close(guided(z, t, condition), expected)
+    assert calls == [6, -3]
+    for time in (0.2, 0.8):
+        outside = torch.full((3,), time)
+        assert torch.equal(guided(z, outside, condition), plain(z, outside, condition))
+    only = ClassifierFree(plain.model, plain.null, 6.0, interval=(0.9, 1.0), weak=Weak(worse, 0.5))
+    told = plain.model(z, t, condition)
+    torch.testing.assert_close(only(z, t, condition), told + 0.5 * (told - worse(z, t, condition)))
+
+
+def test_what_is_known_follows_its_own_path_and_the_rest_is_the_model_s() -> None:
+    x0, noise, other, mine = torch.randn(4, 2, 3, 4, 4)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[:, :, 1:3, 2:] = 1
+
+    def denoise(z: Tensor, t: Tensor) -> Estimate:
+        return Estimate(mine, other, mine)
+
+    seen = []
+    path, grid = Cosine(), torch.tensor([0.8, 0.5, 0.2, 0.0], dtype=torch.float64)
+    a, b = path(grid[0])
+    euler(known(denoise, x0, noise, mask), path, a * x0 + b * noise, grid, lambda i, z, _: seen.append((grid[i], z)))
+    for t, z in seen:
+        a, b = path(t)
+        blended = mask * (a * mine + b * other) + (1 - mask) * (a * x0 + b * noise)
+        torch.testing.assert_close(z, blended.to(z.dtype))
+    assert len(seen) == 3
+    assert known(denoise, x0, noise, mask)(x0, grid).variance is mine
 
 
 def test_only_a_chain_has_a_terminal_snr() -> None:

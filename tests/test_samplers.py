@@ -18,7 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from flow.density import shift
-from flow.grid import karras, leading, linspace, trailing
+from flow.grid import flow_match, karras, leading, linspace, trailing
 from flow.objective import Estimate, Objective
 from flow.path import (
     EDM,
@@ -693,6 +693,23 @@ def test_grids_by_hand() -> None:
         assert found.tolist() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 3.0, 0.5])
+@pytest.mark.parametrize("steps", [1, 4, 28, 50])
+def test_the_released_grid_is_that_of_diffusers_to_the_bit(steps: int, alpha: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=alpha)
+    scheduler.set_timesteps(steps)
+    times = flow_match(RectifiedFlow(), steps, alpha).float()
+    assert torch.equal(times, scheduler.sigmas)
+    assert torch.equal(1000 * times[:-1], scheduler.timesteps)
+
+
+def test_the_released_grid_by_hand() -> None:
+    four = [1, 0.857692, 0.602151, 0.008929, 0]
+    assert flow_match(RectifiedFlow(), 4, 3.0).tolist() == pytest.approx(four, abs=5e-7)
+    many = flow_match(RectifiedFlow(), 28, 3.0).tolist()
+    assert many[:3] + many[-4:] == pytest.approx([1, 0.987381, 0.974108, 0.199827, 0.110906, 0.008929, 0], abs=5e-7)
+
+
 @pytest.mark.parametrize("path", CONTINUOUS, ids=name)
 def test_karras_grid_by_hand(path: Path) -> None:
     for options, expected in (
@@ -758,6 +775,9 @@ def test_shift_is_applied_once_then_snapped() -> None:
         (leading, LDMLinear(), (10, 3.0), "no shift"),
         (linspace, LDMLinear(), (10, 3.0), "no shift"),
         (karras, EDM(), (10, 3.0), "no shift"),
+        (flow_match, RectifiedFlow(), (0,), "at least 1"),
+        (flow_match, RectifiedFlow(), (10, -1.0), "shift must be > 0"),
+        (flow_match, Cosine(), (10,), "the path is Cosine: use trailing"),
         (karras, LDMLinear(), (10,), "needs a continuous path"),
         (karras, EDM(0.0, 0.2), (10,), "fall together"),
     ],

@@ -64,7 +64,7 @@ def test_a_spacing_is_a_name_and_options() -> None:
     [
         ({"sampler": "eular"}, "there is no sampler 'eular': choose one of euler, heun, "),
         ({"sampler": ""}, "there is no sampler ''"),
-        ({"spacing": "even"}, "there is no spacing 'even': choose one of trailing, leading, linspace, karras"),
+        ({"spacing": "even"}, "there is no spacing 'even': choose one of trailing, flow_match, leading, "),
         ({"sampler": "ddim:sigma=1"}, "sampler ddim has no option 'sigma': its options are eta"),
         ({"sampler": "euler:eta=1"}, "sampler euler has no option 'eta': it has none"),
         ({"sampler": "ddim:callback=1"}, "no option 'callback'"),
@@ -83,12 +83,12 @@ def test_a_spacing_is_a_name_and_options() -> None:
         ({"rescale": -0.1}, "rescale must be between 0 and 1"),
         ({"rescale": 1.1}, "rescale must be between 0 and 1"),
         ({"rescale": math.nan}, "rescale must be between 0 and 1"),
-        ({"interval": (0.5, 0.4)}, "interval must be two times"),
-        ({"interval": (-0.1, 0.4)}, "interval must be two times"),
-        ({"interval": (0.1, 1.4)}, "interval must be two times"),
-        ({"interval": (0.1, math.nan)}, "interval must be two times"),
-        ({"interval": (0.1,)}, "interval must be two times"),
-        ({"interval": (0.1, 0.2, 0.3)}, "interval must be two times"),
+        ({"interval": (0.5, 0.4)}, "interval must be two numbers"),
+        ({"interval": (-0.1, 0.4)}, "interval must be two numbers"),
+        ({"interval": (0.1, 1.4)}, "interval must be two numbers"),
+        ({"interval": (0.1, math.nan)}, "interval must be two numbers"),
+        ({"interval": (0.1,)}, "interval must be two numbers"),
+        ({"interval": (0.1, 0.2, 0.3)}, "interval must be two numbers"),
     ],
     ids=str,
 )
@@ -212,6 +212,27 @@ def test_the_shift_of_the_training_is_taken_unless_another_is_given() -> None:
     assert torch.equal(Sampling(steps=5).walk(objective, 1.5)[1], trailing(RectifiedFlow(), 5, 1.5))
     with pytest.raises(ValueError, match="shift must be > 0"):
         Sampling().walk(objective, 0.0)
+
+
+@pytest.mark.parametrize(("strength", "left"), [(1.0, 10), (0.95, 10), (0.6, 6), (0.55, 6), (0.05, 1)])
+def test_strength_takes_the_last_steps(strength: float, left: int) -> None:
+    whole, part = (Sampling(steps=10).walk(LINE, strength=s)[1] for s in (1.0, strength))
+    assert torch.equal(part, whole[10 - left :])
+    for wrong in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match="strength must be"):
+            Sampling(steps=10).walk(LINE, strength=wrong)
+
+
+def test_skip_layer_guidance_works_in_its_share_of_the_steps() -> None:
+    """Where 0.01·steps < i < 0.2·steps, as in the released model's code: the second to the sixth of 28."""
+    sampling = Sampling(steps=28, skip_layers=[7, 8, 9], spacing="flow_match")
+    times = sampling.walk(LINE, 3.0)[1]
+    first, last = sampling.skipping(times)
+    assert [i for i, t in enumerate(times.float()) if first <= t <= last] == [1, 2, 3, 4, 5]
+    assert Sampling(steps=28).skipping(times) is None
+    assert Sampling(steps=4, skip_layers=(1,)).skipping(Sampling(steps=4).walk(LINE)[1]) is None
+    with pytest.raises(ValueError, match="need classifier-free guidance"):
+        Sampling(skip_layers=(7,), guidance=1.0)
 
 
 def test_random_numbers_belong_to_the_picture_not_to_the_batch() -> None:
