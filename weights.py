@@ -36,10 +36,11 @@ class Weights(Mapping[str, Tensor]):
     Attributes:
         source: the file or folder, for messages.
         places: where each tensor lies.
+        metadata: what a single file says about itself.
     """
 
-    def __init__(self, source: Path, places: dict[str, Place]) -> None:
-        self.source, self.places = source, places
+    def __init__(self, source: Path, places: dict[str, Place], metadata: dict[str, str] | None = None) -> None:
+        self.source, self.places, self.metadata = source, places, metadata or {}
 
     def __getitem__(self, name: str) -> Tensor:
         place = self.places[name]
@@ -71,7 +72,7 @@ class Weights(Mapping[str, Tensor]):
     def renamed(self, rename: Callable[[str], str | None]) -> "Weights":
         """The same tensors under other names; a name of none leaves a tensor out."""
         names = ((rename(name), place) for name, place in self.places.items())
-        return Weights(self.source, {name: place for name, place in names if name is not None})
+        return Weights(self.source, {name: place for name, place in names if name is not None}, self.metadata)
 
 
 def open_file(file: Path) -> Weights:
@@ -90,10 +91,8 @@ def open_file(file: Path) -> Weights:
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return Weights(
-                file,
-                {n: Place(file, n, tuple(s.get_shape()), DTYPES[s.get_dtype()]) for n, s in slices.items()},
-            )
+            places = {n: Place(file, n, tuple(s.get_shape()), DTYPES[s.get_dtype()]) for n, s in slices.items()}
+            return Weights(file, places, opened.metadata())
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
     except KeyError as error:

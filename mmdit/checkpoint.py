@@ -65,30 +65,55 @@ class Piece(NamedTuple):
     swapped: bool = False  # they keep (scale, shift) where we keep (shift, scale)
 
 
+class Part(NamedTuple):
+    """One of their layers, which holds some rows of one of ours."""
+
+    name: str
+    rows: int
+    swapped: bool
+
+
+def parts(network: MMDiT, module: str, rows: int, naming: Naming) -> list[Part]:
+    """Their layers that make up one of ours, in order.
+
+    Args:
+        network: whose sizes count.
+        module: the name of a layer of ours with weights.
+        rows: outputs of that layer.
+        naming: whose names to give.
+    """
+    column = 0 if naming == "diffusers" else 1
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+    if not block:
+        names, where, sizes = OUTSIDE[module][column], "", [rows]
+    else:
+        names = BLOCK[block[2]][column]
+        where = f"{('transformer_blocks', 'joint_blocks')[column]}.{block[1]}."
+        sizes = [rows // len(names)] * len(names)
+        if block[2] == "modulation":
+            sizes = [part * network.width for part in cast(JointBlock, network.blocks[int(block[1])]).parts]
+    lone = naming == "diffusers" and module.endswith("modulation")  # of two vectors only: there (scale, shift)
+    return [
+        Part(where + name, size, lone and size == 2 * network.width) for name, size in zip(names, sizes, strict=True)
+    ]
+
+
 def layout(network: MMDiT, naming: Naming) -> dict[str, list[Piece]]:
     """For each of our names, their tensors that make it up, in order. The network may be on the meta device."""
-    column = 0 if naming == "diffusers" else 1
     table = {}
     for ours, tensor in network.state_dict().items():
         module, _, kind = ours.rpartition(".")
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
         if ours == "positions":
-            name = ("pos_embed.pos_embed", "pos_embed")[column]
+            name = "pos_embed.pos_embed" if naming == "diffusers" else "pos_embed"
             table[ours] = [Piece(name, (1, network.pos_embed_max_size**2, network.width))]
-        elif ours == "patch.weight":
-            shape = (network.width, network.in_channels, network.patch_size, network.patch_size)
-            table[ours] = [Piece(f"{OUTSIDE['patch'][column][0]}.weight", shape)]
-        else:
-            names = BLOCK[block[2]][column] if block else OUTSIDE[module][column]
-            where = f"{('transformer_blocks', 'joint_blocks')[column]}.{block[1]}." if block else ""
-            rows = [len(tensor) // len(names)] * len(names)
-            if block and block[2] == "modulation":
-                rows = [part * network.width for part in cast(JointBlock, network.blocks[int(block[1])]).parts]
-            lone = naming == "diffusers" and module.endswith("modulation")  # two vectors: there (scale, shift)
-            table[ours] = [
-                Piece(f"{where}{name}.{kind}", (n, *tensor.shape[1:]), swapped=lone and n == 2 * network.width)
-                for name, n in zip(names, rows, strict=True)
-            ]
+            continue
+        tail = tuple(tensor.shape[1:])
+        if ours == "patch.weight":  # a convolution there
+            tail = (network.in_channels, network.patch_size, network.patch_size)
+        table[ours] = [
+            Piece(f"{name}.{kind}", (rows, *tail), swapped)
+            for name, rows, swapped in parts(network, module, len(tensor), naming)
+        ]
     return table
 
 
@@ -106,7 +131,7 @@ def export(network: MMDiT, naming: Naming, state: Mapping[str, Tensor] | None = 
         parts = state[ours].detach().flatten().split([math.prod(piece.shape) for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
             tensor = part.reshape(piece.shape)
-            theirs[piece.name] = _swap(tensor) if piece.swapped else tensor
+            theirs[piece.name] = swap(tensor) if piece.swapped else tensor
     return theirs
 
 
@@ -124,7 +149,7 @@ def read(network: MMDiT, weights: Weights, naming: Naming, dtype: torch.dtype, d
         places = state[ours].flatten().split([math.prod(piece.shape) for piece in table[ours]])
         for piece, place in zip(table[ours], places, strict=True):
             source = weights[piece.name]
-            place.copy_((_swap(source) if piece.swapped else source).flatten())
+            place.copy_((swap(source) if piece.swapped else source).flatten())
     network.load_state_dict(state, assign=True)
     return network.eval()
 
@@ -284,5 +309,5 @@ def _guess(weights: Weights) -> str:
     return f": its tensors are {few(sorted(weights)[:3])}, …" if weights else ": it is empty"
 
 
-def _swap(tensor: Tensor) -> Tensor:
+def swap(tensor: Tensor) -> Tensor:
     return torch.roll(tensor, len(tensor) // 2, dims=0)

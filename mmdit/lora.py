@@ -1,0 +1,174 @@
+"""LoRA: low-rank updates W + s·B·A of linear layers (Hu et al. 2021, eq. 3), by peft, kept in diffusers' layout.
+
+A linear layer of ours may be several of theirs laid end to end. Their updates of its rows are ours with B cut into the
+same rows and A repeated, so what is trained here opens there; the other way round each part is added to its own rows.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from mmdit.checkpoint import parts, swap
+from mmdit.model import MMDiT
+from weights import Weights, few, open_file, write_json, write_tensors
+
+FILE, CONFIG, PREFIX = "pytorch_lora_weights.safetensors", "adapter_config.json", "transformer."
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Which layers get an update, and how large it may be.
+
+    Args:
+        rank: rows of A and columns of B.
+        alpha: the update is scaled by alpha / rank; none means rank.
+        targets: ends of the names of the linear layers; by default those of the joint attention.
+    """
+
+    rank: int = 16
+    alpha: int | None = None
+    targets: tuple[str, ...] = ("image.qkv", "image.proj", "text.qkv", "text.proj")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.targets or not (self.alpha is None or self.alpha > 0):
+            raise ValueError(f"lora needs rank >= 1, alpha > 0 and targets, got {self}")
+
+
+def add(network: MMDiT, lora: LoRA) -> None:
+    """Gives the network updates, which start at zero, and freezes everything else. ValueError for unknown targets."""
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    for target in lora.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise ValueError(f"lora.targets: no linear layer's name ends in {target!r}; there are {few(linear)}")
+    if any(name.startswith("patch") and f".{name}".endswith(f".{t}") for name in linear for t in lora.targets):
+        raise ValueError("lora.targets: the patch embedding is a convolution in other tools and cannot be a target")
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
+    inject_adapter_in_model(config, network)
+
+
+def layers(network: MMDiT) -> Iterator[tuple[str, LoraLayer]]:
+    """The layers with updates, and their names."""
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def export(network: MMDiT) -> dict[str, Tensor]:
+    """The network's updates as diffusers' SD3 pipelines name them, with the scale s inside B."""
+    theirs = {}
+    for name, layer in layers(network):
+        down, up = (cast(nn.Linear, side["default"]).weight.detach() for side in (layer.lora_A, layer.lora_B))
+        up = up * layer.scaling["default"]
+        sections = parts(network, name, len(up), "diffusers")
+        for part, rows in zip(sections, up.split([part.rows for part in sections]), strict=True):
+            theirs[f"{PREFIX}{part.name}.lora_A.weight"] = down.clone()
+            theirs[f"{PREFIX}{part.name}.lora_B.weight"] = swap(rows) if part.swapped else rows.clone()
+    return theirs
+
+
+def save(network: MMDiT, folder: Path, base: str) -> None:
+    """Writes the updates so that diffusers' `load_lora_weights(folder)` reads them. OSError on failure.
+
+    Args:
+        network: with updates.
+        folder: where to.
+        base: what they are updates of, a path or a name, for whoever finds the folder.
+    """
+    write_json({"peft_type": "LORA", "base_model_name_or_path": base}, folder / CONFIG)
+    write_tensors(export(network), folder / FILE)
+
+
+class Update(NamedTuple):
+    """An update of some rows of a layer's weight."""
+
+    rows: slice
+    down: Tensor  # A (r, inputs)
+    up: Tensor  # s·B (rows, r)
+
+
+def find(path: Path) -> Path:
+    """The file of a LoRA that is given as a file or its folder. FileNotFoundError if there is none."""
+    for file in (path, path / FILE, path / "lora" / FILE):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"{path} is no LoRA: neither a safetensors file nor a folder with {FILE}")
+
+
+@torch.no_grad()
+def merge(network: MMDiT, path: Path) -> None:
+    """Adds a LoRA in diffusers' layout to the network's weights. The sums are float32.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line, naming all that does not fit, before anything is changed.
+    """
+    updates = read(network, open_file(find(path)))
+    modules = dict(network.named_modules())
+    for name, pieces in updates.items():
+        weight = modules[name].weight
+        for rows, down, up in pieces:
+            delta = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
+            weight[rows] = (weight[rows].float() + delta).to(weight.dtype)
+
+
+def read(network: MMDiT, weights: Weights) -> dict[str, list[Update]]:
+    """Each layer's updates.
+
+    Raises:
+        ValueError: if there is anything else than updates of this network's linear layers.
+    """
+    scale = _scales(weights)
+    left, misfits = set(weights), []
+    updates: dict[str, list[Update]] = {}
+    for name, module in network.named_modules():
+        if not isinstance(module, nn.Linear) or name == "patch":
+            continue
+        start = 0
+        for part in parts(network, name, module.out_features, "diffusers"):
+            keys = [f"{PREFIX}{part.name}.lora_{side}.weight" for side in "AB"]
+            rows, start = slice(start, start + part.rows), start + part.rows
+            if not all(key in left for key in keys):
+                continue
+            left -= {*keys, f"{PREFIX}{part.name}.alpha"}
+            (rank, inputs), (outputs, again) = weights.shape(keys[0]), weights.shape(keys[1])
+            if (inputs, outputs, again) != (module.in_features, part.rows, rank):
+                misfits.append(f"{keys[0]} {(rank, inputs)} and {keys[1]} {(outputs, again)}")
+                continue
+            up = weights[keys[1]].float() * scale(part.name, rank)
+            updates.setdefault(name, []).append(Update(rows, weights[keys[0]], swap(up) if part.swapped else up))
+    if left or misfits or not updates:
+        told = [f"{len(left)} left over ({few(sorted(left))})"] * bool(left)
+        told += [f"{len(misfits)} mis-shaped ({few(misfits)})"] * bool(misfits)
+        raise ValueError(f"{weights.source} is no LoRA of this network: {', '.join(told) or 'it is empty'}")
+    return updates
+
+
+def _scales(weights: Weights) -> Any:
+    """s of a layer by name and rank: alpha / rank, with alpha from a tensor of its own or from the file's metadata."""
+    told = {
+        key.removeprefix(PREFIX): value
+        for key, value in json.loads(weights.metadata.get("lora_adapter_metadata", "{}")).items()
+    }
+    if told.get("use_dora"):
+        raise ValueError(f"{weights.source} is a DoRA, which is more than a low-rank update: it cannot be merged")
+
+    def scale(name: str, rank: int) -> float:
+        alpha = told.get("lora_alpha", rank)
+        for pattern, value in (told.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", name):
+                alpha = value
+        key = f"{PREFIX}{name}.alpha"
+        if key in weights:
+            alpha = float(weights[key])
+        return alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
+
+    return scale
