@@ -207,6 +207,3 @@ def few(names: list[str]) -> str:
         pattern.replace("{}", str(found[0]) if len(found) == 1 else f"{{{','.join(map(str, sorted(found)))}}}", 1)
         for pattern, found in groups.items()
     )
-
-
-save = write_tensors

@@ -1,12 +1,24 @@
 """Codecs: pixels ↔ normalised latents."""
 
 import json
+import os
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal, Self, cast, get_args
 
+import torch
 from torch import Tensor
 
-CONFIG = "config.json"
+import weights
+
+CONFIG, STEM = "config.json", "diffusion_pytorch_model"
+PREFIX = "first_stage_model."  # of the VAE's tensors in a single file
+TILE = 1024  # pixels; the sample_size of SD3's VAE, which a single file does not tell
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Shape = tuple[int, ...]
 
 
 class Codec(ABC):
@@ -30,6 +42,10 @@ class Codec(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes what `load_codec` needs."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves its weights, of which pixels have none, to where it then computes and leaves its results."""
+        return self
 
 
 class Pixels(Codec):
@@ -58,31 +74,232 @@ class Pixels(Codec):
         return (latents / self.scale + self.shift).clamp(0, 1)
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         config = {
             "_class_name": "Pixels",
             "channels": self.channels,
             "shift_factor": self.shift,
             "scaling_factor": self.scale,
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        weights.write_json(config, folder / CONFIG)
 
 
-def load_codec(folder: Path) -> Codec:
-    """The codec that `save` wrote.
+class VAE(Codec):
+    """Stable Diffusion's autoencoder (R. Rombach et al., 2022; SD3's has 16 channels), frozen, by diffusers.
+
+    The raw latent is the mean of the posterior of 2·pixels − 1. All is computed in `dtype`, as diffusers' pipelines do,
+    also inside autocast; the results are float32, without gradients, where the weights are.
+
+    Args:
+        path: a diffusers `vae/` folder, sharded or not, a model folder with a `vae/` in it, or an original single
+            .safetensors file of SD3's kind.
+        dtype: of the weights in memory, whatever they are stored in.
+        tiling: encode and decode pictures larger than the config's `sample_size` in overlapping tiles, blended: less
+            memory, but each tile sees only itself, so that the result is another.
+        slicing: one picture of a batch after the other: less memory, the same result.
+
+    Attributes:
+        vae: the network, diffusers' `AutoencoderKL`.
 
     Raises:
-        ValueError: if the folder holds no codec that this project knows.
+        FileNotFoundError: if config or weights are missing.
+        ValueError: if they are damaged or of another kind, or do not fit each other. Nothing is half-loaded.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], dtype: Dtype = "float32", tiling: bool = False, slicing: bool = False
+    ) -> None:
+        if dtype not in get_args(Dtype):
+            raise ValueError(f"the VAE's dtype must be one of {', '.join(get_args(Dtype))}, got {dtype}")
+        path = Path(path)
+        if single := path.is_file() or path.suffix == ".safetensors":
+            stored = weights.open_file(path).under(PREFIX)
+            try:
+                config = original_config({name: stored.shape(name) for name in stored}) | {"sample_size": TILE}
+            except LookupError as error:
+                raise ValueError(f"{path} holds no whole VAE of SD3's kind under {PREFIX}: {error}") from None
+        else:
+            path = path / "vae" if (path / "vae").is_dir() else path
+            config = weights.read_json(path / CONFIG)
+            if config.get("_class_name") != "AutoencoderKL":
+                raise ValueError(f"{path / CONFIG} describes a {config.get('_class_name')}, not an AutoencoderKL")
+            stored = weights.open_folder(path, STEM)
+        self.vae = build(config, path if single else path / CONFIG)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.vae.state_dict().items()}
+        layout = original_layout(shapes) if single else {name: (name, shape) for name, shape in shapes.items()}
+        weights.fit(stored, dict(layout.values()), "this VAE's config")
+        self.vae.load_state_dict(
+            {
+                name: stored[there].reshape(shapes[name]).to(getattr(torch, dtype), copy=True)
+                for name, (there, _) in layout.items()
+            },
+            assign=True,
+        )
+        self.vae.eval().requires_grad_(False)
+        if tiling:
+            self.vae.enable_tiling()
+        if slicing:
+            self.vae.enable_slicing()
+        own = self.vae.config
+        self.channels, self.pixel_channels = own.latent_channels, own.in_channels
+        self.factor = 2 ** (len(own.block_out_channels) - 1)
+        self.scale, self.shift = own.scaling_factor, own.shift_factor or 0.0
+
+    def to(self, device: torch.device | str) -> Self:
+        self.vae.to(device)
+        return self
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents of pixels; ValueError if their size is no multiple of `factor`, and for numbers not finite."""
+        if pixels.shape[-2] % self.factor or pixels.shape[-1] % self.factor:
+            raise ValueError(f"a picture's sides must be multiples of {self.factor}, got {tuple(pixels.shape[-2:])}")
+        return self._run(lambda x: (self.vae.encode(x).latent_dist.mean - self.shift) * self.scale, 2 * pixels - 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of latents, clamped to [0, 1]; ValueError for numbers not finite."""
+        return self._run(lambda z: self.vae.decode(z / self.scale + self.shift).sample / 2 + 0.5, latents).clamp(0, 1)
+
+    def _run(self, network: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        if not given.isfinite().all():
+            raise ValueError("the VAE was given numbers that are not finite")
+        device, dtype = self.vae.device, self.vae.dtype
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            result = network(given.to(device, dtype))
+        if not result.isfinite().all():  # would be a black picture
+            wider = ": take bfloat16 or float32" if dtype == torch.float16 else ""
+            raise ValueError(f"the VAE overflowed in {str(dtype).removeprefix('torch.')}{wider}")
+        return result.float()
+
+    def save(self, folder: Path) -> None:
+        """Writes config and weights, in the dtype held, so that `AutoencoderKL.from_pretrained` reads them."""
+        weights.write_json(self._config, folder / CONFIG)
+        weights.write_tensors(self.vae.state_dict(), folder / f"{STEM}.safetensors")
+
+    def original_state(self) -> dict[str, Tensor]:
+        """The weights as they stand in a single file, prefix included. They are views of those held.
+
+        Raises:
+            ValueError: if the config is another than that which this format implies.
+        """
+        state = self.vae.state_dict()
+        layout = original_layout({name: tuple(tensor.shape) for name, tensor in state.items()})
+        told = original_config(dict(layout.values())).items()
+        if other := [f"{key} is {self._config[key]}, not {value}" for key, value in told if self._config[key] != value]:
+            raise ValueError(f"a single file cannot tell this VAE's config: {', '.join(other)}")
+        return {PREFIX + there: state[name].reshape(shape) for name, (there, shape) in layout.items()}
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        return json.loads(self.vae.to_json_string())
+
+
+def build(config: Mapping[str, Any], source: Path) -> Any:
+    """An `AutoencoderKL` without weights, on the meta device. ValueError, naming the source, if there is none."""
+    from diffusers import AutoencoderKL  # takes seconds
+
+    try:
+        with torch.device("meta"):  # no time and no random numbers for weights that are replaced
+            vae = AutoencoderKL.from_config(dict(config))
+        own = vae.config
+        for factor in (own.scaling_factor, own.shift_factor or 0):
+            if not isinstance(factor, int | float):
+                raise TypeError(f"{factor!r} is no number")
+    except Exception as error:  # a wrong value ends in whatever its first use raises
+        told = " ".join(str(error).split())
+        raise ValueError(f"{source} describes no AutoencoderKL that could be built: {told}") from None
+    if own.in_channels != own.out_channels or own.latents_mean or own.latents_std:
+        raise ValueError(f"{source} asks for latents_mean, latents_std or unequal in_channels and out_channels")
+    return vae
+
+
+def original_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The config that a single file implies.
+
+    Args:
+        shapes: original name, without prefix → shape.
+
+    Raises:
+        LookupError: if a tensor that tells it is missing, or has too few dimensions.
+    """
+
+    def count(pattern: str) -> int:
+        return 1 + max((int(found[1]) for name in shapes if (found := re.match(pattern, name))), default=-1)
+
+    levels = count(r"encoder\.down\.(\d+)\.")
+    return {
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "latent_channels": shapes["encoder.conv_out.weight"][0] // 2,  # mean and log-variance
+        "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
+        "layers_per_block": count(r"encoder\.down\.0\.block\.(\d+)\."),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "mid_block_add_attention": True,
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
+def original_layout(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]:
+    """diffusers' name → the original's name and shape, without prefix (diffusers' `convert_ldm_vae_checkpoint`).
+
+    Args:
+        shapes: diffusers' name → shape.
+    """
+    levels = len({name.split(".")[2] for name in shapes if name.startswith("decoder.up_blocks.")})
+    parts = {f"up_blocks.{i}.": f"up.{levels - 1 - i}." for i in range(levels)} | {
+        "down_blocks.": "down.",
+        "mid_block.resnets.0.": "mid.block_1.",
+        "mid_block.resnets.1.": "mid.block_2.",
+        "mid_block.attentions.0.": "mid.attn_1.",
+        "resnets.": "block.",
+        "downsamplers.0.": "downsample.",
+        "upsamplers.0.": "upsample.",
+        "conv_shortcut.": "nin_shortcut.",
+        "conv_norm_out.": "norm_out.",
+        "group_norm.": "norm.",
+        "to_q.": "q.",
+        "to_k.": "k.",
+        "to_v.": "v.",
+        "to_out.0.": "proj_out.",
+    }
+
+    def renamed(name: str) -> str:
+        for theirs, original in parts.items():
+            name = name.replace(theirs, original)
+        return name
+
+    # Attention's linear layers, the only matrices, are 1×1 convolutions there.
+    return {name: (renamed(name), (*shape, 1, 1) if len(shape) == 2 else shape) for name, shape in shapes.items()}
+
+
+def load_codec(
+    folder: Path, dtype: torch.dtype | str = "float32", tiling: bool = False, slicing: bool = False
+) -> Codec:
+    """The codec that `save` or diffusers wrote.
+
+    Args:
+        folder: holds `config.json` and, for a VAE, its weights.
+        dtype, tiling, slicing: a VAE's; pixels need none of them.
+
+    Raises:
+        ValueError, FileNotFoundError: in one line, if the folder holds no codec that this project knows, or a damaged
+            one.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = weights.read_json(folder / CONFIG)
     except FileNotFoundError:
         raise ValueError(f"no codec config at {folder / CONFIG}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is no JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("_class_name") != "Pixels":
-        raise ValueError(f"{folder / CONFIG} describes no codec that this project knows, which is Pixels")
-    try:
-        return Pixels(config["channels"], config["shift_factor"], config["scaling_factor"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} is no whole config of Pixels: {error}") from None
+    match config.get("_class_name"):
+        case "AutoencoderKL":
+            return VAE(folder, cast(Dtype, str(dtype).removeprefix("torch.")), tiling, slicing)
+        case "Pixels":
+            try:
+                return Pixels(config["channels"], config["shift_factor"], config["scaling_factor"])
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{folder / CONFIG} is no whole config of Pixels: {error}") from None
+        case other:
+            raise ValueError(f"{folder / CONFIG} describes a {other}, no codec of this project: AutoencoderKL, Pixels")
