@@ -1,43 +1,83 @@
-"""Captions → text tokens and a pooled vector, by a CLIP text tower through transformers."""
+"""Captions → text tokens and a pooled vector: the contract, text towers on disk, and the encoder of one CLIP tower."""
 
+import hashlib
 import json
+import math
 import os
+import shutil
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, Self, TypeVar, final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging
+
+from weights import Weights, fit, open_file, open_folder, read_json, write_json, write_tensors
+
+PROJECTION = "text_projection.weight"  # of the pooled vector, in a CLIP tower
+TABLE = "encoder.embed_tokens.weight"  # T5's second name for `shared.weight`
+SAMPLE = 1024  # numbers at each of three places of a tensor that go into a fingerprint
+Tokenizer = TypeVar("Tokenizer", bound=CLIPTokenizer | T5Tokenizer)
 
 
 class Text(NamedTuple):
-    """Encoded captions: one vector per token `(B, N, D)` and one per caption `(B, P)`, float32."""
+    """Encoded captions: one vector per token `(B, N, D)` and one per caption `(B, P)`."""
 
     tokens: Tensor
     pooled: Tensor
 
 
+class TextEncoder(ABC):
+    """Captions to conditions.
+
+    Attributes:
+        tokens_dim: D, length of a token's vector.
+        pooled_dim: P, length of a caption's pooled vector.
+    """
+
+    tokens_dim: int
+    pooled_dim: int
+
+    @abstractmethod
+    def encode(self, captions: Sequence[str]) -> Text:
+        """Returns `tokens (B, N, D)` and `pooled (B, P)` of B ≥ 1 captions; "" is the null condition.
+
+        Captions that are too long lose their tail, with a warning that says how many did. ValueError for no captions,
+        TypeError for one bare string.
+        """
+
+    @abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the encoders and tokenizers into a model folder, from which the constructor reads them again."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """Sets where captions are encoded."""
+
+    @abstractmethod
+    def index(self) -> dict[str, list[str | None]]:
+        """What `save` writes, as in diffusers' `model_index.json`: subfolder → library and class."""
+
+
 @final
-class CLIPText:
+class CLIPText(TextEncoder):
     """A frozen CLIP text tower with its tokenizer, as SD3 uses it (P. Esser et al., 2024, section 4).
 
     The tokens are the hidden states before the last layer, without the final norm, as diffusers' SD3 takes them; the
     pooled vector is the projection of the final state of the end token. Captions are padded to the length of the
     tokenizer without a mask: attention is causal, so padding never reaches the caption, but it does carry its summary.
+    Both are float32, on the device of the tower.
 
     Args:
         folder: holds `text_encoder/` (`config.json`, `model.safetensors`) and `tokenizer/` (`tokenizer_config.json`,
             and either `tokenizer.json` or both `vocab.json` and `merges.txt`), as in a diffusers model folder.
 
     Attributes:
-        tokens_dim: D, length of a token's vector.
-        pooled_dim: P, length of a caption's pooled vector.
         length: N, tokens per caption, start and end included.
 
     Raises:
@@ -46,130 +86,226 @@ class CLIPText:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.tokenizer = read_tokenizer(Path(folder) / "tokenizer")
-        self.encoder = read_encoder(Path(folder) / "text_encoder")
-        config = self.encoder.config
-        self.tokens_dim: int = config.hidden_size
-        self.pooled_dim: int = self.encoder.text_projection.out_features
+        self.tokenizer = read_tokenizer(CLIPTokenizer, Path(folder) / "tokenizer")
         self.length: int = self.tokenizer.model_max_length
-        if self.length > config.max_position_embeddings or len(self.tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer and the text encoder in {folder} do not fit: {len(self.tokenizer)} entries and "
-                f"{self.length} tokens a caption, against {config.vocab_size} and {config.max_position_embeddings}"
-            )
+        source = Path(folder) / "text_encoder"
+        tower = Tower(CLIPTextModelWithProjection, read_json(source / "config.json"), source)
+        tower.require(self.tokenizer, self.length)
+        self.encoder: CLIPTextModelWithProjection = tower.load(torch.float32, torch.device("cpu"))
+        self.tokens_dim: int = tower.config.hidden_size
+        self.pooled_dim: int = tower.config.projection_dim
 
-    def to(self, device: torch.device | str) -> "CLIPText":
+    def to(self, device: torch.device | str) -> Self:
         """Moves the tower to `device`, where `encode` then computes and leaves its results."""
         self.encoder.to(device)  # type: ignore[arg-type]  # the decorator of `to` hides that it is a method
         return self
 
     def encode(self, captions: Sequence[str]) -> Text:
-        """Returns `tokens (B, N, D)` and `pooled (B, P)` of B ≥ 1 captions; "" is the null condition.
-
-        Captions of more than `length` tokens lose their tail, with a warning that says how many did. ValueError for
-        no captions, TypeError for one bare string.
-        """
-        if isinstance(captions, str):
-            raise TypeError(f"encode takes a list of captions, not the single string {captions!r}")
-        if not captions:
-            raise ValueError("there are no captions to encode: give at least one, which may be empty")
-        captions = list(captions)
-        whole = self.tokenizer(captions, verbose=False).input_ids
-        if cut := sum(len(ids) > self.length for ids in whole):
-            warnings.warn(
-                f"{cut} of {len(whole)} captions are longer than the {self.length} tokens that the text tower reads, "
-                "start and end included: their tails were cut",
-                stacklevel=2,
-            )
-        batch = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
-        ids = batch.input_ids.to(self.encoder.device)  # (B, N)
-        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            output = self.encoder(ids, output_hidden_states=True)
-        return Text(tokens=output.hidden_states[-2], pooled=output.text_embeds)
+        ids = tokenize(self.tokenizer, listed(captions), self.length, "the text tower")
+        return run_clip(self.encoder, ids.to(self.encoder.device))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `text_encoder/` and `tokenizer/` into `folder`, such that `CLIPText(folder)` reads them again."""
         write(folder, self.encoder, self.tokenizer)
+
+    def index(self) -> dict[str, list[str | None]]:
+        return {
+            "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+        }
 
 
 def write(folder: str | os.PathLike[str], encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer) -> None:
     """Writes a tower and its tokenizer, safetensors and JSON only, into the subfolders that `CLIPText` reads."""
     encoder.config.save_pretrained(Path(folder) / "text_encoder")
     tokenizer.save_pretrained(Path(folder) / "tokenizer")
-    weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-    # Not save_pretrained, which leaves a file that only its owner can read; nor over an old file, which may be mapped
-    # into memory as the very weights that are saved.
-    target = Path(folder) / "text_encoder" / "model.safetensors"
-    part = target.with_suffix(".part")
-    part.write_bytes(save(weights, metadata={"format": "pt"}))
-    os.replace(part, target)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    write_tensors(tensors, Path(folder) / "text_encoder" / "model.safetensors")
 
 
-def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Reads a CLIP tokenizer from disk; the errors are those of `CLIPText`."""
-    require(folder / "tokenizer_config.json")
-    if not (folder / "tokenizer.json").is_file():
-        require(folder / "vocab.json")
-        require(folder / "merges.txt")
-    try:
-        with quiet():
-            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ValueError(f"{folder} holds no readable CLIP tokenizer: {first_line(error)}") from error
+class Tower:
+    """A text encoder on disk, checked as a whole, but with weights that stay there until `load`.
 
+    Args:
+        kind: its class.
+        settings: what its `config.json` holds.
+        source: the folder of its weights, or a single file in which it is one of several models.
+        prefix: of its names in the single file; none for a folder.
+        identity: the single file may lack the projection, which is then the identity.
 
-def read_encoder(folder: Path) -> CLIPTextModelWithProjection:
-    """Reads a CLIP text tower in float32 for inference from disk; the errors are those of `CLIPText`."""
-    config, weights = require(folder / "config.json"), require(folder / "model.safetensors")
-    try:
-        kind = json.loads(config.read_text()).get("model_type")
-        if kind != "clip_text_model":
-            raise ValueError(f"it has the model_type {kind!r} instead of 'clip_text_model'")
-        with safe_open(weights, framework="pt"):
-            pass
-        with quiet():
-            loaded: Any = CLIPTextModelWithProjection.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is truncated or no safetensors file: {first_line(error)}") from error
-    except (AttributeError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{config} describes no CLIP text encoder: {first_line(error)}") from error
-    encoder, report = loaded
-    # transformers fills missing weights with random numbers, and only logs it.
-    mismatched = [key[0] for key in report["mismatched_keys"]]
-    for fault, names in (
-        ("lacks", report["missing_keys"]),
-        ("has unknown", report["unexpected_keys"]),
-        ("has misshapen", mismatched),
-    ):
-        if names:
+    Attributes:
+        config: the settings as transformers' object.
+
+    Raises:
+        FileNotFoundError: no weights.
+        ValueError: the settings describe no such encoder, or the weights are damaged or those of another.
+    """
+
+    def __init__(
+        self,
+        kind: type[CLIPTextModelWithProjection] | type[T5EncoderModel],
+        settings: dict[str, Any],
+        source: Path,
+        prefix: str = "",
+        identity: bool = False,
+    ) -> None:
+        self.kind, self.settings, self.source, self.prefix = kind, settings, source, prefix
+        weights = self.weights()
+        try:
+            config: Any = kind.config_class
+            if (told := settings.get("model_type")) != config.model_type:
+                raise ValueError(f"they have the model_type {told!r} instead of {config.model_type!r}")
+            with quiet():
+                self.config = config.from_dict(settings)
+                shapes = {name: tuple(value.shape) for name, value in self._blank().named_parameters()}
+        except Exception as error:  # settings may hold anything, and building from them may raise anything
+            raise ValueError(f"the settings of {source} describe no {kind.__name__}: {one_line(error)}") from error
+        self.identity = identity and PROJECTION not in weights and len(set(shapes[PROJECTION])) == 1
+        if self.identity:
+            del shapes[PROJECTION]
+        fit(weights, shapes, kind.__name__)
+
+    def require(self, tokenizer: CLIPTokenizer | T5Tokenizer, length: int) -> None:
+        """Raises ValueError if the tower cannot read `length` tokens of this tokenizer."""
+        entries, positions = self.config.vocab_size, getattr(self.config, "max_position_embeddings", length)
+        if length > positions or len(tokenizer) > entries:
             raise ValueError(
-                f"{weights} does not fit its config.json: it {fault} weights, {len(names)} in all, such as {min(names)}"
+                f"the tokenizer and the text encoder in {self.source} do not fit: {len(tokenizer)} entries and "
+                f"{length} tokens a caption, against {entries} and {positions}"
             )
-    return encoder.eval().requires_grad_(False)
+
+    def weights(self) -> Weights:
+        """The tensors, under the names of the module's parameters."""
+        return own_names(
+            open_file(self.source).under(self.prefix) if self.prefix else open_folder(self.source, "model")
+        )
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """The module for inference; tensor by tensor, so that memory never holds it twice."""
+        weights = self.weights()
+        module = self._blank()
+        # As transformers itself does: T5's widest layers overflow in half precision.
+        wide = module._keep_in_fp32_modules if dtype == torch.float16 else set()
+        state = {}
+        for name, parameter in module.named_parameters():
+            value = weights[name] if name in weights else torch.eye(len(parameter))  # all else was missed before
+            state[name] = value.to(device, torch.float32 if wide & set(name.split(".")) else dtype, copy=True)
+        module.config.dtype = dtype  # which is noted where the module is saved
+        module.load_state_dict(state, strict=False, assign=True)
+        module.tie_weights()
+        if isinstance(module, CLIPTextModelWithProjection):
+            positions = torch.arange(self.config.max_position_embeddings, device=device)
+            module.text_model.embeddings.position_ids = positions[None]  # (1, N); in no file
+        return module.eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """A hash of the settings and of each tensor's name, type, shape, beginning, middle and end."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
+        weights = self.weights()
+        for name in sorted(weights):
+            flat = weights[name].flatten()
+            digest.update(f"{name} {weights.shape(name)} {flat.dtype}".encode())
+            for start in (0, len(flat) // 2, max(0, len(flat) - SAMPLE)):
+                digest.update(flat[start : start + SAMPLE].view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Writes `config.json` and the weights as they are, as hard links where they are files of their own."""
+        write_json(self.settings, folder / "config.json")
+        whole = folder / "model.safetensors"
+        if self.prefix:
+            tensors = dict(self.weights())
+            if self.identity:
+                tensors[PROJECTION] = torch.eye(self.config.hidden_size).to(self.weights().dtype)
+            write_tensors(tensors, whole)
+            return
+        places = open_folder(self.source, "model").places
+        files = {place.file for place in places.values()}
+        for file in files:
+            put(file, whole if len(files) == 1 else folder / file.name, link=True)
+        if len(files) > 1:
+            size = sum(math.prod(place.shape) * place.dtype.itemsize for place in places.values())
+            table = {name: place.file.name for name, place in places.items()}
+            write_json({"metadata": {"total_size": size}, "weight_map": table}, folder / f"{whole.name}.index.json")
+
+    def _blank(self) -> Any:
+        with torch.device("meta"):
+            return self.kind(self.config)
 
 
-def require(file: Path) -> Path:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: a CLIP text tower is a folder with text_encoder/ and tokenizer/")
-    return file
+def own_names(tensors: Weights) -> Weights:
+    """A tower's tensors as its module names its parameters.
+
+    T5 has two names for its table, of which files hold either or both; old CLIP files hold the positions' numbers.
+    """
+    tensors = tensors.renamed(lambda name: None if name.endswith("position_ids") else name)
+    if "shared.weight" in tensors:
+        return tensors.renamed(lambda name: None if name == TABLE else name)
+    return tensors.renamed(lambda name: "shared.weight" if name == TABLE else name)
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def put(file: Path, target: Path, link: bool = False) -> None:
+    """Copies a file, or gives it a second name if that can be. What was there may be in use and is not written to."""
+    if target.exists() and target.samefile(file):
+        return
+    target.unlink(missing_ok=True)
+    if link:
+        with suppress(OSError):  # another disk, or one without links
+            os.link(file.resolve(), target)
+            return
+    shutil.copyfile(file, target)
+
+
+def run_clip(encoder: CLIPTextModelWithProjection, ids: Tensor) -> Text:
+    """SD3's two outputs of a CLIP tower, for token numbers `(B, N)`."""
+    with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+        output = encoder(ids, output_hidden_states=True)
+    return Text(tokens=output.hidden_states[-2], pooled=output.text_embeds)
+
+
+def listed(captions: Sequence[str]) -> list[str]:
+    """The captions, unless there are none or they are one string; the errors are those of `TextEncoder.encode`."""
+    if isinstance(captions, str):
+        raise TypeError(f"encode takes a list of captions, not the single string {captions!r}")
+    if not captions:
+        raise ValueError("there are no captions to encode: give at least one, which may be empty")
+    return list(captions)
+
+
+def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length: int, reader: str) -> Tensor:
+    """Token numbers `(B, length)` on the CPU, padded, and cut with the warning of `TextEncoder.encode`."""
+    whole = tokenizer(captions, verbose=False).input_ids
+    if cut := sum(len(ids) > length for ids in whole):
+        warnings.warn(
+            f"{cut} of {len(whole)} captions are longer than the {length} tokens that {reader} reads, start and end "
+            "included: their tails were cut",
+            stacklevel=3,
+        )
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+
+
+def read_tokenizer(kind: type[Tokenizer], folder: Path) -> Tokenizer:
+    """Reads a tokenizer from disk; the errors are those of `CLIPText`."""
+    names = dict(kind.vocab_files_names)
+    needed = ["tokenizer_config.json"]
+    if not (folder / names.pop("tokenizer_file")).is_file():
+        needed += names.values()
+    for name in needed:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing")
+    try:
+        with quiet():
+            return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ValueError(f"{folder} holds no readable {kind.__name__}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from printing its progress bar and its report of what it loaded."""
+    """Keeps transformers from printing progress bars, settings and advice."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

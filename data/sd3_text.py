@@ -1,0 +1,351 @@
+"""Captions → text tokens and a pooled vector by SD3's three encoders, of which one at a time is in memory."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, final
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from data.text import (
+    PROJECTION,
+    Text,
+    TextEncoder,
+    Tower,
+    listed,
+    one_line,
+    own_names,
+    put,
+    read_tokenizer,
+    run_clip,
+    tokenize,
+)
+from weights import Weights, fit, open_file, read_json, write_tensors
+
+LENGTH = 77  # tokens that a CLIP tower reads
+BATCH = 32  # captions at once
+KEPT = 256  # captions in memory, which take 0.7 GB in half precision at the released sizes
+
+
+class Kind(NamedTuple):
+    """What is fixed about one of the three."""
+
+    title: str
+    suffix: str  # of text_encoder and tokenizer in a model folder
+    prefix: str  # of its names in a single file
+    tower: type[CLIPTextModelWithProjection] | type[T5EncoderModel]
+    tokenizer: type[CLIPTokenizer] | type[T5Tokenizer]
+
+
+CLIP_L = Kind("CLIP-L", "", "text_encoders.clip_l.transformer.", CLIPTextModelWithProjection, CLIPTokenizer)
+CLIP_G = Kind("CLIP-G", "_2", "text_encoders.clip_g.transformer.", CLIPTextModelWithProjection, CLIPTokenizer)
+T5 = Kind("T5", "_3", "text_encoders.t5xxl.transformer.", T5EncoderModel, T5Tokenizer)
+
+
+class Part(NamedTuple):
+    """An encoder with its tokenizer, and where its results belong."""
+
+    kind: Kind
+    tower: Tower
+    tokenizer: CLIPTokenizer | T5Tokenizer
+    vocabulary: list[Path]  # the tokenizer's files
+    rows: slice  # among the tokens
+    columns: slice  # of a token's vector
+    pooled: slice  # of the pooled vector
+
+
+@final
+class SD3Text(TextEncoder):
+    """SD3's frozen text encoders: CLIP-L, CLIP-G and T5 (P. Esser et al., 2024, section 4 and appendix B.3).
+
+    The tokens are 77 of the CLIPs, whose hidden states before the last layer lie side by side, padded with zeros to the
+    width of T5; then `max_sequence_length` final states of T5. The pooled vector is both CLIPs' projected end token,
+    CLIP-L's first. No encoder masks its padding. All this is as in diffusers' StableDiffusion3Pipeline.
+
+    An absent encoder's part is zeros, which is how the released networks know that it was dropped.
+
+    Encoders are read when there are captions that they have not seen, one after the other, and let go again; the
+    results are on the CPU, in `dtype`. Those of the last 256 captions stay in memory.
+
+    Args:
+        folder: a model folder, with `tokenizer{,_2,_3}/` and `text_encoder{,_2,_3}/` (`config.json`, weights as
+            safetensors) of the encoders that are present: those that its `model_index.json` names, or without such a
+            file those that are there.
+        tokens_dim: D, length of a token's vector, T5's width.
+        pooled_dim: P, length of the pooled vector, the sum of the CLIPs' projections.
+        max_sequence_length: T5's number of tokens, 1 to 512, the end included.
+        dtype: of the encoders and their results.
+        device: where the encoders compute.
+        single_file: a checkpoint in SD3's original format, whose encoders are taken before the folder's; they need no
+            `config.json` there.
+        cache: a folder for the results, a file for each caption, which other processes find again. Names are hashes
+            of the caption, the encoders, `dtype` and the lengths, so that nothing can be mixed up.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or of another kind, widths do not fit each other, or there is no encoder.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        tokens_dim: int = 4096,
+        pooled_dim: int = 2048,
+        max_sequence_length: int = 256,
+        dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        device: str = "cpu",
+        single_file: str | os.PathLike[str] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if not 1 <= max_sequence_length <= 512:
+            raise ValueError(f"max_sequence_length must be from 1 to 512, got {max_sequence_length}")
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+        self.tokens_dim, self.pooled_dim, self.max_sequence_length = tokens_dim, pooled_dim, max_sequence_length
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.to(device)
+        folder, single = Path(folder), None if single_file is None else Path(single_file)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+        towers = {kind: tower for kind in (CLIP_L, CLIP_G, T5) if (tower := find(kind, folder, single))}
+        if not towers:
+            raise ValueError(f"there is no text encoder in {folder}" + (f" and {single}" if single else ""))
+        self.parts = self._parts(towers, folder)
+        shapes = {"tokens": (LENGTH + max_sequence_length, tokens_dim), "pooled": (pooled_dim,)}
+        self.rows = Rows(shapes) if cache is None else Rows(shapes, Path(cache), self._fingerprint())
+
+    def to(self, device: torch.device | str) -> Self:
+        """Sets where the encoders compute."""
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(one_line(error)) from None
+        return self
+
+    def encode(self, captions: Sequence[str]) -> Text:
+        """As `TextEncoder.encode`; ValueError, too, if an encoder overflows."""
+        captions = listed(captions)
+        unique = [*dict.fromkeys(captions)]
+        ids = []
+        for part in self.parts:  # no comprehension, whose frame would hide the caller from the warning
+            ids.append(tokenize(part.tokenizer, unique, self._length(part.kind), part.kind.title))  # noqa: PERF401
+        # What is kept must do for training, too, even if it is first asked for while sampling.
+        with torch.inference_mode(False), torch.no_grad():
+            rows = {caption: row for caption in unique if (row := self.rows.get(caption))}
+            new = [i for i, caption in enumerate(unique) if caption not in rows]
+            if new:
+                for i, tokens, pooled in zip(new, *self._run([numbers[new] for numbers in ids]), strict=True):
+                    rows[unique[i]] = Text(tokens.clone(), pooled.clone())
+                    self.rows.put(unique[i], rows[unique[i]])
+            return Text(*(torch.stack(made) for made in zip(*(rows[c] for c in captions), strict=True)))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """As `TextEncoder.save`, for diffusers too.
+
+        Where the disk allows it, weights are hard links to the files that they came from: they cost nothing, but who
+        writes into one, instead of replacing it, changes both.
+        """
+        for part in self.parts:
+            part.tower.save(Path(folder) / f"text_encoder{part.kind.suffix}")
+            tokenizer = Path(folder) / f"tokenizer{part.kind.suffix}"
+            tokenizer.mkdir(parents=True, exist_ok=True)
+            for file in part.vocabulary:
+                put(file, tokenizer / file.name)
+
+    def index(self) -> dict[str, list[str | None]]:
+        present = {part.kind for part in self.parts}
+        return {
+            f"{name}{kind.suffix}": ["transformers", thing.__name__] if kind in present else [None, None]
+            for kind in (CLIP_L, CLIP_G, T5)
+            for name, thing in (("text_encoder", kind.tower), ("tokenizer", kind.tokenizer))
+        }
+
+    def original_state(self) -> dict[str, Tensor]:
+        """The encoders' tensors, mapped into memory, under the names of SD3's original single file.
+
+        In that format CLIP-L has no projection, which means the identity; if it is another, it is told nevertheless.
+        """
+        return {
+            part.kind.prefix + name: value
+            for part in self.parts
+            for name, value in part.tower.weights().items()
+            if not (part.kind is CLIP_L and name == PROJECTION and torch.equal(value.float(), torch.eye(len(value))))
+        }
+
+    def _length(self, kind: Kind) -> int:
+        return self.max_sequence_length if kind is T5 else LENGTH
+
+    def _parts(self, towers: dict[Kind, Tower], folder: Path) -> list[Part]:
+        """The encoders in their places; the errors are those of the class."""
+        widths = {kind: tower.config.hidden_size for kind, tower in towers.items()}
+        pooled = {kind: towers[kind].config.projection_dim for kind in towers if kind is not T5}
+        if widths.get(T5, self.tokens_dim) != self.tokens_dim:
+            raise ValueError(f"T5 in {folder} is {widths[T5]} wide, but tokens_dim is {self.tokens_dim}")
+        rest = self.pooled_dim - sum(pooled.values())  # an absent CLIP has the width that the other one leaves here
+        if rest < 0 or (rest and len(pooled) == 2):
+            told = " and ".join(f"{kind.title} {width}" for kind, width in pooled.items())
+            raise ValueError(f"the pooled vectors in {folder}, {told}, do not fit pooled_dim {self.pooled_dim}")
+        start = {CLIP_G: widths.get(CLIP_L, rest)}
+        parts = []
+        for kind, tower in towers.items():
+            vocabulary = folder / f"tokenizer{kind.suffix}"
+            first, last = start.get(kind, 0), start.get(kind, 0) + widths[kind]
+            if last > self.tokens_dim:
+                raise ValueError(
+                    f"the CLIPs in {folder} are {last} wide, which is more than tokens_dim {self.tokens_dim}"
+                )
+            part = Part(
+                kind,
+                tower,
+                read_tokenizer(kind.tokenizer, vocabulary),
+                sorted(file for file in vocabulary.iterdir() if file.suffix in (".json", ".txt", ".model")),
+                rows=slice(LENGTH, None) if kind is T5 else slice(LENGTH),
+                columns=slice(first, last),
+                pooled=slice(self.pooled_dim - pooled[kind], None) if kind is CLIP_G else slice(pooled.get(kind, 0)),
+            )
+            tower.require(part.tokenizer, self._length(kind))
+            parts.append(part)
+        return parts
+
+    def _run(self, ids: list[Tensor]) -> Text:
+        """Encodes B captions, given as numbers `(B, N)` for each encoder."""
+        count = len(ids[0])
+        tokens = torch.zeros(count, LENGTH + self.max_sequence_length, self.tokens_dim, dtype=self.dtype)
+        pooled = torch.zeros(count, self.pooled_dim, dtype=self.dtype)
+        for part, numbers in zip(self.parts, ids, strict=True):
+            self._fill(part, numbers, tokens[:, part.rows, part.columns], pooled[:, part.pooled])
+        return Text(tokens, pooled)
+
+    def _fill(self, part: Part, ids: Tensor, tokens: Tensor, pooled: Tensor) -> None:
+        """Writes one encoder's results for `ids (B, N)` into `tokens (B, N, width)` and `pooled (B, projection)`."""
+        encoder = part.tower.load(self.dtype, self.device)
+        for batch, *slots in zip(*(x.split(BATCH) for x in (ids, tokens, pooled)), strict=True):
+            made = (run_t5 if part.kind is T5 else run_clip)(encoder, batch.to(self.device))
+            for slot, values in zip(slots, made, strict=True):
+                if not slot.copy_(values).isfinite().all():
+                    cure = "take bfloat16 or float32" if self.dtype == torch.float16 else "its weights are damaged"
+                    dtype = str(self.dtype).removeprefix("torch.")
+                    raise ValueError(f"the {part.kind.title} encoder overflowed in {dtype}: {cure}")
+
+    def _fingerprint(self) -> str:
+        sizes = [self.tokens_dim, self.pooled_dim, self.max_sequence_length, str(self.dtype)]
+        digest = hashlib.sha256(json.dumps(sizes).encode())
+        for part in self.parts:
+            digest.update(f"{part.kind.title} {part.tower.fingerprint()}".encode())
+            for file in part.vocabulary:
+                digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
+
+
+class Rows:
+    """What captions were encoded to: the latest in memory, and all of them in a folder, if there is one.
+
+    Args:
+        shapes: of a caption's `tokens` and `pooled`.
+        folder: for the files; made if it is not there.
+        key: of everything besides the caption that the encoding depends on.
+
+    Raises:
+        ValueError: if the folder is none.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], folder: Path | None = None, key: str = "") -> None:
+        self.shapes, self.folder, self.key = shapes, folder, key
+        self.memory: dict[str, Text] = {}  # the latest comes last
+        if folder and folder.exists() and not folder.is_dir():
+            raise ValueError(f"the cache {folder} is no folder")
+
+    def get(self, caption: str) -> Text | None:
+        row = self.memory.pop(caption, None)
+        if self.folder and not row:
+            try:
+                kept = open_file(self._file(self.folder, caption))
+                fit(kept, self.shapes, "the cache")
+                row = Text(kept["tokens"].clone(), kept["pooled"].clone())
+            except (FileNotFoundError, ValueError):  # a damaged file is written again
+                return None
+        if row:
+            self._remember(caption, row)
+        return row
+
+    def put(self, caption: str, row: Text) -> None:
+        self._remember(caption, row)
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            own = self.folder / uuid4().hex  # since other processes may write the same caption
+            write_tensors(row._asdict(), own)
+            own.replace(self._file(self.folder, caption))
+
+    def _remember(self, caption: str, row: Text) -> None:
+        self.memory[caption] = row
+        if len(self.memory) > KEPT:
+            del self.memory[next(iter(self.memory))]
+
+    def _file(self, folder: Path, caption: str) -> Path:
+        return folder / f"{hashlib.sha256(json.dumps([self.key, caption]).encode()).hexdigest()}.safetensors"
+
+
+def run_t5(encoder: T5EncoderModel, ids: Tensor) -> Text:
+    """T5's final states for token numbers `(B, N)`, and pooled vectors of length 0."""
+    with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+        states = encoder(ids).last_hidden_state
+    return Text(tokens=states, pooled=states.new_zeros(len(ids), 0))
+
+
+def find(kind: Kind, folder: Path, single: Path | None) -> Tower | None:
+    """The encoder in the single file or else in the model folder; none if it is absent from both."""
+    source = folder / f"text_encoder{kind.suffix}"
+    config, index = source / "config.json", folder / "model_index.json"
+    if single and (weights := open_file(single).under(kind.prefix)):
+        settings = read_json(config) if config.is_file() else told_by_shapes(kind, own_names(weights))
+        return Tower(kind.tower, settings, single, kind.prefix, identity=kind is CLIP_L)
+    named = read_json(index).get(source.name) not in (None, [None, None]) if index.is_file() else source.is_dir()
+    return Tower(kind.tower, read_json(config), source) if named else None
+
+
+def told_by_shapes(kind: Kind, weights: Weights) -> dict[str, Any]:
+    """What the `config.json` of a single file's encoder would say; ValueError if a tensor that tells it is missing."""
+
+    def layers(prefix: str) -> int:
+        return len({name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)})
+
+    try:
+        if kind is T5:
+            first = "encoder.block.0.layer"
+            buckets, heads = weights.shape(f"{first}.0.SelfAttention.relative_attention_bias.weight")
+            return {
+                "model_type": "t5",
+                "architectures": [kind.tower.__name__],
+                "vocab_size": weights.shape("shared.weight")[0],
+                "d_model": weights.shape("shared.weight")[1],
+                "d_kv": weights.shape(f"{first}.0.SelfAttention.q.weight")[0] // heads,
+                "d_ff": weights.shape(f"{first}.1.DenseReluDense.wo.weight")[1],
+                "num_layers": layers("encoder.block."),
+                "num_heads": heads,
+                "relative_attention_num_buckets": buckets,
+                "feed_forward_proj": "gated-gelu",  # as in T5 v1.1, the only one that has these names
+                "is_encoder_decoder": False,
+            }
+        entries, width = weights.shape("text_model.embeddings.token_embedding.weight")
+        return {
+            "model_type": "clip_text_model",
+            "architectures": [kind.tower.__name__],
+            "vocab_size": entries,
+            "hidden_size": width,
+            "intermediate_size": weights.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+            "projection_dim": weights.shape(PROJECTION)[0] if PROJECTION in weights else width,
+            "num_hidden_layers": layers("text_model.encoder.layers."),
+            "num_attention_heads": max(1, width // 64),
+            "max_position_embeddings": weights.shape("text_model.embeddings.position_embedding.weight")[0],
+            "hidden_act": "quick_gelu" if kind is CLIP_L else "gelu",
+            "eos_token_id": 2,  # which means the highest number in a caption, as in the released settings
+        }
+    except KeyError as error:
+        raise ValueError(f"{weights.source} lacks {kind.prefix}{error.args[0]}") from None
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"{weights.source} holds no {kind.title}: {error}") from None
