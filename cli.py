@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 BAD_INPUT, MACHINE_FAULT = 2, 1  # exit statuses
+DTYPES = ("float32", "float16", "bfloat16")
+SAMPLING = ("spacing", "guidance", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval")
 
 
 def fail(message: object, status: int = BAD_INPUT) -> NoReturn:
@@ -74,11 +76,48 @@ def add_sampling(p: Parser, repeatable: bool = False) -> None:
     p.add_argument("--guidance", type=finite, help="classifier-free guidance scale, 1 is none; default: the model's")
     p.add_argument("--rescale", type=finite, help="share of the guidance's rescaling, 0 to 1; default: the model's")
     p.add_argument("--interval", type=finite, nargs=2, metavar=("FROM", "TO"), help="times in which guidance works")
+    p.add_argument(
+        "--skip-layers",
+        type=natural,
+        nargs="+",
+        metavar="BLOCK",
+        help="skip-layer guidance away from the network without these blocks: 7 8 9 for SD3.5 medium",
+    )
+    p.add_argument("--skip-scale", type=finite, help="its scale; default: the model's, 2.8")
+    p.add_argument(
+        "--skip-interval",
+        type=finite,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="the shares of the steps in which it works; default: the model's, 0.01 0.2",
+    )
+
+
+def add_reading(p: Parser) -> None:
+    """The flags of how a model is read."""
+    p.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
+    p.add_argument("--dtype", choices=DTYPES, help="of network and VAE; default: float32 on the cpu, else as stored")
+    p.add_argument("--parts", type=Path, help="a model folder with what a single file lacks: tokenizers, text encoders")
+    p.add_argument("--lora", type=Path, help="a LoRA in diffusers' layout, file or folder, to merge into the network")
+    p.add_argument("--text-device", help="where the text encoders compute; default: as --device")
+    p.add_argument("--text-dtype", choices=DTYPES, help="of SD3's text encoders; default: as --dtype")
+    p.add_argument("--max-sequence-length", type=positive, default=256, help="tokens that T5 reads, up to 512")
+    p.add_argument("--text-cache", type=Path, help="a folder where encoded prompts are kept for the next time")
+
+
+def reading_of(args: Namespace) -> dict[str, Any]:
+    """What these flags say, as the arguments of `pipeline.folder.Reading`. ValueError for an unknown device."""
+    text_device = args.text_device and find_device(args.text_device)
+    names = ("dtype", "parts", "lora", "text_dtype", "max_sequence_length", "text_cache")
+    return {name: getattr(args, name) for name in names} | {
+        "device": find_device(args.device),
+        "text_device": text_device,
+    }
 
 
 def sampling_of(args: Namespace, own: Any, **chosen: Any) -> Any:
     """A model's own way of sampling, a dataclass, with what the flags and `chosen` say instead, where they do."""
-    given = {key: getattr(args, key) for key in ("spacing", "guidance", "rescale", "interval")}
+    given = {key: getattr(args, key) for key in SAMPLING}
     return replace(own, **{key: value for key, value in (given | chosen).items() if value is not None})
 
 
@@ -95,8 +134,13 @@ def find_device(name: str | None) -> str:
 
 
 def find_model(path: Path) -> Path:
-    """The model folder at `path` or, for a run's folder, inside it. FileNotFoundError if there is none."""
+    """A single file, a model folder or, in a run's folder, its model or LoRA. FileNotFoundError if there is none."""
+    if path.is_file() and path.suffix not in (".json", ".yaml"):
+        return path
     for folder in (path, path / "model", path / "model.old"):  # the last where a kill came between two renames
         if (folder / "model_index.json").is_file():
+            return folder
+    for folder in (path, path / "lora", path / "lora.old"):
+        if (folder / "adapter_config.json").is_file():
             return folder
     raise FileNotFoundError(f"{path} is no model folder: neither it nor {path / 'model'} has a model_index.json")

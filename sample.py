@@ -2,29 +2,40 @@
 
 import json
 import re
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from cli import (
     Parser,
+    add_reading,
     add_sampling,
-    find_device,
     find_model,
     finite,
     natural,
     one_line_errors,
     plain_warnings,
     positive,
+    reading_of,
     sampling_of,
 )
-from data.pictures import save_png, sheet, to_image
+from data.latents import VAE
+from data.pictures import load_picture, save_png, sheet, to_image
+
+if TYPE_CHECKING:
+    from pipeline import Pipeline
+
+TOKENS = 4096  # of image in a batch, unless told otherwise: one picture of 1024² pixels
+ENCODED = 128  # prompts that are encoded at once
 
 
 def parser() -> Parser:
     p = Parser(description=__doc__)
-    p.add_argument("--model", type=Path, required=True, help="a model folder, or a run's folder with one inside")
+    p.add_argument("--model", type=Path, required=True,
+                   help="a model folder, ours or Stable Diffusion 3's; its single file; or a run's folder")  # fmt: skip
     p.add_argument("--prompt", type=str, action="append", default=[], help='repeatable; "" is unconditional')
     p.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
     p.add_argument("--negative", type=str, default="", help="what guidance moves away from")
@@ -32,11 +43,16 @@ def parser() -> Parser:
     p.add_argument("--steps", type=positive, help="sampling steps; default: the model's")
     add_sampling(p)
     p.add_argument("--shift", type=finite, help="shift of the time grid; default: the model's")
-    p.add_argument("--height", type=positive, help="in pixels; default: the model's")
-    p.add_argument("--width", type=positive, help="in pixels; default: the model's")
+    p.add_argument("--height", type=positive, help="in pixels; default: the image's or else the model's")
+    p.add_argument("--width", type=positive, help="in pixels; default: the image's or else the model's")
+    p.add_argument("--image", type=Path, help="a picture to start from")
+    p.add_argument("--strength", type=finite, help="share of the steps that change it; default: 0.6, with a mask 1")
+    p.add_argument("--mask", type=Path, help="a picture, white where --image is to be made anew")
     p.add_argument("--seed", type=natural, default=0, help="picture i starts from seed + i")
-    p.add_argument("--batch-size", type=positive, default=64, help="pictures at a time; does not change them")
-    p.add_argument("--device", type=str, help="cpu, cuda, …; default: cuda where there is one")
+    p.add_argument("--batch-size", type=positive, help="pictures at a time; default: as many as make 4,096 tokens")
+    p.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
+    p.add_argument("--vae-slicing", action="store_true", help="decode one picture at a time: less memory")
+    add_reading(p)
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
     return p
 
@@ -60,53 +76,85 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "unconditional"
 
 
+def starting_point(args: Namespace, pipe: "Pipeline") -> dict[str, Any]:
+    """What `Pipeline` is told of image, mask and strength. ValueError or FileNotFoundError if they do not fit."""
+    if args.image is None:
+        if args.mask or args.strength is not None:
+            raise ValueError(f"{'--mask' if args.mask else '--strength'} needs an --image")
+        return {}
+    unit = pipe.network.unit * pipe.codec.factor
+    image = load_picture(args.image, pipe.codec.pixel_channels, args.height, args.width, unit)
+    default = 1.0 if args.mask else 0.6
+    told = {"image": image, "strength": default if args.strength is None else args.strength}
+    if args.mask:
+        mask = (load_picture(args.mask, 1, args.height, args.width, unit) >= 0.5).float()
+        if mask.shape[-2:] != image.shape[-2:]:
+            sizes = (f"{tensor.shape[-1]}×{tensor.shape[-2]}" for tensor in (mask, image))
+            raise ValueError("mask and image must have the same size, got {} and {}".format(*sizes))
+        told["mask"] = mask
+    return told
+
+
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
-        folder = find_model(args.model)
+        path = find_model(args.model)
         prompts = [p for p in read_prompts(args.prompt, args.prompts) for _ in range(args.num_images)]
         args.out.mkdir(parents=True, exist_ok=True)
         import torch  # the slow imports come after the mistakes that need none
 
-        from pipeline import Pipeline
+        from pipeline import Pipeline, Reading
 
-        pipe = Pipeline.load(folder, find_device(args.device))
+        pipe = Pipeline.load(path, Reading(**reading_of(args)))
+        start = starting_point(args, pipe)
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
-        pipe.latent_size(args.height, args.width)  # what cannot be should fail before anything is drawn
-        sampling.walk(pipe.objective, args.shift)
+        size = start["image"].shape[-2:] if start else (args.height, args.width)
+        latent = pipe.latent_size(*size)  # what cannot be should fail before anything is drawn
+        _, times = sampling.walk(pipe.objective, args.shift, start.get("strength", 1.0))
+        for flag, switch in ((args.vae_tiling, "enable_tiling"), (args.vae_slicing, "enable_slicing")):
+            if flag:
+                if not isinstance(pipe.codec, VAE):
+                    raise ValueError("--vae-tiling and --vae-slicing are for models with a VAE, which this one has not")
+                getattr(pipe.codec.vae, switch)()
     seeds = [args.seed + i for i in range(len(prompts))]
-    starts = range(0, len(prompts), args.batch_size)
+    batch_size = args.batch_size or max(1, TOKENS * pipe.network.unit**2 // (latent[0] * latent[1]))
+    parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
     pictures, entries = [], []
-    with one_line_errors(), tqdm(total=len(starts) * sampling.steps, desc="sampling", unit="step", leave=False) as bar:
-        for start in starts:
-            part = slice(start, start + args.batch_size)
+    settings = {
+        "negative": args.negative,
+        **asdict(sampling),
+        "shift": pipe.objective.shift if args.shift is None else args.shift,
+        "dtype": str(next(pipe.network.parameters()).dtype).removeprefix("torch."),
+        "model": str(path),
+        **{name: str(value) for name in ("lora", "image", "mask") if (value := getattr(args, name))},
+        **({"strength": start["strength"]} if start else {}),
+    }
+    with (
+        one_line_errors(ValueError),
+        tqdm(total=len(parts) * (len(times) - 1), desc="sampling", unit="step", leave=False) as bar,
+    ):
+        encoded = 0  # prompts go through the text encoders many at a time, since each time these must be read
+        for part in parts:
+            if part.stop > encoded:
+                bar.set_description("encoding prompts")
+                encoded = max(part.stop, part.start + ENCODED)
+                pipe.text.encode(list(dict.fromkeys([args.negative, *prompts[part.start : encoded]])))
+                bar.set_description("sampling")
             batch = pipe(
-                prompts[part], seeds[part], args.negative, sampling, args.shift, args.height, args.width,
+                prompts[part], seeds[part], args.negative, sampling, args.shift, args.height, args.width, **start,
                 callback=lambda done, z, x0: bar.update(1 if done else 0),
             )  # fmt: skip
             pictures.append(batch)
             for prompt, seed, picture in zip(prompts[part], seeds[part], batch, strict=True):
                 file = f"{slug(prompt)}_{seed}.png"
                 save_png(to_image(picture), args.out / file)
-                entries.append(
-                    {
-                        "file": file,
-                        "prompt": prompt,
-                        "negative": args.negative,
-                        "seed": seed,
-                        **asdict(sampling),
-                        "shift": pipe.objective.shift if args.shift is None else args.shift,
-                        "height": picture.shape[-2],
-                        "width": picture.shape[-1],
-                        "model": str(folder),
-                    }
-                )
+                shape = {"height": picture.shape[-2], "width": picture.shape[-1]}
+                entries.append({"file": file, "prompt": prompt, "seed": seed, **settings, **shape})
         columns = args.num_images if args.num_images > 1 else min(len(prompts), 10)
         save_png(sheet(torch.cat(pictures), columns), args.out / "sheet.png")
-        (args.out / "samples.json").write_text(
-            json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+        (args.out / "samples.json").write_text(text, encoding="utf-8")
     print(f"{len(entries)} pictures in {args.out}, side by side in {args.out / 'sheet.png'}")
 
 

@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
 
 
@@ -26,3 +27,36 @@ def save_png(image: Image.Image, file: Path) -> None:
     """Writes a PNG, making its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     image.save(file, format="PNG")
+
+
+def load_picture(file: Path, channels: int, height: int | None, width: int | None, unit: int) -> Tensor:
+    """A picture from disk, (1, C, height, width) in [0, 1].
+
+    Args:
+        file: of any format that Pillow reads.
+        channels: 1 for grey, 3 for colour.
+        height: in pixels; the picture is scaled to cover height × width and cropped about its centre. None is its own,
+            cropped to a multiple of `unit`.
+        width: likewise.
+        unit: what height and width are multiples of.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line, if there is none, it is damaged or smaller than `unit`.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no picture {file}")
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{file} is no picture that can be read: {error}") from None
+    own = (image.width // unit * unit, image.height // unit * unit)
+    if min(own) == 0:
+        raise ValueError(f"{file} is smaller than {unit} pixels: {image.width}×{image.height}")
+    size = (width or own[0], height or own[1])
+    if height or width:
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    else:
+        left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+        image = image.crop((left, top, left + size[0], top + size[1]))
+    return to_tensor(image)[None]

@@ -1,40 +1,23 @@
-"""Pipeline: network, process, codec and text joined for inference, and the model folder that holds them on disk."""
+"""Pipeline: network, process, codec and text joined for inference."""
 
-import inspect
-import json
-import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data.latents import Codec, load_codec
-from data.text import CLIPText
-from flow import path as paths
-from flow.guidance import ClassifierFree
-from flow.objective import Model, Objective
-from flow.path import RectifiedFlow
-from flow.sampler import Callback
-from flow.target import Target, Velocity
-from flow.variance import LearnedVariance
-from mmdit import checkpoint
+from data.latents import Codec
+from data.text import TextEncoder
+from flow.guidance import ClassifierFree, Weak, known
+from flow.objective import Estimate, Model, Objective
+from flow.sampler import Callback, Denoiser
 from mmdit.model import Condition, MMDiT
+from pipeline import folder as disk
+from pipeline.folder import Network, Parts, Reading
 from sampling import Sampling, random_normals
-
-if TYPE_CHECKING:
-    from baselines.unet import UNet  # diffusers is slow to import
-
-INDEX = "model_index.json"
-SCHEDULER = Path("scheduler") / "scheduler_config.json"
-
-
-# A network has: in_channels, out_channels, text_dim, pooled_dim; sample_size, the side of the latents in its training;
-# unit, of which a latent's height and width are multiples; largest, the most that they can be, or none.
-Network: TypeAlias = "MMDiT | UNet"
 
 
 class Pipeline:
@@ -53,7 +36,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, network: Network, objective: Objective, codec: Codec, text: CLIPText, sampling: Sampling | None = None
+        self, network: Network, objective: Objective, codec: Codec, text: TextEncoder, sampling: Sampling | None = None
     ) -> None:
         outputs = codec.channels * (2 if objective.variance else 1)
         for key, needed in (
@@ -88,6 +71,9 @@ class Pipeline:
         shift: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Tensor | None = None,
+        strength: float = 0.6,
+        mask: Tensor | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """One picture for each prompt.
@@ -99,32 +85,86 @@ class Pipeline:
             negative: what guidance moves away from.
             sampling: sampler, steps and guidance; none takes the model's own.
             shift: α of the time grid; none takes the one of the training.
-            height: of the picture in pixels, a multiple of unit × codec factor; none takes the training's size.
+            height: of the picture in pixels, a multiple of unit × codec factor; none takes the image's, or without one
+                the training's.
             width: likewise.
+            image: what to start from, pixels in [0, 1], (B or 1, C, height, width); none starts from noise.
+            strength: share of the steps that change the image (SDEdit, Meng et al. 2022), with an image only: 1 forgets
+                it but for what the mask keeps.
+            mask: 1 where the image is to be made anew and 0 where it stays, (B or 1, 1, height, width); a latent pixel
+                with any 1 in it is made anew. None makes all anew.
             callback: called with (steps done, z, x̂0), first with (0, z, z) and then after each step.
 
         Returns:
             Pixels in [0, 1], (B, C, height, width), on the CPU.
 
         Raises:
-            ValueError: for a size or number of steps that cannot be, and a sampler that does not fit the process.
+            ValueError: for a size or number of steps that cannot be, a sampler that does not fit the process, and
+                numbers that overflow.
         """
         sampling = sampling or self.sampling
-        walk, times = sampling.walk(self.objective, shift)
-        shape = (self.network.in_channels, *self.latent_size(height, width))
-        draw = random_normals(seeds, shape, self.device)
+        if image is not None:
+            height, width = height or image.shape[-2], width or image.shape[-1]
+        elif mask is not None:
+            raise ValueError("a mask needs an image")
+        latent = self.latent_size(height, width)
+        walk, times = sampling.walk(self.objective, shift, 1.0 if image is None else strength)
+        draw = random_normals(seeds, (self.network.in_channels, *latent), self.device)
         condition = self.condition(prompts)
-        model: Model = self.network
-        if sampling.guidance != 1:
-            null = self.condition([negative])
-            guided = self.codec.channels if self.objective.variance else None
-            model = ClassifierFree(self.network, null, sampling.guidance, sampling.rescale, sampling.interval, guided)
+        model = self._guided(sampling, negative, times)
         a, b = self.objective.path(times[0])
-        z = (a**2 + b**2).sqrt() * draw()  # the variance at times[0] of data of unit variance
+        noise = draw()
+        if image is None:
+            x0 = torch.zeros_like(noise)
+            z = (a**2 + b**2).sqrt() * noise  # the variance at times[0] of data of unit variance
+        else:
+            x0 = self._encode(image, noise)
+            z = a * x0 + b * noise
+
+        def estimate(z: Tensor, t: Tensor) -> Estimate:
+            return self.objective.denoise(model, z, t, condition)
+
+        denoise: Denoiser = estimate
+        if mask is not None:
+            covered = F.max_pool2d(mask.to(self.device, noise.dtype), self.codec.factor)
+            if covered.shape[-2:] != latent:
+                raise ValueError(f"the mask must have the picture's size, got {tuple(mask.shape[-2:])}")
+            denoise = known(estimate, x0, noise, covered)
         if callback:
             callback(0, z, z)
-        z = walk(lambda z, t: self.objective.denoise(model, z, t, condition), z, draw, callback)
+        z = walk(denoise, z, draw, callback)
+        if not z.isfinite().all():  # would be a black picture
+            dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
+            raise ValueError(f"the network overflowed in {dtype}: take bfloat16 or float32, or less guidance")
         return self.codec.decode(z / self.objective.path(times[-1])[0]).cpu()
+
+    def _guided(self, sampling: Sampling, negative: str, times: Tensor) -> Model:
+        """The network, guided as told."""
+        if sampling.guidance == 1:
+            return self.network
+        weak = None
+        if sampling.skip_layers:
+            if not isinstance(self.network, MMDiT) or not set(sampling.skip_layers) <= set(range(self.network.depth)):
+                raise ValueError(f"skip_layers must be blocks of the transformer, got {sampling.skip_layers}")
+            if interval := sampling.skipping(times):
+                weak = Weak(partial(self.network, skip_layers=sampling.skip_layers), sampling.skip_scale, interval)
+        return ClassifierFree(
+            self.network,
+            self.condition([negative]),
+            sampling.guidance,
+            sampling.rescale,
+            sampling.interval,
+            self.codec.channels if self.objective.variance else None,
+            weak,
+        )
+
+    def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
+        """The image's latents, one for each noise (B, C, h, w)."""
+        wanted = (self.codec.pixel_channels, *(side * self.codec.factor for side in noise.shape[-2:]))
+        if image.shape[1:] != wanted or len(image) not in (1, len(noise)):
+            raise ValueError(f"the image must be (1 or {len(noise)}, {', '.join(map(str, wanted))}), "
+                             f"got {tuple(image.shape)}")  # fmt: skip
+        return self.codec.encode(image.to(self.device)).to(noise).expand_as(noise)
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The latent's size for a picture's; ValueError if there is none."""
@@ -138,116 +178,16 @@ class Pipeline:
                 raise ValueError(f"{name} must be at most {most}, the size of the positional table, got {size}")
         return sizes[0] // self.codec.factor, sizes[1] // self.codec.factor
 
+    @property
+    def parts(self) -> Parts:
+        """What it is made of."""
+        return Parts(self.network, self.objective, self.codec, self.text, self.sampling)
+
     def save(self, folder: Path) -> None:
-        """Writes the model folder, safetensors and JSON only, in diffusers' SD3 layout.
-
-        The folder is written beside its place and then renamed, so that a full disk leaves the old one as it was.
-        """
-        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-        shutil.rmtree(new, ignore_errors=True)
-        try:
-            self._write(new)
-        except OSError as error:
-            shutil.rmtree(new, ignore_errors=True)
-            raise OSError(f"could not write {folder}: {error}") from error
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _write(self, new: Path) -> None:
-        if isinstance(self.network, MMDiT):
-            checkpoint.save(self.network, new / "transformer")
-            network = {"transformer": ["diffusers", "SD3Transformer2DModel"]}
-        else:
-            self.network.save(new / "unet")
-            network = {"unet": ["diffusers", "UNet2DConditionModel"]}
-        self.codec.save(new / "vae")
-        self.text.save(new)
-        o = self.objective
-        flow_match = isinstance(o.path, RectifiedFlow) and isinstance(o.target, Velocity)
-        name = "FlowMatchEulerDiscreteScheduler" if flow_match else "Objective"  # diffusers knows only the first
-        scheduler = {
-            "_class_name": name,
-            "num_train_timesteps": 1000,
-            "shift": o.shift,
-            "path": describe(o.path),
-            "target": describe(o.target),
-            "variance": o.variance and describe(o.variance),
-            "sampling": asdict(self.sampling),  # its grid goes from 1 to 0, shifted once; diffusers' starts elsewhere
-        }
-        index = {
-            "_class_name": "StableDiffusion3Pipeline" if "transformer" in network else "Pipeline",
-            **network,
-            "scheduler": ["diffusers" if flow_match else "flow.objective", name],
-            "vae": ["data.latents", type(self.codec).__name__],
-            "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-        }
-        for file, content in ((new / SCHEDULER, scheduler), (new / INDEX, index)):
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(content, indent=2) + "\n")
-        for file in new.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+        """Writes a model folder (`pipeline.folder.write`)."""
+        disk.write(self.parts, folder)
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device = "cpu") -> "Pipeline":
-        """Reads a model folder.
-
-        Raises:
-            ValueError, FileNotFoundError: in one line, if anything is missing, truncated or of another kind.
-        """
-        if not (folder / INDEX).is_file():
-            raise FileNotFoundError(f"{folder} is no model folder: it has no {INDEX}")
-        try:
-            scheduler = json.loads((folder / SCHEDULER).read_text())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{folder} has no {SCHEDULER}") from None
-        except ValueError as error:
-            raise ValueError(f"{folder / SCHEDULER} is no JSON: {error}") from None
-        needed = {"shift", "path", "target", "variance", "sampling"}
-        missing = sorted(needed - scheduler.keys()) if isinstance(scheduler, dict) else sorted(needed)
-        if missing:
-            raise ValueError(f"{folder / SCHEDULER} lacks {', '.join(missing)}: another program or version wrote it")
-        try:
-            objective = Objective(
-                restore(paths.Path, scheduler["path"]),
-                restore(Target, scheduler["target"]),
-                shift=scheduler["shift"],
-                variance=scheduler["variance"] and restore(LearnedVariance, scheduler["variance"]),
-            )
-            sampling = Sampling(**scheduler["sampling"])
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{folder / SCHEDULER}: {error}") from None
-        network: Any
-        if (folder / "unet").is_dir():
-            from baselines.unet import UNet
-
-            network = UNet.load(folder / "unet")
-        else:
-            network = checkpoint.load(folder / "transformer")
-        codec = load_codec(folder / "vae")
-        return cls(network.to(device), objective, codec, CLIPText(folder), sampling)
-
-
-def describe(thing: Any) -> dict[str, Any]:
-    """A path or target as its class and its constructor's arguments, which it must keep under their own names."""
-    names = list(inspect.signature(type(thing)).parameters)
-    values = {name: getattr(thing, name) for name in names}
-    nested = {name: describe(v) if isinstance(v, paths.Path) else v for name, v in values.items()}
-    return {"class": type(thing).__name__} | nested
-
-
-def restore(base: type, described: Any) -> Any:
-    """What `describe` described, if it is a `base`; ValueError or TypeError otherwise."""
-    known, found = [base], {}
-    while known:
-        found[known[0].__name__] = known[0]
-        known = [*known[1:], *known[0].__subclasses__()]
-    if not isinstance(described, dict) or described.get("class") not in found:
-        raise ValueError(f"there is no {base.__name__} {described}")
-    values = {k: restore(paths.Path, v) if isinstance(v, dict) else v for k, v in described.items() if k != "class"}
-    return found[described["class"]](**values)
+    def load(cls, path: Path, how: Reading | None = None) -> Self:
+        """Reads a model folder, a single file or a LoRA's folder (`pipeline.folder.read`)."""
+        return cls(*disk.read(path, how))

@@ -9,7 +9,8 @@ from data.latents import Pixels
 from data.text import CLIPText
 from flow.objective import Objective
 from mmdit.model import MMDiT
-from pipeline import Pipeline, Sampling
+from pipeline import Pipeline
+from sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)

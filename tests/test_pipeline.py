@@ -15,7 +15,8 @@ from flow.path import EDM, Cosine, DDPMLinear, ImprovedCosine, LDMLinear, ZeroTe
 from flow.target import Epsilon, Preconditioned, V
 from flow.variance import LearnedVariance
 from mmdit.model import Condition, MMDiT
-from pipeline import SCHEDULER, Pipeline
+from pipeline import Pipeline
+from pipeline.folder import SCHEDULER
 from sampling import Sampling
 
 PROMPTS = ["a handwritten seven", "the digit 3", ""]
@@ -215,11 +216,11 @@ def spoil_weights(folder: Path) -> None:
         (spoil_channels, "in_channels is 1, but codec, text and objective need 3"),
         (spoil_weights, "truncated or no safetensors"),
         (lambda folder: (folder / "vae/config.json").unlink(), "no codec config"),
-        (lambda folder: (folder / SCHEDULER).unlink(), "has no scheduler"),
+        (lambda folder: (folder / SCHEDULER).unlink(), "there is no .*scheduler_config"),
         (lambda folder: (folder / SCHEDULER).write_text("{"), "no JSON"),
-        (lambda folder: (folder / SCHEDULER).write_text("[]"), "lacks path, sampling, shift"),
+        (lambda folder: (folder / SCHEDULER).write_text("[]"), "holds no JSON object"),
         (lambda folder: (folder / "vae/config.json").write_text('{"_class_name": "Pixels"}'), "no whole config"),
-        (lambda folder: (folder / "text_encoder/model.safetensors").unlink(), "is missing"),
+        (lambda folder: (folder / "text_encoder/model.safetensors").unlink(), "no weights at"),
     ],
 )
 def test_damaged_folders_are_named_in_one_line(model: Path, spoil, message: str) -> None:

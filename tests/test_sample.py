@@ -97,4 +97,4 @@ def test_a_truncated_model_ends_in_one_line(model: Path, capsys: pytest.CaptureF
 
 def test_a_lightning_checkpoint_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
-    assert "is no model folder" in refused(capsys, "--model", tmp_path / "last.ckpt", "--prompt", "7")
+    assert "is a pickle" in refused(capsys, "--model", tmp_path / "last.ckpt", "--prompt", "7")
