@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from cli import (
     Parser,
+    add_reading,
     add_sampling,
     fail,
-    find_device,
     find_model,
     natural,
     one_line_errors,
     plain_warnings,
     positive,
+    reading_of,
     sampling_of,
 )
 from data import digits
@@ -31,7 +32,7 @@ from metrics.distance import Measure
 from metrics.distribution import enough
 from metrics.features import CLIPFeatures, load_features
 from metrics.straightness import path_length, straightness
-from pipeline import Pipeline
+from pipeline import Pipeline, Reading
 from sampling import Sampling
 
 SHOWN = 10  # pictures of each setting on the sheet
@@ -48,7 +49,7 @@ def parser() -> Parser:
     p.add_argument("--features", default="judge:assets/digits/judge", help="judge:DIR, inception:FILE or clip:DIR")
     p.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
     p.add_argument("--batch-size", type=positive, default=100, help="pictures at a time; does not change them")
-    p.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
+    add_reading(p)
     p.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of results, plot, sheet and report")
     return p
 
@@ -107,16 +108,12 @@ def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
     return found
 
 
-def same_data(pipes: dict[str, Pipeline]) -> None:
-    """ValueError unless all models draw digits and read captions alike."""
-    first: Tensor | None = None
+def draws_digits(pipes: dict[str, Pipeline]) -> None:
+    """ValueError unless the pictures of all models can be averaged to the digits' 8×8 grey pixels."""
     for name, pipe in pipes.items():
-        if (pipe.codec.pixel_channels, *pipe.latent_size(None, None)) != (1, 8, 8):
-            raise ValueError(f"{name} does not draw digits of 8×8 grey pixels, with which this compares")
-        tokens = pipe.text.encode(["a picture"]).tokens
-        first = tokens if first is None else first
-        if tokens.shape != first.shape or not torch.allclose(tokens, first):
-            raise ValueError(f"{name} has another text encoder than {next(iter(pipes))}: models of different data")
+        sides = [side * pipe.codec.factor for side in pipe.latent_size(None, None)]
+        if any(side % digits.SIDE for side in sides):
+            raise ValueError(f"{name} draws {sides[0]}×{sides[1]} pixels, which are no multiples of the digits' 8×8")
 
 
 def draw(pipe: Pipeline, sampling: Sampling, prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> Drawn:
@@ -142,7 +139,7 @@ def draw(pipe: Pipeline, sampling: Sampling, prompts: Sequence[str], seeds: Sequ
             callback=lambda done, z, x0, walk=walk: walk.append((z / scale[done]).cpu()),  # type: ignore[misc]
         )
         seconds += time.perf_counter() - began
-        pictures.append(images.mul(255).round() / 255)
+        pictures.append(digits.reduced(images).mul(255).round() / 255)
         lengths.append(path_length(walk))
         bends.append(straightness(walk, tau))
     hook.remove()
@@ -156,13 +153,13 @@ def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
-        device = find_device(args.device)
+        how = Reading(**reading_of(args))
         names = labels(args.model)
         if len(set(args.model)) < len(names):
             raise ValueError("the same --model was given twice")
-        pipes = {name: Pipeline.load(find_model(path), device) for name, path in zip(names, args.model, strict=True)}
+        pipes = {name: Pipeline.load(find_model(path), how) for name, path in zip(names, args.model, strict=True)}
         folders = dict(zip(names, map(str, args.model), strict=True))
-        same_data(pipes)
+        draws_digits(pipes)
         settings = settings_of(args, pipes)
         network = load_features(args.features)
         clip = CLIPFeatures(args.clip) if args.clip else None
@@ -212,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
             "per_digit": args.per_digit,
             "first_seed": args.seed,
             "captions": list(templates),
-            "device": device,
+            "device": how.device,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "machine": platform.machine(),

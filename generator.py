@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -16,14 +16,17 @@ from data.latents import Codec
 from data.module import Batch
 from data.pictures import save_png, sheet
 from data.sampler import Use, stream
-from data.text import CLIPText
+from data.text import TextEncoder
 from flow.density import stratified
 from flow.objective import Objective, TimeBins
-from mmdit.model import Condition
+from mmdit import lora
+from mmdit.model import Condition, MMDiT
 from pipeline import Network, Pipeline
+from pipeline.folder import replace_folder
 from sampling import Sampling
 
 VALIDATION_TIMES = 8
+SAMPLED = 64  # pictures at a time
 
 
 @dataclass(frozen=True)
@@ -80,35 +83,40 @@ class Generator(L.LightningModule):
         optimization: how it is trained.
         sampling: how samples are drawn; saved with the model.
         grid: which samples are drawn.
+        side: height and width of the samples, in pixels.
         folder: the run's folder.
         steps: optimizer steps of the whole training.
         batch_size: of the global batch.
         seed: of the drawn times; the noise comes with the data.
         log_every: steps between two lines of the log.
+        base: where the network came from, if what is trained are low-rank updates of it.
     """
 
     def __init__(
         self,
         network: Network,
         objective: Objective,
-        text: CLIPText,
+        text: TextEncoder,
         codec: Codec,
         optimization: Optimization,
         sampling: Sampling,
         grid: Grid,
+        side: int,
         folder: Path,
         steps: int,
         batch_size: int,
         seed: int,
         log_every: int = 50,
+        base: str | None = None,
     ) -> None:
         super().__init__()
         self.network, self.objective = network, objective
-        self.optimization, self.grid, self.folder = optimization, grid, folder
+        self.optimization, self.grid, self.side, self.folder, self.base = optimization, grid, side, folder, base
         self.steps, self.batch_size, self.seed, self.log_every = steps, batch_size, seed, log_every
         if optimization.warmup >= steps:
             raise ValueError(f"optimization.warmup must be below run.steps {steps}, got {optimization.warmup}")
         self.pipeline = Pipeline(network, objective, codec, text, sampling)
+        self.strict_loading = base is None
         self.bins = TimeBins()
         self.best = math.inf
         self.loaded_step = 0
@@ -186,7 +194,13 @@ class Generator(L.LightningModule):
         prompts = [prompt for prompt in self.grid.prompts for _ in range(self.grid.columns)]
         if not prompts:
             return
-        image = sheet(self.pipeline(prompts, range(len(prompts))), self.grid.columns)
+        pictures = [
+            self.pipeline(
+                prompts[i : i + SAMPLED], range(len(prompts))[i : i + SAMPLED], height=self.side, width=self.side
+            )
+            for i in range(0, len(prompts), SAMPLED)
+        ]
+        image = sheet(torch.cat(pictures), self.grid.columns)
         if self.trainer.is_global_zero:
             save_png(image, self.folder / "samples" / f"step-{self.global_step:07d}.png")
         for logger in self.loggers:
@@ -195,11 +209,23 @@ class Generator(L.LightningModule):
 
     @rank_zero_only
     def save_model(self) -> None:
-        """Writes the weights now in the network, which are the averaged ones while validating, as a model folder."""
-        self.pipeline.save(self.folder / "model")
+        """Writes the weights now in the network, which are the averaged ones while validating.
+
+        They make a model folder, or where only low-rank updates are trained, a folder of these.
+        """
+        if self.base is None:
+            self.pipeline.save(self.folder / "model")
+        else:
+            base = self.base
+            network = cast(MMDiT, self.network)
+            replace_folder(self.folder / "lora", lambda new: lora.save(network, new, base))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Leaves out what does not learn if it is on disk already: a low-rank update's checkpoint is small, too."""
         checkpoint["best"] = self.best
+        if self.base is not None:
+            frozen = {name for name, p in self.named_parameters() if not p.requires_grad} | {"network.positions"}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.best = checkpoint["best"]

@@ -17,9 +17,11 @@ from torch import nn
 from cli import fail, one_line_errors, plain_warnings
 from data.latents import Codec
 from data.module import Digits
-from data.text import CLIPText
+from data.text import TextEncoder
 from flow.objective import Objective
 from generator import Generator, Grid, Optimization
+from mmdit import lora
+from mmdit.lora import LoRA
 from sampling import Sampling
 from training.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from training.ema import EMA
@@ -81,10 +83,11 @@ def parser() -> Parser:
     p.add_argument("command", choices=["fit", "validate"], help="train, or report the validation loss of a run")
     p.add_argument("--config", action="config", required=True, help="a YAML file; later ones and flags override it")
     p.add_class_arguments(Run, "run")
-    p.add_class_arguments(CLIPText, "text")
+    p.add_subclass_arguments(TextEncoder, "text", required=True)
     p.add_subclass_arguments(Codec, "codec", required=True)
     p.add_class_arguments(Digits, "data", skip={"text", "codec", "seed"}, instantiate=False)
     p.add_subclass_arguments(nn.Module, "network", required=True)
+    p.add_argument("--lora", type=LoRA | None, help="train low-rank updates of a network that is read from disk")
     p.add_class_arguments(Objective, "objective")
     for group, name in ((Optimization, "optimization"), (Sampling, "sampling"), (Grid, "grid")):
         p.add_class_arguments(group, name)
@@ -119,16 +122,27 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, branch in tree.items() for k, v in flat(branch, f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def build(config: Namespace) -> tuple[L.Trainer, Generator, Digits]:
-    """The trainer, the module and the data of a config."""
+def base_of(config: Namespace) -> str | None:
+    """Where the network comes from, if low-rank updates of it are to be trained; ValueError if it is a new one."""
+    if config.lora is None:
+        return None
+    if config.network.class_path != "mmdit.checkpoint.load":
+        raise ValueError("lora updates a network from disk: network.class_path must be mmdit.checkpoint.load")
+    return str(Path(config.network.init_args.path).resolve())
+
+
+def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Digits]:
+    """The trainer, the module and the data of a config; `base` is where a network to be updated comes from."""
     run: Run = config.run
-    network, text, codec = config.network, config.text, config.codec
+    network, text, codec = config.network.train(), config.text, config.codec
+    if config.lora:
+        lora.add(network, config.lora)
     data = Digits(text, codec, run.seed, **config.data)
     if data.batch_size % run.devices:
         raise ValueError(f"data.batch_size must be a multiple of the {run.devices} devices, got {data.batch_size}")
     generator = Generator(
-        network, config.objective, text, codec, config.optimization, config.sampling, config.grid,
-        run.folder, run.steps, data.batch_size, run.seed, run.log_every,
+        network, config.objective, text, codec, config.optimization, config.sampling, config.grid, data.side,
+        run.folder, run.steps, data.batch_size, run.seed, run.log_every, base,
     )  # fmt: skip
     generator.pipeline.latent_size(data.side, data.side)  # a patch that does not fit should fail now
     ema = EMA(network, config.optimization.ema_decay)
@@ -175,14 +189,15 @@ def main(argv: list[str] | None = None) -> None:
     resolved = p.dump(config, skip_validation=True)
     with one_line_errors(ValueError, FileNotFoundError, MisconfigurationException):
         L.seed_everything(config.run.seed, verbose=False)
+        base = base_of(config)
         config = p.instantiate(config)
         last = config.run.folder / "last.ckpt"
         if command == "validate" and not last.is_file():
             raise FileNotFoundError(f"{last} does not exist: train this config first")
-        trainer, generator, data = build(config)
+        trainer, generator, data = build(config, base)
         claim(config.run.folder, resolved)
         state = AtomicCheckpointIO().load_checkpoint(last) if last.is_file() else None
-    model = config.run.folder / "model"
+    model = config.run.folder / ("lora" if base else "model")
     if command == "fit" and state and state["global_step"] >= config.run.steps:
         print(f"{config.run.folder} is trained already; the model is {model}")
         return

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -32,6 +33,7 @@ HELD_OUT_TEMPLATES = (
 )
 
 TRAIN_SIZE = 1297
+SIDE = 8  # of a picture, in pixels
 
 
 class Digits(NamedTuple):
@@ -61,3 +63,15 @@ def load(split: Literal["train", "held_out"]) -> Digits:
 def captions(label: int, templates: Iterable[str]) -> list[str]:
     """Returns one caption of the digit `label` (0 … 9) for each template with a `{word}` or a `{numeral}` in it."""
     return [template.format(word=WORDS[label], numeral=label) for template in templates]
+
+
+def enlarged(pixels: Tensor, side: int, channels: int) -> Tensor:
+    """Digits (N, 1, 8, 8) as (N, channels, side, side), smooth in between; side ≥ 8, at 8 just themselves."""
+    if side != SIDE:
+        pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False).clamp(0, 1)
+    return pixels.expand(-1, channels, -1, -1)
+
+
+def reduced(pictures: Tensor) -> Tensor:
+    """Pictures (N, C, H, W) averaged over colours and pixels to the size of digits, (N, 1, 8, 8)."""
+    return F.adaptive_avg_pool2d(pictures.mean(1, keepdim=True), SIDE)

@@ -1,6 +1,6 @@
 """Batches for training and validation, as a LightningDataModule."""
 
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import lightning as L
 import numpy as np
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from data import digits
 from data.latents import Codec
 from data.sampler import GlobalBatches, Share, Stripes, Use, normal, stream
-from data.text import CLIPText
+from data.text import TextEncoder
 
 
 class Batch(NamedTuple):
@@ -28,10 +28,11 @@ class Batch(NamedTuple):
 class CaptionedDigits(Dataset[Batch]):
     """Latents and the encodings of all their captions in memory; an item is a whole share of a batch."""
 
-    def __init__(
-        self, pixels: Tensor, labels: Tensor, templates: tuple[str, ...], text: CLIPText, codec: Codec
-    ) -> None:
-        self.latents = codec.encode(pixels)
+    def __init__(self, split: Literal["train", "held_out"], side: int, text: TextEncoder, codec: Codec) -> None:
+        pixels, labels = digits.load(split)
+        templates = digits.TRAIN_TEMPLATES
+        parts = digits.enlarged(pixels, side, codec.pixel_channels).split(64)
+        self.latents = torch.cat([codec.encode(part).cpu() for part in parts])
         self.labels = labels.numpy()
         self.templates = len(templates)
         null, every = [""], [c for label in range(10) for c in digits.captions(label, templates)]
@@ -50,8 +51,16 @@ class CaptionedDigits(Dataset[Batch]):
 class TrainingDigits(CaptionedDigits):
     """A share with captions drawn at random and dropped at a rate, and with fresh noise: functions of (seed, step)."""
 
-    def __init__(self, text: CLIPText, codec: Codec, seed: int, batch_size: int, caption_dropout: float) -> None:
-        super().__init__(*digits.load("train"), digits.TRAIN_TEMPLATES, text, codec)
+    def __init__(
+        self,
+        text: TextEncoder,
+        codec: Codec,
+        seed: int,
+        batch_size: int,
+        caption_dropout: float,
+        side: int = digits.SIDE,
+    ) -> None:
+        super().__init__("train", side, text, codec)
         self.seed, self.batch_size, self.caption_dropout = seed, batch_size, caption_dropout
 
     def __getitem__(self, share: Share) -> Batch:
@@ -65,8 +74,8 @@ class TrainingDigits(CaptionedDigits):
 class ValidationDigits(CaptionedDigits):
     """Each held-out sample with one caption and one noise, the same in every run."""
 
-    def __init__(self, text: CLIPText, codec: Codec) -> None:
-        super().__init__(*digits.load("held_out"), digits.TRAIN_TEMPLATES, text, codec)
+    def __init__(self, text: TextEncoder, codec: Codec, side: int = digits.SIDE) -> None:
+        super().__init__("held_out", side, text, codec)
 
     def __getitem__(self, share: Share) -> Batch:
         rows = self.rows(share.samples, share.samples % self.templates)
@@ -84,22 +93,22 @@ class Digits(L.LightningDataModule):
 
     Args:
         text: encodes the captions.
-        codec: encodes the pictures.
+        codec: encodes the pictures, in grey or in three equal colours.
         seed: of the order, the captions and the noise.
         batch_size: of the global batch, over all processes.
         caption_dropout: share of captions replaced by the empty one, which is the null condition of guidance.
+        side: of a picture, in pixels, to which the digits of 8 × 8 are enlarged.
         workers: loader processes; 0 loads in the training process.
     """
 
-    side = 8  # of a picture, in pixels
-
     def __init__(
         self,
-        text: CLIPText,
+        text: TextEncoder,
         codec: Codec,
         seed: int = 0,
         batch_size: int = 64,
         caption_dropout: float = 0.1,
+        side: int = digits.SIDE,
         workers: int = 0,
     ) -> None:
         super().__init__()
@@ -108,9 +117,9 @@ class Digits(L.LightningDataModule):
                 "data needs batch_size >= 1, workers >= 0 and caption_dropout from 0 to 1, "
                 f"got {batch_size}, {workers} and {caption_dropout}"
             )
-        if codec.pixel_channels != 1:
-            raise ValueError(f"the digits are grey: codec.channels must be 1, got {codec.pixel_channels}")
-        self.text, self.codec = text, codec
+        if side < digits.SIDE or side % codec.factor:
+            raise ValueError(f"data.side must be a multiple of {codec.factor} and at least 8, got {side}")
+        self.text, self.codec, self.side = text, codec, side
         self.seed, self.batch_size, self.caption_dropout, self.workers = seed, batch_size, caption_dropout, workers
 
     def _place(self) -> tuple[int, int]:
@@ -120,14 +129,14 @@ class Digits(L.LightningDataModule):
         """Batches from the trainer's step on, without end."""
         rank, world = self._place()
         start = self.trainer.global_step if self.trainer else 0
-        data = TrainingDigits(self.text, self.codec, self.seed, self.batch_size, self.caption_dropout)
+        data = TrainingDigits(self.text, self.codec, self.seed, self.batch_size, self.caption_dropout, self.side)
         batches = GlobalBatches(len(data.latents), self.batch_size, self.seed, start, rank, world)
         return self._loader(data, batches)
 
     def val_dataloader(self) -> DataLoader:
         """The 500 held-out digits, once each."""
         rank, world = self._place()
-        data = ValidationDigits(self.text, self.codec)
+        data = ValidationDigits(self.text, self.codec, self.side)
         return self._loader(data, Stripes(len(data.latents), 125, rank, world))
 
     def _loader(self, data: CaptionedDigits, shares: GlobalBatches | Stripes) -> DataLoader:

@@ -44,7 +44,7 @@ class LoRA:
 
 
 def add(network: MMDiT, lora: LoRA) -> None:
-    """Gives the network updates, which start at zero, and freezes everything else. ValueError for unknown targets."""
+    """Gives the network updates in float32, which start at zero, and freezes the rest. ValueError for odd targets."""
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     for target in lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
@@ -54,6 +54,9 @@ def add(network: MMDiT, lora: LoRA) -> None:
     alpha = lora.rank if lora.alpha is None else lora.alpha
     config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
     inject_adapter_in_model(config, network)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # small steps would vanish in the type of a half-precision network
 
 
 def layers(network: MMDiT) -> Iterator[tuple[str, LoraLayer]]:

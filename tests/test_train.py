@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> Path:
     content = yaml.safe_load((ROOT / "configs/digits.yaml").read_text())
     content["run"] |= {"folder": str(tmp_path / "run"), "steps": 6, "validate_every": 3, "checkpoint_every": 3}
     content["run"]["log_every"] = 2
-    content["text"]["folder"] = str(ROOT / "assets/digits/text")
+    content["text"]["init_args"]["folder"] = str(ROOT / "assets/digits/text")
     content["optimization"]["warmup"] = 2
     content["network"]["init_args"] |= {"depth": 1, "width": 16, "heads": 1}
     content["data"]["batch_size"] = 8
@@ -242,7 +242,7 @@ def test_two_processes_train_as_one(config: Path) -> None:
         (["--objective.density.mean", "wide"], "density"),
         (["--objective.density", "LogNormal"], "LogNormal"),
         (["--objective.density=Mode", "--objective.density.scale=2"], "Mode needs"),
-        (["--text.folder", "nowhere"], "nowhere"),
+        (["--text.init_args.folder", "nowhere"], "nowhere"),
         (["--network.text_dim", "77"], "text_dim is 77, but codec, text and objective need 64"),
         (["--network.heads", "3"], "multiple of heads"),
         (["--network.sample_size", "7"], "sample_size"),
@@ -255,7 +255,12 @@ def test_two_processes_train_as_one(config: Path) -> None:
         (["--optimization.lr", "-1"], "optimization needs lr"),
         (["--optimization.warmup", "6"], "warmup must be below run.steps 6"),
         (["--network.patch_size", "3", "--network.sample_size", "9"], "height must be a multiple of 3"),
-        (["--codec.channels", "3", "--network.in_channels", "3"], "the digits are grey"),
+        (
+            ["--codec.channels", "3", "--network.in_channels", "3"],
+            "in_channels is 1, but codec, text and objective need 3",
+        ),
+        (["--data.side", "7"], "data.side must be a multiple of 1 and at least 8"),
+        (["--lora.rank", "4"], "network.class_path must be mmdit.checkpoint.load"),
         (["--grid.columns", "0"], "grid.columns"),
         (["--objective.path", "DDPMLinear"], "is discrete and has no rate"),
         (
