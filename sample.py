@@ -112,11 +112,10 @@ def main(argv: list[str] | None = None) -> None:
         size = start["image"].shape[-2:] if start else (args.height, args.width)
         latent = pipe.latent_size(*size)  # what cannot be should fail before anything is drawn
         _, times = sampling.walk(pipe.objective, args.shift, start.get("strength", 1.0))
-        for flag, switch in ((args.vae_tiling, "enable_tiling"), (args.vae_slicing, "enable_slicing")):
-            if flag:
-                if not isinstance(pipe.codec, VAE):
-                    raise ValueError("--vae-tiling and --vae-slicing are for models with a VAE, which this one has not")
-                getattr(pipe.codec.vae, switch)()
+        if args.vae_tiling or args.vae_slicing:
+            if not isinstance(pipe.codec, VAE):
+                raise ValueError("--vae-tiling and --vae-slicing are for models with a VAE, which this one has not")
+            pipe.codec.save_memory(args.vae_tiling, args.vae_slicing)
     seeds = [args.seed + i for i in range(len(prompts))]
     batch_size = args.batch_size or max(1, TOKENS * pipe.network.unit**2 // (latent[0] * latent[1]))
     parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -92,11 +92,7 @@ class VAE(Codec):
     Args:
         path: a diffusers `vae/` folder, sharded or not, a model folder with a `vae/` in it, or an original single
             .safetensors file of SD3's kind.
-        dtype: of the weights in memory, whatever they are stored in.
-        tiling: encode and decode pictures larger than the config's `sample_size` in overlapping tiles, blended: less
-            memory, but each tile sees only itself, so that the result is another.
-        slicing: one picture of a batch after the other: less memory, the same result.
-
+        dtype: of the weights in memory, whatever they are stored in; none is as stored.
     Attributes:
         vae: the network, diffusers' `AutoencoderKL`.
 
@@ -105,10 +101,8 @@ class VAE(Codec):
         ValueError: if they are damaged or of another kind, or do not fit each other. Nothing is half-loaded.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], dtype: Dtype = "float32", tiling: bool = False, slicing: bool = False
-    ) -> None:
-        if dtype not in get_args(Dtype):
+    def __init__(self, path: str | os.PathLike[str], dtype: Dtype | None = "float32") -> None:
+        if dtype not in (None, *get_args(Dtype)):
             raise ValueError(f"the VAE's dtype must be one of {', '.join(get_args(Dtype))}, got {dtype}")
         path = Path(path)
         if single := path.is_file() or path.suffix == ".safetensors":
@@ -127,18 +121,12 @@ class VAE(Codec):
         shapes = {name: tuple(tensor.shape) for name, tensor in self.vae.state_dict().items()}
         layout = original_layout(shapes) if single else {name: (name, shape) for name, shape in shapes.items()}
         weights.fit(stored, dict(layout.values()), "this VAE's config")
+        kept = stored.dtype if dtype is None else getattr(torch, dtype)
         self.vae.load_state_dict(
-            {
-                name: stored[there].reshape(shapes[name]).to(getattr(torch, dtype), copy=True)
-                for name, (there, _) in layout.items()
-            },
+            {name: stored[there].reshape(shapes[name]).to(kept, copy=True) for name, (there, _) in layout.items()},
             assign=True,
         )
         self.vae.eval().requires_grad_(False)
-        if tiling:
-            self.vae.enable_tiling()
-        if slicing:
-            self.vae.enable_slicing()
         own = self.vae.config
         self.channels, self.pixel_channels = own.latent_channels, own.in_channels
         self.factor = 2 ** (len(own.block_out_channels) - 1)
@@ -147,6 +135,16 @@ class VAE(Codec):
     def to(self, device: torch.device | str) -> Self:
         self.vae.to(device)
         return self
+
+    def save_memory(self, tiling: bool, slicing: bool) -> None:
+        """Less memory for more time, in encoding and decoding.
+
+        Args:
+            tiling: pictures larger than the config's `sample_size` go in overlapping tiles, blended, each of which sees
+                only itself, so that the result is another.
+            slicing: one picture of a batch after the other; the result is the same.
+        """
+        self.vae.use_tiling, self.vae.use_slicing = tiling, slicing
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents of pixels; ValueError if their size is no multiple of `factor`, and for numbers not finite."""
@@ -276,14 +274,12 @@ def original_layout(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]
     return {name: (renamed(name), (*shape, 1, 1) if len(shape) == 2 else shape) for name, shape in shapes.items()}
 
 
-def load_codec(
-    folder: Path, dtype: torch.dtype | str = "float32", tiling: bool = False, slicing: bool = False
-) -> Codec:
+def load_codec(folder: Path, dtype: Dtype | None = "float32") -> Codec:
     """The codec that `save` or diffusers wrote.
 
     Args:
         folder: holds `config.json` and, for a VAE, its weights.
-        dtype, tiling, slicing: a VAE's; pixels need none of them.
+        dtype: of a VAE's weights; none is as stored. Pixels have none.
 
     Raises:
         ValueError, FileNotFoundError: in one line, if the folder holds no codec that this project knows, or a damaged
@@ -295,7 +291,7 @@ def load_codec(
         raise ValueError(f"no codec config at {folder / CONFIG}") from None
     match config.get("_class_name"):
         case "AutoencoderKL":
-            return VAE(folder, cast(Dtype, str(dtype).removeprefix("torch.")), tiling, slicing)
+            return VAE(folder, dtype)
         case "Pixels":
             try:
                 return Pixels(config["channels"], config["shift_factor"], config["scaling_factor"])

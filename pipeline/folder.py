@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class Reading:
 
     Args:
         device: of network and codec.
-        dtype: float32, float16 or bfloat16, of network and VAE; none is float32 on a CPU, and elsewhere as stored.
+        dtype: of network and VAE; "stored" is each as stored, none is float32 on a CPU and elsewhere as the network
+            is stored.
         parts: a model folder with what a single file lacks: the tokenizers, perhaps text encoders and VAE.
         lora: a LoRA in diffusers' layout, a file or a folder, to be merged into the network.
         text_device: where the text encoders compute; none is `device`.
@@ -68,7 +69,7 @@ class Reading:
     """
 
     device: str = "cpu"
-    dtype: checkpoint.DType | None = None
+    dtype: checkpoint.DType | Literal["stored"] | None = None
     parts: Path | None = None
     lora: Path | None = None
     text_device: str | None = None
@@ -78,9 +79,9 @@ class Reading:
 
     def dtype_of(self, stored: torch.dtype) -> checkpoint.DType:
         """The type in memory of weights that are stored in another."""
-        if self.dtype:
+        if self.dtype and self.dtype != "stored":
             return self.dtype
-        if self.device == "cpu" or stored == torch.float32:
+        if stored == torch.float32 or (self.device == "cpu" and self.dtype != "stored"):
             return "float32"
         return "float16" if stored == torch.float16 else "bfloat16"
 
@@ -124,14 +125,14 @@ def _read_folder(folder: Path, how: Reading) -> Parts:
     if (folder / "unet").is_dir():
         from baselines.unet import UNet
 
-        if how.dtype not in (None, "float32"):
+        if how.dtype not in (None, "stored", "float32"):
             raise ValueError(f"{folder} holds a UNet, which is read in float32 only")
         network = UNet.load(folder / "unet").to(how.device)
         dtype: checkpoint.DType = "float32"
     else:
         dtype = how.dtype_of(open_folder(folder / "transformer", checkpoint.STEM).dtype)
         network = checkpoint.load(folder, dtype, how.device)
-    codec = load_codec(folder / "vae", dtype).to(how.device)
+    codec = load_codec(folder / "vae", None if how.dtype == "stored" else dtype).to(how.device)
     text: TextEncoder
     if "text_encoder_2" in index:
         text = _triple(folder, network, how, dtype)
@@ -150,7 +151,8 @@ def _read_file(file: Path, how: Reading) -> Parts:
             "and tokenizer_3/, such as a Stable Diffusion 3 folder of diffusers"
         )
     with_vae = bool(weights.under(VAE_PREFIX))
-    codec = VAE(file, dtype) if with_vae else load_codec(how.parts / "vae", dtype)
+    codec_dtype = None if how.dtype == "stored" else dtype
+    codec = VAE(file, codec_dtype) if with_vae else load_codec(how.parts / "vae", codec_dtype)
     text = _triple(how.parts, network, how, dtype, file)
     if (how.parts / SCHEDULER).is_file():
         objective, sampling = read_process(how.parts / SCHEDULER)

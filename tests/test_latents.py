@@ -126,7 +126,8 @@ def shapes_seen(codec: Codec) -> list[tuple[int, ...]]:
 
 
 def test_slicing_changes_nothing(folder: Path) -> None:
-    pixels, plain, sliced = drawn(3, 3, 16, 24), VAE(folder), load_codec(folder, slicing=True)
+    pixels, plain, sliced = drawn(3, 3, 16, 24), VAE(folder), VAE(folder)
+    sliced.save_memory(tiling=False, slicing=True)
     seen, latents = shapes_seen(sliced), plain.encode(pixels)
     torch.testing.assert_close(sliced.encode(pixels), latents)
     torch.testing.assert_close(sliced.decode(latents), plain.decode(latents))
@@ -135,7 +136,8 @@ def test_slicing_changes_nothing(folder: Path) -> None:
 
 def test_tiling_stays_close_and_sees_no_more_than_a_tile(tmp_path: Path) -> None:
     tiny(sample_size=64).save_pretrained(tmp_path)
-    pixels, plain, tiled = drawn(1, 3, 96, 80), VAE(tmp_path), load_codec(tmp_path, tiling=True)
+    pixels, plain, tiled = drawn(1, 3, 96, 80), VAE(tmp_path), VAE(tmp_path)
+    tiled.save_memory(tiling=True, slicing=False)
     seen, latents = shapes_seen(tiled), plain.encode(pixels)
     ours, drawing = tiled.encode(pixels), tiled.decode(latents)
     assert len(seen) == 8
@@ -157,15 +159,17 @@ def test_reads_folders_shards_and_model_folders(folder: Path, theirs: Autoencode
         assert_same(VAE(place).vae, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_save_is_what_diffusers_reads(folder: Path, theirs: AutoencoderKL, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_save_is_what_diffusers_reads(folder: Path, theirs: AutoencoderKL, name: Any) -> None:
+    dtype = getattr(torch, name)
     again = folder.parent / "again"
-    ours = load_codec(folder, dtype)
+    ours = load_codec(folder, name)
     ours.save(again)
     assert {tensor.dtype for tensor in load_file(again / WEIGHTS).values()} == {dtype}
     assert json.loads((again / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     assert_same(ours.vae, AutoencoderKL.from_pretrained(again, torch_dtype=dtype))
     assert_same(VAE(again).vae, tiny().to(dtype).float())
+    assert VAE(again, None).vae.dtype == dtype  # as stored
 
 
 @pytest.mark.parametrize(
@@ -238,17 +242,16 @@ def test_what_cannot_be_computed_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"multiples of 4, got \(16, 18\)"):
         vae.encode(drawn(1, 3, 16, 18))
     with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, got float64"):
-        load_codec(folder, torch.float64)
+        load_codec(folder, "float64")
 
 
 def test_a_yaml_file_can_name_it(folder: Path) -> None:
     p = ArgumentParser(exit_on_error=False)
     p.add_subclass_arguments(Codec, "codec", required=True)
-    content = f"{{codec: {{class_path: VAE, init_args: {{path: {folder}, dtype: bfloat16, slicing: true}}}}}}"
+    content = f"{{codec: {{class_path: VAE, init_args: {{path: {folder}, dtype: bfloat16}}}}}}"
     codec = p.instantiate_classes(p.parse_string(content)).codec
     assert isinstance(codec, VAE)
     assert codec.vae.dtype == torch.bfloat16
-    assert codec.vae.use_slicing
 
 
 def change(file: Path, **values: Any) -> None:

@@ -255,10 +255,7 @@ def test_two_processes_train_as_one(config: Path) -> None:
         (["--optimization.lr", "-1"], "optimization needs lr"),
         (["--optimization.warmup", "6"], "warmup must be below run.steps 6"),
         (["--network.patch_size", "3", "--network.sample_size", "9"], "height must be a multiple of 3"),
-        (
-            ["--codec.channels", "3", "--network.in_channels", "3"],
-            "in_channels is 1, but codec, text and objective need 3",
-        ),
+        (["--codec.channels", "3"], "in_channels is 1, but codec, text and objective need 3"),
         (["--data.side", "7"], "data.side must be a multiple of 1 and at least 8"),
         (["--lora.rank", "4"], "network.class_path must be mmdit.checkpoint.load"),
         (["--grid.columns", "0"], "grid.columns"),

@@ -1,0 +1,45 @@
+"""Exports a model: `python -m pipeline export runs/digits --format diffusers`."""
+
+from pathlib import Path
+
+from cli import DTYPES, Parser, find_model, one_line_errors, plain_warnings
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m pipeline", description=__doc__)
+    export = p.add_subparsers(dest="command", required=True, parser_class=Parser).add_parser(
+        "export", help="write a model for other tools, with a model card"
+    )
+    export.add_argument("model", type=Path, help="a run's folder, a model folder or a single file")
+    export.add_argument("--format", choices=["diffusers", "single-file"], default="diffusers")
+    export.add_argument("--out", type=Path, help="a new folder; default: export/FORMAT in the run's folder")
+    export.add_argument("--dtype", choices=DTYPES, help="of network and VAE; default: as stored")
+    export.add_argument("--lora", type=Path, help="a LoRA to merge into the network")
+    export.add_argument("--parts", type=Path, help="a model folder with what a single file lacks")
+    export.add_argument("--push-to-hub", metavar="NAME", help="then upload it to this Hugging Face repository")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    plain_warnings()
+    args = parser().parse_args(argv)
+    with one_line_errors(ValueError, FileNotFoundError):
+        path = find_model(args.model)
+        run = args.model if args.model.is_dir() else args.model.parent
+        out = args.out or run / "export" / args.format
+        if out.exists():
+            raise ValueError(f"{out} exists already: give another --out")
+        from pipeline import Pipeline, Reading  # slow
+        from pipeline.export import as_file, as_folder, upload
+
+        pipe = Pipeline.load(path, Reading(dtype=args.dtype or "stored", lora=args.lora, parts=args.parts))
+        told = (as_folder if args.format == "diffusers" else as_file)(
+            pipe, out, run, (args.out or run).resolve().name
+        )  # fmt: skip
+        print(f"{out}: {told}")
+        if args.push_to_hub:
+            print(f"uploaded to {upload(out, args.push_to_hub)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""A model for others: a diffusers folder or a released model's single file, with a card that says what it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.latents import VAE
+from data.sd3_text import SD3Text
+from mmdit.model import MMDiT
+from pipeline import Pipeline
+from pipeline.folder import describe_process, replace_folder, single_file, write
+from weights import write_tensors
+
+DIFFUSERS = """```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained("{place}")
+image = pipe("{prompt}", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+```"""
+TRANSFORMER = """```python
+from diffusers import SD3Transformer2DModel
+
+network = SD3Transformer2DModel.from_pretrained("{place}", subfolder="transformer")
+```"""
+
+
+def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
+    """Writes a folder in diffusers' layout with its card. Returns a line that says what opens it.
+
+    Raises:
+        OSError: if it cannot be written; nothing is then left.
+    """
+    write(pipe.parts, out)
+    (out / "README.md").write_text(card(pipe, run, name), encoding="utf-8")
+    if opens_in_diffusers(pipe):
+        return "opens in diffusers' StableDiffusion3Pipeline"
+    what = "the transformer opens in diffusers' SD3Transformer2DModel" if isinstance(pipe.network, MMDiT) else (
+        "the network opens in diffusers' UNet2DConditionModel"
+    )  # fmt: skip
+    return f"{what}; the whole is for sample.py, since codec, text or process are not Stable Diffusion 3's"
+
+
+def as_file(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
+    """Writes a folder with a single file and its card. Returns a line that says what the file holds.
+
+    Raises:
+        ValueError: if the format could not tell what the network or the VAE is.
+        OSError: if it cannot be written; nothing is then left.
+    """
+    tensors = single_file(pipe.parts)
+
+    def fill(new: Path) -> None:
+        write_tensors(tensors, new / f"{name}.safetensors")
+        (new / "README.md").write_text(card(pipe, run, name), encoding="utf-8")
+
+    replace_folder(out, fill)
+    held = [
+        "the network",
+        *["the VAE"] * isinstance(pipe.codec, VAE),
+        *["text encoders"] * isinstance(pipe.text, SD3Text),
+    ]
+    return f"holds {' and '.join(held)}"
+
+
+def opens_in_diffusers(pipe: Pipeline) -> bool:
+    """Whether diffusers has all parts of the model."""
+    process = describe_process(pipe.objective, pipe.sampling)["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    return process and all(
+        isinstance(part, kind) for part, kind in ((pipe.network, MMDiT), (pipe.codec, VAE), (pipe.text, SD3Text))
+    )
+
+
+def card(pipe: Pipeline, run: Path, name: str) -> str:
+    """The model card, Markdown: what it is, how to use it, its data, how it was trained and what was measured.
+
+    Args:
+        pipe: the model.
+        run: the folder of its training, of which `config.yaml`, `log.jsonl` and `evaluation/results.json` are told if
+            they are there.
+        name: what the model is called.
+    """
+    network, s = pipe.network, pipe.sampling
+    count = sum(p.numel() for p in network.parameters())
+    kind = f"MMDiT, {network.depth} blocks of width {network.width}" if isinstance(network, MMDiT) else "UNet"
+    side = network.sample_size * pipe.codec.factor
+    config = _config(run)
+    prompt = next(iter(config.get("grid", {}).get("prompts", ())), "a picture")
+    usage = DIFFUSERS if opens_in_diffusers(pipe) else TRANSFORMER if isinstance(network, MMDiT) else ""
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        "tags: [text-to-image, rectified-flow, mmdit]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A text-to-image model: {kind}, {count:,} parameters, for pictures of {side}×{side} pixels.",
+        f"It learned {type(pipe.objective.target).__name__} on the path {type(pipe.objective.path).__name__}, with a "
+        f"resolution shift of {pipe.objective.shift:g}, and is sampled by {s.sampler} in {s.steps} steps "
+        f"({s.spacing} spacing, guidance {s.guidance:g}) unless told otherwise.",
+        "",
+        "## Use",
+        "",
+        "```sh",
+        f'python sample.py --model {name} --prompt "{prompt}"',
+        "```",
+        "",
+        *([usage.format(place=name, prompt=prompt, steps=s.steps, guidance=s.guidance), ""] if usage else []),
+        *_data(config),
+        *_results(run),
+        *_training(config),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _config(run: Path) -> dict[str, Any]:
+    file = run / "config.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return content if isinstance(content, dict) else {}
+
+
+def _data(config: dict[str, Any]) -> list[str]:
+    if "data" not in config:
+        return []
+    told = ", ".join(f"{key} {value}" for key, value in config["data"].items())
+    return [
+        "## Data",
+        "",
+        "The handwritten digits of the UCI Machine Learning Repository (E. Alpaydin and C. Kaynak), as shipped with",
+        f"scikit-learn, with captions; {told}.",
+        "",
+    ]
+
+
+def _results(run: Path) -> list[str]:
+    lines: list[str] = []
+    log = run / "log.jsonl"
+    if log.is_file():
+        entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        losses = [(entry["val/loss"], int(entry["step"])) for entry in entries if entry.get("val/loss") is not None]
+        if losses:
+            loss, step = min(losses)
+            lines += [
+                f"Best validation loss, on held-out samples at eight fixed times: {loss:.4f}, at step {step:,}.",
+                "",
+            ]
+    file = run / "evaluation" / "results.json"
+    if file.is_file():
+        record = json.loads(file.read_text(encoding="utf-8"))
+        columns = [
+            c for c in ("sampler", "steps", "evaluations", "accuracy", "distance_ratio") if c in record["rows"][0]
+        ]
+        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        for row in record["rows"]:
+            values = (f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns)
+            lines.append("| " + " | ".join(values) + " |")
+        lines.append("")
+    return ["## Measured", "", *lines] if lines else []
+
+
+def _training(config: dict[str, Any]) -> list[str]:
+    if not config:
+        return []
+    return [
+        "## Training",
+        "",
+        "```yaml",
+        yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip(),
+        "```",
+        "",
+    ]
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Uploads a folder to the Hugging Face hub, into a private repository if it is a new one; returns its address.
+
+    Raises:
+        OSError: in one line, if the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True, private=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        told = str(error).strip().partition("\n")[0]
+        raise OSError(f"could not upload to {repository}: {told}; the export is in {folder}") from None
+    return f"https://huggingface.co/{repository}"
