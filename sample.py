@@ -109,9 +109,8 @@ def main(argv: list[str] | None = None) -> None:
         pipe = Pipeline.load(path, Reading(**reading_of(args)))
         start = starting_point(args, pipe)
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
-        size = start["image"].shape[-2:] if start else (args.height, args.width)
-        latent = pipe.latent_size(*size)  # what cannot be should fail before anything is drawn
-        _, times = sampling.walk(pipe.objective, args.shift, start.get("strength", 1.0))
+        height, width = start["image"].shape[-2:] if start else (args.height, args.width)
+        latent, _, times = pipe.plan(sampling, args.shift, height, width, start.get("strength", 1.0))
         if args.vae_tiling or args.vae_slicing:
             if not isinstance(pipe.codec, VAE):
                 raise ValueError("--vae-tiling and --vae-slicing are for models with a VAE, which this one has not")
@@ -141,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
                 pipe.text.encode(list(dict.fromkeys([args.negative, *prompts[part.start : encoded]])))
                 bar.set_description("sampling")
             batch = pipe(
-                prompts[part], seeds[part], args.negative, sampling, args.shift, args.height, args.width, **start,
+                prompts[part], seeds[part], args.negative, sampling, args.shift, height, width, **start,
                 callback=lambda done, z, x0: bar.update(1 if done else 0),
             )  # fmt: skip
             pictures.append(batch)

@@ -128,20 +128,21 @@ class SD3Text(TextEncoder):
         return self
 
     def encode(self, captions: Sequence[str]) -> Text:
-        """As `TextEncoder.encode`; ValueError, too, if an encoder overflows."""
+        """As `TextEncoder.encode`, but the warning comes once for a caption; ValueError, too, if an encoder overflows."""
         captions = listed(captions)
         unique = [*dict.fromkeys(captions)]
+        fresh = [caption for caption in unique if caption not in self.rows.memory]  # told once if they are too long
         ids = []
-        for part in self.parts:  # no comprehension, whose frame would hide the caller from the warning
-            ids.append(tokenize(part.tokenizer, unique, self._length(part.kind), part.kind.title))  # noqa: PERF401
+        for part in self.parts if fresh else ():  # no comprehension, whose frame would hide the caller from the warning
+            ids.append(tokenize(part.tokenizer, fresh, self._length(part.kind), part.kind.title))  # noqa: PERF401
         # What is kept must do for training, too, even if it is first asked for while sampling.
         with torch.inference_mode(False), torch.no_grad():
             rows = {caption: row for caption in unique if (row := self.rows.get(caption))}
-            new = [i for i, caption in enumerate(unique) if caption not in rows]
+            new = [i for i, caption in enumerate(fresh) if caption not in rows]
             if new:
                 for i, tokens, pooled in zip(new, *self._run([numbers[new] for numbers in ids]), strict=True):
-                    rows[unique[i]] = Text(tokens.clone(), pooled.clone())
-                    self.rows.put(unique[i], rows[unique[i]])
+                    rows[fresh[i]] = Text(tokens.clone(), pooled.clone())
+                    self.rows.put(fresh[i], rows[fresh[i]])
             return Text(*(torch.stack(made) for made in zip(*(rows[c] for c in captions), strict=True)))
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ from flow.sampler import Callback, Denoiser
 from mmdit.model import Condition, MMDiT
 from pipeline import folder as disk
 from pipeline.folder import Network, Parts, Reading
-from sampling import Sampling, random_normals
+from sampling import Sampling, Walk, random_normals
 
 
 class Pipeline:
@@ -107,8 +107,7 @@ class Pipeline:
             height, width = height or image.shape[-2], width or image.shape[-1]
         elif mask is not None:
             raise ValueError("a mask needs an image")
-        latent = self.latent_size(height, width)
-        walk, times = sampling.walk(self.objective, shift, 1.0 if image is None else strength)
+        latent, walk, times = self.plan(sampling, shift, height, width, 1.0 if image is None else strength)
         draw = random_normals(seeds, (self.network.in_channels, *latent), self.device)
         condition = self.condition(prompts)
         model = self._guided(sampling, negative, times)
@@ -143,11 +142,8 @@ class Pipeline:
         if sampling.guidance == 1:
             return self.network
         weak = None
-        if sampling.skip_layers:
-            if not isinstance(self.network, MMDiT) or not set(sampling.skip_layers) <= set(range(self.network.depth)):
-                raise ValueError(f"skip_layers must be blocks of the transformer, got {sampling.skip_layers}")
-            if interval := sampling.skipping(times):
-                weak = Weak(partial(self.network, skip_layers=sampling.skip_layers), sampling.skip_scale, interval)
+        if interval := sampling.skipping(times):
+            weak = Weak(partial(self.network, skip_layers=sampling.skip_layers), sampling.skip_scale, interval)
         return ClassifierFree(
             self.network,
             self.condition([negative]),
@@ -165,6 +161,20 @@ class Pipeline:
             raise ValueError(f"the image must be (1 or {len(noise)}, {', '.join(map(str, wanted))}), "
                              f"got {tuple(image.shape)}")  # fmt: skip
         return self.codec.encode(image.to(self.device)).to(noise).expand_as(noise)
+
+    def plan(
+        self, sampling: Sampling, shift: float | None, height: int | None, width: int | None, strength: float = 1.0
+    ) -> tuple[tuple[int, int], Walk, Tensor]:
+        """The latent's size, the sampler and its times: what can be known to fail before anything is drawn.
+
+        Raises:
+            ValueError: in one line, if there is no such size, or the sampling does not fit process or network.
+        """
+        latent = self.latent_size(height, width)
+        blocks = range(self.network.depth if isinstance(self.network, MMDiT) else 0)
+        if not set(sampling.skip_layers) <= set(blocks):
+            raise ValueError(f"skip_layers must be blocks of the transformer, got {sampling.skip_layers}")
+        return latent, *sampling.walk(self.objective, shift, strength)
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The latent's size for a picture's; ValueError if there is none."""
