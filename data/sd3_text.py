@@ -128,7 +128,7 @@ class SD3Text(TextEncoder):
         return self
 
     def encode(self, captions: Sequence[str]) -> Text:
-        """As `TextEncoder.encode`, but the warning comes once for a caption; ValueError, too, if an encoder overflows."""
+        """As `TextEncoder.encode`, warning once for each caption; ValueError if an encoder overflows."""
         captions = listed(captions)
         unique = [*dict.fromkeys(captions)]
         fresh = [caption for caption in unique if caption not in self.rows.memory]  # told once if they are too long

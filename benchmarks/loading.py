@@ -1,0 +1,79 @@
+"""Peak memory and time of reading a network of a released size, with random weights, and diffusers' side by side.
+
+    python benchmarks/loading.py --network configs/network/sd3-medium.yaml --dtype float16
+
+Writes the weights to a temporary folder first (4 GB for SD3 medium in half precision). Each reader runs in a process of
+its own, whose peak resident memory above what it had before is given as a multiple of the weights. Linux only.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+
+from mmdit import checkpoint
+from mmdit.model import MMDiT
+from weights import write_tensors
+
+ROOT = Path(__file__).parents[1]
+READ = """
+import json, sys, time
+from pathlib import Path
+import torch
+def memory(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+reader, source, dtype = sys.argv[1:]
+torch.ones(8, 8) @ torch.ones(8, 8)
+if reader == "ours":
+    from mmdit import checkpoint
+    read = lambda: checkpoint.load(source, dtype)
+else:
+    from diffusers import SD3Transformer2DModel
+    read = lambda: SD3Transformer2DModel.from_pretrained(source, torch_dtype=getattr(torch, dtype))
+before, start = memory("VmRSS"), time.perf_counter()
+Path("/proc/self/clear_refs").write_text("5")
+network = read()
+seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
+size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+print(json.dumps({"seconds": seconds, "ratio": peak / size, "GB": size / 1e9}))
+"""
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--network", type=Path, default=ROOT / "configs/network/sd3-medium.yaml", help="whose sizes to take")
+    p.add_argument("--stored", choices=["float32", "float16", "bfloat16"], default="float16", help="on disk")
+    p.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float16", help="in memory")
+    args = p.parse_args()
+
+    arguments = yaml.safe_load(args.network.read_text())["network"]["init_args"]
+    with torch.device("meta"):
+        network = MMDiT(**arguments).to(getattr(torch, args.stored))
+    network = network.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.02)
+    with tempfile.TemporaryDirectory() as place:
+        folder, file = Path(place) / "folder", Path(place) / "one.safetensors"
+        checkpoint.save(network, folder)
+        write_tensors(checkpoint.single_file(network), file)
+        del network
+        for told, reader, source in (
+            ("ours, folder", "ours", folder),
+            ("ours, single file", "ours", file),
+            ("diffusers, folder", "diffusers", folder),
+        ):
+            command = [sys.executable, "-c", READ, reader, str(source), args.dtype]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            found = json.loads(done.stdout)
+            print(f"{told}: {found['GB']:.2f} GB in {found['seconds']:.1f} s, peak {found['ratio']:.2f} × the weights")
+
+
+if __name__ == "__main__":
+    main()

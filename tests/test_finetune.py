@@ -1,0 +1,133 @@
+"""Training from a released model, in full and by low-rank updates, with the configs that are shipped for it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+import train
+from mmdit import checkpoint, lora
+from pipeline import Pipeline, Reading
+
+ROOT = Path(__file__).parents[1]
+FINETUNE, LORA = ROOT / "configs/sd3/finetune.yaml", ROOT / "configs/sd3/lora.yaml"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("released") / "base"
+    tiny.pipeline("sd35_medium", folder)
+    return folder
+
+
+def fit(base: Path, folder: Path, *flags: str, configs: tuple[Path, ...] = (FINETUNE,), steps: int = 4) -> None:
+    argv = [arg for config in configs for arg in ("--config", str(config))]
+    settings = {
+        "run.folder": folder, "run.steps": steps, "run.validate_every": 2, "run.checkpoint_every": 2,
+        "run.log_every": 1, "run.precision": "32-true", "run.accelerator": "cpu",
+        "text.init_args.folder": base, "codec.init_args.path": base, "network.init_args.path": base,
+        "text.init_args.tokens_dim": tiny.TOKENS, "text.init_args.pooled_dim": tiny.POOLED,
+        "text.init_args.dtype": "float32", "text.init_args.max_sequence_length": 8,
+        "data.side": 32, "optimization.warmup": 1, "optimization.lr": 1e-3, "optimization.ema_decay": 0.5,
+        "sampling.steps": 2, "grid.columns": 1,
+    }  # fmt: skip
+    for name, value in settings.items():
+        argv += [f"--{name}", str(value)]
+    train.main(["fit", *argv, *flags])
+
+
+def picture(pipe: Pipeline) -> torch.Tensor:
+    return pipe(["a seven"], [0], sampling=replace(pipe.sampling, steps=2, guidance=4.5), height=64, width=64)
+
+
+def theirs(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
+    return pipe("a seven", num_inference_steps=2, guidance_scale=4.5, height=64, width=64,
+                generator=torch.Generator().manual_seed(0), output_type="pt").images  # fmt: skip
+
+
+def test_all_of_a_released_model_is_trained_and_opens_in_diffusers(base: Path, tmp_path: Path) -> None:
+    fit(base, tmp_path / "run")
+    trained = Pipeline.load(tmp_path / "run/model")
+    before, after = checkpoint.load(base).state_dict(), trained.network.state_dict()
+    frozen = {"positions", "blocks.2.text.norm_q.weight"}
+    assert {name for name in before if torch.equal(before[name], after[name])} == frozen
+    assert trained.sampling.spacing == "flow_match"
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "run/model")
+    pipe.set_progress_bar_config(disable=True)
+    assert (theirs(pipe) - picture(trained)).abs().max() < 1 / 255
+    weights = tmp_path / "run/model/text_encoder_3/model.safetensors"
+    assert weights.stat().st_ino == (base / "text_encoder_3/model.safetensors").stat().st_ino  # not copied
+    assert len(list((tmp_path / "run/samples").glob("*.png"))) == 2
+
+
+def test_low_rank_updates_are_trained_here_and_draw_the_same_in_diffusers(base: Path, tmp_path: Path) -> None:
+    fit(base, tmp_path / "run", "--lora.rank", "4", "--optimization.lr", "0.1", configs=(FINETUNE, LORA))
+    assert not (tmp_path / "run/model").exists()
+    ours = Pipeline.load(tmp_path / "run/lora")
+    assert ours.sampling.spacing == "flow_match"
+    drawn = picture(ours)
+    assert (drawn - picture(Pipeline.load(base))).abs().max() > 0.02
+    again = Pipeline.load(base, Reading(lora=tmp_path / "run"))
+    assert torch.equal(drawn, picture(again))
+    pipe = StableDiffusion3Pipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path / "run/lora")
+    assert (theirs(pipe) - drawn).abs().max() < 1 / 255
+    sizes = {name: tensor.shape for name, tensor in load_file(tmp_path / "run/lora" / lora.FILE).items()}
+    assert sizes["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"] == (4, 64)
+
+
+def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(base: Path, tmp_path: Path) -> None:
+    flags = ("--lora.rank", "4")
+    fit(base, tmp_path / "straight", *flags, steps=4)
+    state = torch.load(tmp_path / "straight/last.ckpt", weights_only=True)
+    assert {name.partition(".lora_")[1] for name in state["state_dict"]} == {".lora_"}
+
+    class Killed(Exception):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        from training.checkpoint import LastCheckpoint
+
+        end = LastCheckpoint.on_validation_end
+
+        def killed(self, trainer, module) -> None:
+            end(self, trainer, module)
+            if trainer.global_step == 2 and trainer.state.fn == "fit":
+                raise Killed
+
+        patch.setattr(LastCheckpoint, "on_validation_end", killed)
+        with pytest.raises(Killed):
+            fit(base, tmp_path / "resumed", *flags, steps=4)
+    fit(base, tmp_path / "resumed", *flags, steps=4)
+    again = torch.load(tmp_path / "resumed/last.ckpt", weights_only=True)
+    assert again["global_step"] == state["global_step"] == 4
+    assert all(torch.equal(tensor, again["state_dict"][name]) for name, tensor in state["state_dict"].items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora.rank", "0"], "rank >= 1"),
+        (["--lora.rank", "4", "--lora.targets", "[query]"], "ends in 'query'"),
+        (["--network.init_args.path", "nowhere"], "nowhere"),
+        (["--codec.init_args.path", "nowhere"], "nowhere"),
+        (["--data.side", "20"], "data.side must be a multiple of 8"),
+        (["--data.side", "24"], "height must be a multiple of 16"),
+        (["--text.init_args.tokens_dim", "99"], "tokens_dim"),
+    ],
+)
+def test_bad_input_ends_in_one_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        fit(base, tmp_path / "run", *flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "run").exists()
