@@ -65,14 +65,17 @@ def positive(text: str) -> int:
     return natural(text, 1)
 
 
-def add_sampling(p: Parser, repeatable: bool = False) -> None:
+def add_sampling(parser: Parser, repeatable: bool = False) -> None:
     """The flags of how to sample, but for the number of steps; what is left out comes from the model."""
+    p = parser.add_argument_group("sampling")
     p.add_argument(
         "--sampler",
         action="append" if repeatable else "store",
         help="euler, heun, dpmpp_2m, ddim:eta=1, ddpm, edm, …; default: the model's" + "; repeatable" * repeatable,
     )
-    p.add_argument("--spacing", help="of the times: trailing, leading, linspace, karras; default: the model's")
+    p.add_argument(
+        "--spacing", help="of the times: trailing, flow_match, leading, linspace, karras; default: the model's"
+    )
     p.add_argument("--guidance", type=finite, help="classifier-free guidance scale, 1 is none; default: the model's")
     p.add_argument("--rescale", type=finite, help="share of the guidance's rescaling, 0 to 1; default: the model's")
     p.add_argument("--interval", type=finite, nargs=2, metavar=("FROM", "TO"), help="times in which guidance works")
@@ -93,8 +96,9 @@ def add_sampling(p: Parser, repeatable: bool = False) -> None:
     )
 
 
-def add_reading(p: Parser) -> None:
+def add_reading(parser: Parser) -> None:
     """The flags of how a model is read."""
+    p = parser.add_argument_group("model")
     p.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
     p.add_argument("--dtype", choices=DTYPES, help="of network and VAE; default: float32 on the cpu, else as stored")
     p.add_argument("--parts", type=Path, help="a model folder with what a single file lacks: tokenizers, text encoders")

@@ -90,7 +90,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
                 break
         else:
             break
-    return ["/".join(part) for part in parts]
+    return [str(Path(*part)) for part in parts]
 
 
 def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:

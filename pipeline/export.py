@@ -14,7 +14,6 @@ from pipeline.folder import describe_process, replace_folder, single_file, write
 from weights import write_tensors
 
 DIFFUSERS = """```python
-import torch
 from diffusers import StableDiffusion3Pipeline
 
 pipe = StableDiffusion3Pipeline.from_pretrained("{place}")
