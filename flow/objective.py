@@ -1,7 +1,7 @@
 """The objective: path + target + density + weight, as one loss for training and validation and one denoiser."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
@@ -87,9 +87,9 @@ class Objective:
         loss = (y - (p * x0 + q * noise)).square().flatten(1).mean(1)
         if self.weight is not None:
             loss = self.weight(self.path, self.target, t) * loss
-        if self.variance is not None and v is not None and isinstance(self.path, Discrete):
+        if self.variance and v is not None:
             estimate, _ = solve(self.path, self.target, z, y, t)
-            loss = loss + self.variance.loss(self.path, self.path.steps, x0, estimate, v, t)
+            loss = loss + self.variance.loss(cast(Discrete, self.path), x0, estimate, v, t)
         return loss
 
     def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any) -> Estimate:

@@ -200,10 +200,7 @@ def edm(
     """
     if churn < 0 or churn_noise < 0:
         raise ValueError(f"edm needs churn >= 0 and churn_noise >= 0, got {churn} and {churn_noise}")
-    a, b = path(grid[0])
-    if a == 0:
-        raise ValueError("edm starts from a finite sigma, and this grid from pure noise: use karras spacing")
-    x = z / a
+    x = _exploding(path, z, grid[0], "edm")
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         (a, b), (a_s, b_s) = path(t), path(s)
         sigma, sigma_s = b / a, b_s / a_s
@@ -248,10 +245,7 @@ def langevin(
     """
     if repeats < 1 or not 0 < step < 2:
         raise ValueError(f"langevin needs repeats >= 1 and 0 < step < 2, got {repeats} and {step}")
-    a, b = path(grid[0])
-    if a == 0:
-        raise ValueError("langevin starts from a finite sigma, and this grid from pure noise: use karras spacing")
-    x = z / a
+    x = _exploding(path, z, grid[0], "langevin")
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         a, b = path(t)
         a_s, b_s = path(s)
@@ -266,3 +260,11 @@ def langevin(
     if callback:
         callback(len(grid) - 1, z, x0)
     return z
+
+
+def _exploding(path: Path, z: Tensor, t: Tensor, name: str) -> Tensor:
+    """z in variance-exploding coordinates, x0 + σ·ε; ValueError where σ is infinite."""
+    a, _ = path(t)
+    if a == 0:
+        raise ValueError(f"{name} starts from a finite sigma, and this grid from pure noise: use karras spacing")
+    return z / a

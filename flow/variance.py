@@ -6,7 +6,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from flow.path import Path, expand_as
+from flow.path import Discrete, Path, expand_as
 
 
 class Posterior(NamedTuple):
@@ -50,14 +50,13 @@ class LearnedVariance:
             raise ValueError(f"LearnedVariance needs weight > 0, got {weight}")
         self.weight = weight
 
-    def loss(self, path: Path, steps: int, x0: Tensor, estimate: Tensor, output: Tensor, t: Tensor) -> Tensor:
+    def loss(self, path: Discrete, x0: Tensor, estimate: Tensor, output: Tensor, t: Tensor) -> Tensor:
         """λ·T times step n's term of the bound: KL of the posteriors, or −ln N(x0; x̂0, Σ) at n = 1.
 
         β̃ is zero at n = 1; as in their code that of n = 2 bounds the variance there.
 
         Args:
-            path: the chain.
-            steps: T.
+            path: the chain, of T steps.
             x0: pictures, (B, …).
             estimate: x̂0, (B, …); no gradient flows into it.
             output: the network's second half, (B, …).
@@ -66,6 +65,7 @@ class LearnedVariance:
         Returns:
             (B,), in bits per dimension.
         """
+        steps = path.steps
         n = (t.double() * steps).round()
         exact = posterior(path, n / steps, (n - 1) / steps)
         second = torch.full_like(n, 2 / steps)

@@ -593,7 +593,7 @@ def test_learned_variance_is_the_bound_in_bits(path: Discrete) -> None:
     n = torch.tensor([1, 2, 3, 500, 999, 1000])
     x0, estimate = torch.randn(2, 6, 2, 4, 4, dtype=torch.float64)
     output = torch.rand(6, 2, 4, 4, dtype=torch.float64) * 2 - 1
-    found = LearnedVariance(0.25).loss(path, 1000, x0, estimate, output, (n / 1000).float())
+    found = LearnedVariance(0.25).loss(path, x0, estimate, output, (n / 1000).float())
     bar = torch.cat([torch.ones(1, dtype=torch.float64), path.alphas_cumprod])
     beta = (1 - bar[n] / bar[n - 1])[:, None, None, None]
     before, after = ((1 - bar[k])[:, None, None, None] for k in (n - 1, n))
@@ -613,9 +613,9 @@ def test_learned_variance_is_the_bound_in_bits(path: Discrete) -> None:
 def test_the_bound_is_zero_for_the_true_step(path: Discrete) -> None:
     n = torch.arange(2, 1001)
     x0 = torch.randn(999, 4, dtype=torch.float64)
-    bound = LearnedVariance(1.0).loss(path, 1000, x0, x0, torch.full_like(x0, -1), n / 1000)
+    bound = LearnedVariance(1.0).loss(path, x0, x0, torch.full_like(x0, -1), n / 1000)
     torch.testing.assert_close(bound, torch.zeros_like(bound), atol=1e-9, rtol=0)
-    worse = LearnedVariance(1.0).loss(path, 1000, x0, x0, torch.full_like(x0, -0.5), n / 1000)
+    worse = LearnedVariance(1.0).loss(path, x0, x0, torch.full_like(x0, -0.5), n / 1000)
     assert bool((worse > 0).all())
 
 
@@ -630,7 +630,7 @@ def test_hybrid_loss_adds_the_bound_and_holds_the_mean(target: Target) -> None:
     simple = Objective(path, target).loss(lambda *_: y, x0, noise, t, None)
     a, b = (expand_as(c, x0) for c in path(t))
     estimate, _ = solve(path, target, a * x0 + b * noise, y, t)
-    bound = part.loss(path, 1000, x0, estimate, v, t)
+    bound = part.loss(path, x0, estimate, v, t)
     torch.testing.assert_close(both, simple + bound.float())
     (of_both,) = torch.autograd.grad(both.sum(), output, retain_graph=True)
     (of_simple,) = torch.autograd.grad(simple.sum(), output, retain_graph=True)
