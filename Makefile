@@ -41,3 +41,4 @@ format: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/picture.py

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self, get_args
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.utils import logging
 from torch import Tensor
 from tqdm import trange
 
@@ -184,6 +185,7 @@ def main() -> None:
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {args.device}, "
           f"{args.dtype}, guidance {args.guidance:g}")  # fmt: skip
+    logging.set_verbosity_error()  # it warns of empty lists
     failed = []
     for name in [args.case] if args.case else CASES:
         case = CASES[name]
