@@ -143,13 +143,15 @@ def _read_folder(folder: Path, how: Reading) -> Parts:
 
 def _read_file(file: Path, how: Reading) -> Parts:
     weights = open_file(file)
-    dtype = how.dtype_of(weights.dtype)
-    network = checkpoint.load(file, dtype, how.device)
+    own = weights.under(checkpoint.PREFIX) or weights
+    checkpoint.infer(own)  # a foreign file is told first
     if how.parts is None:
         raise ValueError(
             f"{file} is a single file, which holds no tokenizers: give --parts FOLDER with tokenizer/, tokenizer_2/ "
             "and tokenizer_3/, such as a Stable Diffusion 3 folder of diffusers"
         )
+    dtype = how.dtype_of(own.dtype)
+    network = checkpoint.load(file, dtype, how.device)
     with_vae = bool(weights.under(VAE_PREFIX))
     codec_dtype = None if how.dtype == "stored" else dtype
     codec = VAE(file, codec_dtype) if with_vae else load_codec(how.parts / "vae", codec_dtype)
