@@ -30,13 +30,18 @@ class Parser(ArgumentParser):
 
 @contextmanager
 def one_line_errors(*bad_input: type[Exception]) -> Iterator[None]:
-    """Ends the program in one line: on the named exceptions with status 2, on other OSErrors with 1."""
+    """Ends the program in one line: on the named exceptions with status 2, on other OSErrors and full memory with 1."""
     try:
         yield
     except bad_input as error:
         fail(error)
     except OSError as error:
         fail(error, MACHINE_FAULT)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is slow to import
+            raise
+        cure = "try --batch-size 1, --dtype bfloat16, --text-device cpu or --vae-tiling"
+        fail(f"the device has not enough memory: {cure}", MACHINE_FAULT)
 
 
 def plain_warnings() -> None:
@@ -122,7 +127,12 @@ def reading_of(args: Namespace) -> dict[str, Any]:
 def sampling_of(args: Namespace, own: Any, **chosen: Any) -> Any:
     """A model's own way of sampling, a dataclass, with what the flags and `chosen` say instead, where they do."""
     given = {key: getattr(args, key) for key in SAMPLING}
-    return replace(own, **{key: value for key, value in (given | chosen).items() if value is not None})
+    sampling = replace(own, **{key: value for key, value in (given | chosen).items() if value is not None})
+    if not sampling.skip_layers and (args.skip_scale is not None or args.skip_interval is not None):
+        raise ValueError("--skip-scale and --skip-interval need --skip-layers")
+    if sampling.guidance == 1 and (args.rescale or args.interval):
+        raise ValueError("--rescale and --interval need guidance, which is 1: none; give another --guidance")
+    return sampling
 
 
 def find_device(name: str | None) -> str:
@@ -131,6 +141,8 @@ def find_device(name: str | None) -> str:
 
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if device == "meta":
+            raise RuntimeError("holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # unknown, or without hardware, driver or build
         raise ValueError(f"this machine has no device {device}; give another, such as cpu") from None

@@ -48,7 +48,7 @@ def parser() -> Parser:
     p.add_argument("--reference", choices=["held_out", "train"], default="held_out", help="distances to which digits")
     p.add_argument("--features", default="judge:assets/digits/judge", help="judge:DIR, inception:FILE or clip:DIR")
     p.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
-    p.add_argument("--batch-size", type=positive, default=100, help="pictures at a time; does not change them")
+    p.add_argument("--batch-size", type=positive, help="pictures at a time; default: as many as make 4,096 tokens")
     add_reading(p)
     p.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of results, plot, sheet and report")
     return p
@@ -101,7 +101,7 @@ def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
             for steps in whole_numbers(args.steps):
                 try:
                     sampling = sampling_of(args, pipe.sampling, sampler=sampler, steps=steps)
-                    sampling.walk(pipe.objective)
+                    pipe.plan(sampling)
                 except ValueError as error:
                     raise ValueError(f"{name} cannot be sampled so: {error}") from None
                 found.append(Setting(name, pipe, sampling))
@@ -178,8 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     sheet: dict[tuple[str, int], Tensor] = {}
     for name, pipe, sampling in tqdm(settings, desc="evaluating", unit="setting"):
-        with one_line_errors():
-            drawn = draw(pipe, sampling, prompts, seeds, args.batch_size)
+        with one_line_errors(ValueError):
+            drawn = draw(pipe, sampling, prompts, seeds, args.batch_size or pipe.batch_size())
         if not drawn.pictures.isfinite().all():
             fail(f"{name} draws pictures that are no numbers, by {sampling.sampler} in {sampling.steps} steps", 1)
         rows.append(

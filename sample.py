@@ -28,7 +28,7 @@ from data.pictures import load_picture, save_png, sheet, to_image
 if TYPE_CHECKING:
     from pipeline import Pipeline
 
-TOKENS = 4096  # of image in a batch, unless told otherwise: one picture of 1024² pixels
+SHOWN = 256  # longer side of a picture on the sheet, at most
 ENCODED = 128  # prompts that are encoded at once
 
 
@@ -103,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         prompts = [p for p in read_prompts(args.prompt, args.prompts) for _ in range(args.num_images)]
         args.out.mkdir(parents=True, exist_ok=True)
         import torch  # the slow imports come after the mistakes that need none
+        import torch.nn.functional as F
 
         from pipeline import Pipeline, Reading
 
@@ -110,13 +111,15 @@ def main(argv: list[str] | None = None) -> None:
         start = starting_point(args, pipe)
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
         height, width = start["image"].shape[-2:] if start else (args.height, args.width)
-        latent, _, times = pipe.plan(sampling, args.shift, height, width, start.get("strength", 1.0))
+        _, _, times = pipe.plan(sampling, args.shift, height, width, start.get("strength", 1.0))
+        if args.negative and sampling.guidance == 1:
+            raise ValueError("--negative needs guidance, which is 1: none; give another --guidance")
         if args.vae_tiling or args.vae_slicing:
             if not isinstance(pipe.codec, VAE):
                 raise ValueError("--vae-tiling and --vae-slicing are for models with a VAE, which this one has not")
             pipe.codec.save_memory(args.vae_tiling, args.vae_slicing)
     seeds = [args.seed + i for i in range(len(prompts))]
-    batch_size = args.batch_size or max(1, TOKENS * pipe.network.unit**2 // (latent[0] * latent[1]))
+    batch_size = args.batch_size or pipe.batch_size(height, width)
     parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
     pictures, entries = [], []
     settings = {
@@ -143,16 +146,17 @@ def main(argv: list[str] | None = None) -> None:
                 prompts[part], seeds[part], args.negative, sampling, args.shift, height, width, **start,
                 callback=lambda done, z, x0: bar.update(1 if done else 0),
             )  # fmt: skip
-            pictures.append(batch)
+            side = max(batch.shape[-2:])
+            pictures.append(F.interpolate(batch, scale_factor=SHOWN / side, mode="area") if side > SHOWN else batch)
             for prompt, seed, picture in zip(prompts[part], seeds[part], batch, strict=True):
                 file = f"{slug(prompt)}_{seed}.png"
                 save_png(to_image(picture), args.out / file)
                 shape = {"height": picture.shape[-2], "width": picture.shape[-1]}
                 entries.append({"file": file, "prompt": prompt, "seed": seed, **settings, **shape})
+            text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+            (args.out / "samples.json").write_text(text, encoding="utf-8")
         columns = args.num_images if args.num_images > 1 else min(len(prompts), 10)
         save_png(sheet(torch.cat(pictures), columns), args.out / "sheet.png")
-        text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
-        (args.out / "samples.json").write_text(text, encoding="utf-8")
     print(f"{len(entries)} pictures in {args.out}, side by side in {args.out / 'sheet.png'}")
 
 

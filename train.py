@@ -2,12 +2,14 @@
 
 import hashlib
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import lightning as L
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -74,7 +76,14 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        fail(message)
+        fail(plain(message))
+
+
+def plain(message: str) -> str:
+    """The cause, where jsonargparse tells all that a value could have been."""
+    where = re.match(r"(.*?)Does not validate against any of the Union subtypes", message, re.DOTALL)
+    cause = re.search(r"Errors:\s+- (.*?)\s*(?:\n\s*- |Given value|$)", message, re.DOTALL)
+    return f"{where[1]}{cause[1]}" if where and cause else message
 
 
 def parser() -> Parser:
@@ -128,7 +137,11 @@ def base_of(config: Namespace) -> str | None:
         return None
     if config.network.class_path != "mmdit.checkpoint.load":
         raise ValueError("lora updates a network from disk: network.class_path must be mmdit.checkpoint.load")
-    return str(Path(config.network.init_args.path).resolve())
+    base = Path(config.network.init_args.path).resolve()
+    base = base.parent if base.name == "transformer" and not (base / "model_index.json").exists() else base
+    if base.is_dir() and not (base / "model_index.json").is_file():
+        raise ValueError(f"lora needs the whole model, to sample with: {base} has no model_index.json")
+    return str(base)
 
 
 def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Digits]:
@@ -137,6 +150,8 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Di
     network, text, codec = config.network.train(), config.text, config.codec
     if config.lora:
         lora.add(network, config.lora)
+    if any(p.requires_grad and p.dtype != torch.float32 for p in network.parameters()):
+        raise ValueError("weights that learn must be float32, or small steps vanish: leave out network.init_args.dtype")
     data = Digits(text, codec, run.seed, **config.data)
     if data.batch_size % run.devices:
         raise ValueError(f"data.batch_size must be a multiple of the {run.devices} devices, got {data.batch_size}")
@@ -190,7 +205,10 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(ValueError, FileNotFoundError, MisconfigurationException):
         L.seed_everything(config.run.seed, verbose=False)
         base = base_of(config)
-        config = p.instantiate(config)
+        try:
+            config = p.instantiate(config)
+        except ValueError as error:
+            raise ValueError(plain(str(error))) from None
         last = config.run.folder / "last.ckpt"
         if command == "validate" and not last.is_file():
             raise FileNotFoundError(f"{last} does not exist: train this config first")

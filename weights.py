@@ -6,14 +6,15 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-DTYPES = {
+DType: TypeAlias = Literal["float32", "float16", "bfloat16"]  # of weights in memory
+STORED = {  # of weights on disk
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
@@ -91,12 +92,12 @@ def open_file(file: Path) -> Weights:
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            places = {n: Place(file, n, tuple(s.get_shape()), DTYPES[s.get_dtype()]) for n, s in slices.items()}
+            places = {n: Place(file, n, tuple(s.get_shape()), STORED[s.get_dtype()]) for n, s in slices.items()}
             return Weights(file, places, opened.metadata())
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
     except KeyError as error:
-        raise ValueError(f"{file} holds tensors of type {error}, which is not one of {', '.join(DTYPES)}") from None
+        raise ValueError(f"{file} holds tensors of type {error}, which is not one of {', '.join(STORED)}") from None
 
 
 def open_folder(folder: Path, stem: str) -> Weights:
@@ -107,13 +108,18 @@ def open_folder(folder: Path, stem: str) -> Weights:
     Raises:
         FileNotFoundError, ValueError: as `open_file`'s; also if a shard lacks what the index promises.
     """
+    idle: Path | None = None  # an index none of whose files was downloaded may lie beside a variant that was
     for variant in ("", ".fp16"):
         whole = folder / f"{stem}{variant}.safetensors"
         if whole.is_file():
             return open_file(whole)
         for index in (folder / f"{stem}.safetensors.index{variant}.json", folder / f"{whole.name}.index.json"):
             if index.is_file():
-                return _open_shards(index)
+                if any((folder / shard).is_file() for shard in _shards(index).values()):
+                    return _open_shards(index)
+                idle = index
+    if idle:
+        return _open_shards(idle)
     pickles = [file.name for kind in ("*.bin", "*.pt", "*.ckpt", "*.pth") for file in folder.glob(kind)]
     if pickles:
         raise ValueError(f"{folder} holds only a pickle, {pickles[0]}, which can run code when it is opened: "
@@ -121,10 +127,16 @@ def open_folder(folder: Path, stem: str) -> Weights:
     raise FileNotFoundError(f"no weights at {folder / f'{stem}.safetensors'}")
 
 
-def _open_shards(index: Path) -> Weights:
+def _shards(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
     table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
+    if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
         raise ValueError(f"{index} has no weight_map of names and files")
+    return table
+
+
+def _open_shards(index: Path) -> Weights:
+    table = _shards(index)
     shards = {name: open_file(index.parent / name) for name in sorted(set(table.values()))}
     absent = [name for name, shard in table.items() if name not in shards[shard]]
     if absent:
@@ -197,13 +209,21 @@ def write_json(content: Mapping[str, Any], file: Path) -> None:
 
 
 def few(names: list[str]) -> str:
-    """All names in as few words as they need: those that differ in one number only are told together."""
+    """Names for a message, those that differ in their first number only told together; at most eight kinds."""
     groups: dict[str, list[int]] = {}
     for name in names:
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
         pattern = f"{name[: number.start()]}{{}}{name[number.end() :]}" if number else name
         groups.setdefault(pattern, []).extend([int(number[0])] if number else [])
-    return ", ".join(
+    told = [
         pattern.replace("{}", str(found[0]) if len(found) == 1 else f"{{{','.join(map(str, sorted(found)))}}}", 1)
         for pattern, found in groups.items()
-    )
+    ]
+    return ", ".join(told[:8]) + (f" and {len(told) - 8} kinds more" if len(told) > 8 else "")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type of that name; ValueError unless weights can be kept in it."""
+    if name not in get_args(DType):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(DType))}, got {name}")
+    return getattr(torch, name)

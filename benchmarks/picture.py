@@ -32,6 +32,7 @@ from flow.objective import Objective
 from mmdit import checkpoint
 from pipeline import Pipeline
 from sampling import Sampling
+from weights import DType
 
 SEED, SHIFT, TOKENS, CHANNELS, FACTOR = 5, 3.0, 333, 16, 8
 Painter = Callable[[], Tensor]
@@ -121,7 +122,7 @@ def vae() -> Any:
     return stirred(network, 0.05)
 
 
-def painters(case: Case, guidance: float, device: str, dtype: checkpoint.DType) -> tuple[Painter, Painter]:
+def painters(case: Case, guidance: float, device: str, dtype: DType) -> tuple[Painter, Painter]:
     """Ours and diffusers', each of which makes the case's picture, (1, 3, size, size) on the CPU."""
     torch.manual_seed(0)
     network, codec = transformer(case).to(getattr(torch, dtype)), vae().to(getattr(torch, dtype))
@@ -180,7 +181,7 @@ def main() -> None:
     p.add_argument("--guidance", type=float, default=5.0, help="scale of classifier-free guidance")
     p.add_argument("--turns", type=int, default=7, help="pictures of each pipeline")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--dtype", choices=get_args(checkpoint.DType), default="float32", help="of network and VAE")
+    p.add_argument("--dtype", choices=get_args(DType), default="float32", help="of network and VAE")
     args = p.parse_args()
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {args.device}, "

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 PREFIX = "first_stage_model."  # of the VAE's tensors in a single file
 TILE = 1024  # pixels; the sample_size of SD3's VAE, which a single file does not tell
 
-Dtype = Literal["float32", "float16", "bfloat16"]
 Shape = tuple[int, ...]
 
 
@@ -101,9 +100,7 @@ class VAE(Codec):
         ValueError: if they are damaged or of another kind, or do not fit each other. Nothing is half-loaded.
     """
 
-    def __init__(self, path: str | os.PathLike[str], dtype: Dtype | None = "float32") -> None:
-        if dtype not in (None, *get_args(Dtype)):
-            raise ValueError(f"the VAE's dtype must be one of {', '.join(get_args(Dtype))}, got {dtype}")
+    def __init__(self, path: str | os.PathLike[str], dtype: weights.DType | None = "float32") -> None:
         path = Path(path)
         if single := path.is_file() or path.suffix == ".safetensors":
             stored = weights.open_file(path).under(PREFIX)
@@ -121,7 +118,7 @@ class VAE(Codec):
         shapes = {name: tuple(tensor.shape) for name, tensor in self.vae.state_dict().items()}
         layout = original_layout(shapes) if single else {name: (name, shape) for name, shape in shapes.items()}
         weights.fit(stored, dict(layout.values()), "this VAE's config")
-        kept = stored.dtype if dtype is None else getattr(torch, dtype)
+        kept = stored.dtype if dtype is None else weights.dtype_of(dtype)
         self.vae.load_state_dict(
             {name: stored[there].reshape(shapes[name]).to(kept, copy=True) for name, (there, _) in layout.items()},
             assign=True,
@@ -274,7 +271,7 @@ def original_layout(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]
     return {name: (renamed(name), (*shape, 1, 1) if len(shape) == 2 else shape) for name, shape in shapes.items()}
 
 
-def load_codec(folder: Path, dtype: Dtype | None = "float32") -> Codec:
+def load_codec(folder: Path, dtype: weights.DType | None = "float32") -> Codec:
     """The codec that `save` or diffusers wrote.
 
     Args:

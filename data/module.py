@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from data import digits
 from data.latents import Codec
@@ -25,18 +26,23 @@ class Batch(NamedTuple):
     pooled: Tensor  # (b, P)
 
 
+PIXELS = 2**20  # encoded at once
+
+
 class CaptionedDigits(Dataset[Batch]):
     """Latents and the encodings of all their captions in memory; an item is a whole share of a batch."""
 
     def __init__(self, split: Literal["train", "held_out"], side: int, text: TextEncoder, codec: Codec) -> None:
         pixels, labels = digits.load(split)
         templates = digits.TRAIN_TEMPLATES
-        parts = digits.enlarged(pixels, side, codec.pixel_channels).split(64)
-        self.latents = torch.cat([codec.encode(part).cpu() for part in parts])
+        batches = tqdm(pixels.split(max(1, PIXELS // side**2)), desc="encoding pictures", disable=codec.factor == 1)
+        self.latents = torch.cat(
+            [codec.encode(digits.enlarged(part, side, codec.pixel_channels)).cpu() for part in batches]
+        )
         self.labels = labels.numpy()
         self.templates = len(templates)
         null, every = [""], [c for label in range(10) for c in digits.captions(label, templates)]
-        self.tokens, self.pooled = text.encode(null + every)  # row 0 is the null condition
+        self.tokens, self.pooled = (part.cpu() for part in text.encode(null + every))  # row 0 is the null condition
 
     def rows(self, samples: np.ndarray, choice: np.ndarray) -> np.ndarray:
         """The row of each sample's caption number `choice`, in the table of encodings."""
@@ -121,6 +127,12 @@ class Digits(L.LightningDataModule):
             raise ValueError(f"data.side must be a multiple of {codec.factor} and at least 8, got {side}")
         self.text, self.codec, self.side = text, codec, side
         self.seed, self.batch_size, self.caption_dropout, self.workers = seed, batch_size, caption_dropout, workers
+
+    def setup(self, stage: str) -> None:
+        """Text and pictures are encoded where the training runs."""
+        if self.trainer:
+            self.codec.to(self.trainer.strategy.root_device)
+            self.text.to(self.trainer.strategy.root_device)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

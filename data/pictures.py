@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -33,7 +34,7 @@ def load_picture(file: Path, channels: int, height: int | None, width: int | Non
     """A picture from disk, (1, C, height, width) in [0, 1].
 
     Args:
-        file: of any format that Pillow reads.
+        file: of any format that Pillow reads, of 8 or 16 bits; a transparent part is black.
         channels: 1 for grey, 3 for colour.
         height: in pixels; the picture is scaled to cover height × width and cropped about its centre. None is its own,
             cropped to a multiple of `unit`.
@@ -46,9 +47,14 @@ def load_picture(file: Path, channels: int, height: int | None, width: int | Non
     if not file.is_file():
         raise FileNotFoundError(f"there is no picture {file}")
     try:
-        with Image.open(file) as opened:
+        with Image.open(file) as source:
+            opened: Image.Image = source
+            if opened.mode.startswith("I"):  # 16 bits, which `convert` would clip
+                opened = Image.fromarray((np.asarray(opened) // 257).clip(0, 255).astype(np.uint8))
+            if "A" in opened.getbands():  # what is not there is black
+                opened = Image.alpha_composite(Image.new("RGBA", opened.size, "black"), opened.convert("RGBA"))
             image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise ValueError(f"{file} is no picture that can be read: {error}") from None
     own = (image.width // unit * unit, image.height // unit * unit)
     if min(own) == 0:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, final
+from typing import Any, NamedTuple, Self, final
 from uuid import uuid4
 
 import torch
@@ -25,7 +25,7 @@ from data.text import (
     run_clip,
     tokenize,
 )
-from weights import Weights, fit, open_file, read_json, write_tensors
+from weights import DType, Weights, dtype_of, fit, open_file, read_json, write_tensors
 
 LENGTH = 77  # tokens that a CLIP tower reads
 BATCH = 32  # captions at once
@@ -97,17 +97,15 @@ class SD3Text(TextEncoder):
         tokens_dim: int = 4096,
         pooled_dim: int = 2048,
         max_sequence_length: int = 256,
-        dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        dtype: DType = "float32",
         device: str = "cpu",
         single_file: str | os.PathLike[str] | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         if not 1 <= max_sequence_length <= 512:
             raise ValueError(f"max_sequence_length must be from 1 to 512, got {max_sequence_length}")
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
         self.tokens_dim, self.pooled_dim, self.max_sequence_length = tokens_dim, pooled_dim, max_sequence_length
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = dtype_of(dtype)
         self.to(device)
         folder, single = Path(folder), None if single_file is None else Path(single_file)
         if not folder.is_dir():
@@ -169,14 +167,18 @@ class SD3Text(TextEncoder):
     def original_state(self) -> dict[str, Tensor]:
         """The encoders' tensors, mapped into memory, under the names of SD3's original single file.
 
-        In that format CLIP-L has no projection, which means the identity; if it is another, it is told nevertheless.
+        Raises:
+            ValueError: if CLIP-L has another projection than the identity, which that format takes for granted.
         """
-        return {
-            part.kind.prefix + name: value
-            for part in self.parts
-            for name, value in part.tower.weights().items()
-            if not (part.kind is CLIP_L and name == PROJECTION and torch.equal(value.float(), torch.eye(len(value))))
-        }
+        tensors = {}
+        for part in self.parts:
+            weights = part.tower.weights()
+            for name in weights:
+                if part.kind is not CLIP_L or name != PROJECTION:
+                    tensors[part.kind.prefix + name] = weights[name]
+                elif not part.tower.identity and not torch.equal(weights[name].float(), torch.eye(len(weights[name]))):
+                    raise ValueError("a single file cannot hold CLIP-L's projection, which is not the identity")
+        return tensors
 
     def _length(self, kind: Kind) -> int:
         return self.max_sequence_length if kind is T5 else LENGTH

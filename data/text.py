@@ -130,7 +130,7 @@ class Tower:
         settings: what its `config.json` holds.
         source: the folder of its weights, or a single file in which it is one of several models.
         prefix: of its names in the single file; none for a folder.
-        identity: the single file may lack the projection, which is then the identity.
+        identity: the projection is the identity, whatever the single file says.
 
     Attributes:
         config: the settings as transformers' object.
@@ -159,9 +159,10 @@ class Tower:
                 shapes = {name: tuple(value.shape) for name, value in self._blank().named_parameters()}
         except Exception as error:  # settings may hold anything, and building from them may raise anything
             raise ValueError(f"the settings of {source} describe no {kind.__name__}: {one_line(error)}") from error
-        self.identity = identity and PROJECTION not in weights and len(set(shapes[PROJECTION])) == 1
+        self.identity = identity and len(set(shapes[PROJECTION])) == 1
         if self.identity:
             del shapes[PROJECTION]
+            weights = weights.renamed(lambda name: None if name == PROJECTION else name)
         fit(weights, shapes, kind.__name__)
 
     def require(self, tokenizer: CLIPTokenizer | T5Tokenizer, length: int) -> None:
@@ -187,7 +188,7 @@ class Tower:
         wide = module._keep_in_fp32_modules if dtype == torch.float16 else set()
         state = {}
         for name, parameter in module.named_parameters():
-            value = weights[name] if name in weights else torch.eye(len(parameter))  # all else was missed before
+            value = torch.eye(len(parameter)) if self.identity and name == PROJECTION else weights[name]
             state[name] = value.to(device, torch.float32 if wide & set(name.split(".")) else dtype, copy=True)
         module.config.dtype = dtype  # which is noted where the module is saved
         module.load_state_dict(state, strict=False, assign=True)
@@ -210,14 +211,18 @@ class Tower:
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and the weights as they are, as hard links where they are files of their own."""
-        write_json(self.settings, folder / "config.json")
         whole = folder / "model.safetensors"
         if self.prefix:
-            tensors = dict(self.weights())
+            stored = self.weights()
+            eighth = stored.dtype.itemsize == 1  # which other tools do not read
+            dtype = torch.bfloat16 if eighth else stored.dtype
+            tensors = {name: value.to(dtype) if eighth else value for name, value in stored.items()}
             if self.identity:
-                tensors[PROJECTION] = torch.eye(self.config.hidden_size).to(self.weights().dtype)
+                tensors[PROJECTION] = torch.eye(self.config.hidden_size).to(dtype)
+            write_json(self.settings | {"dtype": str(dtype).removeprefix("torch.")}, folder / "config.json")
             write_tensors(tensors, whole)
             return
+        write_json(self.settings, folder / "config.json")
         places = open_folder(self.source, "model").places
         files = {place.file for place in places.values()}
         for file in files:

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from mmdit.layers import JointBlock
 from mmdit.model import MMDiT
-from weights import Weights, few, fit, open_file, open_folder, read_json, write_json, write_tensors
+from weights import DType, Weights, dtype_of, few, fit, open_file, open_folder, read_json, write_json, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 PREFIX = "model.diffusion_model."  # of the network's names in a single file
 Naming: TypeAlias = Literal["diffusers", "original"]
-DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 # ours: (what diffusers calls its parts, what the single files call them)
 OUTSIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -224,7 +223,7 @@ def load(path: str | os.PathLike[str], dtype: DType = "float32", device: torch.d
             network = MMDiT(**arguments)
     except TypeError as error:
         raise ValueError(f"{path} has a config with a value of the wrong type: {error}") from None
-    return read(network, weights, naming, getattr(torch, dtype), device)
+    return read(network, weights, naming, dtype_of(dtype), device)
 
 
 def save(network: MMDiT, folder: Path) -> None:

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mmdit.checkpoint import parts, swap
@@ -45,6 +43,8 @@ class LoRA:
 
 def add(network: MMDiT, lora: LoRA) -> None:
     """Gives the network updates in float32, which start at zero, and freezes the rest. ValueError for odd targets."""
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
+
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     for target in lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
@@ -59,8 +59,10 @@ def add(network: MMDiT, lora: LoRA) -> None:
             parameter.data = parameter.data.float()  # small steps would vanish in the type of a half-precision network
 
 
-def layers(network: MMDiT) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers with updates, and their names."""
+def layers(network: MMDiT) -> Iterator[tuple[str, Any]]:
+    """The layers with updates, peft's `LoraLayer`s, and their names."""
+    from peft.tuners.lora import LoraLayer
+
     for name, module in network.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
@@ -142,31 +144,36 @@ def read(network: MMDiT, weights: Weights) -> dict[str, list[Update]]:
             if not all(key in left for key in keys):
                 continue
             left -= {*keys, f"{PREFIX}{part.name}.alpha"}
-            (rank, inputs), (outputs, again) = weights.shape(keys[0]), weights.shape(keys[1])
-            if (inputs, outputs, again) != (module.in_features, part.rows, rank):
-                misfits.append(f"{keys[0]} {(rank, inputs)} and {keys[1]} {(outputs, again)}")
+            shapes = [weights.shape(key) for key in keys]
+            rank = shapes[0][0] if shapes[0] else 0
+            if shapes != [(rank, module.in_features), (part.rows, rank)] or not rank:
+                misfits.append(f"{keys[0]} {shapes[0]} and {keys[1]} {shapes[1]}")
                 continue
             up = weights[keys[1]].float() * scale(part.name, rank)
+            if not (up.isfinite().all() and weights[keys[0]].isfinite().all()):
+                misfits.append(f"{part.name}, which is not finite,")
             updates.setdefault(name, []).append(Update(rows, weights[keys[0]], swap(up) if part.swapped else up))
     if left or misfits or not updates:
         told = [f"{len(left)} left over ({few(sorted(left))})"] * bool(left)
-        told += [f"{len(misfits)} mis-shaped ({few(misfits)})"] * bool(misfits)
+        told += [f"{len(misfits)} damaged ({few(misfits)})"] * bool(misfits)
         raise ValueError(f"{weights.source} is no LoRA of this network: {', '.join(told) or 'it is empty'}")
     return updates
 
 
 def _scales(weights: Weights) -> Any:
     """s of a layer by name and rank: alpha / rank, with alpha from a tensor of its own or from the file's metadata."""
-    told = {
-        key.removeprefix(PREFIX): value
-        for key, value in json.loads(weights.metadata.get("lora_adapter_metadata", "{}")).items()
-    }
+    try:
+        content = json.loads(weights.metadata.get("lora_adapter_metadata", "{}"))
+        told = {key.removeprefix(PREFIX): value for key, value in content.items() if value is not None}
+        float(told.get("lora_alpha", 1)), [float(alpha) for alpha in told.get("alpha_pattern", {}).values()]
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{weights.source} has adapter metadata that is none") from None
     if told.get("use_dora"):
         raise ValueError(f"{weights.source} is a DoRA, which is more than a low-rank update: it cannot be merged")
 
     def scale(name: str, rank: int) -> float:
         alpha = told.get("lora_alpha", rank)
-        for pattern, value in (told.get("alpha_pattern") or {}).items():
+        for pattern, value in told.get("alpha_pattern", {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern})", name):
                 alpha = value
         key = f"{PREFIX}{name}.alpha"

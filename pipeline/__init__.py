@@ -19,6 +19,8 @@ from pipeline import folder as disk
 from pipeline.folder import Network, Parts, Reading
 from sampling import Sampling, Walk, random_normals
 
+TOKENS = 4096  # of pictures at a time
+
 
 class Pipeline:
     """Prompts to pictures.
@@ -163,7 +165,12 @@ class Pipeline:
         return self.codec.encode(image.to(self.device)).to(noise).expand_as(noise)
 
     def plan(
-        self, sampling: Sampling, shift: float | None, height: int | None, width: int | None, strength: float = 1.0
+        self,
+        sampling: Sampling,
+        shift: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float = 1.0,
     ) -> tuple[tuple[int, int], Walk, Tensor]:
         """The latent's size, the sampler and its times: what can be known to fail before anything is drawn.
 
@@ -174,7 +181,18 @@ class Pipeline:
         blocks = range(self.network.depth if isinstance(self.network, MMDiT) else 0)
         if not set(sampling.skip_layers) <= set(blocks):
             raise ValueError(f"skip_layers must be blocks of the transformer, got {sampling.skip_layers}")
-        return latent, *sampling.walk(self.objective, shift, strength)
+        walk, times = sampling.walk(self.objective, shift, strength)
+        if sampling.skip_layers and not sampling.skipping(times):
+            raise ValueError(
+                f"skip-layer guidance works in the shares {sampling.skip_interval} of the steps, where none of "
+                f"{len(times) - 1} lies: take more steps or another skip_interval"
+            )
+        return latent, walk, times
+
+    def batch_size(self, height: int | None = None, width: int | None = None) -> int:
+        """How many pictures of a size to draw at a time: as many as make 4,096 tokens, which is one of 1024² pixels."""
+        h, w = self.latent_size(height, width)
+        return max(1, TOKENS * self.network.unit**2 // (h * w))
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The latent's size for a picture's; ValueError if there is none."""

@@ -24,6 +24,15 @@ from diffusers import SD3Transformer2DModel
 
 network = SD3Transformer2DModel.from_pretrained("{place}", subfolder="transformer")
 ```"""
+FILE = """The tensors of `{place}.safetensors` have the names of the released single files. It holds no tokenizers:
+`--parts` names a folder of diffusers that has what it lacks.
+
+```sh
+python sample.py --model {place}/{place}.safetensors --parts FOLDER --prompt "{prompt}"
+```"""
+FOLDER = """```sh
+python sample.py --model {place} --prompt "{prompt}"
+```"""
 
 
 def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
@@ -32,9 +41,11 @@ def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
     Raises:
         OSError: if it cannot be written; nothing is then left.
     """
-    write(pipe.parts, out)
-    (out / "README.md").write_text(card(pipe, run, name), encoding="utf-8")
-    if opens_in_diffusers(pipe):
+    whole = opens_in_diffusers(pipe)
+    network = TRANSFORMER if isinstance(pipe.network, MMDiT) else ""
+    usage = "\n\n".join(filter(None, (FOLDER, DIFFUSERS if whole else network)))
+    write(pipe.parts, out, {"README.md": card(pipe, run, name, usage)})
+    if whole:
         return "opens in diffusers' StableDiffusion3Pipeline"
     what = "the transformer opens in diffusers' SD3Transformer2DModel" if isinstance(pipe.network, MMDiT) else (
         "the network opens in diffusers' UNet2DConditionModel"
@@ -50,10 +61,11 @@ def as_file(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
         OSError: if it cannot be written; nothing is then left.
     """
     tensors = single_file(pipe.parts)
+    readme = card(pipe, run, name, FILE)
 
     def fill(new: Path) -> None:
         write_tensors(tensors, new / f"{name}.safetensors")
-        (new / "README.md").write_text(card(pipe, run, name), encoding="utf-8")
+        (new / "README.md").write_text(readme, encoding="utf-8")
 
     replace_folder(out, fill)
     held = [
@@ -72,7 +84,7 @@ def opens_in_diffusers(pipe: Pipeline) -> bool:
     )
 
 
-def card(pipe: Pipeline, run: Path, name: str) -> str:
+def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
     """The model card, Markdown: what it is, how to use it, its data, how it was trained and what was measured.
 
     Args:
@@ -80,6 +92,7 @@ def card(pipe: Pipeline, run: Path, name: str) -> str:
         run: the folder of its training, of which `config.yaml`, `log.jsonl` and `evaluation/results.json` are told if
             they are there.
         name: what the model is called.
+        usage: how to use it, with {place}, {prompt}, {steps} and {guidance} to be filled in.
     """
     network, s = pipe.network, pipe.sampling
     count = sum(p.numel() for p in network.parameters())
@@ -87,7 +100,6 @@ def card(pipe: Pipeline, run: Path, name: str) -> str:
     side = network.sample_size * pipe.codec.factor
     config = _config(run)
     prompt = next(iter(config.get("grid", {}).get("prompts", ())), "a picture")
-    usage = DIFFUSERS if opens_in_diffusers(pipe) else TRANSFORMER if isinstance(network, MMDiT) else ""
     lines = [
         "---",
         "library_name: diffusers",
@@ -104,11 +116,8 @@ def card(pipe: Pipeline, run: Path, name: str) -> str:
         "",
         "## Use",
         "",
-        "```sh",
-        f'python sample.py --model {name} --prompt "{prompt}"',
-        "```",
+        usage.format(place=name, prompt=prompt, steps=s.steps, guidance=s.guidance),
         "",
-        *([usage.format(place=name, prompt=prompt, steps=s.steps, guidance=s.guidance), ""] if usage else []),
         *_data(config),
         *_results(run),
         *_training(config),
@@ -181,13 +190,12 @@ def upload(folder: Path, repository: str) -> str:
         OSError: in one line, if the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except Exception as error:  # its own errors and those of its network client have no base in common
         told = str(error).strip().partition("\n")[0]
         raise OSError(f"could not upload to {repository}: {told}; the export is in {folder}") from None
     return f"https://huggingface.co/{repository}"

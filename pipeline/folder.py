@@ -3,7 +3,7 @@
 import inspect
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -23,7 +23,7 @@ from flow.variance import LearnedVariance
 from mmdit import checkpoint, lora
 from mmdit.model import MMDiT
 from sampling import Sampling
-from weights import open_file, open_folder, read_json, write_json
+from weights import DType, open_file, open_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from baselines.unet import UNet  # diffusers is slow to import
@@ -69,15 +69,15 @@ class Reading:
     """
 
     device: str = "cpu"
-    dtype: checkpoint.DType | Literal["stored"] | None = None
+    dtype: DType | Literal["stored"] | None = None
     parts: Path | None = None
     lora: Path | None = None
     text_device: str | None = None
-    text_dtype: checkpoint.DType | None = None
+    text_dtype: DType | None = None
     max_sequence_length: int = 256
     text_cache: Path | None = None
 
-    def dtype_of(self, stored: torch.dtype) -> checkpoint.DType:
+    def dtype_of(self, stored: torch.dtype) -> DType:
         """The type in memory of weights that are stored in another."""
         if self.dtype and self.dtype != "stored":
             return self.dtype
@@ -103,7 +103,11 @@ def read(path: Path, how: Reading | None = None) -> Parts:
             raise ValueError(
                 f"{path / lora.CONFIG} does not tell base_model_name_or_path: give --model BASE --lora {path}"
             )
-        return read(Path(base), replace(how, lora=how.lora or path))
+        if (Path(base) / lora.FILE).is_file():
+            raise ValueError(f"{path / lora.CONFIG} names {base}, which is a LoRA and no model")
+        if how.lora:
+            raise ValueError(f"{path} is a LoRA itself: give its base as --model, and one of the two as --lora")
+        return read(Path(base), replace(how, lora=path))
     else:
         raise FileNotFoundError(f"{path} is no model folder: it has no {INDEX}")
     if how.lora:
@@ -128,7 +132,7 @@ def _read_folder(folder: Path, how: Reading) -> Parts:
         if how.dtype not in (None, "stored", "float32"):
             raise ValueError(f"{folder} holds a UNet, which is read in float32 only")
         network = UNet.load(folder / "unet").to(how.device)
-        dtype: checkpoint.DType = "float32"
+        dtype: DType = "float32"
     else:
         dtype = how.dtype_of(open_folder(folder / "transformer", checkpoint.STEM).dtype)
         network = checkpoint.load(folder, dtype, how.device)
@@ -137,6 +141,10 @@ def _read_folder(folder: Path, how: Reading) -> Parts:
     if "text_encoder_2" in index:
         text = _triple(folder, network, how, dtype)
     else:
+        if how.text_dtype or how.text_cache or how.max_sequence_length != Reading.max_sequence_length:
+            raise ValueError(
+                f"text dtype, cache and length are for Stable Diffusion 3's encoders, not that of {folder}"
+            )
         text = CLIPText(folder).to(how.text_device or how.device)
     return Parts(network, objective, codec, text, sampling)
 
@@ -163,7 +171,7 @@ def _read_file(file: Path, how: Reading) -> Parts:
     return Parts(network, objective, codec.to(how.device), text, sampling)
 
 
-def _triple(folder: Path, network: Network, how: Reading, dtype: checkpoint.DType, file: Path | None = None) -> SD3Text:
+def _triple(folder: Path, network: Network, how: Reading, dtype: DType, file: Path | None = None) -> SD3Text:
     return SD3Text(
         folder, network.text_dim, network.pooled_dim, how.max_sequence_length, how.text_dtype or dtype,
         how.text_device or how.device, file, how.text_cache,
@@ -183,7 +191,8 @@ def read_process(file: Path) -> tuple[Objective, Sampling]:
             beyond.append("num_train_timesteps other than 1000")
         if beyond:
             raise ValueError(f"{file} asks for what no Stable Diffusion 3 does: {', '.join(beyond)}")
-        return Objective(shift=config.get("shift", 1.0)), Sampling(spacing="flow_match")
+        config |= {"path": {"class": "RectifiedFlow"}, "target": {"class": "Velocity"}, "variance": None}
+        config |= {"shift": config.get("shift", 1.0), "sampling": {"spacing": "flow_match"}}
     if missing := sorted(OURS - config.keys()):
         raise ValueError(f"{file} lacks {', '.join(missing)}: another program or version wrote it")
     try:
@@ -198,10 +207,15 @@ def read_process(file: Path) -> tuple[Objective, Sampling]:
         raise ValueError(f"{file}: {error}") from None
 
 
-def write(parts: Parts, folder: Path) -> None:
+def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> None:
     """Writes the model folder, safetensors and JSON only, in diffusers' SD3 layout.
 
     The folder is written beside its place and then renamed, so that a full disk leaves the old one as it was.
+
+    Args:
+        parts: what to write.
+        folder: where to.
+        more: text files to lay beside it, name → content.
     """
 
     def fill(new: Path) -> None:
@@ -227,6 +241,8 @@ def write(parts: Parts, folder: Path) -> None:
         if whole:
             index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}  # diffusers asks for them
         write_json({"_class_name": "StableDiffusion3Pipeline" if whole else "Pipeline", **index}, new / INDEX)
+        for name, content in (more or {}).items():
+            (new / name).write_text(content, encoding="utf-8")
 
     replace_folder(folder, fill)
 

@@ -152,6 +152,17 @@ def test_loading_takes_no_more_memory_than_the_network(source: str, dtype: str, 
     assert 0.9 < float(done.stdout) < 1.1
 
 
+def test_an_index_without_its_files_does_not_hide_the_variant_that_is_there(tmp_path: Path) -> None:
+    opponent = theirs("sd3").half()
+    opponent.save_pretrained(tmp_path, variant="fp16")
+    table = dict.fromkeys(opponent.state_dict(), "diffusion_pytorch_model-00001-of-00002.safetensors")
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": table}))
+    assert same(checkpoint.export(checkpoint.load(tmp_path, "float16"), "diffusers"), opponent.state_dict())
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="00001-of-00002"):
+        checkpoint.load(tmp_path)
+
+
 def spoil_truncate(folder: Path) -> None:
     file = folder / WEIGHTS
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])

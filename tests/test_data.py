@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data import digits
 from data.latents import Pixels, load_codec
 from data.module import Digits, TrainingDigits, ValidationDigits
-from data.pictures import sheet, to_image
+from data.pictures import load_picture, sheet, to_image
 from data.sampler import GlobalBatches, Share, Stripes, Use, normal, order, stream
 from data.text import CLIPText
 
@@ -143,3 +144,28 @@ def test_pictures_round_half_to_even_and_stand_side_by_side() -> None:
     assert (grey.mode, list(grey.tobytes())) == ("L", [0, 0, 2, 255])
     assert to_image(torch.zeros(3, 2, 5)).size == (5, 2)
     assert sheet(torch.rand(6, 1, 8, 8), columns=3, side=64).size == (3 * 68 + 4, 2 * 68 + 4)
+
+
+def test_pictures_of_other_depths_and_with_holes_are_read_as_they_look(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
+    deep = load_picture(tmp_path / "deep.png", 1, None, None, 2)
+    torch.testing.assert_close(deep[0, 0], torch.from_numpy(ramp / 65535).float(), atol=1 / 255, rtol=0)
+    Image.new("RGBA", (8, 8), (255, 255, 255, 0)).save(tmp_path / "holes.png")
+    assert load_picture(tmp_path / "holes.png", 1, None, None, 2).max() == 0
+    Image.new("RGB", (9, 11), "red").save(tmp_path / "red.png")
+    assert load_picture(tmp_path / "red.png", 3, None, None, 4).shape == (1, 3, 8, 8)
+    assert load_picture(tmp_path / "red.png", 3, 16, 4, 4).shape == (1, 3, 16, 4)
+    for file, message in (("nowhere.png", "there is no picture"), ("red.png", "is smaller than 12 pixels")):
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            load_picture(tmp_path / file, 3, None, None, 12)
+
+
+def test_digits_are_enlarged_for_other_codecs_and_come_back() -> None:
+    pixels = torch.rand(5, 1, 8, 8)
+    assert torch.equal(digits.enlarged(pixels, 8, 1), pixels)
+    large = digits.enlarged(pixels, 32, 3)
+    assert large.shape == (5, 3, 32, 32)
+    assert torch.equal(large[:, 0], large[:, 2])
+    assert (digits.reduced(large) - pixels).abs().mean() < 0.1
+    assert torch.equal(digits.reduced(pixels.expand(-1, 3, -1, -1)).round(decimals=5), pixels.round(decimals=5))

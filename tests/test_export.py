@@ -54,6 +54,9 @@ def test_a_run_s_model_is_exported_with_a_card(run: Path, pipe: Pipeline, capsys
 def test_a_single_file_of_a_run_holds_its_network(run: Path, pipe: Pipeline, capsys: pytest.CaptureFixture) -> None:
     main(["export", str(run), "--format", "single-file", "--dtype", "bfloat16"])
     assert capsys.readouterr().out.strip().endswith("holds the network")
+    card = (run / "export/single-file/README.md").read_text()
+    assert "--model digits/digits.safetensors --parts FOLDER" in card
+    assert "from_pretrained" not in card
     file = run / "export/single-file/digits.safetensors"
     assert open_file(file).dtype == torch.bfloat16
     back = checkpoint.load(file, dtype="bfloat16").state_dict()
@@ -82,6 +85,7 @@ def test_released_models_go_round_all_formats_to_the_bit(tmp_path: Path, capsys:
     [
         (["export", "nowhere"], "nowhere is no model folder"),
         (["export", "RUN", "--out", "RUN"], "exists already"),
+        (["export", "MODEL"], "give --out"),
         (["export", "RUN", "--format", "onnx"], "invalid choice"),
         (["import", "RUN"], "invalid choice"),
         (["export", "RUN", "--parts", "RUN"], "--parts is for single files"),
@@ -90,7 +94,7 @@ def test_released_models_go_round_all_formats_to_the_bit(tmp_path: Path, capsys:
 )
 def test_bad_input_ends_in_one_line(run: Path, capsys: pytest.CaptureFixture, argv: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as end:
-        main([str(run) if arg == "RUN" else arg for arg in argv])
+        main([{"RUN": str(run), "MODEL": str(run / "model")}.get(arg, arg) for arg in argv])
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert len(lines) == 1
@@ -100,13 +104,14 @@ def test_bad_input_ends_in_one_line(run: Path, capsys: pytest.CaptureFixture, ar
 
 def test_an_upload_that_fails_keeps_the_export(run: Path) -> None:
     """Nothing is sent unless it is asked for; asked for without a way out, one line and status 1."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_x"}
     command = [sys.executable, "-m", "pipeline", "export", str(run), "--push-to-hub", "someone/digits"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: could not upload to someone/digits")
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert (run / "export/diffusers/README.md").is_file()
+    for way in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):  # the second sends what the first left
+        environment = os.environ | {"HF_TOKEN": "hf_x"} | way
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: could not upload to someone/digits")
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert (run / "export/diffusers/README.md").is_file()
 
 
 def test_a_lora_s_folder_is_merged_into_what_it_belongs_to(tmp_path: Path) -> None:

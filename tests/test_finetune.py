@@ -1,5 +1,6 @@
 """Training from a released model, in full and by low-rank updates, with the configs that are shipped for it."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,10 @@ def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(base: Path
     ("flags", "message"),
     [
         (["--lora.rank", "0"], "rank >= 1"),
+        (["--lora.ranks", "4"], "ranks"),
+        (["--text.init_args.folder", "nowhere"], "there is no folder nowhere"),
+        (["--network.init_args.dtype", "bfloat16"], "weights that learn must be float32"),
+        (["--lora.rank", "4", "--network.init_args.path", "LONE"], "lora needs the whole model"),
         (["--lora.rank", "4", "--lora.targets", "[query]"], "ends in 'query'"),
         (["--network.init_args.path", "nowhere"], "nowhere"),
         (["--codec.init_args.path", "nowhere"], "nowhere"),
@@ -124,10 +129,13 @@ def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(base: Path
 def test_bad_input_ends_in_one_line(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str
 ) -> None:
+    lone = tmp_path / "lone"
+    shutil.copytree(base / "transformer", lone)
     with pytest.raises(SystemExit) as end:
-        fit(base, tmp_path / "run", *flags)
+        fit(base, tmp_path / "run", *(str(lone) if flag == "LONE" else flag for flag in flags))
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert len(lines) == 1
     assert message in lines[0]
+    assert len(lines[0]) < 250
     assert not (tmp_path / "run").exists()

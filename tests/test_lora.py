@@ -148,13 +148,19 @@ def test_files_that_do_not_fit_are_named_and_change_nothing(network: MMDiT, tmp_
     key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
     for changed, message in (
         (state | {"text_encoder.layers.0.lora_A.weight": torch.zeros(2, 2)}, r"1 left over \(text_encoder"),
-        (state | {key: torch.zeros(4, 7)}, r"1 mis-shaped \(transformer.transformer_blocks.0.attn.to_q"),
+        (state | {key: torch.zeros(4, 64, 1, 1)}, r"1 damaged \(transformer.transformer_blocks.0.attn.to_q"),
+        (state | {key: torch.full((4, 64), torch.nan)}, "not finite"),
+        (state | {key: torch.zeros(4, 7)}, r"1 damaged \(transformer.transformer_blocks.0.attn.to_q"),
         ({name: tensor for name, tensor in state.items() if name != key}, r"1 left over \(.*lora_B"),
         ({}, "it is empty"),
     ):
         save_file(changed, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match=message):
             lora.merge(network, tmp_path / "x.safetensors")
+    for metadata in ("[]", "{", '{"lora_alpha": "high"}', '{"alpha_pattern": [1]}'):
+        save_file(state, tmp_path / "y.safetensors", metadata={"lora_adapter_metadata": metadata})
+        with pytest.raises(ValueError, match="adapter metadata that is none"):
+            lora.merge(network, tmp_path / "y.safetensors")
     save_file(state, tmp_path / "dora.safetensors", metadata={"lora_adapter_metadata": json.dumps({"use_dora": True})})
     with pytest.raises(ValueError, match="is a DoRA"):
         lora.merge(network, tmp_path / "dora.safetensors")

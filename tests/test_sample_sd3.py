@@ -129,6 +129,15 @@ def spoil_vae(base: Path) -> None:
     torch.save({}, base / "vae/diffusion_pytorch_model.bin")
 
 
+def spoil_shift(base: Path, shift: object = 0) -> None:
+    file = base / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift": shift}))
+
+
+def spoil_shift_word(base: Path) -> None:
+    spoil_shift(base, "three")
+
+
 def spoil_schedule(base: Path) -> None:
     file = base / "scheduler/scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
@@ -148,6 +157,14 @@ def spoil_schedule(base: Path) -> None:
         (None, ["--max-sequence-length", "513"], "from 1 to 512"),
         (None, ["--skip-layers", "7"], "skip_layers must be blocks of the transformer"),
         (None, ["--skip-layers", "1", "--guidance", "1"], "need classifier-free guidance"),
+        (None, ["--skip-layers", "1"], "where none of 2 lies: take more steps"),
+        (None, ["--skip-scale", "2"], "need --skip-layers"),
+        (None, ["--guidance", "1", "--rescale", "0.5"], "need guidance, which is 1"),
+        (None, ["--guidance", "1", "--negative", "the digit 3"], "--negative needs guidance"),
+        (None, ["--model", "RUN", "--lora", "RUN"], "is a LoRA itself"),
+        (None, ["--device", "meta"], "no device meta"),
+        (spoil_shift, [], "scheduler_config.json: shift must be > 0, got 0"),
+        (spoil_shift_word, [], "scheduler_config.json"),
         (None, ["--image", "nowhere.png"], "there is no picture nowhere.png"),
         (None, ["--image", "TEXT"], "is no picture that can be read"),
         (None, ["--mask", "MASK"], "--mask needs an --image"),
@@ -184,7 +201,7 @@ def test_bad_input_ends_in_one_line(
         "TEXT": tmp_path / "text.png", "SMALL": tmp_path / "small.png", "FLUX": tmp_path / "flux.safetensors",
         "XL": tmp_path / "xl.safetensors", "HALF": tmp_path / "half.safetensors", "PICKLE": tmp_path / "sd3.ckpt",
         "PICTURE": released / "picture.png", "MASK": released / "mask.png", "ONE": released / "one.safetensors",
-        "BASE": base,
+        "BASE": base, "RUN": released / "run",
     }  # fmt: skip
     argv = ["--model", str(base), "--prompt", "a seven", *SIZE[-2:], *(str(places.get(f, f)) for f in flags)]
     with pytest.raises(SystemExit) as end:

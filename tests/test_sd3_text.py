@@ -246,10 +246,26 @@ def test_original_state_is_the_single_file(pipe: StableDiffusion3Pipeline, folde
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
     file = folder / "text_encoder" / "model.safetensors"
     save_file(read(file) | {"text_projection.weight": 2 * torch.eye(64)}, file, {"format": "pt"})
-    other = SD3Text(folder, **SIZES)
-    assert torch.equal(other.original_state()[PREFIXES["text_encoder"] + "text_projection.weight"], 2 * torch.eye(64))
-    save_file(other.original_state(), tmp_path / "other.safetensors")
-    assert_same(SD3Text(folder, **SIZES, single_file=tmp_path / "other.safetensors").encode([""]), other.encode([""]))
+    with pytest.raises(ValueError, match="cannot hold CLIP-L's projection"):
+        SD3Text(folder, **SIZES).original_state()
+    odd = read(single) | {PREFIXES["text_encoder"] + "text_projection.weight": 2 * torch.eye(64)}
+    save_file(odd, tmp_path / "odd.safetensors")  # read as the identity, as every reader of this format does
+    plain = SD3Text(folder, **SIZES, single_file=single).encode([""])
+    assert_same(SD3Text(folder, **SIZES, single_file=tmp_path / "odd.safetensors").encode([""]), plain)
+
+
+def test_an_encoder_in_eight_bits_is_read_and_given_on_in_sixteen(folder: Path, single: Path, tmp_path: Path):
+    t5 = PREFIXES["text_encoder_3"]
+    tensors = {k: v.to(torch.float8_e4m3fn) if k.startswith(t5) else v for k, v in read(single).items()}
+    save_file(tensors, tmp_path / "eight.safetensors")
+    shutil.rmtree(folder / "text_encoder_3")
+    text = SD3Text(folder, **SIZES, single_file=tmp_path / "eight.safetensors")
+    text.save(tmp_path / "out")
+    theirs = T5EncoderModel.from_pretrained(tmp_path / "out/text_encoder_3")
+    assert theirs.dtype == torch.bfloat16
+    wanted = tensors[t5 + "shared.weight"].to(torch.bfloat16)
+    assert torch.equal(theirs.state_dict()["shared.weight"], wanted)
+    assert text.encode(PROMPTS).tokens.isfinite().all()
 
 
 def shard(folder: Path) -> None:
@@ -494,7 +510,7 @@ def test_no_captions_and_a_bare_string_are_refused(folder: Path):
     [
         ({"max_sequence_length": 0}, "max_sequence_length must be from 1 to 512, got 0"),
         ({"max_sequence_length": 513}, "max_sequence_length must be from 1 to 512, got 513"),
-        ({"dtype": "float64"}, "dtype must be float32, float16 or bfloat16, got 'float64'"),
+        ({"dtype": "float64"}, "dtype must be one of float32, float16, bfloat16, got float64"),
         ({"device": "abacus"}, "abacus"),
         ({"tokens_dim": 4096}, "T5 in .* is 224 wide, but tokens_dim is 4096"),
         ({"pooled_dim": 2048}, "CLIP-L 64 and CLIP-G 128, do not fit pooled_dim 2048"),
