@@ -51,11 +51,14 @@ class ClassifierFree:
     ) -> None:
         self.model, self.null, self.scale, self.rescale, self.interval = model, null, scale, rescale, interval
         self.channels, self.weak = channels, weak
+        self.stacked: tuple[Any, Any] = (None, None)  # the last condition, and it with the null condition
 
     def __call__(self, z: Tensor, t: Tensor, condition: Any) -> Tensor:
         if _within(self.interval, t):
-            both = type(condition)(*(_stack(n, c) for n, c in zip(self.null, condition, strict=True)))
-            y_null, y_cond = self.model(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+            if self.stacked[0] is not condition:  # once for all steps of a walk
+                both = (_stack(n, c) for n, c in zip(self.null, condition, strict=True))
+                self.stacked = condition, type(condition)(*both)
+            y_null, y_cond = self.model(torch.cat([z, z]), torch.cat([t, t]), self.stacked[1]).chunk(2)
             guided = y_null + self.scale * (y_cond - y_null)
         else:
             guided = y_cond = self.model(z, t, condition)

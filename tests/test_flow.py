@@ -733,6 +733,7 @@ def test_a_weak_model_is_moved_away_from_in_its_interval() -> None:
         return z + condition.value[:, :, None, None]
 
     guided = ClassifierFree(plain.model, plain.null, plain.scale, weak=Weak(worse, 2.8, (0.25, 0.75)))
+    guided(z, t, Told(torch.randn(3, 4)))  # another condition before leaves no trace
     expected = plain(z, t, condition) + 2.8 * (plain.model(z, t, condition) - worse(z, t, condition))
     calls.clear()
     torch.testing.assert_close(guided(z, t, condition), expected)
