@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp
+from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
 
@@ -20,15 +20,6 @@ class Modulation(NamedTuple):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm(x)·(1 + scale) + shift, the norm without learned parameters. x (B, N, width)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
-
-
-class GELU(nn.Module):
-    """The tanh approximation of GELU; in place where there is no gradient to keep its input for, which saves memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return F.gelu(x, approximate="tanh")
-        return torch.ops.aten.gelu.out(x, approximate="tanh", out=x)
 
 
 class Attention(nn.Module):
@@ -68,7 +59,7 @@ class Stream(Attention):
     def __init__(self, width: int, heads: int, qk_norm: bool, asks: bool = True) -> None:
         super().__init__(width, heads, qk_norm, asks)
         if asks:
-            self.mlp = Mlp(width, 4 * width, act_layer=GELU)
+            self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

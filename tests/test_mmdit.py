@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mmdit import checkpoint
 from mmdit.embed import crop_centre, patchify, sincos_2d, timestep_features, unpatchify
-from mmdit.layers import GELU
 from mmdit.model import Condition, MMDiT
 
 
@@ -148,16 +147,6 @@ def test_half_precision_is_the_same_function_but_for_rounding_and_keeps_t_exact(
         assert out.dtype == dtype
         assert relative(out.float(), full(z, t, condition)) < tolerance
         assert not torch.equal(half(z, torch.full((4,), 0.5), condition), half(z, torch.full((4,), 0.5005), condition))
-
-
-def test_without_a_gradient_the_function_is_the_same() -> None:
-    network = small()
-    z, t, condition = inputs()
-    with torch.no_grad():
-        plain = network(z, t, condition)
-    assert torch.equal(plain, network(z, t, condition))
-    x = torch.randn(5, 7)
-    torch.testing.assert_close(GELU()(x.requires_grad_()), F.gelu(x, approximate="tanh"))
 
 
 def test_samples_of_a_batch_do_not_meet() -> None:
