@@ -85,16 +85,17 @@ def open_file(file: Path) -> Weights:
     """
     if not file.is_file():
         raise FileNotFoundError(f"no weights at {file}")
-    with file.open("rb") as start:
-        magic = start.read(2)
-    if magic in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise ValueError(f"{file} is a pickle, which can run code when it is opened: convert it to safetensors first")
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             places = {n: Place(file, n, tuple(s.get_shape()), STORED[s.get_dtype()]) for n, s in slices.items()}
             return Weights(file, places, opened.metadata())
     except SafetensorError as error:
+        with file.open("rb") as start:  # only now: the length with which a safetensors file starts may look the same
+            magic = start.read(2)
+        if magic in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            told = "is a pickle, which can run code when it is opened: convert it to safetensors first"
+            raise ValueError(f"{file} {told}") from None
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
     except KeyError as error:
         raise ValueError(f"{file} holds tensors of type {error}, which is not one of {', '.join(STORED)}") from None

@@ -256,6 +256,13 @@ def test_pickles_and_missing_files_are_refused(tmp_path: Path) -> None:
         open_file(tmp_path / "text.safetensors")
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0480, 0x4B50])
+def test_a_header_as_long_as_a_pickle_s_first_bytes_is_no_pickle(length: int, tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+    assert open_file(tmp_path / "a.safetensors")["a"].tolist() == [0.0]
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tensors({"a": torch.zeros(3)}, tmp_path / "a.safetensors")
     shared = torch.zeros(3)
