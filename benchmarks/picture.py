@@ -73,7 +73,7 @@ class Given(TextEncoder):
         return Text(torch.cat(tokens), torch.cat(pooled))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        raise NotImplementedError
+        """Writes nothing: there are no encoders, and the texts are drawn anew each time."""
 
     def to(self, device: torch.device | str) -> Self:
         return self
