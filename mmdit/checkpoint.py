@@ -167,9 +167,9 @@ def infer(weights: Weights) -> tuple[Naming, dict[str, Any]]:
     blocks = ("transformer_blocks", "joint_blocks")[column]
     numbers = [int(found[1]) for name in weights if (found := re.match(rf"{blocks}\.(\d+)\.", name))]
 
-    def shape(ours: str, kind: str = "weight", block: int | None = None) -> tuple[int, ...] | None:
+    def shape(ours: str, block: int | None = None) -> tuple[int, ...] | None:
         names = OUTSIDE[ours] if block is None else BLOCK[ours]
-        name = f"{'' if block is None else f'{blocks}.{block}.'}{names[column][0]}.{kind}"
+        name = f"{'' if block is None else f'{blocks}.{block}.'}{names[column][0]}.weight"
         return weights.shape(name) if name in weights else None
 
     patch, positions = shape("patch"), ("pos_embed.pos_embed", "pos_embed")[column]
