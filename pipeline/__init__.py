@@ -1,6 +1,6 @@
 """Pipeline: network, process, codec and text joined for inference."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.latents import Codec
+from data.sizes import SIZE_FEATURES, size_features
 from data.text import TextEncoder
 from flow.guidance import ClassifierFree, Weak, known
 from flow.objective import Estimate, Model, Objective
@@ -32,6 +33,9 @@ class Pipeline:
         text: prompts to conditions.
         sampling: defaults for `__call__`.
 
+    Attributes:
+        sized: the network is told of sizes and crops, as its longer pooled vector says (`data.sizes`).
+
     Raises:
         ValueError: if the network's channels are not those of codec, text and objective, or the objective cannot be
             sampled as `sampling` says.
@@ -41,11 +45,12 @@ class Pipeline:
         self, network: Network, objective: Objective, codec: Codec, text: TextEncoder, sampling: Sampling | None = None
     ) -> None:
         outputs = codec.channels * (2 if objective.variance else 1)
+        self.sized = getattr(network, "pooled_dim", None) == text.pooled_dim + SIZE_FEATURES
         for key, needed in (
             ("in_channels", codec.channels),
             ("out_channels", outputs),
             ("text_dim", text.tokens_dim),
-            ("pooled_dim", text.pooled_dim),
+            ("pooled_dim", text.pooled_dim + (SIZE_FEATURES if self.sized else 0)),
         ):
             given = getattr(network, key, None)
             if given != needed:
@@ -59,9 +64,20 @@ class Pipeline:
         """Where the network is."""
         return next(self.network.parameters()).device
 
-    def condition(self, prompts: Sequence[str]) -> Condition:
-        """The prompts' condition, on the network's device. The empty prompt's is the null condition."""
-        return Condition(*(part.to(self.device) for part in self.text.encode(prompts)))
+    def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Condition:
+        """The prompts' condition, on the network's device. The empty prompt's is the null condition.
+
+        Args:
+            prompts: B texts.
+            height: of the pictures in pixels, for a network that is told of sizes; none takes the training's.
+            width: likewise.
+        """
+        text, pooled = self.text.encode(prompts)
+        if self.sized:
+            h, w = (side * self.codec.factor for side in self.latent_size(height, width))
+            whole = torch.tensor([h, w, 0, 0, h, w]).expand(len(pooled), -1)  # not cropped
+            pooled = torch.cat([pooled, size_features(whole).to(pooled)], dim=-1)
+        return Condition(text.to(self.device), pooled.to(self.device))
 
     @torch.inference_mode()
     def __call__(
@@ -86,7 +102,7 @@ class Pipeline:
                 stochastic sampler draws on.
             negative: what guidance moves away from.
             sampling: sampler, steps and guidance; none takes the model's own.
-            shift: α of the time grid; none takes the one of the training.
+            shift: α of the time grid; none takes that of the training for this size.
             height: of the picture in pixels, a multiple of unit × codec factor; none takes the image's, or without one
                 the training's.
             width: likewise.
@@ -111,8 +127,8 @@ class Pipeline:
             raise ValueError("a mask needs an image")
         latent, walk, times = self.plan(sampling, shift, height, width, 1.0 if image is None else strength)
         draw = random_normals(seeds, (self.network.in_channels, *latent), self.device)
-        condition = self.condition(prompts)
-        model = self._guided(sampling, negative, times)
+        condition = self.condition(prompts, height, width)
+        model = self._guided(sampling, lambda: self.condition([negative], height, width), times)
         a, b = self.objective.path(times[0])
         noise = draw()
         if image is None:
@@ -139,7 +155,7 @@ class Pipeline:
             raise ValueError(f"the network overflowed in {dtype}: take bfloat16 or float32, or less guidance")
         return self.codec.decode(z / self.objective.path(times[-1])[0]).cpu()
 
-    def _guided(self, sampling: Sampling, negative: str, times: Tensor) -> Model:
+    def _guided(self, sampling: Sampling, negative: Callable[[], Condition], times: Tensor) -> Model:
         """The network, guided as told."""
         if sampling.guidance == 1:
             return self.network
@@ -148,7 +164,7 @@ class Pipeline:
             weak = Weak(partial(self.network, skip_layers=sampling.skip_layers), sampling.skip_scale, interval)
         return ClassifierFree(
             self.network,
-            self.condition([negative]),
+            negative(),
             sampling.guidance,
             sampling.rescale,
             sampling.interval,
@@ -180,7 +196,8 @@ class Pipeline:
         latent = self.latent_size(height, width)
         blocks = range(self.network.depth if isinstance(self.network, MMDiT) else 0)
         if not set(sampling.skip_layers) <= set(blocks):
-            raise ValueError(f"skip_layers must be blocks of the transformer, got {sampling.skip_layers}")
+            raise ValueError(f"skip_layers must be blocks of an MMDiT, got {sampling.skip_layers}")
+        shift = self.objective.alpha(latent[0] * latent[1]) if shift is None else shift
         walk, times = sampling.walk(self.objective, shift, strength)
         if sampling.skip_layers and not sampling.skipping(times):
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from baselines.dit import DiffusionTransformer
 from data.latents import VAE
 from data.sd3_text import SD3Text
 from mmdit.model import MMDiT
@@ -47,9 +48,10 @@ def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
     write(pipe.parts, out, {"README.md": card(pipe, run, name, usage)})
     if whole:
         return "opens in diffusers' StableDiffusion3Pipeline"
-    what = "the transformer opens in diffusers' SD3Transformer2DModel" if isinstance(pipe.network, MMDiT) else (
-        "the network opens in diffusers' UNet2DConditionModel"
-    )  # fmt: skip
+    if isinstance(pipe.network, DiffusionTransformer):
+        return f"is for sample.py: diffusers has no {type(pipe.network).__name__} of this kind"
+    theirs = "SD3Transformer2DModel" if isinstance(pipe.network, MMDiT) else "UNet2DConditionModel"
+    what = f"the {'transformer' if isinstance(pipe.network, MMDiT) else 'network'} opens in diffusers' {theirs}"
     return f"{what}; the whole is for sample.py, since codec, text or process are not Stable Diffusion 3's"
 
 
@@ -96,7 +98,9 @@ def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
     """
     network, s = pipe.network, pipe.sampling
     count = sum(p.numel() for p in network.parameters())
-    kind = f"MMDiT, {network.depth} blocks of width {network.width}" if isinstance(network, MMDiT) else "UNet"
+    kind = type(network).__name__
+    if isinstance(network, MMDiT | DiffusionTransformer):
+        kind += f", {network.depth} blocks of width {network.width}"
     side = network.sample_size * pipe.codec.factor
     config = _config(run)
     prompt = next(iter(config.get("grid", {}).get("prompts", ())), "a picture")

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from baselines.dit import KINDS, DiffusionTransformer
 from data.latents import PREFIX as VAE_PREFIX
 from data.latents import VAE, Codec, load_codec
 from data.sd3_text import SD3Text
+from data.sizes import SIZE_FEATURES
 from data.text import CLIPText, TextEncoder
 from flow import path as paths
 from flow.objective import Objective
@@ -23,12 +25,13 @@ from flow.variance import LearnedVariance
 from mmdit import checkpoint, lora
 from mmdit.model import MMDiT
 from sampling import Sampling
-from weights import DType, open_file, open_folder, read_json, write_json
+from weights import DType, dtype_of, open_file, open_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from baselines.unet import UNet  # diffusers is slow to import
 
 INDEX = "model_index.json"
+SIZED = "size_conditioning"  # in the index, if the network's pooled vector also tells sizes
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 OURS = {"shift", "path", "target", "variance", "sampling"}  # of the scheduler's config, if this project wrote it
 OTHER_GRIDS = (
@@ -39,7 +42,7 @@ RELEASED_SHIFT = 3.0  # of all released models; a single file does not tell it
 
 # A network has: in_channels, out_channels, text_dim, pooled_dim; sample_size, the side of the latents in its training;
 # unit, of which a latent's height and width are multiples; largest, the most that they can be, or none.
-Network: TypeAlias = "MMDiT | UNet"
+Network: TypeAlias = "MMDiT | DiffusionTransformer | UNet"
 
 
 class Parts(NamedTuple):
@@ -112,7 +115,7 @@ def read(path: Path, how: Reading | None = None) -> Parts:
         raise FileNotFoundError(f"{path} is no model folder: it has no {INDEX}")
     if how.lora:
         if not isinstance(parts.network, MMDiT):
-            raise ValueError(f"{path} is a UNet, which takes no LoRA")
+            raise ValueError(f"{path} is a {type(parts.network).__name__}, and only an MMDiT takes a LoRA")
         lora.merge(parts.network, how.lora)
     return parts
 
@@ -125,21 +128,12 @@ def _read_folder(folder: Path, how: Reading) -> Parts:
     if how.parts:
         raise ValueError(f"--parts is for single files, and {folder} is a model folder")
     objective, sampling = read_process(folder / SCHEDULER)
-    network: Network
-    if (folder / "unet").is_dir():
-        from baselines.unet import UNet
-
-        if how.dtype not in (None, "stored", "float32"):
-            raise ValueError(f"{folder} holds a UNet, which is read in float32 only")
-        network = UNet.load(folder / "unet").to(how.device)
-        dtype: DType = "float32"
-    else:
-        dtype = how.dtype_of(open_folder(folder / "transformer", checkpoint.STEM).dtype)
-        network = checkpoint.load(folder, dtype, how.device)
+    network, dtype = _read_network(folder, how)
     codec = load_codec(folder / "vae", None if how.dtype == "stored" else dtype).to(how.device)
     text: TextEncoder
-    if "text_encoder_2" in index:
-        text = _triple(folder, network, how, dtype)
+    if "text_encoder_3" in index:  # with null where it is absent; two CLIPs alone are another model's
+        pooled_dim = network.pooled_dim - (SIZE_FEATURES if index.get(SIZED) else 0)
+        text = _triple(folder, network.text_dim, pooled_dim, how, dtype)
     else:
         if how.text_dtype or how.text_cache or how.max_sequence_length != Reading.max_sequence_length:
             raise ValueError(
@@ -147,6 +141,22 @@ def _read_folder(folder: Path, how: Reading) -> Parts:
             )
         text = CLIPText(folder).to(how.text_device or how.device)
     return Parts(network, objective, codec, text, sampling)
+
+
+def _read_network(folder: Path, how: Reading) -> tuple[Network, DType]:
+    """The network of a model folder and the type of its weights; what the codec's are to be, too."""
+    if (folder / "unet").is_dir():
+        from baselines.unet import UNet
+
+        if how.dtype not in (None, "stored", "float32"):
+            raise ValueError(f"{folder} holds a UNet, which is read in float32 only")
+        return UNet.load(folder / "unet").to(how.device), "float32"
+    place = folder / "transformer"
+    dtype = how.dtype_of(open_folder(place, checkpoint.STEM).dtype)
+    kind = read_json(place / checkpoint.CONFIG).get("_class_name")
+    if isinstance(kind, str) and kind in KINDS:
+        return KINDS[kind].load(place).to(how.device, dtype_of(dtype)), dtype
+    return checkpoint.load(place, dtype, how.device), dtype
 
 
 def _read_file(file: Path, how: Reading) -> Parts:
@@ -163,7 +173,7 @@ def _read_file(file: Path, how: Reading) -> Parts:
     with_vae = bool(weights.under(VAE_PREFIX))
     codec_dtype = None if how.dtype == "stored" else dtype
     codec = VAE(file, codec_dtype) if with_vae else load_codec(how.parts / "vae", codec_dtype)
-    text = _triple(how.parts, network, how, dtype, file)
+    text = _triple(how.parts, network.text_dim, network.pooled_dim, how, dtype, file)
     if (how.parts / SCHEDULER).is_file():
         objective, sampling = read_process(how.parts / SCHEDULER)
     else:
@@ -171,9 +181,11 @@ def _read_file(file: Path, how: Reading) -> Parts:
     return Parts(network, objective, codec.to(how.device), text, sampling)
 
 
-def _triple(folder: Path, network: Network, how: Reading, dtype: DType, file: Path | None = None) -> SD3Text:
+def _triple(
+    folder: Path, tokens_dim: int, pooled_dim: int, how: Reading, dtype: DType, file: Path | None = None
+) -> SD3Text:
     return SD3Text(
-        folder, network.text_dim, network.pooled_dim, how.max_sequence_length, how.text_dtype or dtype,
+        folder, tokens_dim, pooled_dim, how.max_sequence_length, how.text_dtype or dtype,
         how.text_device or how.device, file, how.text_cache,
     )  # fmt: skip
 
@@ -200,6 +212,7 @@ def read_process(file: Path) -> tuple[Objective, Sampling]:
             restore(paths.Path, config["path"]),
             restore(Target, config["target"]),
             shift=config["shift"],
+            shift_area=config.get("shift_area"),
             variance=config["variance"] and restore(LearnedVariance, config["variance"]),
         )
         return objective, Sampling(**config["sampling"])
@@ -223,6 +236,9 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
         if isinstance(network, MMDiT):
             checkpoint.save(network, new / "transformer")
             index: dict[str, Any] = {"transformer": ["diffusers", "SD3Transformer2DModel"]}
+        elif isinstance(network, DiffusionTransformer):
+            network.save(new / "transformer")
+            index = {"transformer": ["baselines.dit", type(network).__name__]}
         else:
             network.save(new / "unet")
             index = {"unet": ["diffusers", "UNet2DConditionModel"]}
@@ -232,12 +248,15 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
         write_json(scheduler, new / SCHEDULER)
         flow_match = scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
         vae = isinstance(parts.codec, VAE)
-        whole = flow_match and vae and isinstance(network, MMDiT) and isinstance(parts.text, SD3Text)
+        sized = network.pooled_dim != parts.text.pooled_dim
+        whole = flow_match and vae and isinstance(network, MMDiT) and isinstance(parts.text, SD3Text) and not sized
         index |= {
             "scheduler": ["diffusers" if flow_match else "flow.objective", scheduler["_class_name"]],
             "vae": ["diffusers", "AutoencoderKL"] if vae else ["data.latents", type(parts.codec).__name__],
             **parts.text.index(),
         }
+        if sized:
+            index[SIZED] = True
         if whole:
             index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}  # diffusers asks for them
         write_json({"_class_name": "StableDiffusion3Pipeline" if whole else "Pipeline", **index}, new / INDEX)
@@ -254,6 +273,7 @@ def describe_process(objective: Objective, sampling: Sampling) -> dict[str, Any]
         "_class_name": "FlowMatchEulerDiscreteScheduler" if flow_match else "Objective",
         "num_train_timesteps": 1000,
         "shift": objective.shift,
+        "shift_area": objective.shift_area,
         "path": describe(objective.path),
         "target": describe(objective.target),
         "variance": objective.variance and describe(objective.variance),
@@ -268,7 +288,7 @@ def single_file(parts: Parts) -> dict[str, Tensor]:
         ValueError: if the format could not tell what the network or the VAE is.
     """
     if not isinstance(parts.network, MMDiT):
-        raise ValueError("the single-file format holds an MMDiT, not a UNet")
+        raise ValueError(f"the single-file format holds an MMDiT, not a {type(parts.network).__name__}")
     tensors = checkpoint.single_file(parts.network)
     if isinstance(parts.codec, VAE):
         tensors |= parts.codec.original_state()
