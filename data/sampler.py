@@ -4,9 +4,11 @@ Philox is counter-based: a stream is named by its key and counter and needs no h
 that stopped after k batches goes on with batch k, on any number of ranks and loader workers.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from functools import lru_cache
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,10 @@ class Use(IntEnum):
     TIME = 2
     NOISE = 3
     VALIDATION = 4
+    SCENE = 5
+    REQUESTS = 6
+    POSTERIOR = 7
+    BUCKET = 8
 
 
 def stream(seed: int, use: Use, step: int = 0, sample: int = 0) -> np.random.Generator:
@@ -39,10 +45,9 @@ def normal(seed: int, use: Use, step: int, samples: np.ndarray, shape: tuple[int
     return torch.from_numpy(out)
 
 
-@lru_cache(maxsize=2)
-def order(seed: int, size: int, epoch: int) -> np.ndarray:
-    """The permutation of range(size) for one epoch. By argsort of raw Philox output, which numpy keeps stable."""
-    return np.argsort(stream(seed, Use.ORDER, epoch).bit_generator.random_raw(size), kind="stable")
+def order(seed: int, size: int, epoch: int, bucket: int = 0) -> np.ndarray:
+    """A bucket's permutation of range(size) in an epoch. By argsort of raw Philox output, which numpy keeps stable."""
+    return np.argsort(stream(seed, Use.ORDER, epoch, bucket).bit_generator.random_raw(size), kind="stable")
 
 
 class Share(NamedTuple):
@@ -51,55 +56,171 @@ class Share(NamedTuple):
     step: int  # k, the number of global batches before this one
     positions: np.ndarray  # where in the global batch, (b,)
     samples: np.ndarray  # which samples of the data set, (b,)
+    bucket: int = 0  # that all of them are from
+    stage: int = 0  # of the curriculum
 
 
-class GlobalBatches(Sampler[Share]):
-    """This rank's share of global batches start, start + 1, … without end.
-
-    Epochs follow each other without a gap, so no sample is dropped: a batch may hold the end of one and the start of
-    the next.
+class Shares(Sampler[Share], ABC):
+    """This rank's shares of global batches start, start + 1, … without end.
 
     Args:
-        size: samples in the data set.
+        start: the first batch.
+    """
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    @abstractmethod
+    def share(self, step: int) -> Share:
+        """This rank's share of global batch `step`, whatever was asked for before."""
+
+    def __iter__(self) -> Iterator[Share]:
+        return map(self.share, count(self.start))
+
+
+class Lane:
+    """The endless sequence of a bucket's samples: a permutation of them for each epoch, laid end to end.
+
+    Args:
+        samples: the bucket's, (n,).
+        seed: names the order.
+        bucket: the bucket's number.
+    """
+
+    def __init__(self, samples: np.ndarray, seed: int, bucket: int) -> None:
+        self.samples, self.seed, self.bucket = samples, seed, bucket
+        self.latest: tuple[int, np.ndarray] | None = None  # an epoch and its order, which takes long to make
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The samples at ascending places of the sequence, (b,)."""
+        epochs, inside = np.divmod(places, len(self.samples))
+        chosen = [self._order(int(epoch))[inside[epochs == epoch]] for epoch in np.unique(epochs)]
+        return self.samples[np.concatenate(chosen)]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.latest is None or self.latest[0] != epoch:
+            self.latest = epoch, order(self.seed, len(self.samples), epoch, self.bucket)
+        return self.latest[1]
+
+
+class Plan(NamedTuple):
+    """The global batches of an epoch, in their order."""
+
+    first: int  # number of the first of them
+    buckets: np.ndarray  # the bucket of each, (batches,)
+    places: np.ndarray  # how many batches of that bucket came before it, in this and all earlier epochs, (batches,)
+
+
+class GlobalBatches(Shares):
+    """This rank's shares of endless global batches, each from one bucket: samples that can stand in one batch.
+
+    Each bucket's permutations, one an epoch, are laid end to end and cut into batches, so no sample is dropped: what
+    is left of a bucket at the end of an epoch begins its next batch, in a later epoch. Up to epoch e a bucket of n
+    samples has given ⌊n·e / batch_size⌋ batches; those of an epoch are shuffled between the buckets. Every sample is
+    thus seen equally often, in large buckets and in those that are smaller than a batch.
+
+    Args:
+        buckets: the numbers of each one's samples, each (n,); some may be empty. One bucket is an ordinary data set.
         batch_size: of the global batch, over all ranks; a multiple of `world`.
         seed: names the order.
         start: the first batch.
         rank: this process.
         world: number of processes.
+
+    Raises:
+        ValueError: if there are no samples, or batch_size is no multiple of `world`.
+
+    Attributes:
+        sizes: samples of each bucket; their sum / batch_size is the mean number of batches an epoch.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, buckets: Sequence[np.ndarray], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        super().__init__(start)
         if batch_size % world:
             raise ValueError(f"batch_size must be a multiple of the {world} processes, got {batch_size}")
-        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
+        self.sizes = np.array([len(samples) for samples in buckets], dtype=np.int64)
+        if not self.sizes.sum():
+            raise ValueError(f"batches need samples, and there are none in {len(buckets)} buckets")
+        self.lanes = [Lane(samples, seed, bucket) for bucket, samples in enumerate(buckets)]
+        self.batch_size, self.seed = batch_size, seed
         self.positions = np.arange(batch_size)[rank * (batch_size // world) : (rank + 1) * (batch_size // world)]
+        self.latest = Plan(0, self.sizes[:0], self.sizes[:0])
 
     def share(self, step: int) -> Share:
-        """This rank's share of global batch `step`."""
-        epoch, place = np.divmod(step * self.batch_size + self.positions, self.size)
-        samples = np.array([order(self.seed, self.size, int(e))[p] for e, p in zip(epoch, place, strict=True)])
-        return Share(step, self.positions, samples)
+        if not 0 <= step - self.latest.first < len(self.latest.buckets):
+            self.latest = self._plan(self._epoch(step))
+        bucket, place = (int(column[step - self.latest.first]) for column in self.latest[1:])
+        return Share(step, self.positions, self.lanes[bucket].at(place * self.batch_size + self.positions), bucket)
 
-    def __iter__(self) -> Iterator[Share]:
-        step = self.start
-        while True:
-            yield self.share(step)
-            step += 1
+    def _given(self, epoch: int) -> np.ndarray:
+        """How many batches each bucket has given before an epoch, (buckets,)."""
+        return self.sizes * epoch // self.batch_size
+
+    def _epoch(self, step: int) -> int:
+        """The epoch of a global batch, the last before which there are no more than `step` batches."""
+        # Σ⌊n·e / B⌋ > step once Σn·e / B > step + buckets, since each bucket keeps back less than a batch.
+        enough = (step + len(self.sizes)) * self.batch_size // int(self.sizes.sum()) + 1
+        return bisect_right(range(enough + 1), step, key=lambda epoch: int(self._given(epoch).sum())) - 1
+
+    def _plan(self, epoch: int) -> Plan:
+        given = self._given(epoch)
+        counts = self._given(epoch + 1) - given
+        shuffle = stream(self.seed, Use.BUCKET, epoch).bit_generator.random_raw(int(counts.sum()))
+        shuffled = np.repeat(np.arange(len(counts)), counts)[np.argsort(shuffle, kind="stable")]
+        places = np.empty_like(shuffled)
+        places[np.argsort(shuffled, kind="stable")] = np.concatenate(
+            [np.arange(first, first + n) for first, n in zip(given, counts, strict=True)]
+        )
+        return Plan(int(given.sum()), shuffled, places)
+
+
+class Stages(Shares):
+    """A curriculum: global batches of one kind for so many steps, then of another, each kind from its own batch 0.
+
+    Args:
+        parts: how many steps each stage lasts, none for the last, which has no end; and its batches. Stages over
+            buckets of the same sizes go through them in the same order unless their seeds differ.
+        start: the first batch; that of the parts does not count.
+
+    Raises:
+        ValueError: if a stage does not last for a step or more, or the last has an end.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int | None, GlobalBatches]], start: int = 0) -> None:
+        super().__init__(start)
+        lengths = [length for length, _ in parts]
+        lasting = [length for length in lengths[:-1] if length is not None and length > 0]
+        if not lengths or lengths[-1] is not None or len(lasting) != len(lengths) - 1:
+            raise ValueError(f"stages must last for a step or more, the last without an end (none), got {lengths}")
+        self.begins = [0, *accumulate(lasting)]
+        self.parts = [batches for _, batches in parts]
+
+    def share(self, step: int) -> Share:
+        stage = bisect_right(self.begins, step) - 1
+        return self.parts[stage].share(step - self.begins[stage])._replace(step=step, stage=stage)
 
 
 class Stripes(Sampler[Share]):
-    """Every sample once, in order, for validation: batches dealt out to the ranks in turn, none padded.
+    """Every sample once, in order, for validation: batches of one bucket each, dealt out to the ranks in turn.
+
+    None is padded: the last batch of a bucket may be smaller.
 
     Args:
-        size: samples in the data set.
+        buckets: the numbers of each one's samples, each (n,).
         batch_size: of one batch on one rank.
         rank: this process.
         world: number of processes.
     """
 
-    def __init__(self, size: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        starts = range(rank * batch_size, size, world * batch_size)
-        self.shares = [Share(0, ids, ids) for ids in (np.arange(s, min(s + batch_size, size)) for s in starts)]
+    def __init__(self, buckets: Sequence[np.ndarray], batch_size: int, rank: int = 0, world: int = 1) -> None:
+        shares = [
+            Share(0, ids, ids, bucket)
+            for bucket, samples in enumerate(buckets)
+            for ids in (samples[i : i + batch_size] for i in range(0, len(samples), batch_size))
+        ]
+        self.shares = shares[rank::world]
 
     def __iter__(self) -> Iterator[Share]:
         return iter(self.shares)

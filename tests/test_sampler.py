@@ -1,0 +1,235 @@
+"""Which samples make up a batch: pure in its number, from one bucket, each sample as often as any other."""
+
+import copy
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from data.sampler import GlobalBatches, Share, Shares, Stages, Stripes, Use, normal, order, stream
+
+BATCH = 4
+UNEVEN = [10, 7, 0, 3, 1, 26]  # samples of the buckets: an empty one, and two that are smaller than a batch
+
+
+def split(sizes: list[int], seed: int = 0) -> list[np.ndarray]:
+    """That many samples in each bucket, numbered without any order."""
+    numbers = np.random.default_rng(seed).permutation(sum(sizes))
+    return np.split(numbers, np.cumsum(sizes)[:-1])
+
+
+def pool(size: int) -> list[np.ndarray]:
+    """All samples in one bucket."""
+    return [np.arange(size)]
+
+
+def given(sizes: list[int], epoch: int, batch: int = BATCH) -> list[int]:
+    """How many batches of each bucket are complete after so many epochs of its samples."""
+    return [size * epoch // batch for size in sizes]
+
+
+def assert_equal(ours: Share, theirs: Share) -> None:
+    assert (ours.step, ours.bucket, ours.stage) == (theirs.step, theirs.bucket, theirs.stage)
+    assert np.array_equal(ours.positions, theirs.positions)
+    assert np.array_equal(ours.samples, theirs.samples)
+
+
+def test_a_stream_is_its_own_for_each_seed_use_step_and_sample() -> None:
+    names = [(s, u, k, i) for s in (0, 1) for u in (Use.NOISE, Use.CAPTION) for k in (0, 1) for i in (0, 1)]
+    first = [stream(*name).random(100).tolist() for name in names]
+    assert len({tuple(draw) for draw in first}) == len(names)
+    assert len({number for draw in first for number in draw}) == 100 * len(names)
+    assert first == [stream(*name).random(100).tolist() for name in names]
+
+
+def test_noise_belongs_to_its_sample_whatever_the_batch() -> None:
+    all_of_it = normal(3, Use.NOISE, 7, np.arange(64), (2, 4, 4))
+    assert np.array_equal(normal(3, Use.NOISE, 7, np.array([9, 4]), (2, 4, 4)), all_of_it[[9, 4]])
+    assert not np.array_equal(normal(3, Use.NOISE, 8, np.arange(64), (2, 4, 4)), all_of_it)
+    assert abs(all_of_it.mean().item()) < 0.1
+    assert abs(all_of_it.std().item() - 1) < 0.05
+
+
+def test_order_is_a_permutation_of_its_own_for_each_seed_epoch_and_bucket() -> None:
+    names = [(seed, epoch, bucket) for seed in (0, 1) for epoch in (0, 1) for bucket in (0, 1)]
+    orders = [order(seed, 100, epoch, bucket) for seed, epoch, bucket in names]
+    assert all(sorted(found) == list(range(100)) for found in orders)
+    assert len({tuple(found) for found in orders}) == len(names)
+
+
+def before_there_were_buckets(size: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The formula by which runs drew their batches: the k-th B of all permutations of the data set, end to end."""
+    samples = []
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        raw = stream(seed, Use.ORDER, place // size).bit_generator.random_raw(size)
+        samples.append(int(np.argsort(raw, kind="stable")[place % size]))
+    return samples
+
+
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (1297, 32), (64, 64), (3, 8), (1, 2)])
+def test_one_bucket_gives_the_batches_of_all_runs_so_far(size: int, batch: int) -> None:
+    batches = GlobalBatches(pool(size), batch, seed=5)
+    for step in (*range(12), 41, 1000, 10**6):
+        share = batches.share(step)
+        assert share.samples.tolist() == before_there_were_buckets(size, batch, 5, step)
+        assert (share.step, share.bucket, share.stage) == (step, 0, 0)
+    among_empty = GlobalBatches([*pool(size), np.arange(0)], batch, seed=5)
+    assert np.array_equal(among_empty.share(41).samples, batches.share(41).samples)
+
+
+def test_global_batches_visit_every_sample_once_an_epoch_without_a_gap() -> None:
+    batches = GlobalBatches(pool(10), batch_size=4, seed=5)
+    seen = np.concatenate([batches.share(k).samples for k in range(15)])
+    for epoch in range(6):
+        assert sorted(seen[10 * epoch : 10 * (epoch + 1)]) == list(range(10))
+
+
+@pytest.mark.parametrize("sizes", [UNEVEN, [10], [3, 2, 1], [40, 40], [1]])
+def test_an_epoch_holds_the_batches_that_its_samples_complete(sizes: list[int]) -> None:
+    batches = iter(GlobalBatches(split(sizes), BATCH, seed=1))
+    for epoch in range(12):
+        due = np.subtract(given(sizes, epoch + 1), given(sizes, epoch))
+        found = [next(batches).bucket for _ in range(due.sum())]
+        assert np.bincount(found, minlength=len(sizes)).tolist() == due.tolist()
+
+
+@pytest.mark.parametrize("sizes", [UNEVEN, [3, 2, 1], [40, 40]])
+def test_a_bucket_s_batches_are_its_permutations_end_to_end(sizes: list[int]) -> None:
+    """What is left over of an epoch begins the next batch, and each batch is from one bucket."""
+    buckets = split(sizes)
+    shares = list(islice(GlobalBatches(buckets, BATCH, seed=1), sum(given(sizes, 20))))
+    for number, bucket in enumerate(buckets):
+        own = [share.samples for share in shares if share.bucket == number]
+        assert len(own) == given(sizes, 20)[number]
+        sequence = np.concatenate([*own, bucket[:0]])
+        for start in range(0, len(sequence) - len(bucket) + 1, max(len(bucket), 1)):
+            assert sorted(sequence[start : start + len(bucket)]) == sorted(bucket)
+        rest = sequence[len(sequence) // len(bucket) * len(bucket) :] if len(bucket) else sequence
+        assert len(set(rest)) == len(rest)
+
+
+def test_every_sample_is_seen_as_often_as_any_other() -> None:
+    """At every time as often as those of its bucket but for one; and after e epochs e times, but for a batch."""
+    sizes = [100, 37, 9, 2]
+    buckets = split(sizes)
+    batches = iter(GlobalBatches(buckets, BATCH, seed=3))
+    seen = np.zeros(sum(sizes), dtype=int)
+    for epoch in range(1, 60):
+        for _ in range(sum(given(sizes, epoch)) - sum(given(sizes, epoch - 1))):
+            np.add.at(seen, next(batches).samples, 1)
+            assert all(np.ptp(seen[bucket]) <= 1 for bucket in buckets)
+        for bucket in buckets:
+            assert epoch * len(bucket) - BATCH < seen[bucket].sum() <= epoch * len(bucket)
+
+
+def test_buckets_take_turns_at_random_in_another_order_each_epoch() -> None:
+    labels = np.array([s.bucket for s in islice(GlobalBatches(split([4000, 4000]), BATCH, seed=0), 4000)])
+    first, second = labels[:2000], labels[2000:]
+    assert first.sum() == second.sum() == 1000
+    assert not np.array_equal(first, second)
+    changes = (first[1:] != first[:-1]).mean()
+    assert abs(changes - 0.5) < 5 * 0.5 / 2000**0.5  # five deviations of a fair coin
+    other = [s.bucket for s in islice(GlobalBatches(split([4000, 4000]), BATCH, seed=1), 2000)]
+    assert not np.array_equal(first, other)
+
+
+def test_buckets_of_equal_size_have_orders_of_their_own() -> None:
+    shares = list(islice(GlobalBatches([np.arange(40), np.arange(40, 80)], BATCH, seed=0), 20))
+    first, second = (np.concatenate([s.samples for s in shares if s.bucket == b]) for b in (0, 1))
+    assert not np.array_equal(first, second - 40)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_global_batch_of_one_process(world: int) -> None:
+    buckets = split([50, 30, 20, 5])
+    whole = GlobalBatches(buckets, 12, seed=1)
+    parts = [GlobalBatches(buckets, 12, 1, 0, rank, world) for rank in range(world)]
+    for k in (0, 9, 1000):
+        shares = [part.share(k) for part in parts]
+        assert np.array_equal(np.concatenate([s.samples for s in shares]), whole.share(k).samples)
+        assert np.array_equal(np.concatenate([s.positions for s in shares]), np.arange(12))
+        assert {s.bucket for s in shares} == {whole.share(k).bucket}
+        assert {len(s.samples) for s in shares} == {12 // world}
+
+
+def test_batches_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of the 5 processes, got 12"):
+        GlobalBatches(pool(100), 12, 1, 0, 0, 5)
+    for buckets in ([], [np.arange(0)] * 2):
+        with pytest.raises(ValueError, match=f"there are none in {len(buckets)} buckets"):
+            GlobalBatches(buckets, 12, 1)
+
+
+def curriculum(start: int = 0) -> Stages:
+    """11 steps of small pictures, then 9, then the rest; the last one's samples are those of the first."""
+    small, large = split(UNEVEN, 1), split([5, 30], 2)
+    parts = [GlobalBatches(small, 8, 0), GlobalBatches(large, 4, 1), GlobalBatches(small, 4, 2)]
+    return Stages(list(zip((11, 9, None), parts, strict=True)), start)
+
+
+@pytest.mark.parametrize("kind", ["one stage", "stages"])
+def test_a_share_depends_on_its_number_alone(kind: str) -> None:
+    """Whatever was asked for before, and wherever the run started."""
+
+    def fresh(start: int = 0) -> Shares:
+        return curriculum(start) if kind == "stages" else GlobalBatches(split(UNEVEN), BATCH, 7, start)
+
+    straight = list(islice(fresh(), 200))
+    assert [share.step for share in straight] == list(range(200))
+    back_and_forth = fresh()
+    for k in np.random.default_rng(0).integers(200, size=100):
+        assert_equal(back_and_forth.share(int(k)), straight[k])
+    for start in (1, 10, 11, 12, 20, 21, 63, 199):
+        assert_equal(next(iter(fresh(start))), straight[start])
+    copied = copy.deepcopy(back_and_forth)
+    assert_equal(copied.share(150), straight[150])
+
+
+def test_a_step_far_away_is_found_at_once() -> None:
+    """Not by counting up to it: it would take hours."""
+    sizes = [4, 7, 0, 3, 1]
+    step = 10**12
+    bucket = GlobalBatches(split(sizes), BATCH, 0).share(step).bucket
+    epoch = step * BATCH // sum(sizes)
+    while sum(given(sizes, epoch + 1)) <= step:
+        epoch += 1
+    window = range(sum(given(sizes, epoch)), sum(given(sizes, epoch + 1)))
+    assert step in window
+    found = [GlobalBatches(split(sizes), BATCH, 0).share(k).bucket for k in window]
+    assert found[step - window[0]] == bucket
+    due = np.subtract(given(sizes, epoch + 1), given(sizes, epoch))
+    assert np.bincount(found, minlength=5).tolist() == due.tolist()
+
+
+def test_each_stage_starts_with_its_own_first_batch_at_the_run_s_step() -> None:
+    stages = curriculum()
+    for stage, (begin, end) in enumerate([(0, 11), (11, 20), (20, 90)]):
+        for k in range(begin, end):
+            share, own = stages.share(k), stages.parts[stage].share(k - begin)
+            assert (share.step, share.stage, share.bucket) == (k, stage, own.bucket)
+            assert np.array_equal(share.samples, own.samples)
+            assert np.array_equal(share.positions, own.positions)
+    alone = GlobalBatches(split(UNEVEN), BATCH, 0)
+    assert all(np.array_equal(Stages([(None, alone)]).share(k).samples, alone.share(k).samples) for k in range(30))
+
+
+@pytest.mark.parametrize("lengths", [(), (5,), (None, None), (5, -3, None), (0, None), (3, 5), (None, 5)])
+def test_stages_that_do_not_follow_each_other_are_refused(lengths: tuple[int | None, ...]) -> None:
+    with pytest.raises(ValueError, match="stages must last for a step or more, the last without an end"):
+        Stages([(length, GlobalBatches(pool(10), 2, 0)) for length in lengths])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [[500], [200, 0, 64, 1, 235]])
+def test_validation_sees_every_sample_once_on_any_number_of_ranks(world: int, sizes: list[int]) -> None:
+    buckets = split(sizes)
+    ranks = [list(Stripes(buckets, 64, rank, world)) for rank in range(world)]
+    assert [len(Stripes(buckets, 64, rank, world)) for rank in range(world)] == [len(shares) for shares in ranks]
+    in_turn = [ranks[i % world][i // world] for i in range(sum(map(len, ranks)))]
+    assert np.array_equal(np.concatenate([share.samples for share in in_turn]), np.concatenate(buckets))
+    for share in in_turn:
+        assert set(share.samples) <= set(buckets[share.bucket])
+        assert 0 < len(share.samples) <= 64
+        assert np.array_equal(share.positions, share.samples)
+    counts = [len(shares) for shares in ranks]
+    assert max(counts) - min(counts) <= 1
