@@ -118,7 +118,7 @@ def draws_digits(pipes: dict[str, Pipeline]) -> None:
 
 def draw(pipe: Pipeline, sampling: Sampling, prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> Drawn:
     """A picture for each prompt, with everything that is measured on the way."""
-    times = sampling.walk(pipe.objective)[1]
+    _, _, times = pipe.plan(sampling)
     a, b = pipe.objective.path(times)
     scale, tau = a + b, b / (a + b)
     pictures, lengths, bends, calls, seconds = [], [], [], 0, 0.0

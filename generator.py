@@ -12,8 +12,8 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
+from data.batch import Batch
 from data.latents import Codec
-from data.module import Batch
 from data.pictures import save_png, sheet
 from data.sampler import Use, stream
 from data.text import TextEncoder
@@ -125,7 +125,7 @@ class Generator(L.LightningModule):
         """The mean loss of this rank's share of global batch `batch.step`."""
         draw = torch.Generator().manual_seed(int(stream(self.seed, Use.TIME, batch.step).bit_generator.random_raw()))
         u = stratified(self.batch_size, draw)[batch.positions]
-        t = self.objective.time(u).to(batch.x0.device)
+        t = self.objective.time(u, batch.x0[0, 0].numel()).to(batch.x0.device)
         loss = self.objective.loss(self.network, batch.x0, batch.noise, t, Condition(batch.text, batch.pooled))
         self.bins.add(t, loss)
         mean = loss.mean()

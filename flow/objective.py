@@ -1,5 +1,6 @@
 """The objective: path + target + density + weight, as one loss for training and validation and one denoiser."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast, final
 
@@ -33,6 +34,8 @@ class Objective:
         density: where in t training looks.
         weight: an extra factor on the loss at t; none means 1.
         shift: α of the resolution shift, applied to the drawn t here and to the sampler's time grid, once each.
+        shift_area: height × width of the latents that `shift` is for; others have α·√(area / shift_area) (Esser et al.
+            2024, §5.3.2). None: one α for all.
         variance: also learns the reverse step's variance, on a discrete path: the network then has twice the channels.
     """
 
@@ -44,14 +47,15 @@ class Objective:
         weight: Weight | None = None,
         shift: float = 1.0,
         variance: LearnedVariance | None = None,
+        shift_area: int | None = None,
     ) -> None:
-        if shift <= 0:
-            raise ValueError(f"shift must be > 0, got {shift}")
+        if shift <= 0 or (shift_area is not None and shift_area <= 0):
+            raise ValueError(f"shift and shift_area must be > 0, got {shift} and {shift_area}")
         self.path = path or RectifiedFlow()
         self.target = target or Velocity()
         self.density = density or LogitNormal()
         self.weight = weight
-        self.shift = shift
+        self.shift, self.shift_area = shift, shift_area
         self.variance = variance
         if variance and not isinstance(self.path, Discrete):
             raise ValueError(f"a learned variance needs a discrete path, got {type(self.path).__name__}")
@@ -60,9 +64,13 @@ class Objective:
         if weight:
             weight(self.path, self.target, half)
 
-    def time(self, u: Tensor) -> Tensor:
-        """Training times for uniform u: (B,) float32."""
-        return self.path.cell(shift(self.density(u), self.shift)).float()
+    def alpha(self, area: int) -> float:
+        """α of the resolution shift for latents of `area` = height × width, in training as in sampling."""
+        return self.shift if self.shift_area is None else self.shift * math.sqrt(area / self.shift_area)
+
+    def time(self, u: Tensor, area: int) -> Tensor:
+        """Training times for uniform u, (B,) float32, for latents of `area` = height × width."""
+        return self.path.cell(shift(self.density(u), self.alpha(area))).float()
 
     def loss(self, model: Model, x0: Tensor, noise: Tensor, t: Tensor, condition: Any) -> Tensor:
         """w(t)·mean((model(z_t, t) − y)²) for each image, plus the learned variance's own loss.
