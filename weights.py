@@ -1,5 +1,6 @@
 """Weights on disk: safetensors files, read tensor by tensor, refused as a whole if anything does not fit."""
 
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,9 @@ STORED = {  # of weights on disk
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+
+SAMPLE = 1024  # numbers at each of three places of a tensor that go into a digest
 
 
 class Place(NamedTuple):
@@ -168,6 +172,18 @@ def fit(weights: Weights, wanted: Mapping[str, tuple[int, ...]], owner: str) -> 
     if any(faults.values()):
         told = (f"{len(names)} {fault} ({few(names)})" for fault, names in faults.items() if names)
         raise ValueError(f"{weights.source}: the weights do not fit {owner}: {', '.join(told)}")
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of each tensor's name, type, shape, beginning, middle and end; of the last three SAMPLE numbers each."""
+    told = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        flat = tensor.flatten()
+        told.update(f"{name} {tuple(tensor.shape)} {flat.dtype}".encode())
+        for start in (0, len(flat) // 2, max(0, len(flat) - SAMPLE)):
+            told.update(flat[start : start + SAMPLE].cpu().view(torch.uint8).numpy().tobytes())
+    return told.hexdigest()
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -78,6 +78,9 @@ class Given(TextEncoder):
     def to(self, device: torch.device | str) -> Self:
         return self
 
+    def fingerprint(self) -> dict[str, Any]:
+        return {"class": "Given", "captions": sorted(self.texts)}
+
     def index(self) -> dict[str, list[str | None]]:
         return {}
 

@@ -1,6 +1,7 @@
 """Codecs: pixels ↔ normalised latents."""
 
 import json
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -34,6 +35,10 @@ class Codec(ABC):
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents of pixels."""
 
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents of pixels; ValueError if a picture has just one latent."""
+        raise ValueError(f"{type(self).__name__} has no posterior to draw latents from: take their mean")
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels of latents, clamped to [0, 1]."""
@@ -41,6 +46,10 @@ class Codec(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes what `load_codec` needs."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What its latents depend on besides the pixels, as JSON."""
 
     def to(self, device: torch.device | str) -> Self:
         """Moves its weights, of which pixels have none, to where it then computes and leaves its results."""
@@ -73,13 +82,14 @@ class Pixels(Codec):
         return (latents / self.scale + self.shift).clamp(0, 1)
 
     def save(self, folder: Path) -> None:
-        config = {
-            "_class_name": "Pixels",
-            "channels": self.channels,
-            "shift_factor": self.shift,
-            "scaling_factor": self.scale,
-        }
-        weights.write_json(config, folder / CONFIG)
+        weights.write_json({"_class_name": "Pixels"} | self._config, folder / CONFIG)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"class": "Pixels"} | self._config
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        return {"channels": self.channels, "shift_factor": self.shift, "scaling_factor": self.scale}
 
 
 class VAE(Codec):
@@ -145,9 +155,19 @@ class VAE(Codec):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents of pixels; ValueError if their size is no multiple of `factor`, and for numbers not finite."""
+        return self.posterior(pixels)[0]
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the normalised latents; the errors are those of `encode`."""
         if pixels.shape[-2] % self.factor or pixels.shape[-1] % self.factor:
             raise ValueError(f"a picture's sides must be multiples of {self.factor}, got {tuple(pixels.shape[-2:])}")
-        return self._run(lambda x: (self.vae.encode(x).latent_dist.mean - self.shift) * self.scale, 2 * pixels - 1)
+
+        def network(x: Tensor) -> Tensor:
+            q = self.vae.encode(x).latent_dist
+            return torch.cat([(q.mean - self.shift) * self.scale, q.logvar + 2 * math.log(self.scale)], dim=1)
+
+        mean, logvar = self._run(network, 2 * pixels - 1).chunk(2, dim=1)
+        return mean, logvar
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels of latents, clamped to [0, 1]; ValueError for numbers not finite."""
@@ -181,6 +201,11 @@ class VAE(Codec):
         if other := [f"{key} is {self._config[key]}, not {value}" for key, value in told if self._config[key] != value]:
             raise ValueError(f"a single file cannot tell this VAE's config: {', '.join(other)}")
         return {PREFIX + there: state[name].reshape(shape) for name, (there, shape) in layout.items()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        dtype = str(self.vae.dtype).removeprefix("torch.")
+        told = {"shift_factor": self.shift, "scaling_factor": self.scale, "shift and scale": "applied"}
+        return {"class": "VAE", "weights": weights.digest(self.vae.state_dict()), "dtype": dtype, **told}
 
     @property
     def _config(self) -> dict[str, Any]:

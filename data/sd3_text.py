@@ -14,6 +14,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from data.text import (
     PROJECTION,
+    Slot,
     Text,
     TextEncoder,
     Tower,
@@ -85,6 +86,7 @@ class SD3Text(TextEncoder):
             `config.json` there.
         cache: a folder for the results, a file for each caption, which other processes find again. Names are hashes
             of the caption, the encoders, `dtype` and the lengths, so that nothing can be mixed up.
+        keep: the encoders stay on the device once they are read, as for encoding a whole data set.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -101,11 +103,14 @@ class SD3Text(TextEncoder):
         device: str = "cpu",
         single_file: str | os.PathLike[str] | None = None,
         cache: str | os.PathLike[str] | None = None,
+        keep: bool = False,
     ) -> None:
         if not 1 <= max_sequence_length <= 512:
             raise ValueError(f"max_sequence_length must be from 1 to 512, got {max_sequence_length}")
         self.tokens_dim, self.pooled_dim, self.max_sequence_length = tokens_dim, pooled_dim, max_sequence_length
         self.dtype = dtype_of(dtype)
+        self.keep = keep
+        self.kept: dict[Kind, Any] = {}
         self.to(device)
         folder, single = Path(folder), None if single_file is None else Path(single_file)
         if not folder.is_dir():
@@ -114,13 +119,18 @@ class SD3Text(TextEncoder):
         if not towers:
             raise ValueError(f"there is no text encoder in {folder}" + (f" and {single}" if single else ""))
         self.parts = self._parts(towers, folder)
+        self.slots = tuple(
+            Slot(f"text_encoder{part.kind.suffix}", part.rows, part.columns, part.pooled) for part in self.parts
+        )
         shapes = {"tokens": (LENGTH + max_sequence_length, tokens_dim), "pooled": (pooled_dim,)}
-        self.rows = Rows(shapes) if cache is None else Rows(shapes, Path(cache), self._fingerprint())
+        self.rows = Rows(shapes) if cache is None else Rows(shapes, Path(cache), json.dumps(self.fingerprint()))
 
     def to(self, device: torch.device | str) -> Self:
         """Sets where the encoders compute."""
         try:
             self.device = torch.device(device)
+            for encoder in self.kept.values():
+                encoder.to(device)
         except RuntimeError as error:
             raise ValueError(one_line(error)) from None
         return self
@@ -163,6 +173,17 @@ class SD3Text(TextEncoder):
             for kind in (CLIP_L, CLIP_G, T5)
             for name, thing in (("text_encoder", kind.tower), ("tokenizer", kind.tokenizer))
         }
+
+    def fingerprint(self) -> dict[str, Any]:
+        encoders = {}
+        for slot, part in zip(self.slots, self.parts, strict=True):
+            digest = hashlib.sha256()
+            for file in part.vocabulary:
+                digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+            encoders[slot.name] = {"weights": part.tower.fingerprint(), "tokenizer": digest.hexdigest()}
+        sizes = {"tokens_dim": self.tokens_dim, "pooled_dim": self.pooled_dim, "length": LENGTH}
+        sizes["max_sequence_length"] = self.max_sequence_length
+        return {"class": "SD3Text", "dtype": str(self.dtype).removeprefix("torch."), **sizes, **encoders}
 
     def original_state(self) -> dict[str, Tensor]:
         """The encoders' tensors, mapped into memory, under the names of SD3's original single file.
@@ -226,7 +247,9 @@ class SD3Text(TextEncoder):
 
     def _fill(self, part: Part, ids: Tensor, tokens: Tensor, pooled: Tensor) -> None:
         """Writes one encoder's results for `ids (B, N)` into `tokens (B, N, width)` and `pooled (B, projection)`."""
-        encoder = part.tower.load(self.dtype, self.device)
+        encoder = self.kept.get(part.kind) or part.tower.load(self.dtype, self.device)
+        if self.keep:
+            self.kept[part.kind] = encoder
         for batch, *slots in zip(*(x.split(BATCH) for x in (ids, tokens, pooled)), strict=True):
             made = (run_t5 if part.kind is T5 else run_clip)(encoder, batch.to(self.device))
             for slot, values in zip(slots, made, strict=True):
@@ -234,15 +257,6 @@ class SD3Text(TextEncoder):
                     cure = "take bfloat16 or float32" if self.dtype == torch.float16 else "its weights are damaged"
                     dtype = str(self.dtype).removeprefix("torch.")
                     raise ValueError(f"the {part.kind.title} encoder overflowed in {dtype}: {cure}")
-
-    def _fingerprint(self) -> str:
-        sizes = [self.tokens_dim, self.pooled_dim, self.max_sequence_length, str(self.dtype)]
-        digest = hashlib.sha256(json.dumps(sizes).encode())
-        for part in self.parts:
-            digest.update(f"{part.kind.title} {part.tower.fingerprint()}".encode())
-            for file in part.vocabulary:
-                digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-        return digest.hexdigest()
 
 
 class Rows:

@@ -17,11 +17,10 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging
 
-from weights import Weights, fit, open_file, open_folder, read_json, write_json, write_tensors
+from weights import Weights, digest, fit, open_file, open_folder, read_json, write_json, write_tensors
 
 PROJECTION = "text_projection.weight"  # of the pooled vector, in a CLIP tower
 TABLE = "encoder.embed_tokens.weight"  # T5's second name for `shared.weight`
-SAMPLE = 1024  # numbers at each of three places of a tensor that go into a fingerprint
 Tokenizer = TypeVar("Tokenizer", bound=CLIPTokenizer | T5Tokenizer)
 
 
@@ -32,16 +31,27 @@ class Text(NamedTuple):
     pooled: Tensor
 
 
+class Slot(NamedTuple):
+    """Where the results of one of several encoders stand."""
+
+    name: str  # its subfolder in a model folder
+    rows: slice  # of the tokens
+    columns: slice  # of a token's vector
+    pooled: slice  # of the pooled vector
+
+
 class TextEncoder(ABC):
     """Captions to conditions.
 
     Attributes:
         tokens_dim: D, length of a token's vector.
         pooled_dim: P, length of a caption's pooled vector.
+        slots: where each encoder's results stand; what no slot covers is zero.
     """
 
     tokens_dim: int
     pooled_dim: int
+    slots: tuple[Slot, ...]
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> Text:
@@ -63,22 +73,36 @@ class TextEncoder(ABC):
     def index(self) -> dict[str, list[str | None]]:
         """What `save` writes, as in diffusers' `model_index.json`: subfolder → library and class."""
 
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What the results depend on besides the captions, as JSON: encoders by their content, lengths, type."""
+
+
+class Clip(NamedTuple):
+    """A CLIP text tower in memory."""
+
+    tokenizer: CLIPTokenizer
+    encoder: CLIPTextModelWithProjection
+    fingerprint: str
+
 
 @final
 class CLIPText(TextEncoder):
-    """A frozen CLIP text tower with its tokenizer, as SD3 uses it (P. Esser et al., 2024, section 4).
+    """One or two frozen CLIP text towers with their tokenizers, as SD3 uses them (P. Esser et al., 2024, section 4).
 
     The tokens are the hidden states before the last layer, without the final norm, as diffusers' SD3 takes them; the
-    pooled vector is the projection of the final state of the end token. Captions are padded to the length of the
-    tokenizer without a mask: attention is causal, so padding never reaches the caption, but it does carry its summary.
-    Both are float32, on the device of the tower.
+    pooled vector is the projection of the final state of the end token. Two towers' vectors are laid end to end.
+    Captions are padded to the length of the tokenizer without a mask: attention is causal, so padding never reaches the
+    caption, but it does carry its summary. Both are float32, on the device of the towers.
 
     Args:
         folder: holds `text_encoder/` (`config.json`, `model.safetensors`) and `tokenizer/` (`tokenizer_config.json`,
-            and either `tokenizer.json` or both `vocab.json` and `merges.txt`), as in a diffusers model folder.
+            and either `tokenizer.json` or both `vocab.json` and `merges.txt`), as in a diffusers model folder; the
+            second tower is `text_encoder_2/` and `tokenizer_2/`, if they are there.
 
     Attributes:
         length: N, tokens per caption, start and end included.
+        towers: in order.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -86,40 +110,70 @@ class CLIPText(TextEncoder):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.tokenizer = read_tokenizer(CLIPTokenizer, Path(folder) / "tokenizer")
-        self.length: int = self.tokenizer.model_max_length
-        source = Path(folder) / "text_encoder"
-        tower = Tower(CLIPTextModelWithProjection, read_json(source / "config.json"), source)
-        tower.require(self.tokenizer, self.length)
-        self.encoder: CLIPTextModelWithProjection = tower.load(torch.float32, torch.device("cpu"))
-        self.tokens_dim: int = tower.config.hidden_size
-        self.pooled_dim: int = tower.config.projection_dim
+        self.towers: list[Clip] = []
+        slots: list[Slot] = []
+        self.tokens_dim = self.pooled_dim = 0
+        for suffix in ("", "_2"):
+            source = Path(folder) / f"text_encoder{suffix}"
+            if suffix and not source.is_dir():
+                break
+            tokenizer = read_tokenizer(CLIPTokenizer, Path(folder) / f"tokenizer{suffix}")
+            tower = Tower(CLIPTextModelWithProjection, read_json(source / "config.json"), source)
+            tower.require(tokenizer, tokenizer.model_max_length)
+            encoder = tower.load(torch.float32, torch.device("cpu"))
+            self.towers.append(Clip(tokenizer, encoder, tower.fingerprint()))
+            width, projection = tower.config.hidden_size, tower.config.projection_dim
+            columns = slice(self.tokens_dim, self.tokens_dim + width)
+            pooled = slice(self.pooled_dim, self.pooled_dim + projection)
+            slots.append(Slot(source.name, slice(None), columns, pooled))
+            self.tokens_dim, self.pooled_dim = columns.stop, pooled.stop
+        self.slots = tuple(slots)
+        lengths = {tower.tokenizer.model_max_length for tower in self.towers}
+        if len(lengths) > 1:
+            raise ValueError(f"the tokenizers in {folder} give different numbers of tokens: {sorted(lengths)}")
+        self.length: int = lengths.pop()
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the tower to `device`, where `encode` then computes and leaves its results."""
-        self.encoder.to(device)  # type: ignore[arg-type]  # the decorator of `to` hides that it is a method
+        """Moves the towers to `device`, where `encode` then computes and leaves its results."""
+        for tower in self.towers:
+            tower.encoder.to(device)  # type: ignore[arg-type]  # the decorator of `to` hides that it is a method
         return self
 
     def encode(self, captions: Sequence[str]) -> Text:
-        ids = tokenize(self.tokenizer, listed(captions), self.length, "the text tower")
-        return run_clip(self.encoder, ids.to(self.encoder.device))
+        made = []
+        for tokenizer, encoder, _ in self.towers:
+            ids = tokenize(tokenizer, listed(captions), self.length, "the text tower")
+            made.append(run_clip(encoder, ids.to(encoder.device)))
+        return Text(*(torch.cat(parts, dim=-1) for parts in zip(*made, strict=True)))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        write(folder, self.encoder, self.tokenizer)
+        for suffix, tower in zip(("", "_2"), self.towers, strict=False):
+            write(folder, tower.encoder, tower.tokenizer, suffix)
 
     def index(self) -> dict[str, list[str | None]]:
         return {
-            "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
+            f"{name}{suffix}": ["transformers", kind.__name__]
+            for suffix, _ in zip(("", "_2"), self.towers, strict=False)
+            for name, kind in (("text_encoder", CLIPTextModelWithProjection), ("tokenizer", CLIPTokenizer))
         }
 
+    def fingerprint(self) -> dict[str, Any]:
+        encoders = {
+            slot.name: {"weights": tower.fingerprint, "tokenizer": digest_of(tower.tokenizer)}
+            for slot, tower in zip(self.slots, self.towers, strict=True)
+        }
+        return {"class": "CLIPText", "dtype": "float32", "length": self.length, **encoders}
 
-def write(folder: str | os.PathLike[str], encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer) -> None:
+
+def write(
+    folder: str | os.PathLike[str], encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, suffix: str = ""
+) -> None:
     """Writes a tower and its tokenizer, safetensors and JSON only, into the subfolders that `CLIPText` reads."""
-    encoder.config.save_pretrained(Path(folder) / "text_encoder")
-    tokenizer.save_pretrained(Path(folder) / "tokenizer")
+    source = Path(folder) / f"text_encoder{suffix}"
+    encoder.config.save_pretrained(source)
+    tokenizer.save_pretrained(Path(folder) / f"tokenizer{suffix}")
     tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-    write_tensors(tensors, Path(folder) / "text_encoder" / "model.safetensors")
+    write_tensors(tensors, source / "model.safetensors")
 
 
 class Tower:
@@ -199,15 +253,9 @@ class Tower:
         return module.eval().requires_grad_(False)
 
     def fingerprint(self) -> str:
-        """A hash of the settings and of each tensor's name, type, shape, beginning, middle and end."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        weights = self.weights()
-        for name in sorted(weights):
-            flat = weights[name].flatten()
-            digest.update(f"{name} {weights.shape(name)} {flat.dtype}".encode())
-            for start in (0, len(flat) // 2, max(0, len(flat) - SAMPLE)):
-                digest.update(flat[start : start + SAMPLE].view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """A hash of the settings and the weights."""
+        told = json.dumps(self.settings, sort_keys=True) + digest(self.weights())
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and the weights as they are, as hard links where they are files of their own."""
@@ -286,6 +334,12 @@ def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length
             stacklevel=3,
         )
     return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+
+
+def digest_of(tokenizer: CLIPTokenizer | T5Tokenizer) -> str:
+    """A hash of a tokenizer's vocabulary, rules and length."""
+    told = [tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length, tokenizer.pad_token]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def read_tokenizer(kind: type[Tokenizer], folder: Path) -> Tokenizer:

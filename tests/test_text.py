@@ -38,17 +38,17 @@ def test_shapes(text: CLIPText):
 def test_vectors_are_those_that_sd3_takes(text: CLIPText):
     """Tokens: all layers but the last, then no norm. Pooled: all layers, the norm, the end token, the projection."""
     caption = "the digit 7"
-    ids = text.tokenizer(caption, padding="max_length", return_tensors="pt").input_ids
-    model = text.encoder.text_model
+    ids = text.towers[0].tokenizer(caption, padding="max_length", return_tensors="pt").input_ids
+    model = text.towers[0].encoder.text_model
     causal = torch.full((1, 1, text.length, text.length), -torch.inf).triu(1)
     states = model.embeddings(ids)
     for layer in model.encoder.layers[:-1]:
         states = layer(states, causal)
     encoded = text.encode([caption])
     torch.testing.assert_close(encoded.tokens, states, rtol=1e-5, atol=1e-5)
-    end = ids[0].tolist().index(text.tokenizer.eos_token_id)
+    end = ids[0].tolist().index(text.towers[0].tokenizer.eos_token_id)
     last = model.final_layer_norm(model.encoder.layers[-1](states, causal))[:, end]
-    torch.testing.assert_close(encoded.pooled, text.encoder.text_projection(last), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoded.pooled, text.towers[0].encoder.text_projection(last), rtol=1e-5, atol=1e-5)
 
 
 def test_a_caption_does_not_depend_on_its_batch(text: CLIPText):
@@ -95,24 +95,24 @@ def test_null_caption_is_apart_from_every_digit(text: CLIPText, centroids: Tenso
 def test_each_word_of_the_templates_is_one_token(text: CLIPText):
     for caption in CAPTIONS:
         pieces = caption.replace(",", " ,").split()
-        assert text.tokenizer.tokenize(caption) == [piece + "</w>" for piece in pieces]
+        assert text.towers[0].tokenizer.tokenize(caption) == [piece + "</w>" for piece in pieces]
 
 
 def test_every_caption_fits_with_room_for_a_longer_prompt(text: CLIPText):
     longest = "a photo of a handwritten digit seven"
-    assert max(map(len, text.tokenizer([*CAPTIONS, longest]).input_ids)) < text.length == 10
+    assert max(map(len, text.towers[0].tokenizer([*CAPTIONS, longest]).input_ids)) < text.length == 10
 
 
 def test_numerals_never_merge(text: CLIPText):
-    assert text.tokenizer.tokenize("77 a7b") == ["7</w>", "7</w>", "a</w>", "7</w>", "b</w>"]
+    assert text.towers[0].tokenizer.tokenize("77 a7b") == ["7</w>", "7</w>", "a</w>", "7</w>", "b</w>"]
 
 
 @pytest.mark.parametrize("caption", [*CAPTIONS[:12], "", "xylophone", "über 7 日本 🙂", "a\ttab", "'s"])
 def test_tokenizer_gives_every_text_back(text: CLIPText, caption: str):
-    ids = text.tokenizer(caption, add_special_tokens=False).input_ids
-    back = str(text.tokenizer.decode(ids))
+    ids = text.towers[0].tokenizer(caption, add_special_tokens=False).input_ids
+    back = str(text.towers[0].tokenizer.decode(ids))
     assert "".join(back.split()) == "".join(caption.split())
-    assert text.tokenizer.unk_token_id not in ids
+    assert text.towers[0].tokenizer.unk_token_id not in ids
 
 
 def test_long_captions_are_cut_with_a_warning(text: CLIPText):
@@ -129,8 +129,8 @@ def test_long_captions_are_cut_with_a_warning(text: CLIPText):
 def test_index_is_what_diffusers_would_write(text: CLIPText):
     assert isinstance(text, TextEncoder)
     assert text.index() == {
-        "text_encoder": ["transformers", type(text.encoder).__name__],
-        "tokenizer": ["transformers", type(text.tokenizer).__name__],
+        "text_encoder": ["transformers", type(text.towers[0].encoder).__name__],
+        "tokenizer": ["transformers", type(text.towers[0].tokenizer).__name__],
     }
 
 
