@@ -15,14 +15,11 @@ The same command writes the same bytes again on the same machine. At the end it 
 right pictures, with the templates and the pictures that were held out as well.
 """
 
-import json
 import random
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
@@ -30,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from data import digits
 from data.text import CLIPText, write
+from tools.tokenizer import train_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "assets" / "digits" / "text"
 LENGTH = 10  # tokens per caption: eight words between the start and the end
@@ -42,31 +40,6 @@ an and art as at big black bold by careful clean clear dark digit draw drawing d
 ink is it large light like line make me neat nice number numeral old on paper pen pencil photo photograph picture please
 scan shape show simple single sketch small style symbol that thick thin this white with write writing written
 """
-
-
-def train_tokenizer() -> CLIPTokenizer:
-    """Returns a byte-level BPE tokenizer with CLIP's layout of the vocabulary.
-
-    That is: the 256 bytes, the 256 bytes at the end of a word, the merges, start, end (A. Radford et al., "Learning
-    Transferable Visual Models From Natural Language Supervision", 2021, section 2.4).
-    """
-    letters = sorted(ByteLevel.alphabet())
-    letters += [letter + "</w>" for letter in letters]
-    captions = [caption for d in range(10) for caption in digits.captions(d, digits.TRAIN_TEMPLATES)]
-    words = sorted({*PROMPT_WORDS.split(), *" ".join(captions).replace(",", "").split()})
-    backend = CLIPTokenizer().backend_tokenizer
-    # Among equally frequent pairs the trainer takes the lowest numbers, which it gives out in random order unless the
-    # letters are named as special tokens.
-    trainer = BpeTrainer(vocab_size=10_000, special_tokens=letters, end_of_word_suffix="</w>", show_progress=False)
-    backend.train_from_iterator(words, trainer)
-    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
-    entries = [*letters, *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={entry: i for i, entry in enumerate(entries)},
-        merges=merges,  # type: ignore[arg-type]  # declared as a list of strings, but pairs are what it takes
-        model_max_length=LENGTH,
-        padding_side="right",
-    )
 
 
 class Captions:
@@ -164,7 +137,8 @@ def main() -> None:
     torch.manual_seed(0)
     rng = random.Random(0)
     pixels, labels = digits.load("train")
-    tokenizer = train_tokenizer()
+    told = " ".join(caption for d in range(10) for caption in digits.captions(d, digits.TRAIN_TEMPLATES))
+    tokenizer = train_tokenizer([*PROMPT_WORDS.split(), *told.replace(",", "").split()], LENGTH)
     captions = Captions(tokenizer)
     encoder = CLIPTextModelWithProjection(
         CLIPTextConfig(

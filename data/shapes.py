@@ -1,0 +1,321 @@
+"""Drawn scenes of coloured shapes with captions, without end, and a judge that reads a picture back by rule.
+
+A proving ground for text-to-image models in the manner of GenEval (Ghosh et al. 2023): pictures of 64 × 64 pixels,
+captions over objects, colours, counts, positions and the binding of attributes ("two small red circles above a large
+blue square").
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple, final
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from data.raw import Raw, Source
+from data.sampler import Use, stream
+
+SIDE = 64  # of a picture, in pixels
+FINER = 4  # times that the pictures are drawn larger, for smooth edges
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {
+    "red": (215, 35, 35),
+    "orange": (250, 140, 20),
+    "yellow": (245, 220, 40),
+    "green": (35, 150, 60),
+    "blue": (40, 80, 215),
+    "purple": (135, 45, 175),
+    "pink": (245, 145, 195),
+    "black": (30, 30, 35),
+}
+SIZES = {"small": (9, 12), "large": (18, 22)}  # sides of the box around a shape, in pixels, both ends included
+NUMBERS = ("no", "one", "two", "three", "four")
+RELATIONS = {"above": (1, 0), "below": (-1, 0), "to the left of": (0, 1), "to the right of": (0, -1)}  # (down, right)
+OPENINGS = ("", "a picture of ", "a drawing of ", "an image of ")
+CATEGORIES = ("one object", "two objects", "counting", "colours", "position", "binding")
+GAP, MARGIN = 3, 2  # pixels between two shapes and to the edge
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal shapes; a size or colour of none is one that nobody asked for."""
+
+    count: int
+    shape: str
+    colour: str | None = None
+    size: str | None = None
+
+    def words(self) -> str:
+        """The group in words: "two small red circles"."""
+        described = " ".join(filter(None, (self.size, self.colour, self.shape)))
+        if self.count == 1:
+            return f"{'an' if described[0] in 'aeiou' else 'a'} {described}"
+        return f"{NUMBERS[self.count]} {described}{'es' if self.shape == 'cross' else 's'}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caption asks for: exactly these shapes and no others.
+
+    Args:
+        groups: one, or two of different shapes.
+        relation: of the first to the second, a key of RELATIONS, or none.
+        opening: words before it.
+    """
+
+    groups: tuple[Group, ...]
+    relation: str | None = None
+    opening: str = ""
+
+    def caption(self) -> str:
+        return self.opening + f" {self.relation or 'and'} ".join(group.words() for group in self.groups)
+
+
+class Placed(NamedTuple):
+    """A shape in its place; pixels from the top left corner of the picture to that of its box."""
+
+    shape: str
+    colour: str
+    side: int
+    top: int
+    left: int
+
+
+class Scene(NamedTuple):
+    """A picture before it is drawn, with all that can be said of it."""
+
+    request: Request
+    objects: tuple[Placed, ...]
+    background: tuple[int, int, int]
+
+
+def request(draw: Generator, category: str | None = None) -> Request:
+    """A random request, of a category or, for none, one in which everything is said."""
+
+    def one(words: Sequence[str]) -> str:
+        return words[int(draw.integers(len(words)))]
+
+    first, second = (SHAPES[i] for i in draw.permutation(len(SHAPES))[:2])
+    one_colour, other_colour = (tuple(COLOURS)[i] for i in draw.permutation(len(COLOURS))[:2])
+    relation, opening = one(tuple(RELATIONS)), one(OPENINGS)
+    if category is None:
+        double = draw.random() < 0.6
+        pairs = [(1, 1), (1, 1), (1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
+        counts = pairs[int(draw.integers(len(pairs)))] if double else (int(draw.integers(1, 5)),)
+        if draw.random() < 0.15:
+            other_colour = one_colour
+        groups = tuple(
+            Group(count, shape, colour, one(tuple(SIZES)))
+            for count, shape, colour in zip(counts, (first, second), (one_colour, other_colour), strict=False)
+        )
+        return Request(groups, relation if double and draw.random() < 0.7 else None, opening)
+    count = int(draw.integers(2, 5))
+    groups, related = {
+        "one object": ((Group(1, first),), False),
+        "two objects": ((Group(1, first), Group(1, second)), False),
+        "counting": ((Group(count, first),), False),
+        "colours": ((Group(1, first, one_colour),), False),
+        "position": ((Group(1, first), Group(1, second)), True),
+        "binding": ((Group(1, first, one_colour), Group(1, second, other_colour)), False),
+    }[category]
+    return Request(groups, relation if related else None, opening)
+
+
+def requests(category: str, count: int, seed: int = 0) -> list[Request]:
+    """`count` requests of a category, the same for the same seed."""
+    draw = stream(seed, Use.REQUESTS, CATEGORIES.index(category))
+    return [request(draw, category) for _ in range(count)]
+
+
+def scene(seed: int, number: int) -> Scene:
+    """Scene number `number` of a seed's endless sequence."""
+    draw = stream(seed, Use.SCENE, 0, number)
+    while True:
+        asked = request(draw)
+        if objects := place(asked, draw):
+            red, green, blue = (225 + draw.integers(0, 31) - draw.integers(0, 12, 3)).tolist()
+            return Scene(asked, objects, (red, green, blue))
+
+
+def place(asked: Request, draw: Generator) -> tuple[Placed, ...] | None:
+    """The shapes at random places that keep the relation and do not touch; none where chance left no room."""
+    objects: list[Placed] = []
+    boxes: list[tuple[int, ...]] = []
+    line = int(draw.integers(SIDE * 3 // 8, SIDE * 5 // 8))  # which parts the two groups, if they are in a relation
+    down, right = RELATIONS[asked.relation] if asked.relation else (0, 0)
+    for sign, group in zip((1, -1), asked.groups, strict=False):
+        low, high = SIZES[group.size or "large"]
+        for _ in range(group.count):
+            side = int(draw.integers(low, high + 1))
+            spans = []
+            for way in (sign * down, sign * right):
+                first, last = (MARGIN, line - 1) if way > 0 else (line + 1, SIDE - MARGIN) if way < 0 else (2, SIDE - 2)
+                spans.append((first, last - side))
+            if any(last < first for first, last in spans):
+                return None
+            for _ in range(20):
+                top, left = (int(draw.integers(first, last + 1)) for first, last in spans)
+                reach = side + GAP
+                if all(top + reach <= t or t + s + GAP <= top or left + reach <= le or le + s + GAP <= left
+                       for t, le, s in boxes):  # fmt: skip
+                    break
+            else:
+                return None
+            boxes.append((top, left, side))
+            objects.append(Placed(group.shape, group.colour or "black", side, top, left))
+    return tuple(objects)
+
+
+def picture(drawn: Scene) -> Image.Image:
+    """The scene in RGB, SIDE × SIDE."""
+    large = Image.new("RGB", (SIDE * FINER, SIDE * FINER), drawn.background)
+    pen = ImageDraw.Draw(large)
+    for shape, colour, side, top, left in drawn.objects:
+        trace(pen, shape, top * FINER, left * FINER, side * FINER, COLOURS[colour])
+    return large.reduce(FINER)
+
+
+def trace(pen: ImageDraw.ImageDraw, shape: str, top: float, left: float, side: float, fill: Any) -> None:
+    """Draws a shape that fills a box."""
+    bottom, right, third = top + side - 1, left + side - 1, side / 3
+    match shape:
+        case "circle":
+            pen.ellipse((left, top, right, bottom), fill)
+        case "square":
+            pen.rectangle((left, top, right, bottom), fill)
+        case "triangle":
+            pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill)
+        case "cross":
+            pen.rectangle((left + third, top, right - third, bottom), fill)
+            pen.rectangle((left, top + third, right, bottom - third), fill)
+
+
+def captions(drawn: Scene, draw: Generator) -> tuple[str, str]:
+    """All that can be said of a scene, and a shorter caption that leaves some of it out."""
+    asked = drawn.request
+    said = draw.random(3) < 0.5  # sizes, colours, the relation
+    short = tuple(
+        replace(group, size=group.size if said[0] and said[1] else None, colour=group.colour if said[1] else None)
+        for group in asked.groups
+    )
+    return asked.caption(), Request(short, asked.relation if said[2] else None, asked.opening).caption()
+
+
+@final
+class Shapes(Source):
+    """Scenes as a source of captioned pictures; each has a long and a short caption, equally often used.
+
+    Args:
+        count: of scenes.
+        seed: of the sequence that they are the start of.
+    """
+
+    UNIT = 1024  # scenes in a shard
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        if count < 1:
+            raise ValueError(f"the number of scenes must be at least 1, got {count}")
+        self.count, self.seed = count, seed
+        self.shards = -(-count // self.UNIT)
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Raw]:
+        for number in range(shard * self.UNIT + start, min((shard + 1) * self.UNIT, self.count)):
+            drawn = scene(self.seed, number)
+            told = dict.fromkeys(captions(drawn, stream(self.seed, Use.CAPTION, 0, number)))
+            yield Raw(f"{self.seed}-{number:08d}", picture(drawn), tuple(told), (1.0,) * len(told))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "Shapes", "count": self.count, "seed": self.seed}
+
+
+class Found(NamedTuple):
+    """A shape in a picture; none where it cannot be told."""
+
+    shape: str | None
+    colour: str | None
+    size: str
+    centre: tuple[float, float]  # row, column
+
+
+def read(pixels: np.ndarray) -> list[Found]:
+    """The shapes in a picture (SIDE, SIDE, 3) of numbers in [0, 1], from what stands out of the colour of its edge."""
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    distance = np.abs(pixels - np.median(edge, axis=0)).max(-1)
+    labels, count = ndimage.label(distance > 0.2)
+    found = []
+    for box, number in zip(ndimage.find_objects(labels), range(1, count + 1), strict=True):
+        inside = (labels[box] == number) & (
+            distance[box] > 0.5 * np.percentile(distance[box][labels[box] == number], 80)
+        )
+        if inside.sum() < 8:  # a speck
+            continue
+        rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+        mask = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        origin = (box[0].start + rows[0], box[1].start + columns[0])
+        found.append(
+            Found(
+                shape_of(mask),
+                colour_of(pixels[box][ndimage.binary_erosion(inside) if inside.sum() > 30 else inside]),
+                "small" if max(mask.shape) < 15 else "large",
+                (origin[0] + (mask.shape[0] - 1) / 2, origin[1] + (mask.shape[1] - 1) / 2),
+            )
+        )
+    return found
+
+
+def shape_of(mask: np.ndarray) -> str | None:
+    """The shape that covers a mask best, which fills its box; none if no shape does well or the box is no square."""
+    height, width = mask.shape
+    if not 0.75 < height / width < 1.33:
+        return None
+    overlaps = {
+        shape: (mask & model).sum() / (mask | model).sum() for shape, model in silhouettes(height, width).items()
+    }
+    best = max(overlaps, key=lambda shape: overlaps[shape])
+    return best if overlaps[best] > 0.75 else None
+
+
+@lru_cache(maxsize=1024)
+def silhouettes(height: int, width: int) -> dict[str, np.ndarray]:
+    """Every shape as a mask that fills a box."""
+    masks = {}
+    for shape in SHAPES:
+        side = FINER * 16
+        large = Image.new("L", (side, side))
+        trace(ImageDraw.Draw(large), shape, 0, 0, side, 255)
+        masks[shape] = np.asarray(large.resize((width, height), Image.Resampling.BOX)) > 127
+    return masks
+
+
+def colour_of(pixels: np.ndarray) -> str | None:
+    """The colour that most of the pixels (N, 3) are nearest to; none if there is no such."""
+    table = np.array(list(COLOURS.values())) / 255
+    distances = np.linalg.norm(pixels[:, None] - table, axis=-1)
+    votes = np.bincount(distances.argmin(1)[distances.min(1) < 0.35], minlength=len(table))
+    best = int(votes.argmax())
+    return tuple(COLOURS)[best] if len(pixels) and votes[best] >= 0.7 * len(pixels) else None
+
+
+def fulfils(found: Sequence[Found], asked: Request) -> bool:
+    """Whether the shapes are exactly those asked for, each in the relation asked for."""
+    members = [[f for f in found if belongs(f, group)] for group in asked.groups]
+    if len(found) != sum(group.count for group in asked.groups):
+        return False
+    if any(len(some) != group.count for some, group in zip(members, asked.groups, strict=True)):
+        return False
+    if not asked.relation:
+        return True
+    down, right = RELATIONS[asked.relation]
+    return all(
+        down * (b.centre[0] - a.centre[0]) + right * (b.centre[1] - a.centre[1]) > 0
+        for a in members[0]
+        for b in members[1]
+    )
+
+
+def belongs(found: Found, group: Group) -> bool:
+    """Whether a shape is one of a group."""
+    return found.shape == group.shape and group.colour in (None, found.colour) and group.size in (None, found.size)
