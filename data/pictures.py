@@ -1,14 +1,41 @@
 """Pictures on disk and side by side."""
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
+
+# Those that say what they are in their first bytes and that Pillow decodes without another program.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+LARGEST = 2**27  # pixels, 0.5 GB in Pillow's four bytes a pixel
+GAP = 2  # how much larger than wanted a JPEG must stay when its decoder reduces it
+
+PictureSource: TypeAlias = Path | bytes | Image.Image
+
+
+class PictureError(ValueError):
+    """A picture that is not used, with a one-line message.
+
+    Attributes:
+        reason: why, for counting: unreadable, animated, too large or empty file.
+    """
+
+    def __init__(self, reason: Literal["unreadable", "animated", "too large", "empty file"], detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["PictureError"], tuple[str, str]]:
+        return type(self), (self.reason, str(self))  # the default forgets the reason between processes
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -30,11 +57,119 @@ def save_png(image: Image.Image, file: Path) -> None:
     image.save(file, format="PNG")
 
 
+@contextmanager
+def _opened(source: PictureSource, largest: int) -> Iterator[Image.Image]:
+    """The picture with its header read and checked; whatever goes wrong until the end is a PictureError."""
+    try:
+        with ExitStack() as stack:
+            if isinstance(source, Image.Image):
+                image = source
+            else:
+                if isinstance(source, Path) and not source.is_file():
+                    raise PictureError("unreadable", f"there is no picture {source}")
+                if (source.stat().st_size if isinstance(source, Path) else len(source)) == 0:
+                    raise PictureError("empty file", "it is empty")
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is `largest`
+                stream = BytesIO(source) if isinstance(source, bytes) else stack.enter_context(source.open("rb"))
+                image = stack.enter_context(Image.open(stream, formats=FORMATS))
+            if image.width * image.height > largest:
+                raise PictureError("too large", f"it has {image.width}×{image.height} pixels, more than {largest}")
+            # The second picture of an MPO is what a camera adds to its photograph: a preview, a depth map.
+            if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+                raise PictureError("animated", f"it has {frames} frames")
+            yield image
+    except (PictureError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError("too large", " ".join(str(error).split())) from None
+    except UnidentifiedImageError:
+        raise PictureError("unreadable", f"it is of none of the formats {', '.join(FORMATS)}") from None
+    except Exception as error:  # damaged data make Pillow's decoders raise errors of any kind
+        raise PictureError("unreadable", " ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _sideways(image: Image.Image) -> bool:
+    """Whether upright, its width and height are exchanged."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+
+
+def size_of(source: PictureSource, largest: int = LARGEST) -> tuple[int, int]:
+    """Height and width in pixels of the upright picture, by its header; PictureError as `open_picture`."""
+    with _opened(source, largest) as image:
+        return image.size if _sideways(image) else (image.height, image.width)
+
+
+def open_picture(
+    source: PictureSource, channels: int, largest: int = LARGEST, wanted: tuple[int, int] | None = None
+) -> Image.Image:
+    """A picture, upright as its EXIF says, in 8-bit grey ("L") or colour ("RGB").
+
+    16 bits are scaled to 8, what is transparent becomes black, CMYK is converted by Pillow's formula; colour profiles
+    are ignored.
+
+    Args:
+        source: a file, its content, or a picture of Pillow's; AVIF, BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF or WebP.
+        channels: 1 for grey, 3 for colour.
+        largest: most pixels that are decoded, width × height. Pillow's own limit of 179 million stays, too.
+        wanted: height and width that will be needed of the upright picture. A JPEG of more than twice as much in both
+            is decoded at 1/2, 1/4 or 1/8 of its size, and stays at least twice as large as wanted.
+
+    Raises:
+        PictureError: it is unreadable, animated (or has several pages), too large, or an empty file.
+    """
+    with _opened(source, largest) as image:
+        if wanted and image.format == "JPEG":
+            sides = wanted if _sideways(image) else wanted[::-1]
+            image.draft(None, (GAP * sides[0], GAP * sides[1]))
+        image = _eight_bit(ImageOps.exif_transpose(image))
+        if image.has_transparency_data:  # what is not there is black
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+        return image.convert("L" if channels == 1 else "RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as 8, which Pillow would clip instead of scaling; other pictures as they are."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose white is not known")
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image)
+    if image.mode == "I" and (levels.min() < 0 or levels.max() > 65535):
+        raise ValueError("its pixels are integers of more than 16 bits, whose white is not known")
+    grey = ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:  # the one level that stands for a hole
+        grey[levels == image.info["transparency"]] = 0
+    return Image.fromarray(grey)
+
+
+def cover(image: Image.Image, height: int, width: int) -> tuple[Image.Image, int, int]:
+    """The centre of a picture that is scaled by one factor so that it just covers height × width.
+
+    Both directions have the same factor to floating point: where the scaled picture is no whole number of pixels, it is
+    the box that is taken from the original that ends between pixels.
+
+    Args:
+        image: "L" or "RGB", of any size; enlarged if it is smaller.
+        height: of the result, in pixels.
+        width: likewise.
+
+    Returns:
+        The picture, and the top and left of this crop, in whole pixels of the scaled picture.
+    """
+    scale = max(height / image.height, width / image.width)
+    top, left = (round(image.height * scale) - height) // 2, (round(image.width * scale) - width) // 2
+    right, bottom = min((left + width) / scale, image.width), min((top + height) / scale, image.height)
+    box = (left / scale, top / scale, right, bottom)
+    # From three times the size on, whole blocks of pixels are averaged first.
+    return image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0), top, left
+
+
 def load_picture(file: Path, channels: int, height: int | None, width: int | None, unit: int) -> Tensor:
     """A picture from disk, (1, C, height, width) in [0, 1].
 
     Args:
-        file: of any format that Pillow reads, of 8 or 16 bits; a transparent part is black.
+        file: as for `open_picture`.
         channels: 1 for grey, 3 for colour.
         height: in pixels; the picture is scaled to cover height × width and cropped about its centre. None is its own,
             cropped to a multiple of `unit`.
@@ -42,26 +177,20 @@ def load_picture(file: Path, channels: int, height: int | None, width: int | Non
         unit: what height and width are multiples of.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, if there is none, it is damaged or smaller than `unit`.
+        FileNotFoundError, ValueError: in one line, if there is none, `open_picture` refuses it, or it is too small.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no picture {file}")
     try:
-        with Image.open(file) as source:
-            opened: Image.Image = source
-            if opened.mode.startswith("I"):  # 16 bits, which `convert` would clip
-                opened = Image.fromarray((np.asarray(opened) // 257).clip(0, 255).astype(np.uint8))
-            if "A" in opened.getbands():  # what is not there is black
-                opened = Image.alpha_composite(Image.new("RGBA", opened.size, "black"), opened.convert("RGBA"))
-            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        image = open_picture(file, channels)
+    except PictureError as error:
         raise ValueError(f"{file} is no picture that can be read: {error}") from None
     own = (image.width // unit * unit, image.height // unit * unit)
     if min(own) == 0:
         raise ValueError(f"{file} is smaller than {unit} pixels: {image.width}×{image.height}")
     size = (width or own[0], height or own[1])
     if height or width:
-        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        image = cover(image, size[1], size[0])[0]
     else:
         left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
         image = image.crop((left, top, left + size[0], top + size[1]))

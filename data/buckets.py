@@ -1,0 +1,56 @@
+"""Which sizes pictures of other shapes than a square are cropped to."""
+
+from fractions import Fraction
+from typing import final
+
+
+@final
+class Buckets:
+    """A grid of sizes of nearly as many pixels, from tall to wide (bucketed sampling: P. Esser et al., 2024).
+
+    A size is a height and a width, multiples of `step`, with height × width ≤ side² and the longer side at most
+    `max_aspect` times the shorter one. Of all these, the grid holds those that no other one contains: the largest
+    width for its height and the largest height for its width. So every height and every width comes once, no two
+    buckets differ only in pixels given away, the transpose of a bucket is one, too, and the square is always there.
+
+    Args:
+        side: of the square, in pixels; a multiple of `step`. At side = step the square is all there is.
+        step: what heights and widths are multiples of, in pixels: the codec's factor times the network's patch or more.
+        max_aspect: longest permitted side over the shorter one, at least 1.
+
+    Attributes:
+        sizes: (height, width) in pixels, heights ascending.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, side: int, step: int = 64, max_aspect: float = 2.0) -> None:
+        if step < 1 or side < step or side % step:
+            raise ValueError(f"side must be a multiple of step, and both above 0, got side {side} and step {step}")
+        if not 1 <= max_aspect < float("inf"):
+            raise ValueError(f"max_aspect must be at least 1, and finite, got {max_aspect}")
+        self.side, self.step, self.max_aspect = side, step, max_aspect
+        sizes: list[tuple[int, int]] = []
+        widest = 0
+        for height in range(side**2 // step // step * step, 0, -step):
+            fits = min(side**2 // height, int(height * Fraction(max_aspect))) // step * step
+            if fits > widest and height <= fits * Fraction(max_aspect):
+                sizes.append((height, fits))
+                widest = fits
+        self.sizes = tuple(reversed(sizes))
+
+    def of(self, height: int, width: int) -> int:
+        """The number of the bucket whose aspect ratio is nearest on a logarithmic scale, of equals the first.
+
+        Raises:
+            ValueError: the size is not above 0.
+        """
+        if min(height, width) < 1:
+            raise ValueError(f"a picture's sides must be above 0 pixels, got {height}×{width}")
+
+        def factor(size: tuple[int, int]) -> Fraction:  # by which one of the ratios is the larger one, without rounding
+            ratio = Fraction(height * size[1], width * size[0])
+            return max(ratio, 1 / ratio)
+
+        return min(range(len(self.sizes)), key=lambda bucket: factor(self.sizes[bucket]))

@@ -1,0 +1,171 @@
+"""Captioned pictures as users have them: folders, Parquet files, WebDataset tars, data sets of Hugging Face's hub."""
+
+import glob
+import math
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, final
+
+from data.folder import METADATA, Folder
+from data.raw import EXTENSIONS, Input, Place, Source
+from data.tables import Table
+from data.tars import Tars
+
+SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
+SPLIT = re.compile(r"(?<![a-z])(train|training|validation|valid|val|dev|test|testing)(?![a-z])")
+
+
+@final
+class Pictures(Source):
+    """Captioned pictures of any kind that users have.
+
+    - A folder of pictures at any depth. Captions are columns of a `metadata.jsonl`, `.csv` or `.parquet` beside or
+      above them, whose `file_name` is relative to it, as for Hugging Face's imagefolder; or column `txt`, which is
+      `NAME.txt` beside `NAME.jpg`. Every picture is an input, whether or not a row names it, and every row is.
+    - A folder, glob or file of `.parquet`: an input a row.
+    - A folder, glob or file of `.tar`, in WebDataset's layout: members that share their path up to the base name's
+      first dot are an input, the rest of the name is a field.
+    - The name of a data set on Hugging Face's hub, as "user/name".
+
+    What img2dataset adds to its pictures or tars (Parquet tables and statistics beside them) is left alone, and so are
+    names that start with a dot.
+
+    Args:
+        path: as above.
+        captions: column (in a tar a field, such as `txt`, or a value in a JSON member, such as `json.caption`) → weight
+            above 0. A column of lists holds several captions that share its weight. None takes the first of text,
+            caption, captions, prompt and txt that is there.
+        image: the column or field of the picture; none if there is only one that can be it.
+        split: of a hub's data set, or of a folder whose `.parquet` or `.tar` names speak of several splits.
+        streaming: reads `.parquet` and hub in the order of their files, one shard each, instead of first copying them
+            into the cache of `datasets`. Tars are always read so, folders never.
+
+    Raises:
+        FileNotFoundError: there is nothing at that path.
+        ValueError: it is empty or ambiguous, lacks the columns, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        captions: dict[str, float] | None = None,
+        image: str | None = None,
+        split: str = "train",
+        streaming: bool = False,
+    ) -> None:
+        if captions is not None and (not captions or not all(0 < w < math.inf for w in captions.values())):
+            raise ValueError(f"captions must be columns with finite weights above 0, got {captions}")
+        place = locate(path, split)
+        self.given = {"path": path, "split": split}
+        self.source: Source
+        if place is None:
+            self.source = Table(path, None, captions, image, split, streaming)
+        elif place.kind == "tar":
+            self.source = Tars(place, captions, image)
+        elif place.kind == "parquet":
+            self.source = Table(path, place, captions, image, split, streaming)
+        else:
+            self.source = Folder(place, captions)
+        self.shards = self.source.shards
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Input]:
+        if not 0 <= shard < self.shards or start < 0:
+            raise ValueError(f"there are shards 0 to {self.shards - 1}, not {shard} from input {start} on")
+        # Names that are no Unicode come as lone surrogates, which no file could hold.
+        for entry in self.source.read(shard, start):
+            yield entry._replace(id=entry.id.encode("utf-8", "backslashreplace").decode())
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.given, **self.source.describe()}
+
+
+def locate(path: str, split: str) -> Place | None:
+    """What is at a path; none if it looks like a hub's name. The errors are those of `Pictures`."""
+    if Path(path).is_dir():
+        return classify(Path(path), split)
+    if not os.path.lexists(path) and not glob.has_magic(path):
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+            return None
+        raise FileNotFoundError(f"there is no {path}")
+    files = sorted(
+        name for name in ([path] if Path(path).exists() else glob.glob(path, recursive=True)) if Path(name).is_file()
+    )
+    kinds = {Path(name).suffix for name in files}
+    if len(kinds) != 1 or not kinds <= {".parquet", ".tar"}:
+        raise ValueError(
+            f"{path} must stand for .parquet files or for .tar files, found {', '.join(sorted(kinds)) or 'none'}"
+        )
+    fixed = Path(path).parts
+    depth = next((i for i, part in enumerate(fixed[:-1]) if glob.has_magic(part)), len(fixed) - 1)
+    root = Path(*fixed[:depth])
+    return Place(kinds.pop()[1:], root, [Path(name).relative_to(root).as_posix() for name in files])
+
+
+def classify(root: Path, split: str) -> Place:
+    """Of what kind the data in a folder are."""
+    files = walk(root)
+    by_kind: dict[str, list[str]] = {"pictures": [], "parquet": [], "tar": []}
+    for name in files:
+        suffix = posixpath.splitext(name)[1][1:].lower()
+        kind = "pictures" if suffix in EXTENSIONS else suffix
+        if kind in by_kind:
+            by_kind[kind].append(name)
+    bundles = {name[: -len(".tar")] for name in by_kind["tar"]} | {posixpath.dirname(p) for p in by_kind["pictures"]}
+    by_kind["parquet"] = [
+        name
+        for name in by_kind["parquet"]
+        if name[: -len(".parquet")] not in bundles
+        and not (by_kind["pictures"] and posixpath.basename(name) in METADATA)
+    ]
+    present = [kind for kind, names in by_kind.items() if names]
+    if not present:
+        raise ValueError(f"there is no picture, .parquet or .tar in {root}")
+    if len(present) > 1:
+        counts = ", ".join(f"{len(by_kind[kind])} {kind} ({by_kind[kind][0]})" for kind in present)
+        raise ValueError(f"{root} holds {counts}: give a folder or a glob of one kind")
+    kind = present[0]
+    if kind == "pictures":
+        tops = {name.split("/")[0] for name in by_kind[kind] if "/" in name}
+        splits = sorted(top for top in tops if SPLIT.fullmatch(top))
+        if len(splits) > 1 or split != "train":
+            raise ValueError(f"a folder of pictures is taken as one split: give that of {split} in {root} itself")
+        return Place(kind, root, files)
+    return Place(kind, root, of_split(by_kind[kind], split, root))
+
+
+def of_split(files: list[str], split: str, root: Path) -> list[str]:
+    """Those files that belong to a split by the last such word in their names; all of them if there is one split."""
+    words = [SPLIT.findall(name.lower()) for name in files]
+    named = [SPLITS.get(found[-1], found[-1]) if found else None for found in words]
+    splits = sorted({name for name in named if name})
+    if len(splits) < 2 and SPLITS.get(split, split) in (*splits, "train"):
+        return files
+    chosen = [file for file, name in zip(files, named, strict=True) if name == SPLITS.get(split, split)]
+    if None in named and len(splits) > 1:
+        raise ValueError(f"{root} holds the splits {', '.join(splits)} and files of none: give a glob")
+    if not chosen:
+        raise ValueError(f"{root} has no split {split}, only {', '.join(splits) or 'train'}")
+    return chosen
+
+
+def walk(root: Path) -> list[str]:
+    """All files below a folder, relative to it, sorted, without hidden ones; links are followed, but only once."""
+
+    def refuse(error: OSError) -> None:  # else what lies below would be left out without a word
+        raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}")
+
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, below, names in os.walk(root, onerror=refuse, followlinks=True):
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        prefix = Path(folder).relative_to(root).as_posix()
+        found += [posixpath.normpath(f"{prefix}/{name}") for name in names if not name.startswith(".")]
+    return sorted(found)
