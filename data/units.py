@@ -1,0 +1,306 @@
+"""The files of a latent store, `data/store.py`: how they are written whole, laid out, read and checked."""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("weights", pa.list_(pa.float32())),
+        *((name, pa.int32()) for name in ("bucket", "shard", "part")),
+        ("row", pa.int32()),  # in the bucket's tensor
+        ("text_row", pa.int32()),  # of the first caption, in pooled and tokens
+        *((name, pa.int32()) for name in ("height", "width", "top", "left")),
+        ("phash", pa.uint64()),
+        ("checksum", pa.uint64()),  # xxh3_64 of the latents' bytes
+        ("pooled_checksum", pa.list_(pa.uint64())),  # of each caption's row; empty if there is none
+        ("tokens_checksum", pa.list_(pa.uint64())),
+    ]
+)
+LISTS = ("weights", "pooled_checksum", "tokens_checksum")  # the columns of one number per caption
+HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
+IOVECS = 1024  # buffers that one preadv takes
+TRIES = 100
+LONG_RUN = 32  # values that are compared as a table of their own
+
+
+def unit_name(shard: int, part: int) -> str:
+    return f"{shard:06d}-{part:04d}"
+
+
+def commit(file: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file under another name and renames it, so that it is there whole or not at all, after a crash, too.
+
+    Raises:
+        OSError: naming the file that could not be written; what was there stays.
+    """
+    for _ in range(TRIES):
+        part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+        try:
+            with part.open("xb") as out:
+                write(out)
+                out.flush()
+                os.fsync(out.fileno())
+            try:
+                part.replace(file)
+            except FileNotFoundError:  # a writer that started meanwhile took it for a left-over
+                continue
+            folder = os.open(file.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+            return
+        except FileNotFoundError:  # what `write` reads from
+            raise
+        except OSError as error:
+            raise OSError(f"could not write {file}: {error.strerror or error}") from error
+        finally:
+            part.unlink(missing_ok=True)
+    raise OSError(f"could not write {file}: its temporary file is removed again and again")
+
+
+def commit_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object likewise."""
+    told = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    commit(file, lambda out: out.write(told.encode()))
+
+
+def bfloat16(tensor: Tensor) -> Tensor:
+    """The tensor as it is stored."""
+    return tensor.detach().to("cpu", torch.bfloat16).contiguous()
+
+
+def checksum(tensor: Tensor) -> int:
+    """Of the bytes of a stored tensor."""
+    return xxh3_64_intdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def file_checksum(file: Path) -> str:
+    """Of a whole file, as 16 hexadecimal digits."""
+    digest, block = xxh3_64(), bytearray(2**20)
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
+
+
+def safetensors(tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[Any]:
+    """The bytes of a safetensors file in pieces, so that no second copy of a unit is ever in memory.
+
+    Args:
+        tensors: name → pieces (n_i, …) of each tensor along its first dimension, bfloat16.
+    """
+    header, end = {}, 0
+    for name, pieces in tensors.items():
+        start, end = end, end + sum(piece.numel() for piece in pieces) * 2
+        shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    told = json.dumps(header, separators=(",", ":")).encode()
+    told += b" " * (-len(told) % 8)
+    yield len(told).to_bytes(8, "little") + told
+    for pieces in tensors.values():
+        for piece in pieces:
+            yield piece.reshape(-1).view(torch.uint8).numpy().data
+
+
+class Unit:
+    """One safetensors file, open for reads at any place from any process. Closed when it is let go.
+
+    Attributes:
+        shapes: of its tensors.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: its header does not describe the file, as when it is truncated.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._fd = -1
+        try:
+            self._fd = os.open(file, os.O_RDONLY)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{file} is missing") from None
+        try:
+            size = os.fstat(self._fd).st_size
+            length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+            if size < 8 + length or length > HEADER_LIMIT:
+                raise ValueError
+            header = json.loads(os.pread(self._fd, length, 8))
+            self.shapes = {name: tuple(about["shape"]) for name, about in header.items()}
+            self._starts, end = {}, 0
+            for name, about in header.items():
+                self._starts[name], start = 8 + length + end, end
+                end += 2 * math.prod(self.shapes[name])
+                if about["dtype"] != "BF16" or about["data_offsets"] != [start, end]:
+                    raise ValueError
+            if 8 + length + end != size:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file} is damaged or truncated: its header does not describe its {size} bytes") from None
+        if hasattr(os, "posix_fadvise"):  # else each read brings the neighbourhood along, up to 25 times the bytes
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def read(self, tensor: str, first: int, lines: Sequence[memoryview]) -> bool:
+        """Reads rows first, first + 1, … of a tensor into buffers of a row's bytes each; False if the file ends."""
+        offset = self._starts[tensor] + first * 2 * math.prod(self.shapes[tensor][1:])
+        done = 0
+        rest = list(lines)
+        while done < len(rest):
+            some = rest[done : done + IOVECS]
+            if hasattr(os, "preadv"):
+                count = os.preadv(self._fd, some, offset)
+            else:
+                found = os.pread(self._fd, len(some[0]), offset)
+                count = len(found)
+                some[0][:count] = found
+            if count == 0:
+                return False
+            offset += count
+            while done < len(rest) and count >= len(rest[done]):
+                count -= len(rest[done])
+                done += 1
+            if count:
+                rest[done] = rest[done][count:]
+        return True
+
+
+def read_sidecar(file: Path, columns: list[str] | None = None) -> pa.Table:
+    """The samples of a unit; all columns or some.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line, if it is missing or damaged.
+    """
+    try:
+        schema = pa.schema([SCHEMA.field(name) for name in columns]) if columns else SCHEMA
+        with pa.memory_map(str(file)) as source:
+            return (
+                pq.read_table(source, columns=columns, page_checksum_verification=True)
+                .replace_schema_metadata(None)
+                .cast(schema)
+            )
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing") from None
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}") from None
+
+
+def read_notes(file: Path) -> dict[str, Any]:
+    """What a unit's sidecar says besides its samples: drops [(id, reason, detail)], inputs, last. ValueError if not."""
+    try:
+        notes = json.loads(pq.read_schema(file).metadata[b"unit"])
+        return {name: notes[name] for name in ("drops", "inputs", "last")}
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged: remove it, and its unit is encoded again") from None
+
+
+def latent_shapes(plan: Mapping[str, Any], source: str) -> list[tuple[int, int, int]]:
+    """(C, h, w) of each bucket's latents. ValueError, naming the source, if the plan does not say."""
+    try:
+        factor, channels = plan["factor"], plan["channels"]
+        sizes = [(height, width) for height, width in plan["buckets"]["sizes"]]
+        if not sizes or min(factor, channels, *map(min, sizes)) < 1 or any(h % factor or w % factor for h, w in sizes):
+            raise ValueError
+        return [(channels, height // factor, width // factor) for height, width in sizes]
+    except (KeyError, TypeError, ValueError):
+        told = "channels, factor and buckets.sizes, a list of [height, width] in multiples of factor"
+        raise ValueError(f"{source} lacks {told}") from None
+
+
+def differences(there: Any, here: Any, path: str = "") -> list[tuple[str, str, str]]:
+    """The fields, by dotted path, in which two JSON values differ, with what each says."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        every = sorted(there.keys() | here.keys())
+        pairs = [(there.get(name, ...), here.get(name, ...), f"{path}.{name}".lstrip(".")) for name in every]
+        return [found for pair in pairs for found in differences(*pair)]
+    told = ["nothing" if value is ... else json.dumps(value, ensure_ascii=False) for value in (there, here)]
+    return [] if there == here else [(path, *told)]  # type: ignore[list-item]
+
+
+def first_of(ids: pa.ChunkedArray) -> np.ndarray:
+    """For each id, whether it did not come before: (n,) bool."""
+    codes = pa.chunked_array([part.indices for part in ids.dictionary_encode().chunks], pa.int32()).to_numpy()
+    first = np.zeros(len(codes), dtype=bool)
+    first[np.unique(codes, return_index=True)[1]] = True
+    return first
+
+
+def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """For each hash, whether it lies near an earlier one for which that is not so: (n,) bool.
+
+    Exact: hashes that differ in at most `distance` of their 64 bits agree in one of distance + 1 bands of them.
+
+    Args:
+        hashes: (n,) uint64.
+        distance: bits that may differ.
+    """
+    _, first = np.unique(hashes, return_index=True)
+    near = np.ones(len(hashes), dtype=bool)
+    near[first] = False  # what equals an earlier hash is near to it, or to what that is near to
+    members = np.sort(first)
+    values = hashes[members]
+    edges = [64 * band // (distance + 1) for band in range(distance + 2)]
+    masks = [np.uint64((1 << high) - (1 << low)) for low, high in pairwise(edges)]
+    empty = np.zeros(0, dtype=np.int64)
+    pairs = [(empty, empty)]
+    for number, mask in enumerate(masks):
+        band = values & mask
+        order = np.argsort(band, kind="stable")  # so that within a run of equal bands the earlier comes first
+        for left, right in _near_in_runs(band[order], values[order], distance):
+            left, right = order[left], order[right]
+            differing = values[left] ^ values[right]
+            new = np.ones(len(left), dtype=bool)
+            for earlier in masks[:number]:  # a pair that agrees in several bands counts in the first
+                new &= differing & earlier != 0
+            pairs.append((left[new], right[new]))
+    left, right = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    by_left = np.argsort(left, kind="stable")
+    left, right = left[by_left], right[by_left]
+    removed = np.zeros(len(members), dtype=bool)
+    keys, starts = np.unique(left, return_index=True)
+    for key, others in zip(keys.tolist(), np.split(right, starts[1:]), strict=False):
+        if not removed[key]:  # final by now: whoever could remove it came before
+            removed[others] = True
+    near[members[removed]] = True
+    return near
+
+
+def _near_in_runs(band: np.ndarray, values: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places (left, right), left < right, of near values within each run of equal bands."""
+    if not len(band):
+        return
+    starts = np.flatnonzero(np.diff(band, prepend=~band[:1]))
+    ends = np.append(starts[1:], len(band))
+    ahead = np.repeat(ends, ends - starts) - np.arange(len(band)) - 1  # others to come in the run
+    for start, end in zip(*(bounds[ends - starts > LONG_RUN].tolist() for bounds in (starts, ends)), strict=True):
+        ahead[start:end] = 0
+        top = start
+        while top < end:  # in tables that fit into a processor's cache
+            rows = values[top : min(end, top + 1 + 2**16 // (end - top))]
+            left, right = np.nonzero(np.bitwise_count(rows[:, None] ^ values[top:end]) <= distance)
+            yield top + left[right > left], top + right[right > left]
+            top += len(rows)
+    live, step = np.flatnonzero(ahead), 1
+    while len(live):  # all short runs at once
+        found = live[np.bitwise_count(values[live] ^ values[live + step]) <= distance]
+        yield found, found + step
+        step += 1
+        live = live[ahead[live] >= step]

@@ -1,0 +1,302 @@
+"""Makes the latent store that `data/store.py` reads: unit by unit, then the index of all units."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from data.units import (
+    LISTS,
+    SCHEMA,
+    Unit,
+    bfloat16,
+    checksum,
+    commit,
+    commit_json,
+    differences,
+    file_checksum,
+    first_of,
+    latent_shapes,
+    near_duplicates,
+    read_notes,
+    read_sidecar,
+    safetensors,
+    unit_name,
+)
+from weights import read_json
+
+if TYPE_CHECKING:  # transformers is slow to import
+    from data.text import Text
+
+BATCH_ROWS, BATCH_BYTES = 2**20, 2**30  # of the index; a batch of strings must stay below 2³¹ bytes
+
+
+class Sample(NamedTuple):
+    """One encoded picture with its captions."""
+
+    id: str
+    captions: tuple[str, ...]
+    weights: tuple[float, ...]  # of the captions, > 0
+    bucket: int
+    size: tuple[int, int]  # height and width of the original picture, in pixels
+    crop: tuple[int, int]  # top and left in the scaled picture, in pixels
+    phash: int  # perceptual hash of 64 bits
+    latents: Tensor  # (C, h, w), any float type
+    pooled: Tensor | None  # (captions, P)
+    tokens: Tensor | None  # (captions, N, D)
+
+
+class Drop(NamedTuple):
+    """One input that gave no sample."""
+
+    id: str
+    reason: str
+    detail: str
+
+
+class Part(NamedTuple):
+    """What a unit's sidecar says besides its samples."""
+
+    inputs: int
+    dropped: Counter[str]  # by reason
+    last: bool  # of its shard
+
+
+class Writer:
+    """Makes a store, or goes on with one. Several processes may write one store, each its own shards.
+
+    Args:
+        folder: of the store.
+        plan: what everything is encoded with, as JSON. It holds `buckets.sizes` ([height, width] in pixels of each
+            bucket), `factor` (pixels per latent) and `channels` (of the latents).
+        null: the null condition, tokens (N, D) and pooled (P); None for a store that holds no text.
+
+    Raises:
+        ValueError: the plan is incomplete, or the folder holds a store of another plan: names each field that differs.
+        OSError: naming the file that could not be written.
+    """
+
+    def __init__(self, folder: Path, plan: Mapping[str, Any], null: "Text | None") -> None:
+        plan = json.loads(json.dumps(plan, allow_nan=False))
+        self.folder, self.units, self.null = folder, folder / "units", null
+        self.shapes = latent_shapes(plan, "the plan")
+        self._parts: dict[int, list[Part]] = {}
+        self._begun: set[int] = set()
+        if null and (null.tokens.ndim, null.pooled.ndim) != (2, 1):
+            raise ValueError("the null condition has tokens (N, D) and pooled (P), without a batch")
+        self.units.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(".*.part"):
+            left_over.unlink(missing_ok=True)
+        if not (folder / "store.json").exists():
+            if any(self.units.glob("*.parquet")):
+                raise ValueError(f"{folder} holds units but no store.json that says what they are: use a new folder")
+            commit_json(folder / "store.json", plan)
+        if told := differences(read_json(folder / "store.json"), plan):
+            fields = "; ".join(f"{path}: there {there}, now {now}" for path, there, now in told)
+            raise ValueError(f"{folder} is a store of another plan ({fields}): use a new folder")
+        if null and not (folder / "null.safetensors").exists():
+            rows = {"tokens": [bfloat16(null.tokens)], "pooled": [bfloat16(null.pooled)]}
+            commit(folder / "null.safetensors", lambda file: file.writelines(safetensors(rows)))
+
+    def position(self, shard: int) -> tuple[int, int, bool]:
+        """Where a shard stands: number of its parts, inputs that they consumed, and whether it is finished."""
+        parts = self._known(shard)
+        return len(parts), sum(part.inputs for part in parts), bool(parts) and parts[-1].last
+
+    def write(self, shard: int, samples: Sequence[Sample], drops: Sequence[Drop], inputs: int, last: bool) -> None:
+        """Appends the next part to a shard of this process's own, and clears what a killed writer left of that part.
+
+        Args:
+            shard: its number, from 0.
+            samples: may be none.
+            drops: the inputs that gave no sample.
+            inputs: number of inputs that this part consumed.
+            last: whether the shard ends here.
+
+        Raises:
+            ValueError: a sample does not fit the plan, or its latents are not finite; or the shard is finished.
+            OSError: naming the file that could not be written; every part before it stays good.
+        """
+        parts = self._known(shard)
+        if parts and parts[-1].last:
+            raise ValueError(f"shard {shard} of {self.folder} is finished and takes no further part")
+        if shard not in self._begun:
+            self._clear(shard, len(parts))
+            self._begun.add(shard)
+        if len({sample.tokens is None for sample in samples}) > 1:
+            raise ValueError(f"some samples of shard {shard} have tokens and some have none")
+        latents: dict[int, list[Tensor]] = {}
+        pooled: list[Tensor] = []
+        tokens: list[Tensor] = []
+        rows, text_row = [], 0
+        for sample in samples:
+            self._check(sample)
+            place = latents.setdefault(sample.bucket, [])
+            place.append(bfloat16(sample.latents)[None])
+            if not place[-1].isfinite().all():
+                raise ValueError(f"the latents of {sample.id} are not finite: drop it")
+            pooled += [] if sample.pooled is None else [bfloat16(sample.pooled)]
+            tokens += [] if sample.tokens is None else [bfloat16(sample.tokens)]
+            (height, width), (top, left) = sample.size, sample.crop
+            rows.append(
+                {"id": sample.id, "captions": sample.captions, "weights": sample.weights, "bucket": sample.bucket,
+                 "shard": shard, "part": len(parts), "row": len(place) - 1, "text_row": text_row, "height": height,
+                 "width": width, "top": top, "left": left, "phash": sample.phash, "checksum": checksum(place[-1]),
+                 "pooled_checksum": [] if sample.pooled is None else [checksum(row) for row in pooled[-1]],
+                 "tokens_checksum": [] if sample.tokens is None else [checksum(row) for row in tokens[-1]]}
+            )  # fmt: skip
+            text_row += len(sample.captions)
+        stem = unit_name(shard, len(parts))
+        tensors = {f"latents.{bucket}": latents[bucket] for bucket in sorted(latents)}
+        tensors |= {"pooled": pooled} if pooled else {}
+        if tokens:
+            commit(self.units / f"{stem}.tokens.safetensors", lambda f: f.writelines(safetensors({"tokens": tokens})))
+        if samples:
+            commit(self.units / f"{stem}.safetensors", lambda f: f.writelines(safetensors(tensors)))
+        notes = json.dumps({"drops": drops, "inputs": inputs, "last": last}, ensure_ascii=False)
+        table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"unit": notes})
+        commit(self.units / f"{stem}.parquet", lambda file: _write_sidecar(table, file))
+        parts.append(Part(inputs, Counter(drop.reason for drop in drops), last))
+
+    def finish(self, shards: int, hamming: int | None) -> dict[str, Any] | None:
+        """Writes index, report and the list of what was dropped once all shards are finished.
+
+        Any process may, and several at once.
+
+        A sample whose id came before is a "duplicate id"; one whose perceptual hash lies near that of an earlier sample
+        that was kept is a "near-duplicate". Both stay in their units but not in the index.
+
+        Args:
+            shards: number of shards.
+            hamming: bits, 0 to 8, in which near hashes may differ; None to look for none.
+
+        Returns:
+            The report: inputs, kept, dropped (by reason), buckets (samples by "HEIGHTxWIDTH"), captions, and index, the
+            checksum of `index.arrow`. None if a shard is not finished.
+
+        Raises:
+            ValueError: naming a unit that is damaged.
+        """
+        if shards < 1 or (hamming is not None and not 0 <= hamming <= 8):
+            raise ValueError(f"shards must be at least 1 and hamming from 0 to 8, got {shards} and {hamming}")
+        parts = [self._known(shard) for shard in range(shards)]
+        if not all(known and known[-1].last for known in parts):
+            return None
+        names = [unit_name(shard, part) for shard, known in enumerate(parts) for part in range(len(known))]
+        light = pa.concat_tables([self._sidecar(name, ["id", "phash", "bucket", *LISTS]) for name in names])
+        counts = {name: pc.sum(pc.list_value_length(light[name])).as_py() or 0 for name in LISTS}
+        for name in LISTS[1:]:
+            if counts[name] not in (0, counts["weights"]):
+                told = f"only {counts[name]} of {counts['weights']} captions in {self.folder} have {name.split('_')[0]}"
+                raise ValueError(f"{told}: encode all of them in one way")
+        unique = first_of(light["id"])
+        keep = unique.copy()
+        if hamming is not None:
+            hashes = light["phash"].to_numpy()[unique]
+            keep[np.flatnonzero(unique)[near_duplicates(hashes, hamming)]] = False
+        commit(self.folder / "index.arrow", lambda file: self._write_index(file, names, keep))
+        commit(self.folder / "dropped.jsonl", lambda file: self._write_drops(file, names, light["id"], unique, keep))
+        found = {"duplicate id": int((~unique).sum()), "near-duplicate": int((unique & ~keep).sum())}
+        dropped = sum((part.dropped for known in parts for part in known), Counter()) + Counter(found)
+        members = np.bincount(light["bucket"].to_numpy()[keep], minlength=len(self.shapes))
+        sizes = read_json(self.folder / "store.json")["buckets"]["sizes"]
+        report = {
+            "inputs": sum(part.inputs for known in parts for part in known),
+            "kept": int(keep.sum()),
+            "dropped": dict(sorted(dropped.items())),
+            "buckets": {f"{h}x{w}": int(count) for (h, w), count in zip(sizes, members, strict=True) if count},
+            "captions": int(pc.list_value_length(light["weights"]).to_numpy()[keep].sum()),
+            "index": file_checksum(self.folder / "index.arrow"),
+        }
+        commit_json(self.folder / "report.json", report)
+        return report
+
+    def _known(self, shard: int) -> list[Part]:
+        """The parts that are there, looked for anew, since another process may have written the shard."""
+        known = self._parts.setdefault(shard, [])
+        while not (known and known[-1].last):
+            file = self.units / f"{unit_name(shard, len(known))}.parquet"
+            if not file.exists():
+                break
+            notes = read_notes(file)
+            known.append(Part(notes["inputs"], Counter(reason for _, reason, _ in notes["drops"]), notes["last"]))
+        return known
+
+    def _clear(self, shard: int, parts: int) -> None:
+        """Removes files of a shard that no sidecar commits."""
+        for file in self.units.iterdir():
+            found = re.match(r"(\.?)(\d+)-(\d+)\.", file.name)
+            if found and int(found[2]) == shard and (found[1] or int(found[3]) >= parts):
+                file.unlink(missing_ok=True)
+
+    def _check(self, sample: Sample) -> None:
+        """ValueError naming what in a sample does not fit the plan."""
+        n = len(sample.captions)
+        pooled, tokens = self.null and (n, *self.null.pooled.shape), self.null and (n, *self.null.tokens.shape)
+        faults = {
+            f"bucket {sample.bucket} of {len(self.shapes)}": not 0 <= sample.bucket < len(self.shapes),
+            f"{n} captions with the weights {sample.weights}": n < 1
+            or len(sample.weights) != n
+            or not all(0 < weight < math.inf for weight in sample.weights),
+            f"the perceptual hash {sample.phash}": not 0 <= sample.phash < 2**64,
+            f"pooled {_shape(sample.pooled)} instead of {pooled}": _shape(sample.pooled) != pooled,
+            f"tokens {_shape(sample.tokens)} instead of {tokens}": _shape(sample.tokens) not in (None, tokens),
+        }
+        told = [fault for fault, there in faults.items() if there]
+        if not told and _shape(sample.latents) != (wanted := self.shapes[sample.bucket]):
+            told = [f"latents {_shape(sample.latents)} instead of {wanted}"]
+        if told:
+            raise ValueError(f"sample {sample.id} does not fit the store: {', '.join(told)}")
+
+    def _sidecar(self, name: str, columns: list[str]) -> pa.Table:
+        """Columns of a unit's samples, if its other files are whole."""
+        table = read_sidecar(self.units / f"{name}.parquet", columns)
+        for group, there in (("", len(table)), (".tokens", pc.sum(pc.list_value_length(table[LISTS[2]])).as_py())):
+            if there:
+                Unit(self.units / f"{name}{group}.safetensors")
+        return table
+
+    def _write_drops(
+        self, file: BinaryIO, names: Iterable[str], ids: pa.ChunkedArray, unique: np.ndarray, keep: np.ndarray
+    ) -> None:
+        """A line of JSON for each input that is not in the index."""
+        for name in names:
+            for drop in read_notes(self.units / f"{name}.parquet")["drops"]:
+                file.write(_line(Drop(*drop)))
+        for row in np.flatnonzero(~keep).tolist():
+            file.write(_line(Drop(ids[row].as_py(), "near-duplicate" if unique[row] else "duplicate id", "")))
+
+    def _write_index(self, file: BinaryIO, names: Iterable[str], keep: np.ndarray) -> None:
+        """Streams the kept samples of all units into one file, in few batches."""
+        with pa.ipc.new_file(file, SCHEMA) as out:
+            waiting: list[pa.Table] = []
+            for name in names:
+                table = read_sidecar(self.units / f"{name}.parquet")
+                waiting.append(table.filter(pa.array(keep[: len(table)])))
+                keep = keep[len(table) :]
+                if sum(map(len, waiting)) >= BATCH_ROWS or sum(part.nbytes for part in waiting) >= BATCH_BYTES:
+                    out.write_table(pa.concat_tables(waiting).combine_chunks())
+                    waiting = []
+            if waiting:
+                out.write_table(pa.concat_tables(waiting).combine_chunks())
+
+
+def _line(drop: Drop) -> bytes:
+    return (json.dumps(drop._asdict(), ensure_ascii=False) + "\n").encode()
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _write_sidecar(table: pa.Table, file: BinaryIO) -> None:
+    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
