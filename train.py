@@ -2,105 +2,29 @@
 
 import hashlib
 import logging
-import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
-from cli import fail, one_line_errors, plain_warnings
-from data.latents import Codec
-from data.module import Digits
-from data.text import TextEncoder
-from flow.objective import Objective
-from generator import Generator, Grid, Optimization
+from cli import one_line_errors, plain_warnings
+from data.module import Data
+from data.sizes import SIZE_FEATURES
+from experiment import Run, parser, plain
+from generator import Generator
 from mmdit import lora
-from mmdit.lora import LoRA
-from sampling import Sampling
 from training.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from training.ema import EMA
 from training.log import JSONLinesLogger
 from training.progress import StepProgress
 
-FREE = {"run.folder", "run.accelerator", "run.devices", "run.wandb", "data.workers"}  # may differ when a run goes on
-
-
-@dataclass(frozen=True)
-class Run:
-    """The run as a whole.
-
-    Args:
-        folder: everything that the run writes.
-        seed: of initial weights, order, captions, noise and times.
-        steps: optimizer steps.
-        validate_every: steps between validations, samples and, where the loss is the best so far, model folders.
-        checkpoint_every: steps between checkpoints.
-        log_every: steps between lines of the log.
-        accelerator: as Lightning's.
-        devices: processes on this machine.
-        precision: as Lightning's.
-        wandb: also log to Weights & Biases; offline needs no account and no network.
-    """
-
-    folder: Path
-    seed: int = 0
-    steps: int = 100_000
-    validate_every: int = 1000
-    checkpoint_every: int = 1000
-    log_every: int = 50
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int = 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    wandb: Literal["off", "offline", "online"] = "off"
-
-    def __post_init__(self) -> None:
-        counts = (self.steps, self.validate_every, self.checkpoint_every, self.log_every, self.devices)
-        if min(counts) < 1 or self.steps % self.validate_every:
-            raise ValueError(
-                "run.steps, validate_every, checkpoint_every, log_every and devices must be at least 1, and steps a "
-                f"multiple of validate_every; got {', '.join(map(str, counts))}"
-            )
-
-
-class Parser(ArgumentParser):
-    """jsonargparse's parser, with errors in one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:
-            super().error(message, ex)
-        fail(plain(message))
-
-
-def plain(message: str) -> str:
-    """The cause, where jsonargparse tells all that a value could have been."""
-    where = re.match(r"(.*?)Does not validate against any of the Union subtypes", message, re.DOTALL)
-    cause = re.search(r"Errors:\s+- (.*?)\s*(?:\n\s*- |Given value|$)", message, re.DOTALL)
-    return f"{where[1]}{cause[1]}" if where and cause else message
-
-
-def parser() -> Parser:
-    """Every key of the YAML file is a constructor's argument, documented there."""
-    p = Parser(description=__doc__)
-    p.add_argument("command", choices=["fit", "validate"], help="train, or report the validation loss of a run")
-    p.add_argument("--config", action="config", required=True, help="a YAML file; later ones and flags override it")
-    p.add_class_arguments(Run, "run")
-    p.add_subclass_arguments(TextEncoder, "text", required=True)
-    p.add_subclass_arguments(Codec, "codec", required=True)
-    p.add_class_arguments(Digits, "data", skip={"text", "codec", "seed"}, instantiate=False)
-    p.add_subclass_arguments(nn.Module, "network", required=True)
-    p.add_argument("--lora", type=LoRA | None, help="train low-rank updates of a network that is read from disk")
-    p.add_class_arguments(Objective, "objective")
-    for group, name in ((Optimization, "optimization"), (Sampling, "sampling"), (Grid, "grid")):
-        p.add_class_arguments(group, name)
-    return p
+FREE = {"run.folder", "run.accelerator", "run.devices", "run.wandb", "data.init_args.workers"}  # may differ on resuming
 
 
 def claim(folder: Path, resolved: str) -> None:
@@ -111,7 +35,8 @@ def claim(folder: Path, resolved: str) -> None:
             here, there = flat(yaml.safe_load(resolved)), flat(yaml.safe_load(file.read_text(encoding="utf-8")))
         except yaml.YAMLError:
             raise ValueError(f"{file} is no YAML; what run is in {folder}?") from None
-        different = [key for key in here | there if here.get(key) != there.get(key) and key not in FREE]
+        keys = [key for key in here | there if key not in FREE and not key.startswith("encode")]
+        different = [key for key in keys if here.get(key) != there.get(key)]
         if different:
             told = "; ".join(f"{key} is {there.get(key)} there and {here.get(key)} now" for key in different[:3])
             raise ValueError(f"{folder} holds a run with another config ({told}); choose another run.folder")
@@ -144,7 +69,7 @@ def base_of(config: Namespace) -> str | None:
     return str(base)
 
 
-def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Digits]:
+def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Data]:
     """The trainer, the module and the data of a config; `base` is where a network to be updated comes from."""
     run: Run = config.run
     network, text, codec = config.network.train(), config.text, config.codec
@@ -152,13 +77,17 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Di
         lora.add(network, config.lora)
     if any(p.requires_grad and p.dtype != torch.float32 for p in network.parameters()):
         raise ValueError("weights that learn must be float32, or small steps vanish: leave out network.init_args.dtype")
-    data = Digits(text, codec, run.seed, **config.data)
+    data: Data = config.data(text, codec, run.seed)
     if data.batch_size % run.devices:
         raise ValueError(f"data.batch_size must be a multiple of the {run.devices} devices, got {data.batch_size}")
     generator = Generator(
         network, config.objective, text, codec, config.optimization, config.sampling, config.grid, data.side,
         run.folder, run.steps, data.batch_size, run.seed, run.log_every, base,
     )  # fmt: skip
+    if data.sized != generator.pipeline.sized:
+        needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)
+        told = "with" if data.sized else "without"
+        raise ValueError(f"network.pooled_dim must be {needed} {told} data.size_conditioning, got {network.pooled_dim}")
     generator.pipeline.latent_size(data.side, data.side)  # a patch that does not fit should fail now
     ema = EMA(network, config.optimization.ema_decay)
     loggers: list[Logger] = [JSONLinesLogger(run.folder / "log.jsonl")]
@@ -198,10 +127,12 @@ def quiet() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     quiet()
-    p = parser()
+    p = parser(__doc__ or "")
+    p.add_argument("command", choices=["fit", "validate"], help="train, or report the validation loss of a run")
     config = p.parse_args(argv)
     command = config.pop("command")
     resolved = p.dump(config, skip_validation=True)
+    config.encode = None  # which a store has no more need of
     with one_line_errors(ValueError, FileNotFoundError, MisconfigurationException):
         L.seed_everything(config.run.seed, verbose=False)
         base = base_of(config)

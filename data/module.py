@@ -1,32 +1,24 @@
 """Batches for training and validation, as a LightningDataModule."""
 
-from typing import Any, Literal, NamedTuple, final
+from dataclasses import dataclass
+from typing import Any, Literal, final
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from data import digits
+from data import digits, stored
+from data.batch import Batch, complete
 from data.latents import Codec
-from data.sampler import GlobalBatches, Share, Stripes, Use, normal, stream
-from data.text import TextEncoder
-
-
-class Batch(NamedTuple):
-    """One rank's share of a global batch, ready for the loss."""
-
-    step: int  # number of global batches before this one
-    positions: np.ndarray  # of these samples in the global batch; in validation, of the data set; (b,)
-    x0: Tensor  # latents (b, C, H, W)
-    noise: Tensor  # what x0 is paired with (b, C, H, W)
-    text: Tensor  # (b, N, D)
-    pooled: Tensor  # (b, P)
-
+from data.sampler import GlobalBatches, Share, Stages, Stripes, Use, normal, stream
+from data.store import Store
+from data.text import Text, TextEncoder
 
 PIXELS = 2**20  # encoded at once
+VALIDATED = 125  # samples at a time
 
 
 class CaptionedDigits(Dataset[Batch]):
@@ -93,8 +85,53 @@ def _whole(batch: Any) -> Any:
     return batch
 
 
+class Data(L.LightningDataModule):
+    """Batches for training, without end from the trainer's step on, and for validation.
+
+    Args:
+        text: encodes captions.
+        codec: encodes pictures.
+        seed: of the order, the captions and the noise.
+        batch_size: of the global batch, over all processes.
+        side: of a square picture, in pixels.
+        workers: loader processes; 0 loads in the training process.
+        sized: the pooled vector also tells sizes and crops.
+    """
+
+    def __init__(
+        self, text: TextEncoder, codec: Codec, seed: int, batch_size: int, side: int, workers: int, sized: bool = False
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or workers < 0:
+            raise ValueError(f"data needs batch_size >= 1 and workers >= 0, got {batch_size} and {workers}")
+        self.text, self.codec, self.seed = text, codec, seed
+        self.batch_size, self.side, self.workers, self.sized = batch_size, side, workers, sized
+
+    def setup(self, stage: str) -> None:
+        """Text and pictures are encoded where the training runs."""
+        if self.trainer:
+            self.codec.to(self.trainer.strategy.root_device)
+            self.text.to(self.trainer.strategy.root_device)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _start(self) -> int:
+        return self.trainer.global_step if self.trainer else 0
+
+    def _loader(self, data: Dataset[Batch], shares: Sampler[Share]) -> DataLoader:
+        return DataLoader(
+            data,
+            sampler=shares,
+            batch_size=None,
+            collate_fn=_whole,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
 @final
-class Digits(L.LightningDataModule):
+class Digits(Data):
     """Handwritten digits with captions.
 
     Args:
@@ -117,46 +154,123 @@ class Digits(L.LightningDataModule):
         side: int = digits.SIDE,
         workers: int = 0,
     ) -> None:
-        super().__init__()
-        if batch_size < 1 or workers < 0 or not 0 <= caption_dropout <= 1:
-            raise ValueError(
-                "data needs batch_size >= 1, workers >= 0 and caption_dropout from 0 to 1, "
-                f"got {batch_size}, {workers} and {caption_dropout}"
-            )
+        super().__init__(text, codec, seed, batch_size, side, workers)
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"data.caption_dropout must be from 0 to 1, got {caption_dropout}")
         if side < digits.SIDE or side % codec.factor:
             raise ValueError(f"data.side must be a multiple of {codec.factor} and at least 8, got {side}")
-        self.text, self.codec, self.side = text, codec, side
-        self.seed, self.batch_size, self.caption_dropout, self.workers = seed, batch_size, caption_dropout, workers
-
-    def setup(self, stage: str) -> None:
-        """Text and pictures are encoded where the training runs."""
-        if self.trainer:
-            self.codec.to(self.trainer.strategy.root_device)
-            self.text.to(self.trainer.strategy.root_device)
-
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self.caption_dropout = caption_dropout
 
     def train_dataloader(self) -> DataLoader:
-        """Batches from the trainer's step on, without end."""
         rank, world = self._place()
-        start = self.trainer.global_step if self.trainer else 0
         data = TrainingDigits(self.text, self.codec, self.seed, self.batch_size, self.caption_dropout, self.side)
-        batches = GlobalBatches(len(data.latents), self.batch_size, self.seed, start, rank, world)
-        return self._loader(data, batches)
+        pool = [np.arange(len(data.latents))]
+        return self._loader(data, GlobalBatches(pool, self.batch_size, self.seed, self._start(), rank, world))
 
     def val_dataloader(self) -> DataLoader:
         """The 500 held-out digits, once each."""
         rank, world = self._place()
         data = ValidationDigits(self.text, self.codec, self.side)
-        return self._loader(data, Stripes(len(data.latents), 125, rank, world))
+        return self._loader(data, Stripes([np.arange(len(data.latents))], VALIDATED, rank, world))
 
-    def _loader(self, data: CaptionedDigits, shares: GlobalBatches | Stripes) -> DataLoader:
-        return DataLoader(
-            data,
-            sampler=shares,
-            batch_size=None,
-            collate_fn=_whole,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+
+@dataclass(frozen=True)
+class Stage:
+    """A store that is trained on before the main one.
+
+    Args:
+        store: a folder or a URL.
+        steps: for how many steps.
+    """
+
+    store: str
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"a stage must have at least 1 step, got {self.steps}")
+
+
+@final
+class Stored(Data):
+    """Pictures and captions from a store that `encode.py` wrote.
+
+    Args:
+        text: the encoders that the store was written with.
+        codec: likewise.
+        seed: of the order, the captions and the noise.
+        store: a folder, or a URL whose files are fetched as they are needed.
+        batch_size: of the global batch, over all processes.
+        caption_dropout: share of captions replaced by the null condition, all encoders together.
+        encoder_dropout: share of captions of which an encoder is dropped, each encoder by itself; SD3's is 0.464, with
+            no caption_dropout.
+        held_out: samples that validation uses and training does not, the same ones in every stage.
+        before: stores that come first, such as one of smaller pictures.
+        size_conditioning: the pooled vector also tells the original size and the crop (SDXL, §2.2); the network's
+            pooled_dim is then larger by 1,536.
+        workers: loader processes; 0 loads in the training process.
+
+    Raises:
+        ValueError: a store is damaged, or was written with another codec or text encoder.
+        FileNotFoundError: there is no store.
+    """
+
+    def __init__(
+        self,
+        text: TextEncoder,
+        codec: Codec,
+        seed: int,
+        store: str,
+        batch_size: int = 64,
+        caption_dropout: float = 0.1,
+        encoder_dropout: float = 0.0,
+        held_out: int = 500,
+        before: tuple[Stage, ...] = (),
+        size_conditioning: bool = False,
+        workers: int = 0,
+    ) -> None:
+        if not (0 <= caption_dropout <= 1 and 0 <= encoder_dropout <= 1):
+            raise ValueError(f"dropouts must be from 0 to 1, got {caption_dropout} and {encoder_dropout}")
+        self.stores = [Store(path) for path in (*(stage.store for stage in before), store)]
+        for opened in self.stores:
+            told = {"text": text.fingerprint()} if opened.has_tokens else {}
+            opened.expect(codec=codec.fingerprint(), **told)
+        main = self.stores[-1]
+        super().__init__(text, codec, seed, batch_size, main.plan["buckets"]["side"], workers, size_conditioning)
+        if not 1 <= held_out < len(main):
+            raise ValueError(f"data.held_out must be from 1 to below the store's {len(main)} samples, got {held_out}")
+        self.caption_dropout, self.encoder_dropout, self.before = caption_dropout, encoder_dropout, before
+        self.apart = stored.held_out(main, held_out)
+        self.null: Text | None = None
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world = self._place()
+        data = stored.TrainingSamples(
+            self.stores, len(self.text.slots), self.sized, self.seed, self.batch_size, self.caption_dropout,
+            self.encoder_dropout,
+        )  # fmt: skip
+        lengths = [*(stage.steps for stage in self.before), None]
+        parts = [
+            (
+                steps,
+                GlobalBatches(stored.divided(opened, self.apart, False), self.batch_size, self.seed, 0, rank, world),
+            )
+            for steps, opened in zip(lengths, self.stores, strict=True)
+        ]
+        return self._loader(data, Stages(parts, self._start()))
+
+    def val_dataloader(self) -> DataLoader:
+        """The held-out samples of the main store, once each."""
+        rank, world = self._place()
+        data = stored.ValidationSamples(self.stores[-1:], len(self.text.slots), self.sized)
+        return self._loader(data, Stripes(stored.divided(self.stores[-1], self.apart, True), VALIDATED, rank, world))
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Encodes captions that the store holds unencoded, and completes the condition."""
+        if self.null is None:
+            kept = self.stores[-1].null
+            if kept is None:
+                tokens, pooled = self.text.encode([""])
+                kept = Text(tokens[0], pooled[0])
+            self.null = Text(*(part.to(batch.x0.device) for part in kept))
+        return complete(batch, self.text, self.null)

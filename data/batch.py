@@ -1,0 +1,51 @@
+"""What training and validation are given at a time."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.sizes import size_features
+from data.text import Text, TextEncoder
+
+
+class Batch(NamedTuple):
+    """One rank's share of a global batch. Ready for the loss once it is `complete`."""
+
+    step: int  # number of global batches before this one
+    positions: np.ndarray  # of these samples in the global batch; in validation, of the data set; (b,)
+    x0: Tensor  # latents (b, C, H, W)
+    noise: Tensor  # what x0 is paired with (b, C, H, W)
+    text: Tensor  # (b, N, D)
+    pooled: Tensor  # (b, P)
+    captions: list[str] | None = None  # to be encoded; text and pooled are then empty
+    kept: Tensor | None = None  # (b, encoders) bool, false where an encoder is dropped; none keeps all
+    sizes: Tensor | None = None  # (b, 6), as `data.sizes` has them; none tells the network nothing
+
+
+def complete(batch: Batch, encoder: TextEncoder, null: Text) -> Batch:
+    """The batch with its captions encoded, dropped encoders replaced and sizes told.
+
+    Where an encoder is dropped, tokens and pooled vector alike become those of the null condition, so that a caption
+    whose encoders are all dropped is the null condition (Esser et al. 2024, appendix B.3, drops to zeros instead).
+
+    Args:
+        batch: on any device.
+        encoder: of the captions.
+        null: the null condition, (N, D) and (P).
+    """
+    text, pooled = batch.text, batch.pooled
+    if batch.captions is not None:
+        text, pooled = (part.to(batch.x0.device) for part in encoder.encode(batch.captions))
+    if batch.kept is not None:
+        text, pooled = text.clone(), pooled.clone()
+        words, vector = null.tokens.to(text), null.pooled.to(pooled)
+        for slot, kept in zip(encoder.slots, batch.kept.unbind(1), strict=True):
+            part = text[:, slot.rows, slot.columns]
+            part.copy_(torch.where(kept[:, None, None], part, words[slot.rows, slot.columns]))
+            part = pooled[:, slot.pooled]
+            part.copy_(torch.where(kept[:, None], part, vector[slot.pooled]))
+    if batch.sizes is not None:
+        pooled = torch.cat([pooled.float(), size_features(batch.sizes)], dim=1)
+    return batch._replace(text=text, pooled=pooled, captions=None, kept=None, sizes=None)

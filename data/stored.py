@@ -1,0 +1,115 @@
+"""Samples of stores as batches: latents, a choice among captions, which encoders are dropped, noise."""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+import xxhash
+from torch.utils.data import Dataset
+
+from data.batch import Batch
+from data.sampler import Share, Use, normal, stream
+from data.store import Store
+
+
+def held_out(store: Store, count: int) -> set[str]:
+    """The ids of the `count` samples whose ids have the lowest hashes: the same few however the store grows."""
+    ids = store.ids().to_pylist()
+    return set(sorted(ids, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode()), name))[:count])
+
+
+def divided(store: Store, apart: Collection[str], within: bool) -> list[np.ndarray]:
+    """The numbers of a store's samples, bucket by bucket: those whose ids are in `apart`, or all the others."""
+    inside = np.array([name in apart for name in store.ids().to_pylist()], dtype=bool)
+    return [rows[inside[rows] == within] for rows in map(store.members, range(len(store.buckets)))]
+
+
+class StoredSamples(Dataset[Batch]):
+    """An item is a whole share of a batch, from the store of its stage.
+
+    Args:
+        stores: one for each stage.
+        encoders: number of text encoders.
+        sized: tell sizes and crops.
+    """
+
+    def __init__(self, stores: Sequence[Store], encoders: int, sized: bool) -> None:
+        self.stores, self.encoders, self.sized = stores, encoders, sized
+
+    def batch(
+        self, share: Share, choice: np.ndarray, kept: np.ndarray | None, draw: int | None, use: Use, seed: int
+    ) -> Batch:
+        """The samples with the captions of those numbers (b,), and noise of the stream (seed, use).
+
+        Args:
+            share: which samples.
+            choice: of each one's captions.
+            kept: (b, encoders), or none to keep all.
+            draw: seed of the draw from the posterior, where the store holds one; none takes its mean.
+            use: what the noise is for.
+            seed: of the noise.
+        """
+        store, rows = self.stores[share.stage], share.samples
+        x0 = store.latents(rows)
+        numbers = share.positions
+        if store.plan["latents"] == "posterior":
+            mean, logvar = x0.float().chunk(2, dim=1)
+            x0 = mean
+            if draw is not None:
+                noise = normal(draw, Use.POSTERIOR, share.step, numbers, tuple(mean.shape[1:]))
+                x0 = mean + (logvar / 2).exp() * noise
+        captions, text, pooled = None, torch.empty(0), torch.empty(0)
+        if store.has_tokens:
+            text, pooled = store.text(rows, choice)
+        else:
+            captions = [store.captions(int(row))[i] for row, i in zip(rows, choice, strict=True)]
+        sizes = None
+        if self.sized:
+            after = np.broadcast_to(store.buckets[share.bucket], (len(rows), 2))
+            sizes = torch.from_numpy(np.concatenate([store.sizes(rows), after], axis=1).astype(np.int64))
+        noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:]))
+        kept_here = None if kept is None else torch.from_numpy(kept)
+        return Batch(share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes)
+
+
+class TrainingSamples(StoredSamples):
+    """Captions by weight, dropped at a rate, encoders each by itself too, fresh noise: functions of (seed, step)."""
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        encoders: int,
+        sized: bool,
+        seed: int,
+        batch_size: int,
+        caption_dropout: float,
+        encoder_dropout: float,
+    ) -> None:
+        super().__init__(stores, encoders, sized)
+        self.seed, self.batch_size = seed, batch_size
+        self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
+
+    def __getitem__(self, share: Share) -> Batch:
+        numbers = stream(self.seed, Use.CAPTION, share.step).random((self.batch_size, 2 + self.encoders))
+        drawn = numbers[share.positions]
+        store = self.stores[share.stage]
+        choice = np.array(
+            [chosen(store.weights(int(row)), u) for row, u in zip(share.samples, drawn[:, 0], strict=True)]
+        )
+        kept = (drawn[:, 1:2] >= self.caption_dropout) & (drawn[:, 2:] >= self.encoder_dropout)
+        return self.batch(share, choice, kept, self.seed, Use.NOISE, self.seed)
+
+
+class ValidationSamples(StoredSamples):
+    """Each sample with one caption and one noise, the same in every run."""
+
+    def __getitem__(self, share: Share) -> Batch:
+        store = self.stores[share.stage]
+        choice = np.array([int(row) % len(store.weights(int(row))) for row in share.samples])
+        return self.batch(share, choice, None, None, Use.VALIDATION, 0)
+
+
+def chosen(weights: Sequence[float], u: float) -> int:
+    """A number from 0 on, with probabilities in proportion to the weights, for uniform u in [0, 1)."""
+    ends = np.cumsum(weights)
+    return min(int(np.searchsorted(ends, u * ends[-1], side="right")), len(ends) - 1)
