@@ -27,13 +27,13 @@ from weights import write_json, write_tensors
 
 FOLDER = Path(__file__).parents[1] / "assets" / "shapes" / "vae"
 SCENES, UNSEEN, SEED = 20_000, 500, 1  # a seed that no store of examples uses
-STEPS, BATCH, RATE, KL = 3500, 16, 2e-3, 0.1
+STEPS, BATCH, RATE, KL = 8000, 8, 1.5e-3, 0.003
 CONFIG = {
     "in_channels": 3,
     "out_channels": 3,
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [16, 32, 64, 64],
+    "block_out_channels": [16, 16, 32, 64],
     "layers_per_block": 1,
     "latent_channels": 16,
     "norm_num_groups": 8,
