@@ -31,7 +31,7 @@ COLOURS = {
     "pink": (245, 145, 195),
     "black": (30, 30, 35),
 }
-SIZES = {"small": (9, 12), "large": (18, 22)}  # sides of the box around a shape, in pixels, both ends included
+SIZES = {"small": (11, 13), "large": (20, 24)}  # sides of the box around a shape, in pixels, both ends included
 NUMBERS = ("no", "one", "two", "three", "four")
 RELATIONS = {"above": (1, 0), "below": (-1, 0), "to the left of": (0, 1), "to the right of": (0, -1)}  # (down, right)
 OPENINGS = ("", "a picture of ", "a drawing of ", "an image of ")
@@ -222,6 +222,8 @@ class Shapes(Source):
         self.shards = -(-count // self.UNIT)
 
     def read(self, shard: int, start: int = 0) -> Iterator[Raw]:
+        if not 0 <= shard < self.shards or start < 0:
+            raise ValueError(f"there are shards 0 to {self.shards - 1}, not {shard} from input {start} on")
         for number in range(shard * self.UNIT + start, min((shard + 1) * self.UNIT, self.count)):
             drawn = scene(self.seed, number)
             told = dict.fromkeys(captions(drawn, stream(self.seed, Use.CAPTION, 0, number)))
@@ -259,7 +261,7 @@ def read(pixels: np.ndarray) -> list[Found]:
             Found(
                 shape_of(mask),
                 colour_of(pixels[box][ndimage.binary_erosion(inside) if inside.sum() > 30 else inside]),
-                "small" if max(mask.shape) < 15 else "large",
+                "small" if max(mask.shape) < 17 else "large",
                 (origin[0] + (mask.shape[0] - 1) / 2, origin[1] + (mask.shape[1] - 1) / 2),
             )
         )
@@ -275,7 +277,7 @@ def shape_of(mask: np.ndarray) -> str | None:
         shape: (mask & model).sum() / (mask | model).sum() for shape, model in silhouettes(height, width).items()
     }
     best = max(overlaps, key=lambda shape: overlaps[shape])
-    return best if overlaps[best] > 0.75 else None
+    return best if overlaps[best] > 0.65 else None
 
 
 @lru_cache(maxsize=1024)

@@ -1,7 +1,7 @@
 """Writes the photographs that ship with scikit-learn and scikit-image, with captions, as a data set to try things on.
 
-    python -m tools.photographs pictures            # a folder: NAME.jpg and NAME.txt
-    python -m tools.photographs shards --tar        # the same as two WebDataset tars, as img2dataset writes them
+python -m tools.photographs pictures            # a folder: NAME.jpg and NAME.txt
+python -m tools.photographs shards --tar        # the same as two WebDataset tars, as img2dataset writes them
 """
 
 import argparse
