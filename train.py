@@ -88,7 +88,8 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Da
         needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)
         told = "with" if data.sized else "without"
         raise ValueError(f"network.pooled_dim must be {needed} {told} data.size_conditioning, got {network.pooled_dim}")
-    generator.pipeline.latent_size(data.side, data.side)  # a patch that does not fit should fail now
+    for height, width in {(data.side, data.side), *data.sizes}:  # a patch that does not fit should fail now
+        generator.pipeline.latent_size(height, width)
     ema = EMA(network, config.optimization.ema_decay)
     loggers: list[Logger] = [JSONLinesLogger(run.folder / "log.jsonl")]
     if run.wandb != "off":

@@ -58,7 +58,7 @@ def main() -> None:
 
     config = yaml.safe_load(args.config.read_text())
     ours = MMDiT(**config["network"]["init_args"] | ({"width": args.width} if args.width else {}))
-    batch = args.batch or config["data"]["batch_size"]
+    batch = args.batch or config["data"]["init_args"]["batch_size"]
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.05)
     with tempfile.TemporaryDirectory() as folder:

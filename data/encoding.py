@@ -103,7 +103,7 @@ class StoreEncoder:
         if how.step % codec.factor:
             raise ValueError(f"encode.step must be a multiple of {codec.factor}, the codec's factor, got {how.step}")
         if how.latents != "mean":
-            codec.posterior(torch.zeros(1, codec.pixel_channels, codec.factor, codec.factor))  # a codec without it
+            codec.posterior(torch.zeros(1, codec.pixel_channels, how.step, how.step))  # a codec without it
         self.with_text = how.text == "encoded"
         null = None
         if self.with_text:

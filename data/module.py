@@ -96,6 +96,9 @@ class Data(L.LightningDataModule):
         side: of a square picture, in pixels.
         workers: loader processes; 0 loads in the training process.
         sized: the pooled vector also tells sizes and crops.
+
+    Attributes:
+        sizes: height and width of all pictures that may come, in pixels.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Data(L.LightningDataModule):
             raise ValueError(f"data needs batch_size >= 1 and workers >= 0, got {batch_size} and {workers}")
         self.text, self.codec, self.seed = text, codec, seed
         self.batch_size, self.side, self.workers, self.sized = batch_size, side, workers, sized
+        self.sizes: tuple[tuple[int, int], ...] = ((side, side),)
 
     def setup(self, stage: str) -> None:
         """Text and pictures are encoded where the training runs."""
@@ -241,6 +245,16 @@ class Stored(Data):
             raise ValueError(f"data.held_out must be from 1 to below the store's {len(main)} samples, got {held_out}")
         self.caption_dropout, self.encoder_dropout, self.before = caption_dropout, encoder_dropout, before
         self.apart = stored.held_out(main, held_out)
+        self.pools = [stored.divided(opened, self.apart, False) for opened in self.stores]
+        for opened, pool in zip(self.stores, self.pools, strict=True):
+            if not any(map(len, pool)):
+                raise ValueError(f"no sample of {opened.source} is left to train on: all are held out")
+        self.sizes = tuple(
+            size
+            for opened, pool in zip(self.stores, self.pools, strict=True)
+            for size, rows in zip(opened.buckets, pool, strict=True)
+            if len(rows)
+        )
         self.null: Text | None = None
 
     def train_dataloader(self) -> DataLoader:
@@ -250,14 +264,8 @@ class Stored(Data):
             self.encoder_dropout,
         )  # fmt: skip
         lengths = [*(stage.steps for stage in self.before), None]
-        parts = [
-            (
-                steps,
-                GlobalBatches(stored.divided(opened, self.apart, False), self.batch_size, self.seed, 0, rank, world),
-            )
-            for steps, opened in zip(lengths, self.stores, strict=True)
-        ]
-        return self._loader(data, Stages(parts, self._start()))
+        batches = [GlobalBatches(pool, self.batch_size, self.seed, 0, rank, world) for pool in self.pools]
+        return self._loader(data, Stages(list(zip(lengths, batches, strict=True)), self._start()))
 
     def val_dataloader(self) -> DataLoader:
         """The held-out samples of the main store, once each."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from data.folder import METADATA, Folder
-from data.raw import EXTENSIONS, Input, Place, Source
+from data.raw import EXTENSIONS, Fault, Input, Place, Source
 from data.tables import Table
 from data.tars import Tars
 
@@ -76,10 +76,17 @@ class Pictures(Source):
             raise ValueError(f"there are shards 0 to {self.shards - 1}, not {shard} from input {start} on")
         # Names that are no Unicode come as lone surrogates, which no file could hold.
         for entry in self.source.read(shard, start):
-            yield entry._replace(id=entry.id.encode("utf-8", "backslashreplace").decode())
+            if isinstance(entry, Fault):
+                entry = entry._replace(detail=" ".join(writable(entry.detail).split()))
+            yield entry._replace(id=writable(entry.id))
 
     def describe(self) -> dict[str, Any]:
         return {**self.given, **self.source.describe()}
+
+
+def writable(text: str) -> str:
+    """The text with what UTF-8 cannot hold in words."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def locate(path: str, split: str) -> Place | None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar, final
@@ -21,6 +21,7 @@ from weights import Weights, digest, fit, open_file, open_folder, read_json, wri
 
 PROJECTION = "text_projection.weight"  # of the pooled vector, in a CLIP tower
 TABLE = "encoder.embed_tokens.weight"  # T5's second name for `shared.weight`
+NOTES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # that change no result
 Tokenizer = TypeVar("Tokenizer", bound=CLIPTokenizer | T5Tokenizer)
 
 
@@ -121,7 +122,8 @@ class CLIPText(TextEncoder):
             tower = Tower(CLIPTextModelWithProjection, read_json(source / "config.json"), source)
             tower.require(tokenizer, tokenizer.model_max_length)
             encoder = tower.load(torch.float32, torch.device("cpu"))
-            self.towers.append(Clip(tokenizer, encoder, tower.fingerprint()))
+            # The weights as they are held, since `save` writes these, whatever type they were stored in.
+            self.towers.append(Clip(tokenizer, encoder, tower.fingerprint(dict(encoder.named_parameters()))))
             width, projection = tower.config.hidden_size, tower.config.projection_dim
             columns = slice(self.tokens_dim, self.tokens_dim + width)
             pooled = slice(self.pooled_dim, self.pooled_dim + projection)
@@ -252,9 +254,10 @@ class Tower:
             module.text_model.embeddings.position_ids = positions[None]  # (1, N); in no file
         return module.eval().requires_grad_(False)
 
-    def fingerprint(self) -> str:
-        """A hash of the settings and the weights."""
-        told = json.dumps(self.settings, sort_keys=True) + digest(self.weights())
+    def fingerprint(self, held: Mapping[str, Tensor] | None = None) -> str:
+        """A hash of the settings and the weights, those on disk or those that are held."""
+        settings = {name: value for name, value in self.settings.items() if name not in NOTES}
+        told = json.dumps(settings, sort_keys=True) + digest(self.weights() if held is None else held)
         return hashlib.sha256(told.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -338,8 +341,10 @@ def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length
 
 def digest_of(tokenizer: CLIPTokenizer | T5Tokenizer) -> str:
     """A hash of a tokenizer's vocabulary, rules and length."""
-    told = [tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length, tokenizer.pad_token]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules |= {"padding": None, "truncation": None}  # which are those of its latest use
+    told = [rules, tokenizer.model_max_length, tokenizer.pad_token]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def read_tokenizer(kind: type[Tokenizer], folder: Path) -> Tokenizer:

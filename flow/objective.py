@@ -49,8 +49,9 @@ class Objective:
         variance: LearnedVariance | None = None,
         shift_area: int | None = None,
     ) -> None:
-        if shift <= 0 or (shift_area is not None and shift_area <= 0):
-            raise ValueError(f"shift and shift_area must be > 0, got {shift} and {shift_area}")
+        for name, value in (("shift", shift), ("shift_area", shift_area)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be > 0, got {value}")
         self.path = path or RectifiedFlow()
         self.target = target or Velocity()
         self.density = density or LogitNormal()

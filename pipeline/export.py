@@ -12,7 +12,7 @@ from data.sd3_text import SD3Text
 from mmdit.model import MMDiT
 from pipeline import Pipeline
 from pipeline.folder import describe_process, replace_folder, single_file, write
-from weights import write_tensors
+from weights import read_json, write_tensors
 
 DIFFUSERS = """```python
 from diffusers import StableDiffusion3Pipeline
@@ -138,14 +138,19 @@ def _config(run: Path) -> dict[str, Any]:
 def _data(config: dict[str, Any]) -> list[str]:
     if "data" not in config:
         return []
-    told = ", ".join(f"{key} {value}" for key, value in config["data"].items())
-    return [
-        "## Data",
-        "",
-        "The handwritten digits of the UCI Machine Learning Repository (E. Alpaydin and C. Kaynak), as shipped with",
-        f"scikit-learn, with captions; {told}.",
-        "",
-    ]
+    arguments = config["data"]["init_args"]
+    told = ", ".join(f"{key} {value}" for key, value in arguments.items() if value not in (None, [], False))
+    if config["data"]["class_path"].endswith("Digits"):
+        source = (
+            "The handwritten digits of the UCI Machine Learning Repository (E. Alpaydin and C. Kaynak), as shipped "
+            "with scikit-learn, with captions"
+        )
+    else:
+        store = Path(arguments["store"]) / "store.json"
+        described = read_json(store)["source"] if store.is_file() else {}
+        names = ", ".join(str(described[key]) for key in ("kind", "path", "count") if key in described)
+        source = f"Pictures and captions ({names})" if names else "Pictures and captions"
+    return ["## Data", "", f"{source}; {told}.", ""]
 
 
 def _results(run: Path) -> list[str]:
