@@ -1,4 +1,4 @@
-"""Batches, random streams, codecs and pictures."""
+"""Batches of captioned digits, codecs and pictures."""
 
 from pathlib import Path
 
@@ -11,73 +11,19 @@ from data import digits
 from data.latents import Pixels, load_codec
 from data.module import Digits, TrainingDigits, ValidationDigits
 from data.pictures import load_picture, sheet, to_image
-from data.sampler import GlobalBatches, Share, Stripes, Use, normal, order, stream
+from data.sampler import GlobalBatches, Share
 from data.text import CLIPText
 
 CODEC = Pixels(1, 0.3, 2.66)
 
 
-def test_a_stream_is_its_own_for_each_seed_use_step_and_sample() -> None:
-    names = [(s, u, k, i) for s in (0, 1) for u in (Use.NOISE, Use.CAPTION) for k in (0, 1) for i in (0, 1)]
-    first = [stream(*name).random(100).tolist() for name in names]
-    assert len({tuple(draw) for draw in first}) == len(names)
-    assert len({number for draw in first for number in draw}) == 100 * len(names)
-    assert first == [stream(*name).random(100).tolist() for name in names]
-
-
-def test_noise_belongs_to_its_sample_whatever_the_batch() -> None:
-    all_of_it = normal(3, Use.NOISE, 7, np.arange(64), (2, 4, 4))
-    assert torch.equal(normal(3, Use.NOISE, 7, np.array([9, 4]), (2, 4, 4)), all_of_it[[9, 4]])
-    assert not torch.equal(normal(3, Use.NOISE, 8, np.arange(64), (2, 4, 4)), all_of_it)
-    assert abs(all_of_it.mean().item()) < 0.1
-    assert abs(all_of_it.std().item() - 1) < 0.05
-
-
-def test_order_is_a_permutation_of_its_own_in_each_epoch() -> None:
-    assert sorted(order(0, 100, 0)) == list(range(100))
-    assert not np.array_equal(order(0, 100, 0), order(0, 100, 1))
-    assert not np.array_equal(order(0, 100, 0), order(1, 100, 0))
-
-
-def test_global_batches_visit_every_sample_once_an_epoch_without_a_gap() -> None:
-    batches = GlobalBatches(size=10, batch_size=4, seed=5)
-    seen = np.concatenate([batches.share(k).samples for k in range(15)])
-    for epoch in range(6):
-        assert sorted(seen[10 * epoch : 10 * (epoch + 1)]) == list(range(10))
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_global_batch_of_one_process(world: int) -> None:
-    whole = GlobalBatches(100, 12, seed=1)
-    parts = [GlobalBatches(100, 12, 1, 0, rank, world) for rank in range(world)]
-    for k in (0, 9, 1000):
-        shares = [part.share(k) for part in parts]
-        assert np.array_equal(np.concatenate([s.samples for s in shares]), whole.share(k).samples)
-        assert np.array_equal(np.concatenate([s.positions for s in shares]), np.arange(12))
-    with pytest.raises(ValueError, match="multiple of the 5 processes"):
-        GlobalBatches(100, 12, 1, 0, 0, 5)
-
-
-def test_a_later_start_goes_on_where_the_earlier_one_would_be() -> None:
-    early, late = iter(GlobalBatches(100, 8, 0)), iter(GlobalBatches(100, 8, 0, start=20))
-    skipped = [next(early) for _ in range(21)]
-    assert np.array_equal(skipped[-1].samples, next(late).samples)
-    assert skipped[-1].step == 20
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_validation_sees_every_sample_once_on_any_number_of_ranks(world: int) -> None:
-    shares = [share for rank in range(world) for share in Stripes(500, 64, rank, world)]
-    assert sorted(np.concatenate([s.samples for s in shares])) == list(range(500))
-
-
 def test_a_share_of_training_data_is_the_slice_of_the_whole(text: CLIPText) -> None:
     data = TrainingDigits(text, CODEC, seed=0, batch_size=16, caption_dropout=0.5)
-    whole = data[GlobalBatches(1297, 16, 0).share(3)]
-    part = data[GlobalBatches(1297, 16, 0, 0, 1, 2).share(3)]
+    whole = data[GlobalBatches([np.arange(1297)], 16, 0).share(3)]
+    part = data[GlobalBatches([np.arange(1297)], 16, 0, 0, 1, 2).share(3)]
     for name in ("x0", "noise", "text", "pooled"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[8:]), name
-    assert not torch.equal(data[GlobalBatches(1297, 16, 0).share(4)].noise, whole.noise)
+    assert not torch.equal(data[GlobalBatches([np.arange(1297)], 16, 0).share(4)].noise, whole.noise)
 
 
 def test_captions_fit_their_pictures_and_dropped_ones_are_the_empty_caption(text: CLIPText) -> None:
@@ -113,7 +59,7 @@ def test_loader_workers_change_nothing(text: CLIPText, workers: int) -> None:
     for k in range(3):
         batch = next(loader)
         assert batch.step == k
-        assert torch.equal(batch.noise, data[GlobalBatches(1297, 8, 2).share(k)].noise)
+        assert torch.equal(batch.noise, data[GlobalBatches([np.arange(1297)], 8, 2).share(k)].noise)
 
 
 def test_pixels_round_trip_normalise_and_clamp(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
+import encode
 import train
 from mmdit import checkpoint, lora
 from pipeline import Pipeline, Reading
@@ -25,20 +26,37 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fit(base: Path, folder: Path, *flags: str, configs: tuple[Path, ...] = (FINETUNE,), steps: int = 4) -> None:
+@pytest.fixture(scope="module")
+def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of scenes, encoded by the released model's own VAE and text encoders."""
+    folder = tmp_path_factory.mktemp("store") / "scenes"
+    source = ["--encode.source", "data.shapes.Shapes", "--encode.source.count", "12", "--encode.side", "32"]
+    encode.main([*settings(base, folder, (FINETUNE,), folder.parent, 4), *source, "--encode.step", "16"])
+    return folder
+
+
+def settings(base: Path, store: Path, configs: tuple[Path, ...], folder: Path, steps: int) -> list[str]:
+    """Flags that make the shipped configs small."""
     argv = [arg for config in configs for arg in ("--config", str(config))]
-    settings = {
+    changes = {
         "run.folder": folder, "run.steps": steps, "run.validate_every": 2, "run.checkpoint_every": 2,
         "run.log_every": 1, "run.precision": "32-true", "run.accelerator": "cpu",
         "text.init_args.folder": base, "codec.init_args.path": base, "network.init_args.path": base,
         "text.init_args.tokens_dim": tiny.TOKENS, "text.init_args.pooled_dim": tiny.POOLED,
         "text.init_args.dtype": "float32", "text.init_args.max_sequence_length": 8,
-        "data.side": 32, "optimization.warmup": 1, "optimization.lr": 1e-3, "optimization.ema_decay": 0.5,
+        "encode.store": store, "data.store": store, "data.held_out": 3, "data.workers": 0,
+        "optimization.warmup": 1, "optimization.lr": 1e-3, "optimization.ema_decay": 0.5,
         "sampling.steps": 2, "grid.columns": 1,
     }  # fmt: skip
-    for name, value in settings.items():
+    for name, value in changes.items():
         argv += [f"--{name}", str(value)]
-    train.main(["fit", *argv, *flags])
+    return argv
+
+
+def fit(
+    base: Path, store: Path, folder: Path, *flags: str, configs: tuple[Path, ...] = (FINETUNE,), steps: int = 4
+) -> None:
+    train.main(["fit", *settings(base, store, configs, folder, steps), *flags])
 
 
 def picture(pipe: Pipeline) -> torch.Tensor:
@@ -50,8 +68,8 @@ def theirs(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
                 generator=torch.Generator().manual_seed(0), output_type="pt").images  # fmt: skip
 
 
-def test_all_of_a_released_model_is_trained_and_opens_in_diffusers(base: Path, tmp_path: Path) -> None:
-    fit(base, tmp_path / "run")
+def test_all_of_a_released_model_is_trained_and_opens_in_diffusers(base: Path, store: Path, tmp_path: Path) -> None:
+    fit(base, store, tmp_path / "run")
     trained = Pipeline.load(tmp_path / "run/model")
     before, after = checkpoint.load(base).state_dict(), trained.network.state_dict()
     frozen = {"positions", "blocks.2.text.norm_q.weight"}
@@ -65,8 +83,10 @@ def test_all_of_a_released_model_is_trained_and_opens_in_diffusers(base: Path, t
     assert len(list((tmp_path / "run/samples").glob("*.png"))) == 2
 
 
-def test_low_rank_updates_are_trained_here_and_draw_the_same_in_diffusers(base: Path, tmp_path: Path) -> None:
-    fit(base, tmp_path / "run", "--lora.rank", "4", "--optimization.lr", "0.1", configs=(FINETUNE, LORA))
+def test_low_rank_updates_are_trained_here_and_draw_the_same_in_diffusers(
+    base: Path, store: Path, tmp_path: Path
+) -> None:
+    fit(base, store, tmp_path / "run", "--lora.rank", "4", "--optimization.lr", "0.1", configs=(FINETUNE, LORA))
     assert not (tmp_path / "run/model").exists()
     ours = Pipeline.load(tmp_path / "run/lora")
     assert ours.sampling.spacing == "flow_match"
@@ -82,9 +102,9 @@ def test_low_rank_updates_are_trained_here_and_draw_the_same_in_diffusers(base: 
     assert sizes["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"] == (4, 64)
 
 
-def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(base: Path, tmp_path: Path) -> None:
+def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(base: Path, store: Path, tmp_path: Path) -> None:
     flags = ("--lora.rank", "4")
-    fit(base, tmp_path / "straight", *flags, steps=4)
+    fit(base, store, tmp_path / "straight", *flags, steps=4)
     state = torch.load(tmp_path / "straight/last.ckpt", weights_only=True)
     assert {name.partition(".lora_")[1] for name in state["state_dict"]} == {".lora_"}
 
@@ -103,8 +123,8 @@ def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(base: Path
 
         patch.setattr(LastCheckpoint, "on_validation_end", killed)
         with pytest.raises(Killed):
-            fit(base, tmp_path / "resumed", *flags, steps=4)
-    fit(base, tmp_path / "resumed", *flags, steps=4)
+            fit(base, store, tmp_path / "resumed", *flags, steps=4)
+    fit(base, store, tmp_path / "resumed", *flags, steps=4)
     again = torch.load(tmp_path / "resumed/last.ckpt", weights_only=True)
     assert again["global_step"] == state["global_step"] == 4
     assert all(torch.equal(tensor, again["state_dict"][name]) for name, tensor in state["state_dict"].items())
@@ -121,18 +141,19 @@ def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(base: Path
         (["--lora.rank", "4", "--lora.targets", "[query]"], "ends in 'query'"),
         (["--network.init_args.path", "nowhere"], "nowhere"),
         (["--codec.init_args.path", "nowhere"], "nowhere"),
-        (["--data.side", "20"], "data.side must be a multiple of 8"),
-        (["--data.side", "24"], "height must be a multiple of 16"),
+        (["--data.store", "nowhere"], "nowhere"),
+        (["--data.held_out", "12"], "held_out must be from 1 to below the store's 12 samples"),
+        (["--text.init_args.max_sequence_length", "9"], "max_sequence_length"),
         (["--text.init_args.tokens_dim", "99"], "tokens_dim"),
     ],
 )
 def test_bad_input_ends_in_one_line(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str
+    base: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str
 ) -> None:
     lone = tmp_path / "lone"
     shutil.copytree(base / "transformer", lone)
     with pytest.raises(SystemExit) as end:
-        fit(base, tmp_path / "run", *(str(lone) if flag == "LONE" else flag for flag in flags))
+        fit(base, store, tmp_path / "run", *(str(lone) if flag == "LONE" else flag for flag in flags))
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert len(lines) == 1

@@ -180,7 +180,7 @@ def test_cell_gives_each_step_alike_and_never_the_data(path: Discrete, dtype: to
     assert n.bincount().tolist() == [0] + [5] * 1000
     assert (path.cell(ENDS.to(dtype)) * 1000).tolist() == [1, 1000]
     objective = Objective(path, V(), density=LogitNormal(-8.0))  # all its mass is near the data
-    assert objective.time(torch.rand(100, dtype=torch.float64)).min() == torch.tensor(0.001)
+    assert objective.time(torch.rand(100, dtype=torch.float64), 64).min() == torch.tensor(0.001)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name)
@@ -349,8 +349,30 @@ def test_shift_moves_mass_to_the_noise_and_keeps_the_ends() -> None:
 
 def test_shift_enters_training_and_grid_once_and_equally() -> None:
     u = torch.linspace(0, 1, 9, dtype=torch.float64)
-    times = Objective(density=Uniform(), shift=3.0).time(u)
+    times = Objective(density=Uniform(), shift=3.0).time(u, 64)
     torch.testing.assert_close(times.flip(0), trailing(RectifiedFlow(), 8, 3.0).float())
+
+
+def test_shift_grows_with_the_root_of_the_area() -> None:
+    """Esser et al. 2024, eq. 23: α = √(m / n), so four times the pixels double it."""
+    objective = Objective(density=Uniform(), shift=3.0, shift_area=128 * 128)
+    assert [objective.alpha(side * side) for side in (64, 128, 256)] == pytest.approx([1.5, 3.0, 6.0])
+    assert objective.alpha(64 * 256) == pytest.approx(3.0)
+    u = torch.linspace(0, 1, 9, dtype=torch.float64)
+    for area in (64 * 64, 128 * 128, 96 * 160):
+        alpha = 3.0 * (area / 128**2) ** 0.5
+        torch.testing.assert_close(objective.time(u, area).flip(0), trailing(RectifiedFlow(), 8, alpha).float())
+
+
+def test_without_an_area_one_shift_is_for_all() -> None:
+    objective = Objective(shift=3.0)
+    u = torch.rand(100, dtype=torch.float64)
+    assert {objective.alpha(area) for area in (1, 64, 2**20)} == {3.0}
+    assert torch.equal(objective.time(u, 1), objective.time(u, 2**20))
+    assert torch.equal(objective.time(u, 64), Objective(shift=3.0, shift_area=64).time(u, 64))
+    for wrong in ({"shift": 0.0}, {"shift_area": 0}, {"shift_area": -4}):
+        with pytest.raises(ValueError, match="shift and shift_area must be > 0"):
+            Objective(**wrong)
 
 
 def exact_model(objective: Objective, x0: Tensor, noise: Tensor):
@@ -409,7 +431,7 @@ def test_weighting_by_a_density_equals_drawing_from_it() -> None:
 
     drawn = Objective(density=LogitNormal())
     weighted = Objective(density=Uniform(), weight=DensityWeight(LogitNormal()))
-    a, b = (o.loss(model, x0, noise, o.time(u), None).mean().item() for o in (drawn, weighted))
+    a, b = (o.loss(model, x0, noise, o.time(u, 1), None).mean().item() for o in (drawn, weighted))
     assert a == pytest.approx(b, rel=1e-3)
     unweighted = Objective(density=Uniform()).loss(model, x0, noise, u.float(), None).mean().item()
     assert a != pytest.approx(unweighted, rel=0.05)

@@ -7,19 +7,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("mmdit", "baselines", "flow", "data", "metrics", "training", "pipeline")
-ENTRY_POINTS = ("train", "sample", "evaluate", "compare")
-OURS = (*ROOMS, *ENTRY_POINTS, "generator", "sampling", "weights", "cli")
+ENTRY_POINTS = ("encode", "train", "sample", "evaluate", "judge", "compare")
+OURS = (*ROOMS, *ENTRY_POINTS, "experiment", "generator", "sampling", "weights", "cli")
 MAY_IMPORT = {
     "mmdit": {"mmdit", "weights"},
     "baselines": {"baselines", "mmdit", "weights"},  # for the record of conditions, which is the network's contract
     "flow": {"flow"},
-    "data": {"data", "weights"},
+    "data": {"data", "weights", "cli"},  # the last for its command line
     "metrics": {"metrics", "flow"},
     "training": {"training"},
     "cli": set(),
     "weights": set(),
     "sampling": {"flow"},
     "pipeline": {"pipeline", "mmdit", "baselines", "flow", "data", "sampling", "weights", "cli"},
+    "experiment": {"mmdit", "flow", "data", "generator", "sampling", "cli"},
     "generator": {"mmdit", "flow", "data", "training", "pipeline", "sampling"},
 } | {name: set(OURS) - set(ENTRY_POINTS) for name in ENTRY_POINTS}
 

@@ -10,8 +10,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DConditionModel
 
 from baselines.unet import UNet
+from flow.density import Uniform
+from flow.grid import trailing
 from flow.objective import Objective
-from flow.path import EDM, Cosine, DDPMLinear, ImprovedCosine, LDMLinear, ZeroTerminalSNR
+from flow.path import EDM, Cosine, DDPMLinear, ImprovedCosine, LDMLinear, RectifiedFlow, ZeroTerminalSNR
 from flow.target import Epsilon, Preconditioned, V
 from flow.variance import LearnedVariance
 from mmdit.model import Condition, MMDiT
@@ -120,6 +122,35 @@ OBJECTIVES = [
     Objective(ZeroTerminalSNR(LDMLinear()), V(), shift=2.0),
     Objective(ImprovedCosine(), Epsilon(), variance=LearnedVariance(0.002)),
 ]
+
+
+@pytest.mark.parametrize(("sides", "alpha"), [((8, 8), 1.5), ((16, 16), 3.0), ((16, 4), 1.5), ((None, None), 1.5)])
+def test_the_shift_of_a_size_is_the_same_in_training_and_sampling(
+    pipe: Pipeline, tmp_path: Path, sides: tuple[int | None, int | None], alpha: float
+) -> None:
+    objective = Objective(density=Uniform(), shift=3.0, shift_area=256)
+    ours = Pipeline(pipe.network, objective, pipe.codec, pipe.text, Sampling(steps=8))
+    ours.save(tmp_path / "model")
+    u = torch.linspace(0, 1, 9, dtype=torch.float64)
+    for some in (ours, Pipeline.load(tmp_path / "model")):
+        assert (some.objective.shift, some.objective.shift_area) == (3.0, 256)
+        latent, _, times = some.plan(some.sampling, None, *sides)
+        torch.testing.assert_close(times, trailing(RectifiedFlow(), 8, alpha))
+        trained = objective.time(u, latent[0] * latent[1])
+        torch.testing.assert_close(times.float(), trained.flip(0))
+        given = some.plan(some.sampling, 2.0, *sides)[2]  # which is told wins
+        torch.testing.assert_close(given, trailing(RectifiedFlow(), 8, 2.0))
+
+
+def test_without_an_area_one_shift_is_for_all_sizes(pipe: Pipeline, model: Path) -> None:
+    assert Pipeline.load(model).objective.shift_area is None
+    times = [pipe.plan(pipe.sampling, None, side, side)[2] for side in (4, 8, 16)]
+    assert torch.equal(times[0], times[1])
+    assert torch.equal(times[0], times[2])
+    content = json.loads((model / SCHEDULER).read_text())
+    del content["shift_area"]  # as older folders have it
+    (model / SCHEDULER).write_text(json.dumps(content))
+    assert torch.equal(Pipeline.load(model).plan(pipe.sampling, None, 16, 16)[2], times[0])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o.path).__name__)

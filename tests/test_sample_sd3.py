@@ -155,7 +155,7 @@ def spoil_schedule(base: Path) -> None:
         (None, ["--height", "65"], "height must be a multiple of 16"),
         (None, ["--height", "528"], "height must be at most 512, the size of the positional table"),
         (None, ["--max-sequence-length", "513"], "from 1 to 512"),
-        (None, ["--skip-layers", "7"], "skip_layers must be blocks of the transformer"),
+        (None, ["--skip-layers", "7"], "skip_layers must be blocks of an MMDiT"),
         (None, ["--skip-layers", "1", "--guidance", "1"], "need classifier-free guidance"),
         (None, ["--skip-layers", "1"], "where none of 2 lies: take more steps"),
         (None, ["--skip-scale", "2"], "need --skip-layers"),

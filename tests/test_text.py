@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from einops import reduce
 from safetensors.torch import load, save_file
@@ -14,9 +15,11 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from data import digits
-from data.text import CLIPText, TextEncoder
+from data.sd3_text import SD3Text
+from data.text import CLIPText, Text, TextEncoder, Tower
 
 FOLDER = Path(__file__).parents[1] / "assets" / "digits" / "text"
+TWO = Path(__file__).parents[1] / "assets" / "shapes" / "text"
 TEMPLATES = digits.TRAIN_TEMPLATES + digits.HELD_OUT_TEMPLATES
 CAPTIONS = [caption for label in range(10) for caption in digits.captions(label, TEMPLATES)]
 
@@ -269,6 +272,202 @@ def test_damaged_folder_is_one_clear_line(tmp_path: Path, fault: str, kind: type
         CLIPText(folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Two towers
+
+
+def one_of_two(folder: Path, suffix: str) -> Path:
+    """A folder with one of the two towers alone."""
+    for name in ("text_encoder", "tokenizer"):
+        shutil.copytree(TWO / f"{name}{suffix}", folder / name)
+    return folder
+
+
+def test_two_towers_are_the_single_ones_side_by_side(tmp_path: Path):
+    both, first, second = CLIPText(TWO), *(CLIPText(one_of_two(tmp_path / f"one{s}", s)) for s in ("", "_2"))
+    assert (both.tokens_dim, both.pooled_dim) == (first.tokens_dim + second.tokens_dim, 2 * first.pooled_dim)
+    assert both.length == first.length == second.length == 20
+    captions = ["two small red circles", "", "an orange cross above a blue square"]
+    for made, one, other in zip(*(text.encode(captions) for text in (both, first, second)), strict=True):
+        assert torch.equal(made, torch.cat([one, other], dim=-1))
+    assert not torch.equal(first.encode(captions).pooled, second.encode(captions).pooled)
+    assert [*both.index()] == ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+
+
+@pytest.mark.parametrize("folder", [FOLDER, TWO], ids=["one", "two"])
+def test_slots_cover_everything_once(folder: Path):
+    text = CLIPText(folder)
+    tokens, pooled = torch.zeros(text.length, text.tokens_dim), torch.zeros(text.pooled_dim)
+    for slot in text.slots:
+        tokens[slot.rows, slot.columns] += 1
+        pooled[slot.pooled] += 1
+    assert torch.equal(tokens, torch.ones_like(tokens))
+    assert torch.equal(pooled, torch.ones_like(pooled))
+    assert [slot.name for slot in text.slots] == ["text_encoder", "text_encoder_2"][: len(text.towers)]
+
+
+def test_each_slot_holds_its_own_tower_s_results(tmp_path: Path):
+    both = CLIPText(TWO)
+    whole = both.encode(["a blue cross"])
+    for slot, suffix in zip(both.slots, ("", "_2"), strict=True):
+        alone = CLIPText(one_of_two(tmp_path / f"one{suffix}", suffix)).encode(["a blue cross"])
+        assert torch.equal(whole.tokens[:, slot.rows, slot.columns], alone.tokens)
+        assert torch.equal(whole.pooled[:, slot.pooled], alone.pooled)
+
+
+def test_two_towers_saved_and_loaded_are_the_same(tmp_path: Path):
+    text = CLIPText(TWO)
+    text.save(tmp_path)
+    again = CLIPText(tmp_path)
+    for new, old in zip(again.encode(["a red circle", ""]), text.encode(["a red circle", ""]), strict=True):
+        assert torch.equal(new, old)
+    assert again.fingerprint() == text.fingerprint()
+    assert again.slots == text.slots
+
+
+def test_towers_of_different_lengths_are_refused(tmp_path: Path):
+    shutil.copytree(TWO, tmp_path / "text")
+    settings = tmp_path / "text/tokenizer_2/tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 12}))
+    with pytest.raises(ValueError, match=r"give different numbers of tokens: \[12, 20\]") as error:
+        CLIPText(tmp_path / "text")
+    assert "\n" not in str(error.value)
+
+
+# Fingerprints
+
+
+def changed(folder: Path, what: str) -> None:
+    tokenizer = folder / "tokenizer_2"
+    match what:
+        case "a weight":
+            weights = folder / "text_encoder_2" / "model.safetensors"
+            tensors = load(weights.read_bytes())
+            tensors["text_model.final_layer_norm.bias"][0] += 1e-3
+            save_file(tensors, weights, {"format": "pt"})
+        case "a setting":
+            config = folder / "text_encoder" / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "relu"}))
+        case "a merge":
+            content = json.loads((tokenizer / "tokenizer.json").read_text())
+            content["model"]["merges"].pop()
+            (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+        case "the length":
+            for name in ("tokenizer", "tokenizer_2"):
+                file = folder / name / "tokenizer_config.json"
+                file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 12}))
+        case "the padding":
+            file = tokenizer / "tokenizer_config.json"
+            content = json.loads(file.read_text())
+            content["pad_token"] = "a" if content["pad_token"] != "a" else "b"
+            file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("what", ["a weight", "a setting", "a merge", "the length", "the padding"])
+def test_fingerprints_tell_apart_what_encodes_otherwise(tmp_path: Path, what: str):
+    shutil.copytree(TWO, tmp_path / "text")
+    same = CLIPText(tmp_path / "text").fingerprint()
+    assert same == CLIPText(TWO).fingerprint()
+    changed(tmp_path / "text", what)
+    assert CLIPText(tmp_path / "text").fingerprint() != same
+
+
+def test_a_fingerprint_does_not_depend_on_what_was_encoded(text: CLIPText):
+    fresh = CLIPText(FOLDER)
+    before = fresh.fingerprint()
+    fresh.encode(["a seven"])
+    fresh.encode(["please " * 3, "an 8"])
+    assert fresh.fingerprint() == before == text.fingerprint()
+    assert json.loads(json.dumps(before)) == before
+    assert before != CLIPText(TWO).fingerprint()
+
+
+# SD3's
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("released") / "sd3"
+    tiny.pipeline("sd3", folder)
+    return folder
+
+
+SIZES = {"tokens_dim": tiny.TOKENS, "pooled_dim": tiny.POOLED, "max_sequence_length": 16}
+
+
+@pytest.mark.parametrize("absent", [None, "text_encoder", "text_encoder_2", "text_encoder_3"])
+def test_sd3_s_slots_are_where_its_results_are(released: Path, tmp_path: Path, absent: str | None):
+    shutil.copytree(released, tmp_path / "sd3", ignore=shutil.ignore_patterns("vae", "transformer", "scheduler"))
+    if absent:
+        index = tmp_path / "sd3/model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {absent: [None, None]}))
+    text = SD3Text(tmp_path / "sd3", **SIZES)
+    made = text.encode(["a handwritten seven", "an 8"])
+    assert [slot.name for slot in text.slots] == [
+        name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if name != absent
+    ]
+    covered = Text(*(torch.zeros_like(part[0]) for part in made))
+    for slot in text.slots:
+        covered.tokens[slot.rows, slot.columns] += 1
+        covered.pooled[slot.pooled] += 1
+    for part, ones in zip(made, covered, strict=True):
+        assert ones.max() == 1  # no two of them overlap
+        assert torch.equal((part != 0).any(0), ones.bool())
+
+
+def test_sd3_s_slots_hold_each_encoder_alone(released: Path, tmp_path: Path):
+    whole = SD3Text(released, **SIZES)
+    captions = ["a handwritten seven", ""]
+    together = whole.encode(captions)
+    for slot in whole.slots:
+        shutil.copytree(released, tmp_path / slot.name, ignore=shutil.ignore_patterns("vae", "transformer"))
+        index = tmp_path / slot.name / "model_index.json"
+        others = {other.name: [None, None] for other in whole.slots if other is not slot}
+        index.write_text(json.dumps(json.loads(index.read_text()) | others))
+        alone = SD3Text(tmp_path / slot.name, **SIZES)
+        (own,) = alone.slots
+        for part, ones, here, there in (
+            (together.tokens[:, slot.rows, slot.columns], alone.encode(captions).tokens, slot.rows, own.rows),
+            (together.pooled[:, slot.pooled], alone.encode(captions).pooled, slot.pooled, own.pooled),
+        ):
+            assert here == there
+            assert torch.equal(part, ones[:, own.rows, own.columns] if ones.ndim == 3 else ones[:, own.pooled])
+
+
+def test_sd3_s_encoders_that_are_kept_are_read_once_and_give_the_same(released: Path, monkeypatch: pytest.MonkeyPatch):
+    reads: list[str] = []
+    load_tower = Tower.load
+
+    def counted(self: Tower, *arguments: object):
+        reads.append(self.source.name)
+        return load_tower(self, *arguments)
+
+    monkeypatch.setattr(Tower, "load", counted)
+    let_go, kept = (SD3Text(released, **SIZES, keep=keep) for keep in (False, True))
+    assert let_go.fingerprint() == kept.fingerprint()
+    for captions in (["a handwritten seven", ""], ["an 8"], ["a handwritten seven", "the digit 3"]):
+        for one, other in zip(let_go.encode(captions), kept.encode(captions), strict=True):
+            assert torch.equal(one, other)
+    assert {name: reads.count(name) for name in reads} == dict.fromkeys(
+        ("text_encoder", "text_encoder_2", "text_encoder_3"), 3 + 1
+    )
+
+
+def test_sd3_s_fingerprint_tells_apart_what_encodes_otherwise(released: Path, tmp_path: Path):
+    same = SD3Text(released, **SIZES).fingerprint()
+    used = SD3Text(released, **SIZES)
+    used.encode(["a handwritten seven"])
+    assert used.fingerprint() == same
+    for other in ({"max_sequence_length": 17}, {"dtype": "bfloat16"}):
+        assert SD3Text(released, **SIZES | other).fingerprint() != same
+    shutil.copytree(released, tmp_path / "sd3", ignore=shutil.ignore_patterns("vae", "transformer", "scheduler"))
+    assert SD3Text(tmp_path / "sd3", **SIZES).fingerprint() == same
+    weights = tmp_path / "sd3/text_encoder_3/model.safetensors"
+    tensors = load(weights.read_bytes())
+    tensors["encoder.final_layer_norm.weight"][0] += 1e-3
+    save_file(tensors, weights, {"format": "pt"})
+    assert SD3Text(tmp_path / "sd3", **SIZES).fingerprint() != same
 
 
 def test_transformers_stays_silent(tmp_path: Path):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import experiment
 import train
 from generator import Generator
 from pipeline import Pipeline
@@ -35,7 +36,7 @@ def config(tmp_path: Path) -> Path:
     content["text"]["init_args"]["folder"] = str(ROOT / "assets/digits/text")
     content["optimization"]["warmup"] = 2
     content["network"]["init_args"] |= {"depth": 1, "width": 16, "heads": 1}
-    content["data"]["batch_size"] = 8
+    content["data"]["init_args"]["batch_size"] = 8
     content["grid"] = {"prompts": ["a handwritten seven"], "columns": 2}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(content))
@@ -385,8 +386,8 @@ def test_every_overlay_is_listed() -> None:
 @pytest.mark.parametrize(("stem", "names"), OVERLAYS.items())
 def test_each_process_trains_and_samples(config: Path, stem: str, names: str) -> None:
     fit(config, "--config", str(ROOT / f"configs/objective/{stem}.yaml"), "--sampling.steps", "2", "--run.steps", "3")
-    parser = train.parser()
-    flags = ["fit", "--config", str(config), "--config", str(ROOT / f"configs/objective/{stem}.yaml")]
+    parser = experiment.parser("")
+    flags = ["--config", str(config), "--config", str(ROOT / f"configs/objective/{stem}.yaml")]
     built = parser.instantiate(parser.parse_args(flags))
     o = built.objective
     assert [type(x).__name__ for x in (o.path, o.target, o.density, o.weight)] == names.split()
