@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo evaluate compare compare-quick test lint format benchmark
+.PHONY: setup demo shapes evaluate compare compare-quick test lint format benchmark
 
 setup: $(READY)
 
@@ -42,3 +42,8 @@ format: $(READY)
 benchmark: $(READY)
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/picture.py
+
+shapes: $(READY)  ## the proving ground: scenes into a store, a model from it, judged by category: about an hour
+	$(BIN)/python encode.py --config configs/shapes.yaml
+	$(BIN)/python train.py fit --config configs/shapes.yaml
+	$(BIN)/python judge.py --model runs/shapes --out runs/shapes/judged
