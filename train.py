@@ -13,9 +13,10 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from cli import one_line_errors, plain_warnings
-from data.module import Data
+from cli import MACHINE_FAULT, fail, one_line_errors, plain_warnings
+from data.module import Data, Stored
 from data.sizes import SIZE_FEATURES
+from data.store import StoreError
 from experiment import Run, parser, plain
 from generator import Generator
 from mmdit import lora
@@ -23,13 +24,14 @@ from training.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from training.ema import EMA
 from training.log import JSONLinesLogger
 from training.progress import StepProgress
+from weights import read_json, write_json
 
 FREE = {"run.folder", "run.accelerator", "run.devices", "run.wandb", "data.init_args.workers"}  # may differ on resuming
 
 
-def claim(folder: Path, resolved: str) -> None:
-    """Leaves the resolved config in a new run folder; refuses one that holds work done with another config."""
-    file = folder / "config.yaml"
+def claim(folder: Path, resolved: str, identity: dict[str, str]) -> None:
+    """Leaves the resolved config in a new run folder; refuses one that holds work done with another config or data."""
+    file, known = folder / "config.yaml", folder / "data.json"
     if file.exists() and any((folder / work).exists() for work in ("last.ckpt", "log.jsonl")):
         try:
             here, there = flat(yaml.safe_load(resolved)), flat(yaml.safe_load(file.read_text(encoding="utf-8")))
@@ -40,10 +42,15 @@ def claim(folder: Path, resolved: str) -> None:
         if different:
             told = "; ".join(f"{key} is {there.get(key)} there and {here.get(key)} now" for key in different[:3])
             raise ValueError(f"{folder} holds a run with another config ({told}); choose another run.folder")
+        if identity and (changed := identity.items() - (read_json(known) if known.exists() else {}).items()):
+            told = ", ".join(sorted(name for name, _ in changed))
+            raise ValueError(f"{folder} holds a run on other data than now lie in {told}; choose another run.folder")
         return
     if not file.exists() and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run; choose another run.folder")
     folder.mkdir(parents=True, exist_ok=True)
+    if identity:
+        write_json(identity, known)
     new = folder / "config.yaml.new"
     new.write_text(resolved, encoding="utf-8")
     new.replace(file)
@@ -80,6 +87,8 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Da
     data: Data = config.data(text, codec, run.seed)
     if data.batch_size % run.devices:
         raise ValueError(f"data.batch_size must be a multiple of the {run.devices} devices, got {data.batch_size}")
+    if isinstance(data, Stored) and len(data.apart) < run.devices:
+        raise ValueError(f"data.held_out must be at least the {run.devices} devices, got {len(data.apart)}")
     generator = Generator(
         network, config.objective, text, codec, config.optimization, config.sampling, config.grid, data.side,
         run.folder, run.steps, data.batch_size, run.seed, run.log_every, base,
@@ -145,19 +154,23 @@ def main(argv: list[str] | None = None) -> None:
         if command == "validate" and not last.is_file():
             raise FileNotFoundError(f"{last} does not exist: train this config first")
         trainer, generator, data = build(config, base)
-        claim(config.run.folder, resolved)
+        claim(config.run.folder, resolved, data.identity())
         state = AtomicCheckpointIO().load_checkpoint(last) if last.is_file() else None
     model = config.run.folder / ("lora" if base else "model")
     if command == "fit" and state and state["global_step"] >= config.run.steps:
         print(f"{config.run.folder} is trained already; the model is {model}")
         return
     with one_line_errors(FloatingPointError):
-        if command == "validate":
-            trainer.validate(generator, data, ckpt_path=last, weights_only=True)
-        else:
+        try:
+            if command == "validate":
+                trainer.validate(generator, data, ckpt_path=last, weights_only=True)
+                return
             trainer.fit(generator, data, ckpt_path=last if state else None, weights_only=True)
-            if trainer.is_global_zero:
-                print(f"trained {config.run.steps} steps; the model is {model}")
+        except StoreError as error:  # from a loader process it comes with that one's traceback, the cause last
+            cause = str(error).splitlines()[-1].rpartition("StoreError: ")[2]
+            fail(f"{cause}; `python -m data verify` finds all faults, and the same command goes on", MACHINE_FAULT)
+        if trainer.is_global_zero:
+            print(f"trained {config.run.steps} steps; the model is {model}")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,10 @@ class Data(L.LightningDataModule):
             self.codec.to(self.trainer.strategy.root_device)
             self.text.to(self.trainer.strategy.root_device)
 
+    def identity(self) -> dict[str, str]:
+        """What tells these data from others in the same place: where they lie → a hash. Empty if nothing can change."""
+        return {}
+
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
@@ -250,12 +254,16 @@ class Stored(Data):
             if not any(map(len, pool)):
                 raise ValueError(f"no sample of {opened.source} is left to train on: all are held out")
         self.sizes = tuple(
-            size
-            for opened, pool in zip(self.stores, self.pools, strict=True)
-            for size, rows in zip(opened.buckets, pool, strict=True)
-            if len(rows)
+            size for opened in self.stores for bucket, size in enumerate(opened.buckets) if len(opened.members(bucket))
         )
         self.null: Text | None = None
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.text.keep(not all(opened.has_tokens for opened in self.stores))
+
+    def identity(self) -> dict[str, str]:
+        return {opened.source: opened.report["index"] for opened in self.stores}
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._place()

@@ -205,20 +205,28 @@ class Stages(Shares):
 class Stripes(Sampler[Share]):
     """Every sample once, in order, for validation: batches of one bucket each, dealt out to the ranks in turn.
 
-    None is padded: the last batch of a bucket may be smaller.
+    None is padded: the last batch of a bucket may be smaller. Every rank has a batch, or its processes would not wait
+    for each other.
 
     Args:
         buckets: the numbers of each one's samples, each (n,).
-        batch_size: of one batch on one rank.
+        batch_size: of one batch on one rank, at most.
         rank: this process.
         world: number of processes.
+
+    Raises:
+        ValueError: if there are fewer samples than processes.
     """
 
     def __init__(self, buckets: Sequence[np.ndarray], batch_size: int, rank: int = 0, world: int = 1) -> None:
+        samples = sum(map(len, buckets))
+        size = min(batch_size, samples // world)
+        if size < 1:
+            raise ValueError(f"validation needs a sample for each of the {world} processes, got {samples}")
         shares = [
             Share(0, ids, ids, bucket)
-            for bucket, samples in enumerate(buckets)
-            for ids in (samples[i : i + batch_size] for i in range(0, len(samples), batch_size))
+            for bucket, members in enumerate(buckets)
+            for ids in (members[i : i + size] for i in range(0, len(members), size))
         ]
         self.shares = shares[rank::world]
 

@@ -13,7 +13,7 @@ from data.store import Store
 
 
 def held_out(store: Store, count: int) -> set[str]:
-    """The ids of the `count` samples whose ids have the lowest hashes: the same few however the store grows."""
+    """The ids of the `count` samples whose ids have the lowest hashes: a function of the ids alone."""
     ids = store.ids().to_pylist()
     return set(sorted(ids, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode()), name))[:count])
 

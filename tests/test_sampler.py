@@ -233,3 +233,11 @@ def test_validation_sees_every_sample_once_on_any_number_of_ranks(world: int, si
         assert np.array_equal(share.positions, share.samples)
     counts = [len(shares) for shares in ranks]
     assert max(counts) - min(counts) <= 1
+
+
+def test_every_rank_validates_however_few_samples_there_are() -> None:
+    ranks = [list(Stripes(split([3, 4]), 125, rank, 5)) for rank in range(5)]
+    assert all(ranks)
+    assert sorted(np.concatenate([share.samples for shares in ranks for share in shares])) == list(range(7))
+    with pytest.raises(ValueError, match="a sample for each of the 8 processes, got 7"):
+        Stripes(split([3, 4]), 125, 0, 8)

@@ -1,6 +1,7 @@
 """Training from stores: what batches hold, what is dropped and held out, stages, sizes, whole runs."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -517,6 +518,8 @@ def test_a_bucketed_run_with_stages_goes_on_to_the_bit(
         (["--data.store", "nowhere"], "there is no store at nowhere"),
         (["--data.encoder_dropout", "2"], "dropouts must be from 0 to 1"),
         (["--data.before", '[{"store": "nowhere", "steps": 0}]'], "at least 1 step, got 0"),
+        (["--network.pos_embed_max_size", "8"], "must be at most 16, the size of the positional table"),
+        (["--data.held_out", "1", "--run.devices", "2"], "data.held_out must be at least the 2 devices, got 1"),
         (["--data.held_out", "72"], "held_out must be from 1 to below the store's 72 samples"),
     ],
 )
@@ -532,3 +535,38 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert not (config.parent / "run").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_store_that_is_damaged_under_a_run_is_told_in_one_line(
+    config: Path, stores: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture, workers: str
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(stores["tokens"], damaged)
+    for file in (damaged / "units").glob("*.tokens.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2 :: 7] = bytes(len(content[len(content) // 2 :: 7]))
+        file.write_bytes(content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        fit(config, "--data.store", str(damaged), "--data.workers", workers)
+    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert end.value.code == 1
+    assert len(told) == 1
+    assert "checksum" in told[0]
+    assert len(told[0]) < 400
+
+
+def test_a_run_does_not_go_on_with_another_store_in_its_place(
+    config: Path, stores: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(stores["tokens"], place)
+    fit(config, "--data.store", str(place))
+    shutil.rmtree(place)
+    shutil.copytree(stores["captions"], place)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        fit(config, "--data.store", str(place))
+    assert end.value.code == 2
+    assert "holds a run on other data than now lie in" in capsys.readouterr().err
