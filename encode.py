@@ -5,6 +5,7 @@ Under `torchrun` every process encodes its share of the units.
 
 import os
 
+import torch
 from jsonargparse import Namespace
 
 from cli import fail, find_device, one_line_errors, plain_warnings
@@ -27,17 +28,32 @@ def wanted(argv: list[str] | None) -> tuple[Encoding, Codec, TextEncoder]:
     return built.encode, built.codec, built.text
 
 
+def place() -> tuple[int, int, int]:
+    """This process's rank, the number of processes, and its rank on this machine, as torchrun says them in words.
+
+    Raises:
+        ValueError: they are no such numbers.
+    """
+    told = {"RANK": "0", "WORLD_SIZE": "1"}
+    told |= {name: os.environ[name] for name in told if name in os.environ}
+    told["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", told["RANK"])
+    if not all(value.isdecimal() for value in told.values()) or int(told["RANK"]) >= int(told["WORLD_SIZE"]):
+        raise ValueError(f"RANK must be from 0 to below WORLD_SIZE, and LOCAL_RANK a number, got {told}")
+    return int(told["RANK"]), int(told["WORLD_SIZE"]), int(told["LOCAL_RANK"])
+
+
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))  # fmt: skip
     with one_line_errors(ValueError, FileNotFoundError, NotADirectoryError):
+        rank, world, local = place()
         try:
             how, codec, text = wanted(argv)
         except ValueError as error:
             raise ValueError(plain(str(error))) from None
         device = find_device(how.device)
-        device = f"{device}:{local}" if device == "cuda" else device
+        if device == "cuda":
+            device = f"cuda:{local % torch.cuda.device_count()}"
+            torch.cuda.set_device(device)
         encoder = StoreEncoder(how, codec.to(device), text.to(device))
         report = encoder.run(rank, world)
     if report is None:
@@ -50,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{count:8} of {name} pixels, height x width")
     if report["dropped"]:
         print(f"{how.store / 'dropped.jsonl'} lists what was left out")
+    if not report["kept"]:
+        fail(f"no picture of the source could be used: {how.store} is empty")
 
 
 if __name__ == "__main__":

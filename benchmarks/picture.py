@@ -78,6 +78,9 @@ class Given(TextEncoder):
     def to(self, device: torch.device | str) -> Self:
         return self
 
+    def keep(self, kept: bool) -> None:
+        """There is nothing to keep."""
+
     def fingerprint(self) -> dict[str, Any]:
         return {"class": "Given", "captions": sorted(self.texts)}
 

@@ -1,6 +1,7 @@
 """Pictures and captions to a store: bucket, cover and crop, latents, text."""
 
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from data.raw import UNIT, Fault, Filters, Raw, Source, perceptual_hash
 from data.sampler import Use, normal
 from data.sources import Pictures  # noqa: F401  # so that a config finds it by its name
 from data.store import Drop, Sample, Writer
-from data.text import Text, TextEncoder
+from data.text import CutCaptions, Text, TextEncoder
 
 VERSION = 1  # of the plan
 AHEAD = 4  # batches of pictures that are decoded while another is encoded
@@ -105,7 +106,9 @@ class StoreEncoder:
         if how.latents != "mean":
             codec.posterior(torch.zeros(1, codec.pixel_channels, how.step, how.step))  # a codec without it
         self.with_text = how.text == "encoded"
+        self.cut = 0  # captions whose tails no encoder read
         null = None
+        text.keep(True)
         if self.with_text:
             tokens, pooled = text.encode([""])
             null = Text(tokens[0].cpu(), pooled[0].cpu())
@@ -156,6 +159,9 @@ class StoreEncoder:
                     bar.update(count)
                 done, inputs = done + 1, inputs + self.writer.position(shard)[1]
                 bar.total = round(inputs / done * len(own))  # for the time left: the others are taken to be alike
+        if self.cut:
+            told = f"{self.cut} times a caption was longer than a text encoder reads: its tail was cut"
+            warnings.warn(told, stacklevel=2)
         return self.writer.finish(self.how.source.shards, self.how.duplicates)
 
     def _shard(self, shard: int, pool: ThreadPoolExecutor) -> Iterator[int]:
@@ -226,7 +232,10 @@ class StoreEncoder:
         pooled: list[Any] = [None] * len(batch)
         tokens: list[Any] = [None] * len(batch)
         if self.with_text:
-            text = self.text.encode([caption for picture in pictures for caption in picture.raw.captions])
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always", CutCaptions)
+                text = self.text.encode([caption for picture in pictures for caption in picture.raw.captions])
+            self.cut += sum(warning.message.count for warning in told if isinstance(warning.message, CutCaptions))
             tokens, pooled = (list(part.to(torch.bfloat16).cpu().split(counts)) for part in text)
         rows = zip(batch, latents.to(torch.bfloat16).cpu(), pooled, tokens, strict=True)
         return {

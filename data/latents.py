@@ -204,8 +204,15 @@ class VAE(Codec):
 
     def fingerprint(self) -> dict[str, Any]:
         dtype = str(self.vae.dtype).removeprefix("torch.")
-        told = {"shift_factor": self.shift, "scaling_factor": self.scale, "shift and scale": "applied"}
-        return {"class": "VAE", "weights": weights.digest(self.vae.state_dict()), "dtype": dtype, **told}
+        aside = ("sample_size", "force_upcast")  # of no effect on what is computed here
+        config = {key: value for key, value in self._config.items() if key[0] != "_" and key not in aside}
+        return {
+            "class": "VAE",
+            "weights": weights.digest(self.vae.state_dict()),
+            "dtype": dtype,
+            "shift and scale": "applied",
+            "config": config,
+        }
 
     @property
     def _config(self) -> dict[str, Any]:

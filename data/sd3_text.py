@@ -86,7 +86,6 @@ class SD3Text(TextEncoder):
             `config.json` there.
         cache: a folder for the results, a file for each caption, which other processes find again. Names are hashes
             of the caption, the encoders, `dtype` and the lengths, so that nothing can be mixed up.
-        keep: the encoders stay on the device once they are read, as for encoding a whole data set.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -103,14 +102,12 @@ class SD3Text(TextEncoder):
         device: str = "cpu",
         single_file: str | os.PathLike[str] | None = None,
         cache: str | os.PathLike[str] | None = None,
-        keep: bool = False,
     ) -> None:
         if not 1 <= max_sequence_length <= 512:
             raise ValueError(f"max_sequence_length must be from 1 to 512, got {max_sequence_length}")
         self.tokens_dim, self.pooled_dim, self.max_sequence_length = tokens_dim, pooled_dim, max_sequence_length
         self.dtype = dtype_of(dtype)
-        self.keep = keep
-        self.kept: dict[Kind, Any] = {}
+        self.kept: dict[Kind, Any] | None = None  # encoders, if they are to stay
         self.to(device)
         folder, single = Path(folder), None if single_file is None else Path(single_file)
         if not folder.is_dir():
@@ -129,11 +126,14 @@ class SD3Text(TextEncoder):
         """Sets where the encoders compute."""
         try:
             self.device = torch.device(device)
-            for encoder in self.kept.values():
+            for encoder in (self.kept or {}).values():
                 encoder.to(device)
         except RuntimeError as error:
             raise ValueError(one_line(error)) from None
         return self
+
+    def keep(self, kept: bool) -> None:
+        self.kept = self.kept or {} if kept else None
 
     def encode(self, captions: Sequence[str]) -> Text:
         """As `TextEncoder.encode`, warning once for each caption; ValueError if an encoder overflows."""
@@ -247,8 +247,8 @@ class SD3Text(TextEncoder):
 
     def _fill(self, part: Part, ids: Tensor, tokens: Tensor, pooled: Tensor) -> None:
         """Writes one encoder's results for `ids (B, N)` into `tokens (B, N, width)` and `pooled (B, projection)`."""
-        encoder = self.kept.get(part.kind) or part.tower.load(self.dtype, self.device)
-        if self.keep:
+        encoder = (self.kept or {}).get(part.kind) or part.tower.load(self.dtype, self.device)
+        if self.kept is not None:
             self.kept[part.kind] = encoder
         for batch, *slots in zip(*(x.split(BATCH) for x in (ids, tokens, pooled)), strict=True):
             made = (run_t5 if part.kind is T5 else run_clip)(encoder, batch.to(self.device))

@@ -32,6 +32,18 @@ class Text(NamedTuple):
     pooled: Tensor
 
 
+class CutCaptions(UserWarning):
+    """Captions that are too long for an encoder.
+
+    Attributes:
+        count: how many.
+    """
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
 class Slot(NamedTuple):
     """Where the results of one of several encoders stand."""
 
@@ -69,6 +81,10 @@ class TextEncoder(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
         """Sets where captions are encoded."""
+
+    @abstractmethod
+    def keep(self, kept: bool) -> None:
+        """Whether encoders that are read for each call stay in memory, as for a whole data set; others always do."""
 
     @abstractmethod
     def index(self) -> dict[str, list[str | None]]:
@@ -147,6 +163,9 @@ class CLIPText(TextEncoder):
             ids = tokenize(tokenizer, listed(captions), self.length, "the text tower")
             made.append(run_clip(encoder, ids.to(encoder.device)))
         return Text(*(torch.cat(parts, dim=-1) for parts in zip(*made, strict=True)))
+
+    def keep(self, kept: bool) -> None:
+        """The towers always stay."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         for suffix, tower in zip(("", "_2"), self.towers, strict=False):
@@ -331,11 +350,8 @@ def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length
     """Token numbers `(B, length)` on the CPU, padded, and cut with the warning of `TextEncoder.encode`."""
     whole = tokenizer(captions, verbose=False).input_ids
     if cut := sum(len(ids) > length for ids in whole):
-        warnings.warn(
-            f"{cut} of {len(whole)} captions are longer than the {length} tokens that {reader} reads, start and end "
-            "included: their tails were cut",
-            stacklevel=3,
-        )
+        told = f"{cut} of {len(whole)} captions are longer than the {length} tokens that {reader} reads, start and end"
+        warnings.warn(CutCaptions(f"{told} included: their tails were cut", cut), stacklevel=3)
     return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
 

@@ -444,7 +444,8 @@ def test_sd3_s_encoders_that_are_kept_are_read_once_and_give_the_same(released: 
         return load_tower(self, *arguments)
 
     monkeypatch.setattr(Tower, "load", counted)
-    let_go, kept = (SD3Text(released, **SIZES, keep=keep) for keep in (False, True))
+    let_go, kept = (SD3Text(released, **SIZES) for _ in range(2))
+    kept.keep(True)
     assert let_go.fingerprint() == kept.fingerprint()
     for captions in (["a handwritten seven", ""], ["an 8"], ["a handwritten seven", "the digit 3"]):
         for one, other in zip(let_go.encode(captions), kept.encode(captions), strict=True):
@@ -452,6 +453,9 @@ def test_sd3_s_encoders_that_are_kept_are_read_once_and_give_the_same(released: 
     assert {name: reads.count(name) for name in reads} == dict.fromkeys(
         ("text_encoder", "text_encoder_2", "text_encoder_3"), 3 + 1
     )
+    kept.keep(False)
+    kept.encode(["the number 9"])
+    assert reads.count("text_encoder") == 3 + 1 + 1
 
 
 def test_sd3_s_fingerprint_tells_apart_what_encodes_otherwise(released: Path, tmp_path: Path):
