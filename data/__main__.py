@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
             print(info(store))
         elif faults := store.verify():
             print(*faults, sep="\n")
-            print("a unit is repaired by removing its .parquet file and going on with encode.py")
+            print("a unit is repaired by removing its .parquet file and going on with encode.py,")
+            print("which makes it again and all later parts of its shard (the second number in a unit's name)")
             sys.exit(1)
         else:
             print(f"{args.store}: {len(store)} samples without a fault")

@@ -1,16 +1,17 @@
 """Captioned pictures in a folder, with metadata files or texts beside them."""
 
 import csv
-import hashlib
 import json
 import math
 import posixpath
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from xxhash import xxh3_128
 
 from data.raw import EXTENSIONS, UNIT, Fault, Input, Place, Source, choose_captions, one_line, to_input
 
@@ -41,9 +42,11 @@ class Folder(Source):
         texts = {name[: -len(".txt")] for name in place.files if name.endswith(".txt")}
         pictures = {name for name in place.files if posixpath.splitext(name)[1][1:].lower() in EXTENSIONS}
         columns = {column for same in rows.values() for row in same for column in row} - {"file_name"}
-        if any(posixpath.splitext(name)[0] in texts for name in pictures):
+        beside = sorted({f"{stem}.txt" for name in pictures if (stem := posixpath.splitext(name)[0]) in texts})
+        if beside:
             columns.add("txt")
         self.captions = choose_captions(captions, columns, str(place.root))
+        self.texts = beside if "txt" in self.captions else []
         self.inputs: list[tuple[str, dict[str, Any]] | Fault] = [
             (name, {column: row[column] for column in self.captions if column in row})
             for name in sorted(pictures | rows.keys())
@@ -69,14 +72,16 @@ class Folder(Source):
         return to_input(name, file, row, self.captions)
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(json.dumps(self.place.sizes()).encode())
-        for name in self.metadata:
-            digest.update((self.place.root / name).read_bytes())
+        """As every source's; metadata and captions count by their content, pictures by name and size alone."""
+        digest = xxh3_128(json.dumps(self.place.sizes()).encode())
+        for name in (*self.metadata, *self.texts):
+            with suppress(OSError):  # one that cannot be read is a fault of its own picture
+                digest.update((self.place.root / name).read_bytes())
         return {
             "kind": "pictures",
             "captions": self.captions,
             "inputs": len(self.inputs),
-            "files": digest.hexdigest(),  # names and sizes of all, and the content of metadata
+            "files": digest.hexdigest(),
         }
 
 

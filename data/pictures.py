@@ -20,6 +20,9 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 LARGEST = 2**27  # pixels, 0.5 GB in Pillow's four bytes a pixel
 GAP = 2  # how much larger than wanted a JPEG must stay when its decoder reduces it
 
+# The limit here is `largest`. Once for all, since a filter within a thread would be that of all threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 PictureSource: TypeAlias = Path | bytes | Image.Image
 
 
@@ -69,8 +72,6 @@ def _opened(source: PictureSource, largest: int) -> Iterator[Image.Image]:
                     raise PictureError("unreadable", f"there is no picture {source}")
                 if (source.stat().st_size if isinstance(source, Path) else len(source)) == 0:
                     raise PictureError("empty file", "it is empty")
-                stack.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is `largest`
                 stream = BytesIO(source) if isinstance(source, bytes) else stack.enter_context(source.open("rb"))
                 image = stack.enter_context(Image.open(stream, formats=FORMATS))
             if image.width * image.height > largest:

@@ -59,7 +59,8 @@ class Pictures(Source):
         if captions is not None and (not captions or not all(0 < w < math.inf for w in captions.values())):
             raise ValueError(f"captions must be columns with finite weights above 0, got {captions}")
         place = locate(path, split)
-        self.given = {"path": path, "split": split}
+        # On disk, neither says what the data are: the same ones may be moved, or lie under another mount point.
+        self.given = {"path": path, "split": split} if place is None else {}
         self.source: Source
         if place is None:
             self.source = Table(path, None, captions, image, split, streaming)

@@ -50,10 +50,15 @@ from weights import open_file, read_json
 if TYPE_CHECKING:  # transformers is slow to import, and those who only look into a store need none of it
     from data.text import Text
 
-__all__ = ["Drop", "Sample", "Store", "Writer"]
+__all__ = ["Drop", "Sample", "Store", "StoreError", "Writer"]
 LAZY = ("null", "_table", "_hot", "_lists", "_open")  # opened again in each process
 OPEN_FILES = 128
 BLOCK = 32  # samples or captions that are verified at once
+REPORTED = {"inputs": int, "kept": int, "dropped": dict, "buckets": dict, "captions": int, "index": str}
+
+
+class StoreError(ValueError):
+    """A store is damaged where it was read; the message says which file, unit or sample."""
 
 
 class Store:
@@ -62,7 +67,8 @@ class Store:
     Args:
         path: its folder, or a URL that fsspec knows ("s3://…"), from which the index is fetched at once and each unit's
             files when they are first read.
-        cache: where they are kept; default: `~/.cache/mmdit/stores/`, a folder for each store.
+        cache: where they are kept; default: `~/.cache/mmdit/stores/`, a folder for each state of each store, so that
+            one whose index changed is fetched anew.
 
     Attributes:
         plan: what it was encoded with.
@@ -89,8 +95,10 @@ class Store:
         if not all((self.folder / name).is_file() for name in ("index.arrow", "report.json")):
             raise ValueError(f"the store {self.source} is not finished: go on with encode.py")
         self.report = read_json(self.folder / "report.json")
+        if lacking := [name for name, kind in REPORTED.items() if not isinstance(self.report.get(name), kind)]:
+            raise ValueError(f"{self.source} is damaged: its report.json does not tell {', '.join(lacking)}")
         size = self._hot["row"].size
-        if size != self.report.get("kept"):
+        if size != self.report["kept"]:
             raise ValueError(f"{self.source} is damaged: {size} samples in its index, not as its report says")
         self.has_pooled, self.has_tokens = (len(self._lists[name][1]) > 0 for name in LISTS[1:])
         null = self.folder / "null.safetensors"
@@ -116,8 +124,8 @@ class Store:
         """Latents of samples of one bucket: (n, C, h, w) bfloat16.
 
         Raises:
-            ValueError: naming unit, row and sample that are damaged; or the samples are of several buckets, or none.
-            FileNotFoundError: naming a unit's file that is missing.
+            StoreError: naming a unit's file that is missing or damaged, or unit, row and sample.
+            ValueError: the samples are of several buckets, or none.
             IndexError: there is no such sample.
         """
         rows = self._rows(rows)
@@ -138,8 +146,9 @@ class Store:
         """Each sample's caption number `choice`, encoded: tokens (n, N, D) and pooled (n, P), bfloat16.
 
         Raises:
-            ValueError: the store holds no tokens; or as `latents`'.
-            FileNotFoundError, IndexError: as `latents`'; there is no such caption.
+            StoreError: as `latents`'.
+            ValueError: the store holds no tokens.
+            IndexError: there is no such sample, or no such caption.
         """
         from data.text import Text
 
@@ -192,13 +201,14 @@ class Store:
     def verify(self, progress: bool = True) -> list[str]:
         """Reads everything and checks every checksum, every shape, and that latents are finite.
 
-        A unit is repaired by removing its sidecar and going on with encode.py.
+        A unit is repaired by removing its sidecar and going on with encode.py, which makes it again and all later parts
+        of its shard.
 
         Returns:
             The faults, one line each.
         """
         index = self.folder / "index.arrow"
-        if file_checksum(index) != self.report.get("index"):
+        if file_checksum(index) != self.report["index"]:
             return [f"{index} is damaged: remove it and report.json, and go on with encode.py"]
         faults: list[str] = []
         bounds = [0, *(np.flatnonzero(np.diff(self._unit_keys(np.arange(len(self))))) + 1), len(self)]
@@ -295,14 +305,14 @@ class Store:
             unit = self._unit(stem, group)
             count, *stored = unit.shapes.get(tensor, (0,))
             if tuple(stored) != shape or first + len(run) > count:
-                raise ValueError(
+                raise StoreError(
                     f"{self._told(rows[run[-1]])}: the file's {tensor} lacks row {places[run[-1]]} of {shape}"
                 )
             if not unit.read(tensor, first, [lines[i] for i in run]):
-                raise ValueError(f"{self._told(rows[run[-1]])}: the file ends within {tensor}, row {places[run[-1]]}")
+                raise StoreError(f"{self._told(rows[run[-1]])}: the file ends within {tensor}, row {places[run[-1]]}")
         for row, place, line, wanted in zip(rows, places, lines, checksums.tolist(), strict=True):
             if xxh3_64_intdigest(line) != wanted:
-                raise ValueError(f"{self._told(row)}: {tensor}, row {place}, does not have its checksum")
+                raise StoreError(f"{self._told(row)}: {tensor}, row {place}, does not have its checksum")
         return out
 
     def _told(self, row: int) -> str:
@@ -315,9 +325,12 @@ class Store:
         return (self._hot["shard"][rows].astype(np.int64) << 32) | self._hot["part"][rows]
 
     def _unit(self, stem: str, group: str) -> "Unit":
-        """A unit's file, opened in this process; the longest unused one is closed."""
+        """A unit's file, opened in this process; the longest unused one is closed. StoreError if it cannot be."""
         name = f"units/{stem}{group}.safetensors"
-        unit = self._open.pop(name, None) or Unit(self._local(name))
+        try:
+            unit = self._open.pop(name, None) or Unit(self._local(name))
+        except (FileNotFoundError, ValueError) as error:
+            raise StoreError(str(error)) from None
         self._open[name] = unit
         while len(self._open) > OPEN_FILES:
             self._open.popitem(last=False)
@@ -335,7 +348,7 @@ class Store:
             table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
             table.validate()
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}") from None
+            raise StoreError(f"{file} is damaged: {' '.join(str(error).split())}") from None
         if not table.schema.equals(SCHEMA):
             raise ValueError(f"{file} is no index of a store that this version reads")
         return table
@@ -355,21 +368,21 @@ class Store:
     def _stage(self, cache: Path | None) -> Path:
         """Fetches what a remote store begins with, and tells where its files are kept."""
         plan = self._fetch("store.json")
-        name = sha256(f"{self._url}\n".encode() + plan).hexdigest()[:16]
-        folder = (cache or Path.home() / ".cache/mmdit/stores") / name
-        (folder / "units").mkdir(parents=True, exist_ok=True)
         try:
             report = self._fetch("report.json")
-            wanted = json.loads(report).get("index")
+            wanted = json.loads(report)["index"]
         except FileNotFoundError:
             raise ValueError(f"the store {self.source} is not finished: go on with encode.py") from None
-        except ValueError:
-            raise ValueError(f"{self.source}/report.json is no JSON") from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.source} is damaged: its report.json does not tell the index's checksum") from None
+        name = sha256(f"{self._url}\n{wanted}\n".encode() + plan).hexdigest()[:16]
+        folder = (cache or Path.home() / ".cache/mmdit/stores") / name
+        (folder / "units").mkdir(parents=True, exist_ok=True)
         commit(folder / "store.json", lambda file: file.write(plan))
         commit(folder / "report.json", lambda file: file.write(report))
         self.folder = folder
         index = folder / "index.arrow"
-        if index.is_file() and file_checksum(index) != wanted:  # the store was finished anew
+        if index.is_file() and file_checksum(index) != wanted:  # damaged here
             index.unlink(missing_ok=True)
         if file_checksum(self._local("index.arrow")) != wanted:
             raise ValueError(f"{self.source}/index.arrow does not have the checksum in its report")

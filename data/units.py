@@ -42,8 +42,11 @@ def unit_name(shard: int, part: int) -> str:
     return f"{shard:06d}-{part:04d}"
 
 
-def commit(file: Path, write: Callable[[BinaryIO], object]) -> None:
+def commit(file: Path, write: Callable[[BinaryIO], object]) -> int:
     """Writes a file under another name and renames it, so that it is there whole or not at all, after a crash, too.
+
+    Returns:
+        Its bytes.
 
     Raises:
         OSError: naming the file that could not be written; what was there stays.
@@ -55,6 +58,7 @@ def commit(file: Path, write: Callable[[BinaryIO], object]) -> None:
                 write(out)
                 out.flush()
                 os.fsync(out.fileno())
+                size = os.fstat(out.fileno()).st_size
             try:
                 part.replace(file)
             except FileNotFoundError:  # a writer that started meanwhile took it for a left-over
@@ -64,7 +68,7 @@ def commit(file: Path, write: Callable[[BinaryIO], object]) -> None:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-            return
+            return size
         except FileNotFoundError:  # what `write` reads from
             raise
         except OSError as error:

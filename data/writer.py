@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -113,7 +114,10 @@ class Writer:
         return len(parts), sum(part.inputs for part in parts), bool(parts) and parts[-1].last
 
     def write(self, shard: int, samples: Sequence[Sample], drops: Sequence[Drop], inputs: int, last: bool) -> None:
-        """Appends the next part to a shard of this process's own, and clears what a killed writer left of that part.
+        """Appends the next part to a shard of this process's own.
+
+        The first one clears what a killed writer left of it, and all later parts: if a sidecar was removed, they are
+        made again, too.
 
         Args:
             shard: its number, from 0.
@@ -124,9 +128,13 @@ class Writer:
 
         Raises:
             ValueError: a sample does not fit the plan, or its latents are not finite; or the shard is finished.
-            OSError: naming the file that could not be written; every part before it stays good.
+            OSError: naming the file that could not be written; or another process writes the shard, too. Every part
+                before it stays good.
         """
+        before = len(self._parts[shard]) if shard in self._parts else None
         parts = self._known(shard)
+        if before not in (None, len(parts)):  # what is to be appended is there already
+            raise OSError(f"another process writes {self.folder}, shard {shard}")
         if parts and parts[-1].last:
             raise ValueError(f"shard {shard} of {self.folder} is finished and takes no further part")
         if shard not in self._begun:
@@ -158,12 +166,16 @@ class Writer:
         stem = unit_name(shard, len(parts))
         tensors = {f"latents.{bucket}": latents[bucket] for bucket in sorted(latents)}
         tensors |= {"pooled": pooled} if pooled else {}
-        if tokens:
-            commit(self.units / f"{stem}.tokens.safetensors", lambda f: f.writelines(safetensors({"tokens": tokens})))
-        if samples:
-            commit(self.units / f"{stem}.safetensors", lambda f: f.writelines(safetensors(tensors)))
+        groups = {".tokens": {"tokens": tokens}} if tokens else {}
+        groups |= {"": tensors} if samples else {}
+        written: dict[Path, int] = {}
+        for group, content in groups.items():
+            file = self.units / f"{stem}{group}.safetensors"
+            written[file] = commit(file, partial(_write_tensors, content))
         notes = json.dumps({"drops": drops, "inputs": inputs, "last": last}, ensure_ascii=False)
         table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"unit": notes})
+        if any(not file.exists() or file.stat().st_size != size for file, size in written.items()):
+            raise OSError(f"another process writes {self.folder}, shard {shard}")
         commit(self.units / f"{stem}.parquet", lambda file: _write_sidecar(table, file))
         parts.append(Part(inputs, Counter(drop.reason for drop in drops), last))
 
@@ -232,7 +244,7 @@ class Writer:
         return known
 
     def _clear(self, shard: int, parts: int) -> None:
-        """Removes files of a shard that no sidecar commits."""
+        """Removes files of a shard from a part on: those that no sidecar commits, and those after a hole."""
         for file in self.units.iterdir():
             found = re.match(r"(\.?)(\d+)-(\d+)\.", file.name)
             if found and int(found[2]) == shard and (found[1] or int(found[3]) >= parts):
@@ -296,6 +308,10 @@ def _line(drop: Drop) -> bytes:
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
+
+
+def _write_tensors(tensors: Mapping[str, Sequence[Tensor]], file: BinaryIO) -> None:
+    file.writelines(safetensors(tensors))
 
 
 def _write_sidecar(table: pa.Table, file: BinaryIO) -> None:

@@ -5,8 +5,11 @@ import io
 import json
 import os
 import pickle
+import runpy
+import shutil
 import struct
 import tarfile
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -468,8 +471,43 @@ def test_shards_cover_everything_once_and_data_that_changed_are_described_otherw
     assert list(first.read(1, 3)) == []
     assert json.loads(json.dumps(first.describe())) == json.loads(json.dumps(second.describe()))
     before = first.describe()
-    (tmp_path / "3.txt").write_text("longer")
-    assert Pictures(str(tmp_path)).describe() != before
+    (tmp_path / "3.txt").write_text("4")  # another caption of the same length
+    changed = Pictures(str(tmp_path)).describe()
+    assert changed != before
+    (tmp_path / "4.txt").write_text("longer")
+    assert Pictures(str(tmp_path)).describe() not in (before, changed)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "3.png", "text": "a"}')
+    unused = Pictures(str(tmp_path), {"text": 1}).describe()
+    (tmp_path / "3.txt").write_text("3")
+    assert Pictures(str(tmp_path), {"text": 1}).describe() == unused  # texts that are not asked for are no captions
+
+
+def a_tar(root: Path) -> Path:
+    return write_tar(root / "0.tar", [("a.png", dot(0)), ("a.txt", b"a")]).parent
+
+
+def a_table(root: Path) -> Path:
+    return write_rows(root / "0.parquet", 0, 3).parent
+
+
+@pytest.mark.parametrize("layout", [with_texts, with_jsonl, a_tar, a_table])
+def test_data_that_were_moved_are_the_same(tmp_path: Path, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = Pictures(str(layout(tmp_path / "here"))).describe()
+    shutil.move(tmp_path / "here", tmp_path / "far/there")
+    monkeypatch.chdir(tmp_path / "far")
+    for path in (str(tmp_path / "far/there"), "there", "there/", "../far/there"):
+        assert Pictures(path).describe() == described
+    assert str(tmp_path) not in json.dumps(described)
+
+
+def test_a_hub_s_data_are_described_by_their_name_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"user/set/data/{split}-00000-of-00001.parquet", 0, 2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.sources.locate", lambda path, split: None)  # so that a folder stands for the hub
+    for split in ("train", "test"):
+        described = Pictures("user/set", split=split, streaming=True).describe()
+        assert (described["kind"], described["path"], described["split"]) == ("hub", "user/set", split)
 
 
 # Pictures
@@ -583,6 +621,21 @@ def test_what_is_too_large_is_never_decoded_but_long_strips_are() -> None:
     assert open_picture(strip, 1).size == (30_000, 100)
     shape = cover(open_picture(strip, 1), 64, 64)
     assert (shape[0].size, shape[1:]) == ((64, 64), (0, (19_200 - 64) // 2))
+
+
+def test_the_state_of_all_threads_is_left_alone_while_a_picture_is_read(tmp_path: Path) -> None:
+    class Watched(type(tmp_path)):
+        def open(self, *args: Any, **more: Any) -> Any:
+            seen.append(warnings.filters)
+            return super().open(*args, **more)
+
+    seen: list[Any] = []
+    (tmp_path / "x.ppm").write_bytes(b"P5 16384 8191 255\n")  # enough pixels for Pillow to warn
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh = runpy.run_path(str(Path(__file__).parents[1] / "data/pictures.py"))
+        assert fresh["size_of"](Watched(tmp_path / "x.ppm")) == (2**13 - 1, 2**14)
+        assert [filters is warnings.filters for filters in seen] == [True]
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

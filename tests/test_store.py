@@ -23,7 +23,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.store import Drop, Sample, Store, Writer
+from data import writer as writing
+from data.store import Drop, Sample, Store, StoreError, Writer
 from data.units import near_duplicates
 
 SIZES, SHAPES = [[64, 64], [48, 80], [80, 48]], [(8, 8), (6, 10), (10, 6)]  # of pictures and of latents
@@ -231,6 +232,32 @@ def test_two_processes_make_the_same_store(straight: Path, tmp_path: Path) -> No
     assert contents(tmp_path / "store") == contents(straight)
 
 
+def test_two_processes_on_one_shard_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = f"another process writes {tmp_path}"
+    late, early = (Writer(tmp_path, PLAN, NULL) for _ in range(2))
+    assert late.position(0) == early.position(0) == (0, 0, False)
+    early.write(0, [sample(0)], [], 1, False)
+    with pytest.raises(OSError, match=told):  # else the same inputs would be a second part
+        late.write(0, [sample(0)], [], 1, False)
+    assert late.position(0) == (1, 1, False)
+    commit = writing.commit
+
+    def between(file: Path, write: Callable[..., Any]) -> int:
+        size = commit(file, write)
+        if file.name == "000001-0000.safetensors":  # now another one begins the shard, and clears it
+            monkeypatch.setattr(writing, "commit", commit)
+            early.write(1, [], [], 1, False)
+        return size
+
+    monkeypatch.setattr(writing, "commit", between)
+    with pytest.raises(OSError, match=told):
+        late.write(1, [sample(0)], [], 1, False)
+    assert Writer(tmp_path, PLAN, NULL).position(1) == (1, 1, False)
+    early.write(0, [], [], 1, True)
+    early.write(1, [], [], 1, True)
+    assert early.finish(2, None)["kept"] == 1
+
+
 @pytest.mark.parametrize("limit", [100, 3000, 4500])  # the plan, a unit's latents, and its sidecar are larger
 def test_a_full_disk_is_told_and_gone_on_from(straight: Path, tmp_path: Path, limit: int) -> None:
     def full() -> None:
@@ -288,7 +315,7 @@ def test_a_flipped_bit_is_found_and_told_with_its_sample(folder: Path, name: str
     for row in range(KEPT) if name in (UNIT, TOKENS) else ():
         try:
             assert_holds(store, row, sample(row))
-        except ValueError as error:
+        except StoreError as error:
             damaged.append(str(error))
             assert all(told in damaged[0] for told in ("unit 000000-0000", f"sample picture {row}:", "checksum"))
     assert len(damaged) == (name in (UNIT, TOKENS))
@@ -306,7 +333,8 @@ def test_a_damaged_unit_is_found_and_made_again(folder: Path, straight: Path, na
     assert name in fault
     assert "\n" not in fault
     if name != SIDECAR:
-        refused(name, Store(folder).text, HERE, FIRST)
+        with pytest.raises(StoreError, match=name):
+            Store(folder).text(HERE, FIRST)
     if (name, damage) != (SIDECAR, "missing"):  # which is but a unit that is not there yet
         refused(name, encode, folder)
     (folder / SIDECAR).unlink(missing_ok=True)
@@ -318,7 +346,8 @@ def test_a_file_cut_while_it_is_open(folder: Path) -> None:
     store = Store(folder)
     store.latents(HERE)
     os.truncate(folder / UNIT, 700)
-    refused(r"unit 000000-0000, sample picture \d+: the file ends within latents.0", store.latents, store.members(0))
+    with pytest.raises(StoreError, match=r"unit 000000-0000, sample picture \d+: the file ends within latents.0"):
+        store.latents(store.members(0))
 
 
 @pytest.mark.parametrize("name", ["index.arrow", "store.json", "report.json", "null.safetensors"])
@@ -326,6 +355,16 @@ def test_a_file_cut_while_it_is_open(folder: Path) -> None:
 def test_a_damaged_store_does_not_open(folder: Path, name: str, size: int) -> None:
     os.truncate(folder / name, size and size + (folder / name).stat().st_size)
     refused(name, Store, folder)
+
+
+def test_a_report_that_lacks_something_does_not_open(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    for name in report:
+        for change in ({}, {name: None}):
+            (folder / "report.json").write_text(json.dumps({k: v for k, v in report.items() if k != name} | change))
+            refused(f"is damaged: its report.json does not tell {name}$", Store, folder)
+    (folder / "report.json").write_text(json.dumps({"kept": KEPT}))
+    refused("tell inputs, dropped, buckets, captions, index$", Store, folder)
 
 
 def test_verify_finds_latents_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,6 +395,28 @@ def test_loader_processes_and_pickles_without_samples(store: Store, method: Any,
     for row, (latents, pooled) in zip(range(12), loader, strict=True):
         assert torch.equal(latents[0], sample(row).latents.bfloat16())
         assert torch.equal(pooled[0], sample(row).pooled[0].bfloat16())
+
+
+def test_damage_is_told_as_such_by_loader_processes(folder: Path) -> None:
+    store = Store(folder)
+    (folder / UNIT).unlink()
+    with pytest.raises(StoreError) as error:
+        next(iter(DataLoader(Rows(store), None, num_workers=1, sampler=[0], multiprocessing_context="fork")))
+    assert str(error.value).splitlines()[-1] == f"data.store.StoreError: {folder / UNIT} is missing"
+    again = pickle.loads(pickle.dumps(StoreError("one line")))
+    assert (type(again), str(again)) == (StoreError, "one line")
+
+
+def test_a_remote_store_that_was_made_again_is_fetched_anew(straight: Path, tmp_path: Path) -> None:
+    memory, remote = fsspec.filesystem("memory"), f"memory://{tmp_path.name}/again"
+    for number in (0, 3):  # of one plan, with other samples in files of the same names
+        writer = Writer(tmp_path / str(number), PLAN, NULL)
+        writer.write(0, [sample(number)], [], 1, True)
+        writer.finish(1, None)
+        memory.put(f"{tmp_path / str(number)}/", f"{remote}/", recursive=True)
+        assert_holds(Store(remote, tmp_path / "cache"), 0, sample(number))
+    memory.pipe(f"{remote}/report.json", b'{"kept": 1}')
+    refused("is damaged: its report.json", Store, remote, tmp_path / "cache")
 
 
 def test_a_remote_store_fetches_only_what_is_read_and_tells_what_is_wrong(straight: Path, tmp_path: Path) -> None:
@@ -442,7 +503,13 @@ def test_the_commands(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: 
     (folder / UNIT).unlink()
     with pytest.raises(SystemExit, match="1"):
         run("verify", folder)
-    assert capsys.readouterr().out.startswith(f"{folder / UNIT} is missing\n")
+    told = capsys.readouterr().out
+    assert told.startswith(f"{folder / UNIT} is missing\n")
+    assert "makes it again and all later parts of its shard" in told
+    (folder / "report.json").write_text('{"kept": 14}')
+    with pytest.raises(SystemExit, match="2"):
+        run("info", folder)
+    assert capsys.readouterr().err.startswith(f"error: {folder} is damaged: its report.json does not tell inputs")
     with pytest.raises(SystemExit, match="2"):
         run("verify", folder / "units")
     told = capsys.readouterr().err
