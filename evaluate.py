@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
                 "model": name,
                 "folder": folders[name],
                 **asdict(sampling),
-                "shift": pipe.objective.shift,
+                "shift": pipe.shift(),
                 "evaluations": drawn.evaluations,
                 "samples": len(prompts),
                 "seconds_per_picture": drawn.seconds,

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {
         "negative": args.negative,
         **asdict(sampling),
-        "shift": pipe.objective.shift if args.shift is None else args.shift,
+        "shift": pipe.shift(height, width) if args.shift is None else args.shift,
         "dtype": str(next(pipe.network.parameters()).dtype).removeprefix("torch."),
         "model": str(path),
         **{name: str(value) for name in ("lora", "image", "mask") if (value := getattr(args, name))},

@@ -76,7 +76,7 @@ class Pipeline:
         if self.sized:
             h, w = (side * self.codec.factor for side in self.latent_size(height, width))
             whole = torch.tensor([h, w, 0, 0, h, w]).expand(len(pooled), -1)  # not cropped
-            pooled = torch.cat([pooled, size_features(whole).to(pooled)], dim=-1)
+            pooled = torch.cat([pooled.float(), size_features(whole).to(pooled.device)], dim=-1)
         return Condition(text.to(self.device), pooled.to(self.device))
 
     @torch.inference_mode()
@@ -197,7 +197,7 @@ class Pipeline:
         blocks = range(self.network.depth if isinstance(self.network, MMDiT) else 0)
         if not set(sampling.skip_layers) <= set(blocks):
             raise ValueError(f"skip_layers must be blocks of an MMDiT, got {sampling.skip_layers}")
-        shift = self.objective.alpha(latent[0] * latent[1]) if shift is None else shift
+        shift = self.shift(height, width) if shift is None else shift
         walk, times = sampling.walk(self.objective, shift, strength)
         if sampling.skip_layers and not sampling.skipping(times):
             raise ValueError(
@@ -205,6 +205,11 @@ class Pipeline:
                 f"{len(times) - 1} lies: take more steps or another skip_interval"
             )
         return latent, walk, times
+
+    def shift(self, height: int | None = None, width: int | None = None) -> float:
+        """α of the time grid for a picture's size, that of the training."""
+        h, w = self.latent_size(height, width)
+        return self.objective.alpha(h * w)
 
     def batch_size(self, height: int | None = None, width: int | None = None) -> int:
         """How many pictures of a size to draw at a time: as many as make 4,096 tokens, which is one of 1024² pixels."""

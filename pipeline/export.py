@@ -115,7 +115,7 @@ def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
         "",
         f"A text-to-image model: {kind}, {count:,} parameters, for pictures of {side}×{side} pixels.",
         f"It learned {type(pipe.objective.target).__name__} on the path {type(pipe.objective.path).__name__}, with a "
-        f"resolution shift of {pipe.objective.shift:g}, and is sampled by {s.sampler} in {s.steps} steps "
+        f"resolution shift of {pipe.shift():g} at this size, and is sampled by {s.sampler} in {s.steps} steps "
         f"({s.spacing} spacing, guidance {s.guidance:g}) unless told otherwise.",
         "",
         "## Use",
