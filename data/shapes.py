@@ -5,6 +5,7 @@ captions over objects, colours, counts, positions and the binding of attributes 
 blue square").
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,7 +16,7 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from data.raw import Raw, Source
+from data.raw import UNIT, Raw, Source
 from data.sampler import Use, stream
 
 SIDE = 64  # of a picture, in pixels
@@ -28,15 +29,16 @@ COLOURS = {
     "green": (35, 150, 60),
     "blue": (40, 80, 215),
     "purple": (135, 45, 175),
-    "pink": (245, 145, 195),
+    "pink": (240, 90, 170),
     "black": (30, 30, 35),
 }
-SIZES = {"small": (11, 13), "large": (20, 24)}  # sides of the box around a shape, in pixels, both ends included
+SIZES = {"small": 12, "large": 20}  # sides of the box around a shape, in pixels
 NUMBERS = ("no", "one", "two", "three", "four")
 RELATIONS = {"above": (1, 0), "below": (-1, 0), "to the left of": (0, 1), "to the right of": (0, -1)}  # (down, right)
 OPENINGS = ("", "a picture of ", "a drawing of ", "an image of ")
 CATEGORIES = ("one object", "two objects", "counting", "colours", "position", "binding")
-GAP, MARGIN = 3, 2  # pixels between two shapes and to the edge
+STEP = 4  # pixels; boxes begin at multiples of it, and stay so far from each other and from the edge
+BACKGROUND = (240, 240, 240)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,6 @@ class Scene(NamedTuple):
 
     request: Request
     objects: tuple[Placed, ...]
-    background: tuple[int, int, int]
 
 
 def request(draw: Generator, category: str | None = None) -> Request:
@@ -136,42 +137,41 @@ def scene(seed: int, number: int) -> Scene:
     while True:
         asked = request(draw)
         if objects := place(asked, draw):
-            red, green, blue = (225 + draw.integers(0, 31) - draw.integers(0, 12, 3)).tolist()
-            return Scene(asked, objects, (red, green, blue))
+            return Scene(asked, objects)
 
 
 def place(asked: Request, draw: Generator) -> tuple[Placed, ...] | None:
     """The shapes at random places that keep the relation and do not touch; none where chance left no room."""
     objects: list[Placed] = []
-    boxes: list[tuple[int, ...]] = []
-    line = int(draw.integers(SIDE * 3 // 8, SIDE * 5 // 8))  # which parts the two groups, if they are in a relation
+    line = int(draw.integers(SIDE * 3 // 8, SIDE * 5 // 8)) // STEP * STEP  # parts the two groups, if they are related
     down, right = RELATIONS[asked.relation] if asked.relation else (0, 0)
     for sign, group in zip((1, -1), asked.groups, strict=False):
-        low, high = SIZES[group.size or "large"]
+        side = SIZES[group.size or "large"]
+        spans = []  # in which the box may begin, rows and columns
+        for way in (sign * down, sign * right):
+            first, last = line if way < 0 else STEP, line if way > 0 else SIDE - STEP
+            spans.append(range(first, last - side + 1, STEP))
+        if not all(spans):
+            return None
         for _ in range(group.count):
-            side = int(draw.integers(low, high + 1))
-            spans = []
-            for way in (sign * down, sign * right):
-                first, last = (MARGIN, line - 1) if way > 0 else (line + 1, SIDE - MARGIN) if way < 0 else (2, SIDE - 2)
-                spans.append((first, last - side))
-            if any(last < first for first, last in spans):
-                return None
             for _ in range(20):
-                top, left = (int(draw.integers(first, last + 1)) for first, last in spans)
-                reach = side + GAP
-                if all(top + reach <= t or t + s + GAP <= top or left + reach <= le or le + s + GAP <= left
-                       for t, le, s in boxes):  # fmt: skip
+                top, left = (span[int(draw.integers(len(span)))] for span in spans)
+                if all(apart(top, side, o.top, o.side) or apart(left, side, o.left, o.side) for o in objects):
                     break
             else:
                 return None
-            boxes.append((top, left, side))
             objects.append(Placed(group.shape, group.colour or "black", side, top, left))
     return tuple(objects)
 
 
+def apart(first: int, length: int, other: int, its_length: int) -> bool:
+    """Whether two intervals, given by start and length, have a gap of STEP or more between them."""
+    return first + length + STEP <= other or other + its_length + STEP <= first
+
+
 def picture(drawn: Scene) -> Image.Image:
     """The scene in RGB, SIDE × SIDE."""
-    large = Image.new("RGB", (SIDE * FINER, SIDE * FINER), drawn.background)
+    large = Image.new("RGB", (SIDE * FINER, SIDE * FINER), BACKGROUND)
     pen = ImageDraw.Draw(large)
     for shape, colour, side, top, left in drawn.objects:
         trace(pen, shape, top * FINER, left * FINER, side * FINER, COLOURS[colour])
@@ -213,7 +213,7 @@ class Shapes(Source):
         seed: of the sequence that they are the start of.
     """
 
-    UNIT = 1024  # scenes in a shard
+    UNIT = UNIT  # scenes in a shard
 
     def __init__(self, count: int, seed: int = 0) -> None:
         if count < 1:
@@ -230,7 +230,10 @@ class Shapes(Source):
             yield Raw(f"{self.seed}-{number:08d}", picture(drawn), tuple(told), (1.0,) * len(told))
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "Shapes", "count": self.count, "seed": self.seed}
+        first = (scene(self.seed, number) for number in range(16))
+        content = b"".join(picture(drawn).tobytes() + drawn.request.caption().encode() for drawn in first)
+        looks = hashlib.sha256(content).hexdigest()  # so that another way of drawing is another source
+        return {"kind": "Shapes", "count": self.count, "seed": self.seed, "looks": looks}
 
 
 class Found(NamedTuple):
@@ -261,7 +264,7 @@ def read(pixels: np.ndarray) -> list[Found]:
             Found(
                 shape_of(mask),
                 colour_of(pixels[box][ndimage.binary_erosion(inside) if inside.sum() > 30 else inside]),
-                "small" if max(mask.shape) < 17 else "large",
+                "small" if max(mask.shape) < 16 else "large",
                 (origin[0] + (mask.shape[0] - 1) / 2, origin[1] + (mask.shape[1] - 1) / 2),
             )
         )

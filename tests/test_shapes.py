@@ -16,7 +16,7 @@ from data.text import CLIPText
 
 ROOT = Path(__file__).parents[1]
 COUNT = 2000
-SMALLEST, SMALL = shapes.SIZES["small"]
+SMALL = shapes.SIZES["small"]
 SCENES = [scene(11, number) for number in range(COUNT)]
 CAPTIONS = [shapes.captions(drawn, stream(11, Use.CAPTION, 0, i)) for i, drawn in enumerate(SCENES)]
 WORD = {"one": 1, "two": 2, "three": 3, "four": 4}
@@ -65,26 +65,25 @@ def parsed(caption: str) -> Request:
 def test_a_scene_is_a_function_of_seed_and_number() -> None:
     assert [scene(11, number) for number in (70, 3, 4)] == [SCENES[number] for number in (70, 3, 4)]
     assert scene(12, 3) != SCENES[3]
-    assert len({drawn.objects for drawn in SCENES}) == COUNT
+    assert len({drawn.objects for drawn in SCENES}) > 0.98 * COUNT
     assert picture(SCENES[0]).tobytes() == picture(scene(11, 0)).tobytes()
 
 
 def test_scenes_hold_what_is_asked_for_apart_from_each_other_and_inside() -> None:
     for drawn in SCENES:
         for o in drawn.objects:
-            assert min(o.top, o.left) >= shapes.MARGIN
-            assert max(o.top, o.left) + o.side <= shapes.SIDE - shapes.MARGIN
+            assert min(o.top, o.left) >= shapes.STEP
+            assert max(o.top, o.left) + o.side <= shapes.SIDE - shapes.STEP
         for a, b in combinations(drawn.objects, 2):
             apart = [max(x, y) - min(x + a.side, y + b.side) for x, y in ((a.top, b.top), (a.left, b.left))]
-            assert max(apart) >= shapes.GAP, drawn
+            assert max(apart) >= shapes.STEP, drawn
         asked = drawn.request
         first = [o for o in drawn.objects if o.shape == asked.groups[0].shape]
         assert [len(first), len(drawn.objects) - len(first)] == [*(g.count for g in asked.groups), 0][:2]
         for group in asked.groups:
             own = [o for o in drawn.objects if o.shape == group.shape]
-            low, high = shapes.SIZES[group.size or ""]
             assert {o.colour for o in own} == {group.colour}
-            assert all(low <= o.side <= high for o in own)
+            assert {o.side for o in own} == {shapes.SIZES[group.size or ""]}
         for a in first if asked.relation else ():
             for b in drawn.objects[len(first) :]:
                 assert {
@@ -129,12 +128,12 @@ def test_the_judge_reads_true_scenes_right() -> None:
 def crowded(drawn: Scene) -> Scene | None:
     """The scene with one more of the first group's shapes, if there is room."""
     new = drawn.objects[0]
-    reach = new.side + shapes.GAP
-    for top in range(shapes.MARGIN, shapes.SIDE - shapes.MARGIN - new.side, 3):
-        for left in range(shapes.MARGIN, shapes.SIDE - shapes.MARGIN - new.side, 3):
+    reach = new.side + shapes.STEP
+    for top in range(shapes.STEP, shapes.SIDE - shapes.STEP - new.side, 3):
+        for left in range(shapes.STEP, shapes.SIDE - shapes.STEP - new.side, 3):
             if all(
-                top + reach <= o.top or o.top + o.side + shapes.GAP <= top
-                or left + reach <= o.left or o.left + o.side + shapes.GAP <= left
+                top + reach <= o.top or o.top + o.side + shapes.STEP <= top
+                or left + reach <= o.left or o.left + o.side + shapes.STEP <= left
                 for o in drawn.objects
             ):  # fmt: skip
                 return drawn._replace(objects=(*drawn.objects, new._replace(top=top, left=left)))
@@ -165,7 +164,7 @@ def changed(fault: str, drawn: Scene) -> Scene | None:
         case "another size":
             if objects[0].side <= SMALL:
                 return None  # a larger one could touch another
-            return drawn._replace(objects=(objects[0]._replace(side=SMALLEST), *objects[1:]))
+            return drawn._replace(objects=(objects[0]._replace(side=SMALL), *objects[1:]))
         case "swapped binding" if len(set(colours)) == 2:
             other = dict(zip(colours, reversed(colours), strict=True))
             return drawn._replace(objects=tuple(o._replace(colour=other[o.colour]) for o in objects))

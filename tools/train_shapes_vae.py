@@ -27,7 +27,7 @@ from weights import write_json, write_tensors
 
 FOLDER = Path(__file__).parents[1] / "assets" / "shapes" / "vae"
 SCENES, UNSEEN, SEED = 20_000, 500, 1  # a seed that no store of examples uses
-STEPS, BATCH, RATE, KL = 8000, 8, 1.5e-3, 0.003
+STEPS, BATCH, RATE, KL = 5000, 8, 1.5e-3, 0.01
 CONFIG = {
     "in_channels": 3,
     "out_channels": 3,
