@@ -43,7 +43,7 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/picture.py
 
-shapes: $(READY)  ## the proving ground: scenes into a store, a model from it, judged by category: about an hour
+shapes: $(READY)  ## the proving ground: scenes into a store, a model from it, judged by category
 	$(BIN)/python encode.py --config configs/shapes.yaml
 	$(BIN)/python train.py fit --config configs/shapes.yaml
 	$(BIN)/python judge.py --model runs/shapes --out runs/shapes/judged
