@@ -143,7 +143,7 @@ class Table(Source):
     def describe(self) -> dict[str, Any]:
         told = {"kind": "parquet" if self.place else "hub", "captions": self.captions, "image": self.image}
         if self.place:
-            return {**told, "inputs": self.starts[-1], "files": self.place.sizes()}
+            return {**told, "streaming": self.streaming, "inputs": self.starts[-1], "files": self.place.sizes()}
         if self.streaming:
             return {**told, "shards": self.shards}
         revision = Path(self._open().cache_files[0]["filename"]).parent.name  # a hash of what was downloaded
