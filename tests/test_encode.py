@@ -186,7 +186,7 @@ for kill in [True] * int(kills) + [False]:
 
 @pytest.mark.usefixtures("units_of_four")
 def test_killed_and_resumed_is_the_straight_run_to_the_byte(config: Path) -> None:
-    kills, killed, count = 3, config.parent / "killed", ("--encode.source.count", "100")
+    kills, killed, count = 10, config.parent / "killed", ("--encode.source.count", "100")
     run(config, *count)
     straight = files(config.parent / "store")
     argv = ["--config", str(config), *count, "--encode.store", str(killed)]
