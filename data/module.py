@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from data import digits, stored
 from data.batch import Batch, complete
+from data.encoding import VERSION
 from data.latents import Codec
 from data.sampler import GlobalBatches, Share, Stages, Stripes, Use, normal, stream
 from data.store import Store
@@ -242,7 +243,7 @@ class Stored(Data):
         self.stores = [Store(path) for path in (*(stage.store for stage in before), store)]
         for opened in self.stores:
             told = {"text": text.fingerprint()} if opened.has_tokens else {}
-            opened.expect(codec=codec.fingerprint(), **told)
+            opened.expect(version=VERSION, codec=codec.fingerprint(), **told)
         main = self.stores[-1]
         super().__init__(text, codec, seed, batch_size, main.plan["buckets"]["side"], workers, size_conditioning)
         if not 1 <= held_out < len(main):

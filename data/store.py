@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
@@ -187,7 +187,7 @@ class Store:
         system, root = fsspec.core.url_to_fs(self._url or str(self.folder))
         return system.du(root)
 
-    def expect(self, **sections: Mapping[str, Any] | None) -> None:
+    def expect(self, **sections: Any) -> None:
         """Checks what the store was encoded with, section by section of its plan, as in `expect(codec=…)`.
 
         Raises:

@@ -570,3 +570,17 @@ def test_a_run_does_not_go_on_with_another_store_in_its_place(
         fit(config, "--data.store", str(place))
     assert end.value.code == 2
     assert "holds a run on other data than now lie in" in capsys.readouterr().err
+
+
+def test_a_store_of_another_version_is_refused(
+    config: Path, stores: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    newer = tmp_path / "newer"
+    shutil.copytree(stores["tokens"], newer)
+    plan = json.loads((newer / "store.json").read_text())
+    (newer / "store.json").write_text(json.dumps(plan | {"version": plan["version"] + 1}))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        fit(config, "--data.store", str(newer))
+    assert end.value.code == 2
+    assert "version: there 2, here 1" in capsys.readouterr().err

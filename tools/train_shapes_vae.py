@@ -9,7 +9,7 @@ Diffusion's, so that latents are noisy while training: what decodes well then al
 generator misses a little.
 
 At the end it sets shift and scale to those that normalise the latents, and prints how well scenes come back that it
-has not seen. On two cores it takes some 20 minutes. The weights are kept in half precision.
+has not seen. On one core it takes some ten minutes. The weights are kept in half precision.
 """
 
 from pathlib import Path
