@@ -1,0 +1,39 @@
+"""How much arithmetic a network's forward pass is."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def forward_flops(network: nn.Module, *inputs: Any) -> int:
+    """Floating point operations of one forward pass at these inputs, a multiply-add counted as two.
+
+    Matrix products, convolutions and attention are counted, attention in full whatever its mask; what works element
+    by element is not. Only shapes matter: nothing is computed, no memory is taken, and the network is left as it is.
+
+    Args:
+        network: on any device, meta too. It must be whole: before its weights are sharded over processes.
+        inputs: tensors on any device, alone or inside of tuples, lists, dicts and dataclasses; the rest is passed on.
+    """
+    state = {name: x.to("meta") for name, x in (*network.named_parameters(), *network.named_buffers())}
+    counter = FlopCounterMode(display=False)
+    # Attention as plain products: fused kernels pad heads and differ between machines, and so would their counts.
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), plain, counter:
+        functional_call(network, state, tree_map(_to_meta, inputs))
+    return counter.get_total_flops()
+
+
+def _to_meta(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.to("meta")
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+        return dataclasses.replace(leaf, **tree_map(_to_meta, fields))
+    return leaf
