@@ -18,6 +18,8 @@ from flow.objective import Objective
 from generator import Grid, Optimization
 from mmdit.lora import LoRA
 from sampling import Sampling
+from training.ema import Averages
+from training.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Run:
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of the log.
         accelerator: as Lightning's.
-        devices: processes on this machine.
+        devices: processes on each machine.
+        num_nodes: machines.
         precision: as Lightning's.
         wandb: also log to Weights & Biases; offline needs no account and no network.
     """
@@ -45,16 +48,22 @@ class Run:
     log_every: int = 50
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
+    num_nodes: int = 1
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     wandb: Literal["off", "offline", "online"] = "off"
 
     def __post_init__(self) -> None:
-        counts = (self.steps, self.validate_every, self.checkpoint_every, self.log_every, self.devices)
+        counts = (self.steps, self.validate_every, self.checkpoint_every, self.log_every, self.devices, self.num_nodes)
         if min(counts) < 1 or self.steps % self.validate_every:
             raise ValueError(
-                "run.steps, validate_every, checkpoint_every, log_every and devices must be at least 1, and steps a "
-                f"multiple of validate_every; got {', '.join(map(str, counts))}"
+                "run.steps, validate_every, checkpoint_every, log_every, devices and num_nodes must be at least 1, and "
+                f"steps a multiple of validate_every; got {', '.join(map(str, counts))}"
             )
+
+    @property
+    def world(self) -> int:
+        """Processes of the whole training."""
+        return self.devices * self.num_nodes
 
 
 class Parser(ArgumentParser):
@@ -85,6 +94,9 @@ def parser(description: str) -> Parser:
     p.add_subclass_arguments(nn.Module, "network", required=True)
     p.add_argument("--lora", type=LoRA | None, help="train low-rank updates of a network that is read from disk")
     p.add_class_arguments(Objective, "objective")
-    for group, name in ((Optimization, "optimization"), (Sampling, "sampling"), (Grid, "grid")):
-        p.add_class_arguments(group, name)
+    p.add_class_arguments(Optimization, "optimization")
+    p.add_class_arguments(Averages, "ema")
+    p.add_class_arguments(Strategy, "strategy")
+    p.add_class_arguments(Sampling, "sampling")
+    p.add_class_arguments(Grid, "grid")
     return p

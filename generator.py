@@ -1,13 +1,13 @@
 """Generator: the only place where network, process and data meet for training."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.latents import Codec
 from data.pictures import save_png, sheet
-from data.sampler import Use, stream
+from data.sampler import NOT_COUNTED, Use, stream
 from data.text import TextEncoder
 from flow.density import stratified
 from flow.objective import Objective, TimeBins
@@ -24,6 +24,13 @@ from mmdit.model import Condition, MMDiT
 from pipeline import Network, Pipeline
 from pipeline.folder import replace_folder
 from sampling import Sampling
+from training.ema import EMA, Averages
+from training.flops import forward_flops
+from training.guard import Guard, poisoned
+from training.meter import Cost
+from training.posthoc import write_snapshot
+from training.resume import adam
+from training.strategy import Strategy, skeleton, whole
 
 VALIDATION_TIMES = 8
 SAMPLED = 64  # pictures at a time
@@ -38,20 +45,20 @@ class Optimization:
         warmup: steps up to it.
         weight_decay: on matrices; biases and gains have none.
         clip: largest norm of the whole gradient.
-        ema_decay: of the averaged weights, which validation, samples and the model folder use.
+        max_skipped: steps in a row whose loss or gradient is not finite, which are not taken; more end the run.
     """
 
     lr: float = 1e-4
     warmup: int = 1000
     weight_decay: float = 0.01
     clip: float = 1.0
-    ema_decay: float = 0.9999
+    max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        if not (self.lr >= 0 and self.warmup >= 0 and self.weight_decay >= 0 and self.clip > 0):
+        if not (min(self.lr, self.warmup, self.weight_decay, self.max_skipped) >= 0 and self.clip > 0):
             raise ValueError(
-                "optimization needs lr, warmup and weight_decay of at least 0 and clip > 0, "
-                f"got {self.lr}, {self.warmup}, {self.weight_decay} and {self.clip}"
+                "optimization needs lr, warmup, weight_decay and max_skipped of at least 0 and clip > 0, "
+                f"got {self.lr}, {self.warmup}, {self.weight_decay}, {self.max_skipped} and {self.clip}"
             )
 
 
@@ -81,6 +88,8 @@ class Generator(L.LightningModule):
         text: encodes the prompts of the samples; saved with the model.
         codec: decodes the samples; saved with the model.
         optimization: how it is trained.
+        averages: which averages of the weights are kept.
+        strategy: how the training is spread and fitted into memory.
         sampling: how samples are drawn; saved with the model.
         grid: which samples are drawn.
         side: height and width of the samples, in pixels.
@@ -99,6 +108,8 @@ class Generator(L.LightningModule):
         text: TextEncoder,
         codec: Codec,
         optimization: Optimization,
+        averages: Averages,
+        strategy: Strategy,
         sampling: Sampling,
         grid: Grid,
         side: int,
@@ -115,26 +126,46 @@ class Generator(L.LightningModule):
         self.steps, self.batch_size, self.seed, self.log_every = steps, batch_size, seed, log_every
         if optimization.warmup >= steps:
             raise ValueError(f"optimization.warmup must be below run.steps {steps}, got {optimization.warmup}")
+        self.averages, self.strategy = averages, strategy
+        self.shape = [skeleton(network)]  # in a list, so that it is no part of the module
         self.pipeline = Pipeline(network, objective, codec, text, sampling)
-        self.strict_loading = base is None
+        self.costs: dict[tuple[tuple[int, ...], ...], Cost] = {}  # by the shapes of latents and text
         self.bins = TimeBins()
+        self.guard = Guard()
+        self.loss = torch.zeros(())  # of the global batch so far, this rank's mean
         self.best = math.inf
         self.loaded_step = 0
 
+    def configure_model(self) -> None:
+        """Divides the network among the processes, makes its averages, and lets the pipeline draw with the first."""
+        if hasattr(self, "ema"):
+            return
+        strategy, device, world = self.strategy, self.trainer.strategy.root_device, self.trainer.world_size
+        strategy.prepare(self.network)
+        copies = [skeleton(self.shape[0]) for _ in self.averages.decays()]
+        if strategy.kind == "fsdp2" and world > 1:
+            mesh = strategy.mesh(device, world)
+            dtype = torch.float32 if self.trainer.precision == "32-true" else torch.bfloat16
+            for network in (self.network, *copies):
+                strategy.shard(network, mesh, dtype)
+        for copied in copies:
+            copied.to_empty(device=next(self.network.parameters()).device)
+        self.ema = EMA(self.averages, copies, self.network)
+        self.weights = [p for p in self.network.parameters() if p.requires_grad]
+        self.pipeline = Pipeline(copies[0], *self.pipeline.parts[1:])
+
     def training_step(self, batch: Batch) -> Tensor:
-        """The mean loss of this rank's share of global batch `batch.step`."""
+        """The mean loss of a part of this rank's share of global batch `batch.step`."""
         draw = torch.Generator().manual_seed(int(stream(self.seed, Use.TIME, batch.step).bit_generator.random_raw()))
         u = stratified(self.batch_size, draw)[batch.positions]
         t = self.objective.time(u, batch.x0[0, 0].numel()).to(batch.x0.device)
         loss = self.objective.loss(self.network, batch.x0, batch.noise, t, Condition(batch.text, batch.pooled))
         self.bins.add(t, loss)
         mean = loss.mean()
-        if (self.global_step + 1) % self.log_every == 0:
-            self.log("step", self.global_step + 1.0)
-            self.log("train/loss", mean.detach(), sync_dist=True)
-            bins = self.bins.means(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-            self.log_dict({f"train/loss_bin{i}": value for i, value in enumerate(bins)})
-        return mean
+        share = mean.detach() / self.strategy.accumulate_grad_batches
+        begins = batch.positions[0] % (self.batch_size // self.trainer.world_size) == 0
+        self.loss = share if begins else self.loss + share
+        return poisoned(mean)
 
     def configure_gradient_clipping(
         self,
@@ -142,10 +173,34 @@ class Generator(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the norm of the whole gradient, and logs what it was."""
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.optimization.clip)
-        if (self.global_step + 1) % self.log_every == 0:
-            self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
+        """Clips the norm of the whole gradient, and lets the optimizer leave out a step that is not finite."""
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.weights, self.optimization.clip))
+        self.trainer.optimizers[0].found_inf = self.guard.judge(norm)  # type: ignore[attr-defined]
+        step, most = self.global_step + 1, self.optimization.max_skipped
+        if step % self.log_every and step % (most + 1):
+            return
+        row, total, spikes = self.guard.told()
+        if row > most:
+            raise FloatingPointError(
+                f"loss or gradient was not finite in {row} steps in a row, up to step {step}: "
+                "try a lower lr, or look at the pictures of these steps"
+            )
+        if step % self.log_every == 0:
+            self.log("step", float(step))
+            self.log("train/loss", self.loss, sync_dist=True)
+            bins = self.bins.means(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+            self.log_dict({f"train/loss_bin{i}": value for i, value in enumerate(bins)})
+            told = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": total, "grad_spikes": spikes}
+            self.log_dict({f"train/{name}": float(value) for name, value in told.items()})
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, after which the averages take in the new weights."""
+        super().optimizer_step(*args, **kwargs)
+        step = self.global_step + 1
+        self.ema.update(self.network, step)
+        every = self.averages.snapshot_every
+        if every and step % every == 0:
+            self.save_snapshot(step)
 
     def configure_optimizers(self) -> Any:
         o = self.optimization
@@ -156,21 +211,23 @@ class Generator(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def lr_scheduler_step(self, scheduler: Any, metric: object) -> None:
+    def lr_scheduler_step(self, scheduler: Any, metric: object, step: int | None = None) -> None:
         """timm's schedules count updates."""
-        scheduler.step_update(self.global_step)
+        scheduler.step_update(self.global_step if step is None else step)
 
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(VALIDATION_TIMES + 1, dtype=torch.float64, device=self.device)  # loss per t; pictures
 
     def validation_step(self, batch: Batch) -> None:
-        """Adds up the loss at eight equally spaced t, each picture with its own fixed noise."""
+        """Adds up the main average's loss at eight equally spaced t, each picture with its own fixed noise."""
+        counted = batch.step != NOT_COUNTED
         condition = Condition(batch.text, batch.pooled)
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(batch.x0),), (i + 0.5) / VALIDATION_TIMES, device=self.device)
             t = self.objective.path.cell(t)
-            self.sums[i] += self.objective.loss(self.network, batch.x0, batch.noise, t, condition).double().sum()
-        self.sums[-1] += len(batch.x0)
+            losses = self.objective.loss(self.ema.main, batch.x0, batch.noise, t, condition)
+            self.sums[i] += counted * losses.double().sum()
+        self.sums[-1] += counted * len(batch.x0)
 
     def on_validation_epoch_end(self) -> None:
         """Reports the loss, draws the samples and keeps the best model."""
@@ -207,26 +264,87 @@ class Generator(L.LightningModule):
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [image], step=self.global_step)
 
-    @rank_zero_only
     def save_model(self) -> None:
-        """Writes the weights now in the network, which are the averaged ones while validating.
-
-        They make a model folder, or where only low-rank updates are trained, a folder of these.
-        """
+        """Writes the main average: a model folder, or where only low-rank updates are trained, a folder of these."""
+        weights = self.ema.main.state_dict()
         if self.base is None:
-            self.pipeline.save(self.folder / "model")
-        else:
-            base = self.base
-            network = cast(MMDiT, self.network)
+            self.export(weights, self.folder / "model")
+            return
+        held = self.gathered(weights)
+        if held is not None:
+            network, base = cast(MMDiT, self.filled(held)), self.base
             replace_folder(self.folder / "lora", lambda new: lora.save(network, new, base))
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Leaves out what does not learn if it is on disk already: a low-rank update's checkpoint is small, too."""
-        checkpoint["best"] = self.best
-        if self.base is not None:
-            frozen = {name for name, p in self.named_parameters() if not p.requires_grad} | {"network.positions"}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Writes a model folder of these weights, which may be divided among the processes."""
+        held = self.gathered(weights)
+        if held is not None:
+            Pipeline(self.filled(held), *self.pipeline.parts[1:]).save(folder)
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.best = checkpoint["best"]
-        self.loaded_step = checkpoint["global_step"]  # Lightning restores its own only to go on training
+    def save_snapshot(self, step: int) -> None:
+        """Keeps the power-function averages of this step."""
+        averages = {}
+        for width in self.averages.widths:
+            prefix = f"width-{width}."
+            named = {name: t for name, t in self.ema.named().items() if name.startswith(prefix)}
+            averages[width] = self.gathered({name.removeprefix(prefix): t for name, t in named.items()})
+        if self.trainer.is_global_zero:
+            write_snapshot(self.folder / "snapshots", step, averages)  # type: ignore[arg-type]
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The tensors whole, in the memory of the first process; none in the others."""
+        first = self.trainer.is_global_zero
+        held = {name: whole(tensor).cpu() if first else whole(tensor).numel() for name, tensor in tensors.items()}
+        return cast(dict[str, Tensor], held) if first else None
+
+    def filled(self, weights: Mapping[str, Tensor]) -> Network:
+        """A network like the one that learns, with these weights."""
+        network = skeleton(self.shape[0])
+        network.load_state_dict(dict(weights), assign=True)
+        return network
+
+    def state(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+        """All numbers that training changes, by name. What does not learn is left out if it is on disk as the base."""
+        self.bins.sums = self.trainer.strategy.reduce(self.bins.sums.to(self.device), reduce_op="sum")
+        if not self.trainer.is_global_zero:
+            self.bins.sums.zero_()
+        learning = set(self.ema.learning)
+        held = {name: t for name, t in self.network.state_dict().items() if self.base is None or name in learning}
+        state = {f"network.{name}": tensor for name, tensor in held.items()}
+        state |= {f"average.{name}": tensor for name, tensor in self.ema.named().items()}
+        state |= {f"guard.{name}": tensor for name, tensor in self.guard.named_buffers()}
+        if optimizer:
+            state |= {f"optimizer.{name}": tensor for name, tensor in adam(optimizer, self.network).items()}
+        return state | {"bins": self.bins.sums}
+
+    def cost(self, batch: Batch) -> Cost:
+        """A batch in pictures, tokens and FLOPs: the backward pass is two forward ones, for low-rank updates one."""
+        shapes = (tuple(batch.x0.shape), tuple(batch.text.shape))
+        if shapes not in self.costs:
+            count, _, height, width = batch.x0.shape
+            condition = Condition(batch.text, batch.pooled)
+            forward = forward_flops(self.shape[0], batch.x0, torch.empty(count), condition)
+            tokens = height * width // self.shape[0].unit ** 2 + batch.text.shape[1]
+            self.costs[shapes] = Cost(count, count * tokens, forward * (3 if self.base is None else 2))
+        return self.costs[shapes]
+
+    def averaged(self, weights: Mapping[str, Tensor]) -> Pipeline:
+        """The model with these weights in place of those that learn."""
+        return Pipeline(self.filled(self.network.state_dict() | dict(weights)), *self.pipeline.parts[1:])
+
+    def learned(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the network's tensors in a checkpoint, by name."""
+        learning = {name for name, p in self.network.named_parameters() if self.base is None or p.requires_grad}
+        state = self.network.state_dict()
+        return {f"network.{name}": tuple(t.shape) for name, t in state.items() if self.base is None or name in learning}
+
+    def numbers(self) -> dict[str, Any]:
+        return {"best": self.best if math.isfinite(self.best) else None}
+
+    def go_on(self, step: int, numbers: dict[str, Any]) -> None:
+        self.best = math.inf if numbers["best"] is None else numbers["best"]
+        self.loaded_step = step  # Lightning's own is only for training
+        if not self.trainer.is_global_zero:
+            self.bins.sums.zero_()  # which stand for all processes
+        if self.trainer.state.fn == "fit":
+            self.lr_scheduler_step(self.lr_schedulers(), None, step)

@@ -2,6 +2,9 @@
 
 import hashlib
 import logging
+import os
+import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,31 +23,40 @@ from data.store import StoreError
 from experiment import Run, parser, plain
 from generator import Generator
 from mmdit import lora
-from training.checkpoint import AtomicCheckpointIO, LastCheckpoint
-from training.ema import EMA
+from training.checkpoint import CheckpointError, Checkpoints
 from training.log import JSONLinesLogger
+from training.meter import Meter
+from training.posthoc import reconstruct
 from training.progress import StepProgress
+from training.resume import Resume
+from training.strategy import Strategy
 from weights import read_json, write_json
 
-FREE = {"run.folder", "run.accelerator", "run.devices", "run.wandb", "data.init_args.workers"}  # may differ on resuming
+FREE = (  # may differ on going on
+    "run.folder", "run.accelerator", "run.devices", "run.num_nodes", "run.wandb", "run.checkpoint_every",
+    "run.validate_every", "data.init_args.workers", "strategy.", "grid.", "encode",
+)  # fmt: skip
+
+CHECKPOINTS = "checkpoints"
 
 
 def claim(folder: Path, resolved: str, identity: dict[str, str]) -> None:
     """Leaves the resolved config in a new run folder; refuses one that holds work done with another config or data."""
     file, known = folder / "config.yaml", folder / "data.json"
-    if file.exists() and any((folder / work).exists() for work in ("last.ckpt", "log.jsonl")):
+    if file.exists() and any((folder / work).exists() for work in ("checkpoints", "log.jsonl")):
         try:
             here, there = flat(yaml.safe_load(resolved)), flat(yaml.safe_load(file.read_text(encoding="utf-8")))
         except yaml.YAMLError:
             raise ValueError(f"{file} is no YAML; what run is in {folder}?") from None
-        keys = [key for key in here | there if key not in FREE and not key.startswith("encode")]
-        different = [key for key in keys if here.get(key) != there.get(key)]
-        if different:
-            told = "; ".join(f"{key} is {there.get(key)} there and {here.get(key)} now" for key in different[:3])
-            raise ValueError(f"{folder} holds a run with another config ({told}); choose another run.folder")
-        if identity and (changed := identity.items() - (read_json(known) if known.exists() else {}).items()):
-            told = ", ".join(sorted(name for name, _ in changed))
-            raise ValueError(f"{folder} holds a run on other data than now lie in {told}; choose another run.folder")
+        changed = [key for key in here | there if here.get(key) != there.get(key)]
+        told = {key: f"{key} is {there.get(key)} there and {here.get(key)} now" for key in changed}
+        if different := "; ".join(line for key, line in told.items() if not key.startswith(FREE)):
+            raise ValueError(f"{folder} holds a run with another config ({different}); choose another run.folder")
+        if identity and (other := identity.items() - (read_json(known) if known.exists() else {}).items()):
+            places = ", ".join(sorted(name for name, _ in other))
+            raise ValueError(f"{folder} holds a run on other data than now lie in {places}; choose another run.folder")
+        for line in told.values() if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+            print(f"going on although {line}", file=sys.stderr)
         return
     if not file.exists() and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run; choose another run.folder")
@@ -85,13 +97,13 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Da
     if any(p.requires_grad and p.dtype != torch.float32 for p in network.parameters()):
         raise ValueError("weights that learn must be float32, or small steps vanish: leave out network.init_args.dtype")
     data: Data = config.data(text, codec, run.seed)
-    if data.batch_size % run.devices:
-        raise ValueError(f"data.batch_size must be a multiple of the {run.devices} devices, got {data.batch_size}")
-    if isinstance(data, Stored) and len(data.apart) < run.devices:
-        raise ValueError(f"data.held_out must be at least the {run.devices} devices, got {len(data.apart)}")
+    strategy: Strategy = config.strategy
+    strategy.check(run.world, data.batch_size)
+    if isinstance(data, Stored) and len(data.apart) < run.world:
+        raise ValueError(f"data.held_out must be at least the {run.world} processes, got {len(data.apart)}")
     generator = Generator(
-        network, config.objective, text, codec, config.optimization, config.sampling, config.grid, data.side,
-        run.folder, run.steps, data.batch_size, run.seed, run.log_every, base,
+        network, config.objective, text, codec, config.optimization, config.ema, strategy, config.sampling, config.grid,
+        data.side, run.folder, run.steps, data.batch_size, run.seed, run.log_every, base,
     )  # fmt: skip
     if data.sized != generator.pipeline.sized:
         needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)
@@ -99,7 +111,6 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Da
         raise ValueError(f"network.pooled_dim must be {needed} {told} data.size_conditioning, got {network.pooled_dim}")
     for height, width in {(data.side, data.side), *data.sizes}:  # a patch that does not fit should fail now
         generator.pipeline.latent_size(height, width)
-    ema = EMA(network, config.optimization.ema_decay)
     loggers: list[Logger] = [JSONLinesLogger(run.folder / "log.jsonl")]
     if run.wandb != "off":
         offline = run.wandb == "offline"
@@ -107,20 +118,25 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Da
         identity = hashlib.sha256(str(name).encode()).hexdigest()[:12]  # a resumed run goes on in the same place
         wandb = WandbLogger(project="mmdit", name=name.name, id=identity, save_dir=run.folder, offline=offline)
         loggers.append(wandb)
-    last = LastCheckpoint(run.folder / "last.ckpt", run.checkpoint_every, run.validate_every)
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS, strategy.sharded_checkpoint)
+    meter = Meter(run.log_every, generator.cost, run.precision)
     trainer = L.Trainer(
         accelerator=run.accelerator,
         devices=run.devices,
+        num_nodes=run.num_nodes,
+        strategy=strategy.lightning(run.world),
         precision=run.precision,
+        accumulate_grad_batches=strategy.accumulate_grad_batches,
         max_steps=run.steps,
-        val_check_interval=run.validate_every,
+        val_check_interval=run.validate_every * strategy.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         log_every_n_steps=run.log_every,
         logger=loggers,
-        callbacks=[ema, StepProgress(), last],
-        plugins=[AtomicCheckpointIO()],
+        callbacks=[StepProgress(), meter, Resume(checkpoints, run.checkpoint_every, run.validate_every, meter)],
+        inference_mode=False,  # or the weights that validation gathers could not be trained on
+        enable_checkpointing=True,
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=run.folder,
@@ -130,7 +146,9 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Da
 
 def quiet() -> None:
     """Leaves only what a user can act on: no tips, no device table, no warnings about loops that we mean."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # nothing is changed in place on what a block returns
     warnings.filterwarnings("ignore", module="lightning.*")
     plain_warnings()
 
@@ -138,9 +156,17 @@ def quiet() -> None:
 def main(argv: list[str] | None = None) -> None:
     quiet()
     p = parser(__doc__ or "")
-    p.add_argument("command", choices=["fit", "validate"], help="train, or report the validation loss of a run")
+    commands = "train, report the validation loss of a run, or make a model of its snapshots (see ema.widths)"
+    p.add_argument("command", choices=["fit", "validate", "average"], help=commands)
+    p.add_argument("--width", type=float, help="of the average to make, σ_rel")
+    p.add_argument("--step", type=int, help="up to which snapshot; default: the last")
+    p.add_argument(
+        "--out", type=Path, help="where to write the averaged model; default: model-WIDTH in the run's folder"
+    )
     config = p.parse_args(argv)
-    command = config.pop("command")
+    command, width, step, out = (config.pop(key) for key in ("command", "width", "step", "out"))
+    if (command == "average") != (width is not None) or (command != "average" and (step or out)):
+        fail("average needs --width, and only it takes --width, --step and --out")
     resolved = p.dump(config, skip_validation=True)
     config.encode = None  # which a store has no more need of
     with one_line_errors(ValueError, FileNotFoundError, MisconfigurationException):
@@ -150,25 +176,36 @@ def main(argv: list[str] | None = None) -> None:
             config = p.instantiate(config)
         except ValueError as error:
             raise ValueError(plain(str(error))) from None
-        last = config.run.folder / "last.ckpt"
-        if command == "validate" and not last.is_file():
-            raise FileNotFoundError(f"{last} does not exist: train this config first")
         trainer, generator, data = build(config, base)
+        newest = Checkpoints(config.run.folder / CHECKPOINTS).newest()
+        if command != "fit" and newest is None:
+            raise FileNotFoundError(f"{config.run.folder} holds no checkpoint: train this config first")
         claim(config.run.folder, resolved, data.identity())
-        state = AtomicCheckpointIO().load_checkpoint(last) if last.is_file() else None
+        if newest:
+            newest.compare(generator.learned(), "network.")
+        if command == "average":
+            out = out or config.run.folder / f"model-{width}"
+            generator.averaged(reconstruct(config.run.folder / "snapshots", width, step)).save(out)
+            print(f"the average of width {width} is {out}")
+            return
     model = config.run.folder / ("lora" if base else "model")
-    if command == "fit" and state and state["global_step"] >= config.run.steps:
+    if command == "fit" and newest and newest.step >= config.run.steps:
         print(f"{config.run.folder} is trained already; the model is {model}")
         return
-    with one_line_errors(FloatingPointError):
+    with one_line_errors(FloatingPointError, CheckpointError):
         try:
             if command == "validate":
-                trainer.validate(generator, data, ckpt_path=last, weights_only=True)
+                trainer.validate(generator, data)
                 return
-            trainer.fit(generator, data, ckpt_path=last if state else None, weights_only=True)
+            trainer.fit(generator, data)
         except StoreError as error:  # from a loader process it comes with that one's traceback, the cause last
             cause = str(error).splitlines()[-1].rpartition("StoreError: ")[2]
             fail(f"{cause}; `python -m data verify` finds all faults, and the same command goes on", MACHINE_FAULT)
+        except RuntimeError as error:
+            if config.run.world == 1 or not re.search("gloo|nccl|TCPStore|peer|timed out", str(error), re.IGNORECASE):
+                raise
+            fault = "lost contact with another process, which has ended or hangs; the same command goes on"
+            fail(f"{fault} ({str(error).splitlines()[0]})", MACHINE_FAULT)
         if trainer.is_global_zero:
             print(f"trained {config.run.steps} steps; the model is {model}")
 

@@ -1,6 +1,6 @@
 """What training and validation are given at a time."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,13 @@ class Batch(NamedTuple):
     captions: list[str] | None = None  # to be encoded; text and pooled are then empty
     kept: Tensor | None = None  # (b, encoders) bool, false where an encoder is dropped; none keeps all
     sizes: Tensor | None = None  # (b, 6), as `data.sizes` has them; none tells the network nothing
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with all its tensors on a device."""
+        moved: dict[str, Any] = {
+            name: part.to(device, non_blocking=True) for name, part in self._asdict().items() if torch.is_tensor(part)
+        }
+        return self._replace(**moved)
 
 
 def complete(batch: Batch, encoder: TextEncoder, null: Text) -> Batch:

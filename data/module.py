@@ -1,5 +1,8 @@
 """Batches for training and validation, as a LightningDataModule."""
 
+import atexit
+import multiprocessing
+import signal
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -86,6 +89,20 @@ def _whole(batch: Any) -> Any:
     return batch
 
 
+def deaf(worker: int) -> None:
+    """Lets a loader process live on while the training process answers a signal to both, and ends it in its time."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_loaders() -> None:
+    """Ends loader processes that are left, which are deaf to how Python would do it, and waited for."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 class Data(L.LightningDataModule):
     """Batches for training, without end from the trainer's step on, and for validation.
 
@@ -122,11 +139,15 @@ class Data(L.LightningDataModule):
         """What tells these data from others in the same place: where they lie → a hash. Empty if nothing can change."""
         return {}
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _start(self) -> int:
-        return self.trainer.global_step if self.trainer else 0
+    def _start(self) -> tuple[int, int]:
+        """The step to begin with, and the parts of each share."""
+        return (self.trainer.global_step, self.trainer.accumulate_grad_batches) if self.trainer else (0, 1)
 
     def _loader(self, data: Dataset[Batch], shares: Sampler[Share]) -> DataLoader:
         return DataLoader(
@@ -135,6 +156,7 @@ class Data(L.LightningDataModule):
             batch_size=None,
             collate_fn=_whole,
             num_workers=self.workers,
+            worker_init_fn=deaf,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -173,8 +195,9 @@ class Digits(Data):
     def train_dataloader(self) -> DataLoader:
         rank, world = self._place()
         data = TrainingDigits(self.text, self.codec, self.seed, self.batch_size, self.caption_dropout, self.side)
+        start, parts = self._start()
         pool = [np.arange(len(data.latents))]
-        return self._loader(data, GlobalBatches(pool, self.batch_size, self.seed, self._start(), rank, world))
+        return self._loader(data, GlobalBatches(pool, self.batch_size, self.seed, start, rank, world, parts))
 
     def val_dataloader(self) -> DataLoader:
         """The 500 held-out digits, once each."""
@@ -274,7 +297,7 @@ class Stored(Data):
         )  # fmt: skip
         lengths = [*(stage.steps for stage in self.before), None]
         batches = [GlobalBatches(pool, self.batch_size, self.seed, 0, rank, world) for pool in self.pools]
-        return self._loader(data, Stages(list(zip(lengths, batches, strict=True)), self._start()))
+        return self._loader(data, Stages(list(zip(lengths, batches, strict=True)), *self._start()))
 
     def val_dataloader(self) -> DataLoader:
         """The held-out samples of the main store, once each."""

@@ -40,8 +40,12 @@ def stream(seed: int, use: Use, step: int = 0, sample: int = 0) -> np.random.Gen
 def normal(seed: int, use: Use, step: int, samples: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise, sample i's from its own stream whatever else is in the batch: (len(samples), *shape)."""
     out = np.empty((len(samples), *shape), dtype=np.float32)
+    generator = stream(seed, use, step)
+    start = generator.bit_generator.state
     for row, sample in zip(out, samples, strict=True):
-        stream(seed, use, step, int(sample)).standard_normal(out=row, dtype=np.float32)
+        start["state"]["counter"][3] = sample  # as `stream` does, without a new generator for each
+        generator.bit_generator.state = start
+        generator.standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)
 
 
@@ -50,8 +54,11 @@ def order(seed: int, size: int, epoch: int, bucket: int = 0) -> np.ndarray:
     return np.argsort(stream(seed, Use.ORDER, epoch, bucket).bit_generator.random_raw(size), kind="stable")
 
 
+NOT_COUNTED = -1  # the step of a share that a rank computes only to keep the others company
+
+
 class Share(NamedTuple):
-    """One rank's part of a global batch."""
+    """One rank's part of a global batch, or a part of that."""
 
     step: int  # k, the number of global batches before this one
     positions: np.ndarray  # where in the global batch, (b,)
@@ -61,21 +68,25 @@ class Share(NamedTuple):
 
 
 class Shares(Sampler[Share], ABC):
-    """This rank's shares of global batches start, start + 1, … without end.
+    """This rank's shares of global batches start, start + 1, … without end, each cut into equal parts.
 
     Args:
         start: the first batch.
+        parts: of a share, which come one after another.
     """
 
-    def __init__(self, start: int) -> None:
-        self.start = start
+    def __init__(self, start: int, parts: int = 1) -> None:
+        self.start, self.parts = start, parts
 
     @abstractmethod
     def share(self, step: int) -> Share:
         """This rank's share of global batch `step`, whatever was asked for before."""
 
     def __iter__(self) -> Iterator[Share]:
-        return map(self.share, count(self.start))
+        for share in map(self.share, count(self.start)):
+            cut = (np.split(places, self.parts) for places in (share.positions, share.samples))
+            for positions, samples in zip(*cut, strict=True):
+                yield share._replace(positions=positions, samples=samples)
 
 
 class Lane:
@@ -126,20 +137,30 @@ class GlobalBatches(Shares):
         start: the first batch.
         rank: this process.
         world: number of processes.
+        parts: that each rank's share is cut into.
 
     Raises:
-        ValueError: if there are no samples, or batch_size is no multiple of `world`.
+        ValueError: if there are no samples, or batch_size is no multiple of `world` × `parts`.
 
     Attributes:
         sizes: samples of each bucket; their sum / batch_size is the mean number of batches an epoch.
     """
 
     def __init__(
-        self, buckets: Sequence[np.ndarray], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        buckets: Sequence[np.ndarray],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
     ) -> None:
-        super().__init__(start)
-        if batch_size % world:
-            raise ValueError(f"batch_size must be a multiple of the {world} processes, got {batch_size}")
+        super().__init__(start, parts)
+        if batch_size % (world * parts):
+            raise ValueError(
+                f"batch_size must be a multiple of {world} processes × {parts} parts of a share, got {batch_size}"
+            )
         self.sizes = np.array([len(samples) for samples in buckets], dtype=np.int64)
         if not self.sizes.sum():
             raise ValueError(f"batches need samples, and there are none in {len(buckets)} buckets")
@@ -180,33 +201,34 @@ class Stages(Shares):
     """A curriculum: global batches of one kind for so many steps, then of another, each kind from its own batch 0.
 
     Args:
-        parts: how many steps each stage lasts, none for the last, which has no end; and its batches. Stages over
+        kinds: how many steps each stage lasts, none for the last, which has no end; and its batches. Stages over
             buckets of the same sizes go through them in the same order unless their seeds differ.
-        start: the first batch; that of the parts does not count.
+        start: the first batch; that of the kinds does not count.
+        parts: that each rank's share is cut into; likewise.
 
     Raises:
         ValueError: if a stage does not last for a step or more, or the last has an end.
     """
 
-    def __init__(self, parts: Sequence[tuple[int | None, GlobalBatches]], start: int = 0) -> None:
-        super().__init__(start)
-        lengths = [length for length, _ in parts]
+    def __init__(self, kinds: Sequence[tuple[int | None, GlobalBatches]], start: int = 0, parts: int = 1) -> None:
+        super().__init__(start, parts)
+        lengths = [length for length, _ in kinds]
         lasting = [length for length in lengths[:-1] if length is not None and length > 0]
         if not lengths or lengths[-1] is not None or len(lasting) != len(lengths) - 1:
             raise ValueError(f"stages must last for a step or more, the last without an end (none), got {lengths}")
         self.begins = [0, *accumulate(lasting)]
-        self.parts = [batches for _, batches in parts]
+        self.kinds = [batches for _, batches in kinds]
 
     def share(self, step: int) -> Share:
         stage = bisect_right(self.begins, step) - 1
-        return self.parts[stage].share(step - self.begins[stage])._replace(step=step, stage=stage)
+        return self.kinds[stage].share(step - self.begins[stage])._replace(step=step, stage=stage)
 
 
 class Stripes(Sampler[Share]):
     """Every sample once, in order, for validation: batches of one bucket each, dealt out to the ranks in turn.
 
-    None is padded: the last batch of a bucket may be smaller. Every rank has a batch, or its processes would not wait
-    for each other.
+    No batch is padded: the last one of a bucket may be smaller. All ranks have equally many, since divided weights are
+    gathered by all together: a rank that lacks one repeats its last, whose step says that it is NOT_COUNTED.
 
     Args:
         buckets: the numbers of each one's samples, each (n,).
@@ -229,6 +251,8 @@ class Stripes(Sampler[Share]):
             for ids in (members[i : i + size] for i in range(0, len(members), size))
         ]
         self.shares = shares[rank::world]
+        if len(self.shares) < -(-len(shares) // world):
+            self.shares.append(self.shares[-1]._replace(step=NOT_COUNTED))
 
     def __iter__(self) -> Iterator[Share]:
         return iter(self.shares)

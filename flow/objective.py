@@ -122,12 +122,11 @@ class TimeBins:
 
     def __init__(self, count: int = 8) -> None:
         self.count = count
-        self.sums: Tensor | None = None  # (2, count): loss, number of images
+        self.sums = torch.zeros(2, count)  # loss, number of images
 
     def add(self, t: Tensor, loss: Tensor) -> None:
         """Adds a batch of per-image losses (B,) at times t (B,)."""
-        if self.sums is None or self.sums.device != loss.device:
-            self.sums = torch.zeros(2, self.count, device=loss.device)
+        self.sums = self.sums.to(loss.device)
         index = (t.detach() * self.count).long().clamp(max=self.count - 1)
         self.sums.index_add_(1, index, torch.stack([loss.detach(), torch.ones_like(loss)]))
 
@@ -137,8 +136,6 @@ class TimeBins:
         Args:
             reduce: adds up the sums (2, count) of all processes.
         """
-        if self.sums is None:
-            return [float("nan")] * self.count
-        total, number = reduce(self.sums)
-        self.sums = None
+        total, number = reduce(self.sums.clone())
+        self.sums.zero_()
         return (total / number).tolist()

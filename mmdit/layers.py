@@ -22,6 +22,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, whose gain takes the type of what is normed: under autocast it would not use its fast kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """One kind of token's q, k and v, and its projection of what was attended to.
 
@@ -36,8 +44,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.asks = heads, asks
         self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         if asks:
             self.proj = nn.Linear(width, width)
         else:

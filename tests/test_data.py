@@ -1,5 +1,6 @@
 """Batches of captioned digits, codecs and pictures."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,10 @@ def test_a_share_of_training_data_is_the_slice_of_the_whole(text: CLIPText) -> N
     part = data[GlobalBatches([np.arange(1297)], 16, 0, 0, 1, 2).share(3)]
     for name in ("x0", "noise", "text", "pooled"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[8:]), name
+    parts = [data[share] for share in islice(GlobalBatches([np.arange(1297)], 16, 0, 3, 0, 1, 4), 4)]
+    assert {part.step for part in parts} == {3}
+    for name in ("x0", "noise", "text", "pooled"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
     assert not torch.equal(data[GlobalBatches([np.arange(1297)], 16, 0).share(4)].noise, whole.noise)
 
 

@@ -439,13 +439,18 @@ def test_weighting_by_a_density_equals_drawing_from_it() -> None:
 
 def test_time_bins_average_by_t_and_start_afresh() -> None:
     bins = TimeBins(4)
+    assert all(map(math.isnan, bins.means()))
     bins.add(torch.tensor([0.0, 0.1, 0.3]), torch.tensor([1.0, 3.0, 5.0]))
     bins.add(torch.tensor([1.0]), torch.tensor([7.0]))
+    kept = bins.sums.clone()
+    assert kept.tolist() == [[4.0, 5.0, 0.0, 7.0], [2.0, 1.0, 0.0, 1.0]]
     means = bins.means()
     assert means[:2] == [2.0, 5.0]
     assert math.isnan(means[2])
     assert means[3] == 7.0
     assert all(map(math.isnan, bins.means()))
+    bins.sums.copy_(kept)  # as a run that goes on
+    assert bins.means(lambda sums: 3 * sums)[:2] == [2.0, 5.0]
 
 
 def snr(path: Path, t: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ MAY_IMPORT = {
     "flow": {"flow"},
     "data": {"data", "weights", "cli"},  # the last for its command line
     "metrics": {"metrics", "flow"},
-    "training": {"training"},
+    "training": {"training", "weights"},
     "cli": set(),
     "weights": set(),
     "sampling": {"flow"},
     "pipeline": {"pipeline", "mmdit", "baselines", "flow", "data", "sampling", "weights", "cli"},
-    "experiment": {"mmdit", "flow", "data", "generator", "sampling", "cli"},
+    "experiment": {"mmdit", "flow", "data", "training", "generator", "sampling", "cli"},
     "generator": {"mmdit", "flow", "data", "training", "pipeline", "sampling"},
 } | {name: set(OURS) - set(ENTRY_POINTS) for name in ENTRY_POINTS}
 

@@ -95,6 +95,6 @@ def test_a_truncated_model_ends_in_one_line(model: Path, capsys: pytest.CaptureF
     assert "truncated" in refused(capsys, "--model", model, "--prompt", "7")
 
 
-def test_a_lightning_checkpoint_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
-    assert "is a pickle" in refused(capsys, "--model", tmp_path / "last.ckpt", "--prompt", "7")
+def test_a_pickle_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "model.ckpt")
+    assert "is a pickle" in refused(capsys, "--model", tmp_path / "model.ckpt", "--prompt", "7")

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from data.sampler import GlobalBatches, Share, Shares, Stages, Stripes, Use, normal, order, stream
+from data.sampler import NOT_COUNTED, GlobalBatches, Share, Shares, Stages, Stripes, Use, normal, order, stream
 
 BATCH = 4
 UNEVEN = [10, 7, 0, 3, 1, 26]  # samples of the buckets: an empty one, and two that are smaller than a batch
@@ -153,7 +153,7 @@ def test_ranks_share_the_global_batch_of_one_process(world: int) -> None:
 
 
 def test_batches_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of the 5 processes, got 12"):
+    with pytest.raises(ValueError, match="multiple of 5 processes × 1 parts of a share, got 12"):
         GlobalBatches(pool(100), 12, 1, 0, 0, 5)
     for buckets in ([], [np.arange(0)] * 2):
         with pytest.raises(ValueError, match=f"there are none in {len(buckets)} buckets"):
@@ -205,7 +205,7 @@ def test_each_stage_starts_with_its_own_first_batch_at_the_run_s_step() -> None:
     stages = curriculum()
     for stage, (begin, end) in enumerate([(0, 11), (11, 20), (20, 90)]):
         for k in range(begin, end):
-            share, own = stages.share(k), stages.parts[stage].share(k - begin)
+            share, own = stages.share(k), stages.kinds[stage].share(k - begin)
             assert (share.step, share.stage, share.bucket) == (k, stage, own.bucket)
             assert np.array_equal(share.samples, own.samples)
             assert np.array_equal(share.positions, own.positions)
@@ -219,25 +219,49 @@ def test_stages_that_do_not_follow_each_other_are_refused(lengths: tuple[int | N
         Stages([(length, GlobalBatches(pool(10), 2, 0)) for length in lengths])
 
 
+@pytest.mark.parametrize("kind", ["one stage", "stages"])
+@pytest.mark.parametrize(("world", "parts"), [(1, 2), (1, 4), (2, 2)])
+def test_the_parts_of_a_share_are_the_share(kind: str, world: int, parts: int) -> None:
+    for rank in range(world):
+        place = (rank, world)
+        small, large = (GlobalBatches(split(sizes, 1), 8, 0, 0, *place) for sizes in (UNEVEN, [5, 30]))
+        cut: Shares = GlobalBatches(split(UNEVEN, 1), 8, 0, 3, *place, parts)
+        if kind == "stages":
+            cut = Stages([(7, small), (None, large)], 3, parts)
+        found = islice(cut, 20 * parts)
+        for step in range(3, 23):
+            whole = cut.share(step)
+            own = [next(found) for _ in range(parts)]
+            assert {(part.step, part.bucket, part.stage) for part in own} == {(step, whole.bucket, whole.stage)}
+            assert [len(part.samples) for part in own] == [8 // world // parts] * parts
+            assert np.array_equal(np.concatenate([part.samples for part in own]), whole.samples)
+            assert np.array_equal(np.concatenate([part.positions for part in own]), whole.positions)
+    with pytest.raises(ValueError, match="multiple of 2 processes × 3 parts of a share, got 8"):
+        GlobalBatches(pool(10), 8, 0, 0, 0, 2, 3)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [[500], [200, 0, 64, 1, 235]])
-def test_validation_sees_every_sample_once_on_any_number_of_ranks(world: int, sizes: list[int]) -> None:
+def test_validation_counts_every_sample_once_on_any_number_of_ranks(world: int, sizes: list[int]) -> None:
+    """All ranks have equally many batches; those that are repeated for that are marked."""
     buckets = split(sizes)
     ranks = [list(Stripes(buckets, 64, rank, world)) for rank in range(world)]
-    assert [len(Stripes(buckets, 64, rank, world)) for rank in range(world)] == [len(shares) for shares in ranks]
-    in_turn = [ranks[i % world][i // world] for i in range(sum(map(len, ranks)))]
-    assert np.array_equal(np.concatenate([share.samples for share in in_turn]), np.concatenate(buckets))
+    assert [len(Stripes(buckets, 64, rank, world)) for rank in range(world)] == [len(ranks[0])] * world
+    assert {len(shares) for shares in ranks} == {len(ranks[0])}
+    in_turn = [share for shares in zip(*ranks, strict=True) for share in shares]
+    counted = [share for share in in_turn if share.step != NOT_COUNTED]
+    assert np.array_equal(np.concatenate([share.samples for share in counted]), np.concatenate(buckets))
+    assert len(in_turn) - len(counted) == -len(counted) % world
     for share in in_turn:
         assert set(share.samples) <= set(buckets[share.bucket])
         assert 0 < len(share.samples) <= 64
         assert np.array_equal(share.positions, share.samples)
-    counts = [len(shares) for shares in ranks]
-    assert max(counts) - min(counts) <= 1
 
 
 def test_every_rank_validates_however_few_samples_there_are() -> None:
     ranks = [list(Stripes(split([3, 4]), 125, rank, 5)) for rank in range(5)]
-    assert all(ranks)
-    assert sorted(np.concatenate([share.samples for shares in ranks for share in shares])) == list(range(7))
+    assert len({len(shares) for shares in ranks}) == 1
+    counted = [share.samples for shares in ranks for share in shares if share.step != NOT_COUNTED]
+    assert sorted(np.concatenate(counted)) == list(range(7))
     with pytest.raises(ValueError, match="a sample for each of the 8 processes, got 7"):
         Stripes(split([3, 4]), 125, 0, 8)

@@ -1,9 +1,13 @@
 """Training from stores: what batches hold, what is dropped and held out, stages, sizes, whole runs."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +22,6 @@ from diffusers import AutoencoderKL
 from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 
-import train
 from data import stored
 from data.batch import Batch, complete
 from data.encoding import Encoding, StoreEncoder
@@ -35,7 +38,7 @@ from flow.objective import Objective
 from generator import Generator
 from mmdit.model import MMDiT
 from pipeline import Pipeline
-from training.checkpoint import AtomicCheckpointIO
+from runs import ENV, assert_same, ended, fit, lines, shell, state
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "assets/shapes/text"
@@ -113,7 +116,9 @@ def assert_equal(a: Batch, b: Batch, rows: slice = slice(None)) -> None:
 
 def batches(data: Stored, steps: int, start: int = 0) -> list[Batch]:
     """The first global batches of a training, as they leave the loader."""
-    data.trainer = SimpleNamespace(global_step=start, global_rank=0, world_size=1)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_step=start, global_rank=0, world_size=1, accumulate_grad_batches=1
+    )
     return list(islice(data.train_dataloader(), steps))
 
 
@@ -464,15 +469,6 @@ def config(tmp_path: Path, stores: dict[str, str]) -> Path:
     return file
 
 
-def fit(config: Path, *flags: str) -> None:
-    train.main(["fit", "--config", str(config), *flags])
-
-
-def weights_of(run: Path) -> dict[str, Any]:
-    checkpoint = AtomicCheckpointIO().load_checkpoint(run / "last.ckpt")
-    return checkpoint["state_dict"] | checkpoint["callbacks"]["EMA"]["average"] | {"step": checkpoint["global_step"]}
-
-
 def test_a_bucketed_run_with_stages_goes_on_to_the_bit(
     config: Path, stores: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,20 +487,18 @@ def test_a_bucketed_run_with_stages_goes_on_to_the_bit(
         patch.setattr(Generator, "draw_samples", fault)
         with pytest.raises(SystemExit):
             fit(config, *flags, "--run.folder", str(faulty))
-    assert weights_of(faulty)["step"] == 3  # in the middle of the second stage
+    assert state(faulty)["step"] == 3  # in the middle of the second stage
     fit(config, *flags, "--run.folder", str(faulty), "--data.workers", "1")
-    one, two = weights_of(straight), weights_of(faulty)
-    assert one.pop("step") == two.pop("step") == 6
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same(state(straight), state(faulty))
     model = Pipeline.load(straight / "model")
     assert model.sized
-    log = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
+    log = lines(straight)
     assert all(line["val/loss"] > 0 for line in log if "val/loss" in line)
     assert [line["step"] for line in log if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
-    train.main(["validate", "--config", str(config), *flags, "--run.folder", str(straight)])
-    again = json.loads((straight / "log.jsonl").read_text().splitlines()[-1])
-    assert again["val/loss"] == pytest.approx([line["val/loss"] for line in log if "val/loss" in line][-1], rel=1e-6)
+    fit(config, *flags, "--run.folder", str(straight), command="validate")
+    assert lines(straight)[-1]["val/loss"] == pytest.approx(
+        [line["val/loss"] for line in log if "val/loss" in line][-1], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -519,7 +513,7 @@ def test_a_bucketed_run_with_stages_goes_on_to_the_bit(
         (["--data.encoder_dropout", "2"], "dropouts must be from 0 to 1"),
         (["--data.before", '[{"store": "nowhere", "steps": 0}]'], "at least 1 step, got 0"),
         (["--network.pos_embed_max_size", "8"], "must be at most 16, the size of the positional table"),
-        (["--data.held_out", "1", "--run.devices", "2"], "data.held_out must be at least the 2 devices, got 1"),
+        (["--data.held_out", "1", "--run.devices", "2"], "data.held_out must be at least the 2 processes, got 1"),
         (["--data.held_out", "72"], "held_out must be from 1 to below the store's 72 samples"),
     ],
 )
@@ -537,24 +531,39 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
     assert not (config.parent / "run").exists()
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_store_that_is_damaged_under_a_run_is_told_in_one_line(
-    config: Path, stores: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture, workers: str
-) -> None:
-    damaged = tmp_path / "damaged"
-    shutil.copytree(stores["tokens"], damaged)
-    for file in (damaged / "units").glob("*.tokens.safetensors"):
+@pytest.fixture
+def damaged(stores: dict[str, str], tmp_path: Path) -> str:
+    """A store whose tokens are not what they were."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(stores["tokens"], folder)
+    for file in (folder / "units").glob("*.tokens.safetensors"):
         content = bytearray(file.read_bytes())
         content[len(content) // 2 :: 7] = bytes(len(content[len(content) // 2 :: 7]))
         file.write_bytes(content)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        fit(config, "--data.store", str(damaged), "--data.workers", workers)
-    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert end.value.code == 1
-    assert len(told) == 1
-    assert "checksum" in told[0]
-    assert len(told[0]) < 400
+    return str(folder)
+
+
+def test_a_store_that_is_damaged_under_a_run_is_told_in_one_line(
+    config: Path, damaged: str, capsys: pytest.CaptureFixture
+) -> None:
+    told = ended(capsys, config, "--data.store", damaged, status=1)
+    assert "checksum" in told
+    assert len(told) < 400
+
+
+def test_a_loader_process_that_finds_a_store_damaged_ends_the_run(config: Path, damaged: str) -> None:
+    """With the same line. The command must not wait for its loader processes."""
+    command = shell(config, "--data.store", damaged, "--data.workers", "1")
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        said = process.communicate(timeout=120)[1]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    (told,) = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1
+    assert "checksum" in told
+    assert len(told) < 400
 
 
 def test_a_run_does_not_go_on_with_another_store_in_its_place(

@@ -1,68 +1,311 @@
-"""Checkpoints for going on with a run: written whole or not at all, read without running pickled code."""
+"""Checkpoints on disk: everything that a run needs to go on, written whole or not at all, divided or in one piece.
 
+A checkpoint is a folder of one or more parts. Each is a safetensors file with rows of the run's tensors, and a mark of
+the same name that is written after it: its size and hash, which rows of what it holds, how many parts there are, and a
+hash of all that. A
+checkpoint is there once all its marks are. Any number of processes may read it, however they divide the tensors.
+"""
+
+import json
 import os
-import pickle
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import lightning as L
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+import torch.distributed as dist
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from training.strategy import local, whole
+from weights import few, read_json, write_tensors
+
+KEPT = 2  # whole checkpoints, so that there is one before the newest
+FORMAT = 1
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, then renames: a kill or a full disk leaves the previous file as it was."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Raises OSError if the disk is full; the previous checkpoint stays."""
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".new")
-        try:
-            with temporary.open("wb") as out:
-                torch.save(checkpoint, out)
-                out.flush()
-                os.fsync(out.fileno())
-        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a short write
-            temporary.unlink(missing_ok=True)
-            raise OSError(f"could not write {file}: {error}") from error
-        temporary.replace(file)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Raises ValueError for a file that is truncated, or that holds anything but tensors and plain containers."""
-        try:
-            checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            raise ValueError(f"{path} holds pickled code, which is not run; a checkpoint holds tensors only") from None
-        except (FileNotFoundError, PermissionError):
-            raise
-        except (OSError, RuntimeError, EOFError) as error:  # which of them depends on where the file ends
-            raise ValueError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}") from None
-        if not isinstance(checkpoint, dict) or not {"global_step", "state_dict", "callbacks"} <= checkpoint.keys():
-            raise ValueError(f"{path} is no checkpoint of a run")
-        return checkpoint
+class CheckpointError(ValueError):
+    """Checkpoints that cannot be used: in one line, what is wrong with them."""
 
 
-class LastCheckpoint(Checkpoint):
-    """Keeps the run's newest state in one file, saved every few steps and at the end.
+class Rows(NamedTuple):
+    """Which rows of a tensor a process holds."""
 
-    At a step with a validation the save comes after it, so that a run killed meanwhile does that step again, with its
-    validation. Lightning runs `Checkpoint` callbacks after all others, so the file holds this step's average.
+    first: int
+    held: int
+    shape: list[int]  # of the whole tensor
+
+
+class Part(NamedTuple):
+    """A file of a checkpoint."""
+
+    file: Path
+    bytes: int
+    hash: str
+    rows: dict[str, Rows]
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that is whole: all its marks are there."""
+
+    folder: Path
+    step: int
+    numbers: dict[str, Any]  # what is no tensor
+    parts: list[Part]
+
+    def intact(self, part: Part) -> bool:
+        """Whether a part has the size and hash that its mark tells."""
+        return part.file.is_file() and part.file.stat().st_size == part.bytes and hashed(part.file) == part.hash
+
+    def compare(self, shapes: Mapping[str, Sequence[int]], under: str = "") -> None:
+        """Checks that the checkpoint holds these tensors and no others.
+
+        Args:
+            shapes: of each by its name.
+            under: only those are looked at whose names start so.
+
+        Raises:
+            CheckpointError: in one line, naming what differs.
+        """
+        rows = [(name, rows) for part in self.parts for name, rows in part.rows.items()]
+        found = {name: held.shape for name, held in rows if name.startswith(under)}
+        faults = {
+            "missing": sorted(shapes.keys() - found.keys()),
+            "left over": sorted(found.keys() - shapes.keys()),
+            "mis-shaped": [
+                f"{name} {found[name]} instead of {list(shape)}"
+                for name, shape in sorted(shapes.items())
+                if name in found and found[name] != list(shape)
+            ],
+        }
+        if any(faults.values()):
+            told = "; ".join(f"{len(names)} {fault} ({few(names)})" for fault, names in faults.items() if names)
+            raise CheckpointError(f"{self.folder} is a checkpoint of another network or training: {told}")
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies into tensors what the checkpoint holds under their names; of divided ones, what this process has."""
+        with ExitStack() as stack, torch.no_grad():
+            files = [(part, stack.enter_context(safe_open(part.file, framework="pt"))) for part in self.parts]
+            for name, tensor in tensors.items():
+                mine, target = rows_of(tensor), local(tensor)
+                for there, file in ((part.rows[name], file) for part, file in files if name in part.rows):
+                    first = max(mine.first, there.first)
+                    last = min(mine.first + mine.held, there.first + there.held)
+                    if tensor.ndim == 0:
+                        target.copy_(file.get_tensor(name))
+                    elif first < last:
+                        rows = file.get_slice(name)[first - there.first : last - there.first]
+                        target[first - mine.first : last - mine.first].copy_(rows)
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """The rows that this process holds. FSDP2 divides as `torch.chunk` does: the last processes may hold fewer."""
+    total = tensor.shape[0] if tensor.ndim else 1
+    if isinstance(tensor, DTensor):
+        for dimension, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard):
+                if placement.dim != 0:
+                    raise NotImplementedError("checkpoints hold tensors that are divided along their rows")
+                size = -(-total // tensor.device_mesh.size(dimension))
+                first = min(tensor.device_mesh.get_local_rank(dimension) * size, total)
+                return Rows(first, min(size, total - first), list(tensor.shape))
+    return Rows(0, total, list(tensor.shape))
+
+
+def writes(tensor: Tensor) -> bool:
+    """Whether this process is the one, of all that hold these rows, that writes them into a divided checkpoint."""
+    if not isinstance(tensor, DTensor):
+        return rank() == 0
+    copies = [i for i, placement in enumerate(tensor.placements) if not isinstance(placement, Shard)]
+    return all(tensor.device_mesh.get_local_rank(i) == 0 for i in copies)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def hashed(file: Path) -> str:
+    """xxh3 of a file's bytes."""
+    told = xxhash.xxh3_64()
+    with file.open("rb") as content:
+        while chunk := content.read(1 << 24):
+            told.update(chunk)
+    return told.hexdigest()
+
+
+def signed(mark: Mapping[str, Any]) -> str:
+    """xxh3 of a mark's content."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(mark, sort_keys=True).encode())
+
+
+class Checkpoints:
+    """The checkpoints of a run: `folder/step-0001000` and so on, of which the newest KEPT stay.
+
+    A save returns when the numbers are copied to this machine's memory; they are written meanwhile. A fault while
+    writing is raised by the next `save` or by `wait`.
 
     Args:
-        file: where to.
-        every: steps between two saves.
-        validate_every: steps between two validations.
+        folder: of them all.
+        sharded: every process writes what it holds; else the first process gathers and writes everything.
     """
 
-    def __init__(self, file: Path, every: int, validate_every: int) -> None:
-        self.file, self.every, self.validate_every = file, every, validate_every
+    def __init__(self, folder: Path, sharded: bool = False) -> None:
+        self.folder, self.sharded = folder, sharded
+        self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every == 0 and trainer.global_step % self.validate_every:
-            trainer.save_checkpoint(self.file, weights_only=False)
+    def save(self, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Begins to write a checkpoint. All processes must call it.
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            trainer.save_checkpoint(self.file, weights_only=False)
+        Args:
+            step: names it.
+            tensors: any of which may be divided among the processes along its rows.
+            numbers: what else to keep, as JSON has it.
+
+        Raises:
+            OSError: if the previous one could not be written; those before it stay.
+        """
+        self.wait()
+        place, divided = self.folder / f"step-{step:07d}", self.sharded and world() > 1
+        if rank() == 0 and place.exists():  # of a run that was stopped after it, or while it was written
+            shutil.rmtree(place)
+        if divided:
+            dist.barrier()  # or that would take what others write now
+        kept: dict[str, tuple[Rows, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if divided:
+                mine = rows_of(tensor)
+                if writes(tensor) and mine.held:
+                    kept[name] = mine, local(tensor).to("cpu", copy=True)
+            else:
+                full = whole(tensor)
+                if rank() == 0:
+                    kept[name] = rows_of(full), full.to("cpu", copy=True)
+        if divided or rank() == 0:
+            number, parts = (rank(), world()) if divided else (0, 1)
+            self.writing = self.writer.submit(self._write, place, step, number, parts, kept, dict(numbers))
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is written. OSError if it could not be."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def _write(
+        self,
+        place: Path,
+        step: int,
+        number: int,
+        parts: int,
+        kept: dict[str, tuple[Rows, Tensor]],
+        numbers: dict[str, Any],
+    ) -> None:
+        file = place / f"part-{number:05d}-of-{parts:05d}.safetensors"
+        place.mkdir(parents=True, exist_ok=True)
+        write_tensors({name: tensor for name, (_, tensor) in kept.items()}, file)
+        mark = {
+            "format": FORMAT, "step": step, "numbers": numbers, "bytes": file.stat().st_size, "hash": hashed(file),
+            "rows": {name: rows for name, (rows, _) in kept.items()},
+        }  # fmt: skip
+        new = file.with_suffix(".json.new")
+        try:
+            with new.open("w", encoding="utf-8") as out:
+                json.dump({"mark": mark, "hash": signed(mark)}, out)
+                out.flush()
+                os.fsync(out.fileno())
+            new.replace(file.with_suffix(".json"))
+            for folder in (place, self.folder):
+                sync(folder)
+        except OSError as error:
+            raise OSError(f"could not write {file.with_suffix('.json')}: {error}") from error
+        if number == 0:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Removes what is older than the newest KEPT that are whole."""
+        steps = self._steps()
+        whole_ones = [step for step in steps if opened(self._place(step)) is not None]
+        for step in steps if len(whole_ones) >= KEPT else []:
+            if step < whole_ones[KEPT - 1]:
+                shutil.rmtree(self._place(step))
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}"
+
+    def _steps(self) -> list[int]:
+        """The newest first, whole or not."""
+        names = (place.name.removeprefix("step-") for place in self.folder.glob("step-*") if place.is_dir())
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest that is whole by its marks; its tensors are not read."""
+        return next((found for step in self._steps() if (found := opened(self._place(step)))), None)
+
+    def find(self) -> Checkpoint | None:
+        """The newest that is whole and undamaged, with a warning for each that is damaged; none before the first save.
+
+        All processes must call it: each reads some of the parts.
+
+        Raises:
+            CheckpointError: if there are checkpoints, but all are damaged.
+        """
+        damaged = False
+        for step in self._steps():
+            found = opened(self._place(step))
+            if found and everywhere(all(found.intact(part) for part in found.parts[rank() :: world()])):
+                return found
+            damaged = damaged or found is not None
+            if rank() == 0:
+                fault = "damaged" if found else "not whole"
+                warnings.warn(f"{self._place(step)} is {fault}; the one before it is used", stacklevel=2)
+        if damaged:
+            raise CheckpointError(f"all checkpoints in {self.folder} are damaged; remove it to begin anew")
+        return None
+
+
+def everywhere(here: bool) -> bool:
+    """Whether it holds in all processes."""
+    if not dist.is_initialized():
+        return here
+    answers: list[Any] = [None] * world()
+    dist.all_gather_object(answers, here)
+    return all(answers)
+
+
+def opened(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a folder by its marks; none if one is missing or unreadable."""
+    worlds = {file.stem.rpartition("-")[2] for file in folder.glob("part-*-of-*.json")}
+    for parts in sorted(worlds):
+        files = [folder / f"part-{number:05d}-of-{parts}.json" for number in range(int(parts))]
+        try:
+            told = [read_json(file) for file in files]
+            marks = [one["mark"] for one in told]
+            if all(one["hash"] == signed(one["mark"]) and one["mark"]["format"] == FORMAT for one in told):
+                rows = [{name: Rows(*numbers) for name, numbers in mark["rows"].items()} for mark in marks]
+                found = [
+                    Part(file.with_suffix(".safetensors"), mark["bytes"], mark["hash"], held)
+                    for file, mark, held in zip(files, marks, rows, strict=True)
+                ]
+                return Checkpoint(folder, marks[0]["step"], marks[0]["numbers"], found)
+        except (ValueError, KeyError, TypeError, FileNotFoundError):  # not written yet, or cut short
+            continue
+    return None
+
+
+def sync(folder: Path) -> None:
+    """Makes the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

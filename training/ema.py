@@ -1,69 +1,99 @@
-"""An exponential moving average of the weights."""
+"""Averages of the weights, in float32 and divided among the processes as the weights are."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from training import posthoc
+from training.strategy import local
 
-class EMA(Callback):
-    """Averages a network's weights in float32 after every optimizer step; swapped in while validating.
+N = TypeVar("N", bound=nn.Module)
 
-    θ̄ ← d·θ̄ + (1 − d)·θ with d = min(decay, (1 + k)/(10 + k)) after k steps, so that the start is soon forgotten.
-    Parameters that do not learn are left alone.
+
+@dataclass(frozen=True)
+class Averages:
+    """Which averages of the weights are kept.
 
     Args:
-        network: whose parameters to average.
-        decay: between 0 and 1; 0.999 remembers about the last 1,000 steps.
+        decay: of the exponential average that validation, samples and the model folder use; 0.999 remembers about the
+            last 1,000 steps.
+        more: decays of further ones.
+        widths: relative widths σ_rel of power-function averages (Karras et al. 2024b, §3.1), of which
+            `train.py average` makes one of any width afterwards; 0.05 and 0.10 are the paper's.
+        snapshot_every: steps between two snapshots of these; none without widths.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay must be at least 0 and below 1, got {decay}")
-        self.network, self.decay = network, decay
-        self.average: dict[str, Tensor] = {}
-        self.steps = 0
+    decay: float = 0.9999
+    more: tuple[float, ...] = ()
+    widths: tuple[float, ...] = ()
+    snapshot_every: int | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not self.average:
-            self.average = {name: p.detach().float().clone() for name, p in self._learning().items()}
-        self._to_device()
+    def __post_init__(self) -> None:
+        if not all(0 <= decay < 1 for decay in (self.decay, *self.more)):
+            told = ", ".join(map(str, (self.decay, *self.more)))
+            raise ValueError(f"ema.decay and ema.more must be at least 0 and below 1, got {told}")
+        for width in self.widths:
+            posthoc.exponent(width)
+        if bool(self.widths) != (self.snapshot_every is not None and self.snapshot_every >= 1):
+            raise ValueError("ema.widths need an ema.snapshot_every of at least 1, and it them")
+
+    def decays(self) -> Mapping[str, Callable[[int], float]]:
+        """How much of each average is kept in a step, counted from 1, by the average's name; the main one is first."""
+        exponential = {f"decay-{d}": partial(warmed, d) for d in dict.fromkeys((self.decay, *self.more))}
+        powers = {f"width-{w}": partial(posthoc.decay, exponent=posthoc.exponent(w)) for w in self.widths}
+        return exponential | powers
+
+
+def warmed(decay: float, step: int) -> float:
+    """min(decay, (1 + k)/(10 + k)) after k steps, so that the start is soon forgotten."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class EMA(nn.Module, Generic[N]):
+    """Networks whose weights are averages: θ̄ ← d·θ̄ + (1 − d)·θ after every step, for each with its own d.
+
+    Args:
+        averages: which ones.
+        copies: a network for each, in their order, on its device and divided as the one that learns.
+        network: the one that learns. Parameters that do not learn are as in it and are left alone.
+    """
+
+    def __init__(self, averages: Averages, copies: list[N], network: nn.Module) -> None:
+        super().__init__()
+        self.decays = averages.decays()
+        self.copies = nn.ModuleList(copies)
+        self.learning = [name for name, p in network.named_parameters() if p.requires_grad]
+        self.pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # of average and weights, made when first needed
+        with torch.no_grad():
+            held = network.state_dict()
+            for copied in copies:
+                for name, tensor in copied.state_dict().items():
+                    local(tensor).copy_(local(held[name]))
+
+    @property
+    def main(self) -> N:
+        """The network that stands for the model: the first average."""
+        return self.copies[0]  # type: ignore[return-value]
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if self.steps < trainer.global_step:  # no step while gradients accumulate
-            self.steps += 1
-            decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-            weights = [p.detach().float() for p in self._learning().values()]
-            torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+    def update(self, network: nn.Module, step: int) -> None:
+        """Takes in the weights after step number `step`, counted from 1."""
+        if not self.pairs:
+            weights = dict(network.named_parameters())
+            for copied in self.copies:
+                averaged = dict(copied.named_parameters())
+                self.pairs.append(tuple([local(of[name]) for name in self.learning] for of in (averaged, weights)))  # type: ignore[arg-type]
+        for decay, (averages, weights_now) in zip(self.decays.values(), self.pairs, strict=True):
+            torch._foreach_lerp_(averages, weights_now, 1 - decay(step))
 
-    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._to_device()
-        self._swap()
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, parameter in self._learning().items():
-            raw = parameter.detach().float().clone()
-            parameter.copy_(self.average[name])
-            self.average[name] = raw
-
-    def _learning(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-
-    def _to_device(self) -> None:
-        parameters = self._learning()
-        self.average = {name: average.to(parameters[name].device) for name, average in self.average.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "average": self.average}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["average"].keys() != self._learning().keys():
-            raise ValueError("the checkpoint's average belongs to another network")
-        self.steps, self.average = state["steps"], state["average"]
+    def named(self) -> dict[str, Tensor]:
+        """Every number of every average under the average's name, as the checkpoint holds it."""
+        found: dict[str, Tensor] = {}
+        for name, copied in zip(self.decays, self.copies, strict=True):
+            state: Mapping[str, Tensor] = copied.state_dict()
+            found |= {f"{name}.{parameter}": state[parameter] for parameter in self.learning}
+        return found

@@ -28,9 +28,11 @@ class StepProgress(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if self.bar is not None:
-            shown = {key.removeprefix("train/"): f"{float(trainer.logged_metrics[key]):.4f}"
-                     for key in ("train/loss", "val/loss") if key in trainer.logged_metrics}  # fmt: skip
-            self.bar.set_postfix(shown, refresh=False)
+            if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                logged = trainer.logged_metrics
+                shown = {key.removeprefix("train/"): f"{float(logged[key]):.4f}"
+                         for key in ("train/loss", "val/loss") if key in logged}  # fmt: skip
+                self.bar.set_postfix(shown, refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:

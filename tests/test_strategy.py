@@ -1,0 +1,447 @@
+"""How a training is spread and fitted into memory changes what it costs, not what it computes."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.batch import Batch
+from generator import Generator
+from mmdit.model import Condition, MMDiT
+from runs import (
+    Change,
+    assert_near,
+    assert_near_logs,
+    assert_same,
+    end,
+    lines,
+    logged,
+    refused,
+    small,
+    start,
+    start_ranks,
+    state,
+    under,
+)  # fmt: skip
+from training.checkpoint import Checkpoints, local, opened, rows_of, writes
+from training.ema import EMA, Averages
+from training.guard import MEMORY, SPIKE, Guard, poisoned
+from training.posthoc import decay, exponent
+from training.strategy import Strategy, skeleton
+
+FLAGS = ("--run.log_every", "1", "--network.depth", "2", "--ema.more", "[0.5]", "--ema.widths", "[0.1]",
+         "--ema.snapshot_every", "3")  # fmt: skip
+FSDP2 = ("--strategy.kind", "fsdp2")
+SPREAD = {  # how the two processes share the work
+    "ddp": (),
+    "fsdp2": FSDP2,
+    "sharded": (*FSDP2, "--strategy.sharded_checkpoint", "true"),
+    "hsdp": (*FSDP2, "--strategy.replicas", "2", "--strategy.sharded_checkpoint", "true"),
+}
+
+
+def trace(file: Path, spoiled: range = range(0)) -> None:
+    """Lets a process write down what it drew and what its part of the weights was after each step.
+
+    In the steps that are `spoiled` its first picture holds a NaN.
+    """
+    draw, step = Generator.training_step, Generator.optimizer_step
+    told: dict[str, list[Any]] = {"positions": [], "noise": [], "weights": []}
+
+    def drawn(self: Generator, batch: Batch) -> Tensor:
+        told["positions"].append(batch.positions.tolist())
+        told["noise"].append(float(batch.noise.sum()))
+        if batch.step in spoiled:
+            batch.x0[0, 0, 0, 0] = math.nan
+        return draw(self, batch)
+
+    def stepped(self: Generator, *args: Any, **kwargs: Any) -> None:
+        step(self, *args, **kwargs)
+        parts = b"".join(local(p).numpy().tobytes() for p in self.network.parameters())
+        told["weights"].append(xxhash.xxh3_64(parts).hexdigest())
+        file.write_text(json.dumps(told))
+
+    Generator.training_step, Generator.optimizer_step = drawn, stepped  # type: ignore[assignment, method-assign]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small(tmp_path_factory.mktemp("spread"))
+
+
+@pytest.fixture(scope="module")
+def runs(config: Path) -> dict[str, Path]:
+    """The same training by one process and by two in each way."""
+    runs = {name: config.parent / name for name in ("one", *SPREAD)}
+    assert end(start(config, *FLAGS, "--run.folder", str(runs["one"]))) == 0
+    for name, flags in SPREAD.items():
+        changes = {rank: Change(trace, (config.parent / f"{name}-{rank}.json",)) for rank in (0, 1)}
+        ranks = start_ranks(config, *FLAGS, *flags, "--run.folder", str(runs[name]), changes=changes)
+        assert [end(rank) for rank in ranks] == [0, 0], name
+    return runs
+
+
+# Spread over processes
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_two_processes_train_as_one(runs: dict[str, Path], name: str) -> None:
+    """Losses to 1e-6 of each; weights, averages and moments to 1e-6 of all of a kind together."""
+    one, two = runs["one"], runs[name]
+    assert_near_logs(two, one, 1e-6)
+    assert state(two)["tensors"].keys() == state(one)["tensors"].keys()
+    for kind in ("network.", "average.decay-0.999.", "average.decay-0.5.", "average.width-0.1."):
+        assert_near(under(two, kind), under(one, kind))
+    assert_near(under(two, "optimizer."), under(one, "optimizer."), 1e-5)
+    for step in (3, 6):
+        assert_near(*(load_file(run / f"snapshots/step-{step:07d}.safetensors") for run in (two, one)))
+    assert_near(*(load_file(run / "model/transformer/diffusion_pytorch_model.safetensors") for run in (two, one)))
+    marks = list((two / "checkpoints/step-0000006").glob("*.json"))
+    assert len(marks) == (2 if name == "sharded" else 1 if name != "hsdp" else 2)
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_processes_draw_different_parts_of_a_batch(runs: dict[str, Path], name: str) -> None:
+    first, second = (json.loads(runs[name].with_name(f"{name}-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["positions"] == [[0, 1, 2, 3]] * 6
+    assert second["positions"] == [[4, 5, 6, 7]] * 6
+    assert len({*first["noise"], *second["noise"]}) == 12
+    assert (first["weights"] == second["weights"]) == (name in ("ddp", "hsdp"))
+
+
+def test_a_divided_checkpoint_holds_everything_once(runs: dict[str, Path]) -> None:
+    """Each row of each tensor is in one part, and neither part has all."""
+    for name, whole in (("sharded", 2), ("hsdp", 1)):
+        found = opened(runs[name] / "checkpoints/step-0000006")
+        assert found
+        held = [sum(tensor.numel() for tensor in load_file(part.file).values()) for part in found.parts]
+        total = sum(tensor.numel() for tensor in state(runs["one"])["tensors"].values())
+        assert sum(held) == total
+        assert sum(count > total / 3 for count in held) == whole
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"), [("sharded", "one"), ("fsdp2", "ddp"), ("one", "sharded"), ("ddp", "hsdp"), ("hsdp", "fsdp2")]
+)
+def test_a_checkpoint_is_read_and_gone_on_with_however_it_was_written(
+    config: Path, runs: dict[str, Path], tmp_path: Path, writer: str, reader: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[writer], run)
+    flags = (*FLAGS, *SPREAD.get(reader, ()), "--run.folder", str(run))
+
+    def train(command: str) -> None:
+        ranks = start_ranks(config, *flags, world=1 if reader == "one" else 2, command=command)
+        assert {end(rank) for rank in ranks} == {0}
+
+    train("validate")
+    validated = [line["val/loss"] for line in lines(run) if "val/loss" in line]
+    assert len(validated) == 3
+    assert validated[-1] == pytest.approx(validated[-2], rel=1e-6)
+    shutil.rmtree(run / "checkpoints/step-0000006")
+    train("fit")
+    assert_near_logs(run, runs["one"], 1e-6)
+    assert_near(under(run, "network."), under(runs["one"], "network."))
+    assert_near(under(run, "average."), under(runs["one"], "average."))
+
+
+@pytest.mark.parametrize("name", ["ddp", "sharded"])
+def test_a_step_that_is_not_finite_in_one_process_is_left_out_by_all(config: Path, tmp_path: Path, name: str) -> None:
+    run, files = tmp_path / "run", [tmp_path / f"{rank}.json" for rank in (0, 1)]
+    changes = {0: Change(trace, (files[0],)), 1: Change(trace, (files[1], range(2, 4)))}
+    ranks = start_ranks(config, *FLAGS, *SPREAD[name], "--run.folder", str(run), changes=changes)
+    assert [end(rank) for rank in ranks] == [0, 0]
+    for file in files:
+        weights = json.loads(file.read_text())["weights"]
+        assert weights[1] == weights[2] == weights[3]
+        assert len(set(weights)) == 4
+    if name == "ddp":
+        assert json.loads(files[0].read_text())["weights"] == json.loads(files[1].read_text())["weights"]
+    told = [line for (_, validation), line in logged(run).items() if not validation]
+    assert [line["train/skipped"] for line in told] == [0, 0, 1, 2, 2, 2]
+    assert [line["train/grad_norm"] is None for line in told] == [False, False, True, True, False, False]
+    tensors = state(run)["tensors"]
+    assert all(tensor.isfinite().all() for name, tensor in tensors.items() if name != "bins")
+    assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".step")} == {4.0}
+    assert all(math.isfinite(line["val/loss"]) for line in lines(run) if "val/loss" in line)
+
+
+def test_too_many_such_steps_in_a_row_end_the_run_in_one_line(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = (*FLAGS, "--run.folder", str(run), "--optimization.max_skipped", "1", "--run.checkpoint_every", "1")
+    change = {1: Change(trace, (tmp_path / "told", range(3, 9)))}
+    ranks = start_ranks(config, *flags, said=tmp_path / "said", changes=change)
+    assert [end(rank) for rank in ranks] == [2, 2]
+    for rank in (0, 1):
+        told = (tmp_path / f"said-{rank}").read_text()
+        (line,) = [line for line in told.splitlines() if "rror" in line]
+        assert line.startswith("error: loss or gradient was not finite in 2 steps in a row, up to step 5: ")
+        assert "Traceback" not in told
+    found = Checkpoints(run / "checkpoints").newest()
+    assert found
+    assert found.step == 4
+    assert all(map(found.intact, found.parts))
+
+
+# Rows
+
+
+def divided(rank: int, port: str, folder: Path) -> None:
+    """In a process of two: rows of uneven tensors in each mesh, and a divided checkpoint of them."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for replicas in (1, 2):
+        mesh = Strategy("fsdp2", replicas).mesh(torch.device("cpu"), 2)
+        network = uneven()
+        wanted = {name: p.detach().clone() for name, p in network.named_parameters()}
+        Strategy("fsdp2", replicas).shard(network, mesh, torch.float32)
+        for name, parameter in network.named_parameters():
+            first, held, total = rows_of(parameter)
+            assert total == len(wanted[name])
+            assert torch.equal(local(parameter), wanted[name][first : first + held]), (name, replicas)
+            assert writes(parameter) == (replicas == 1 or rank == 0)
+        tensors = dict(network.named_parameters()) | {"scalar": torch.tensor(7.0), "list": torch.arange(3.0)}
+        checkpoints = Checkpoints(folder / str(replicas), sharded=True)
+        checkpoints.save(replicas, tensors, {})
+        checkpoints.wait()
+        dist.barrier()
+        others = Checkpoints(folder / str(3 - replicas)).find() if replicas == 2 else None
+        if others:  # those that were written without replicas
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter.zero_()
+            others.restore(dict(network.named_parameters()))
+            for name, parameter in network.named_parameters():
+                assert torch.equal(parameter.full_tensor(), wanted[name])  # type: ignore[attr-defined]
+    for rows in (1, 2, 3, 5, 8):
+        for columns in (1, 3):
+            whole = torch.arange(float(rows * columns)).view(rows, columns)
+            tensor = distribute_tensor(whole, init_device_mesh("cpu", (2,)))
+            first, held, _ = rows_of(tensor)
+            assert torch.equal(local(tensor), whole[first : first + held])
+    dist.destroy_process_group()
+
+
+def uneven() -> nn.Module:
+    network = nn.Module()
+    draw = torch.Generator().manual_seed(0)
+    for name, shape in {"five": (5, 3), "one": (1, 4), "bias": (3,), "even": (4, 2), "tall": (7, 1, 2)}.items():
+        network.register_parameter(name, nn.Parameter(torch.randn(shape, generator=draw)))
+    return network
+
+
+def test_rows_are_those_that_each_process_holds(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    ranks = [context.Process(target=divided, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    assert [end(rank) for rank in ranks] == [0, 0]
+    wanted = {name: p.detach() for name, p in uneven().named_parameters()}
+    wanted |= {"scalar": torch.tensor(7.0), "list": torch.arange(3.0)}
+    for replicas in (1, 2):
+        found = Checkpoints(tmp_path / str(replicas)).find()
+        assert found
+        found.compare({name: tensor.shape for name, tensor in wanted.items()})
+        read = {name: torch.full_like(tensor, math.nan) for name, tensor in wanted.items()}
+        found.restore(read)
+        assert_same(read, wanted)
+
+
+# Fitted into memory
+
+
+def network(depth: int = 4) -> MMDiT:
+    """A small network with every weight random, so that nothing is hidden behind a zero gate."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = MMDiT(in_channels=1, depth=depth, width=16, heads=1, text_dim=8, pooled_dim=8, sample_size=8,
+                     pos_embed_max_size=8)  # fmt: skip
+        for parameter in made.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def computed(model: MMDiT) -> tuple[Tensor, dict[str, Tensor], int, int]:
+    """Loss, gradients, how many numbers were kept for the backward pass by autograd itself, and FLOPs."""
+    draw = torch.Generator().manual_seed(1)
+    z, t = torch.randn(3, 1, 8, 8, generator=draw), torch.rand(3, generator=draw)
+    condition = Condition(torch.randn(3, 5, 8, generator=draw), torch.randn(3, 8, generator=draw))
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with FlopCounterMode(display=False) as counted:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(z, t, condition).square().mean()
+        loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, sum(kept.values()), counted.get_total_flops()
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing() -> None:
+    loss, gradients, kept, flops = computed(network())
+    found = {}
+    for how, every in (("full", 1), ("full", 2), ("selective", 1), ("full", 9)):
+        model = network()
+        Strategy(activation_checkpointing=how, activation_checkpointing_every=every).prepare(model)  # type: ignore[arg-type]
+        assert model.state_dict().keys() == network().state_dict().keys()
+        *same, found[how, every], again = computed(model)
+        assert_same(tuple(same), (loss, gradients))
+        assert (again > flops) == (how == "full")
+    assert found["full", 1] < found["full", 2] < found["full", 9] < kept
+    assert found["selective", 1] < kept
+
+
+def test_blocks_are_compiled_in_place() -> None:
+    model = network(1)
+    names = [name for name, _ in model.named_parameters()]
+    loss, gradients, *_ = computed(model)
+    model.zero_grad()
+    Strategy(compile=True, activation_checkpointing="selective").prepare(model)
+    assert [name for name, _ in model.named_parameters()] == list(names)
+    assert model.state_dict().keys() == network(1).state_dict().keys()
+    compiled, theirs, *_ = computed(model)
+    torch.testing.assert_close(compiled, loss, rtol=1e-5, atol=0)
+    assert_near(theirs, gradients, 1e-5)
+
+
+def test_a_skeleton_has_names_and_no_numbers() -> None:
+    model = network(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learning = [p.requires_grad for p in model.parameters()]
+    bare = skeleton(model)
+    assert [*bare.state_dict()] == [*model.state_dict()]
+    assert all(tensor.is_meta for tensor in (*bare.parameters(), *bare.buffers()))
+    assert [tensor.shape for tensor in bare.state_dict().values()] == [tensor.shape for tensor in before.values()]
+    assert not any(p.requires_grad for p in bare.parameters())
+    assert not bare.training
+    assert_same(dict(model.state_dict()), before)
+    assert [p.requires_grad for p in model.parameters()] == learning
+
+
+# Averages
+
+
+def test_averages_are_their_recursions_in_float32() -> None:
+    averages = Averages(0.999, (0.5, 0.9, 0.5), (0.05, 0.2), 10)
+    assert [*averages.decays()] == ["decay-0.999", "decay-0.5", "decay-0.9", "width-0.05", "width-0.2"]
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    copies = [skeleton(model).to_empty(device="cpu") for _ in averages.decays()]
+    ema = EMA(averages, copies, model)
+    assert all(torch.equal(copied.weight, model.weight) for copied in copies)
+    expected = [model.weight.detach().double() for _ in copies]
+    for step in range(1, 41):
+        model.weight.data = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
+        ema.pairs.clear()  # since the weights are another tensor
+        ema.update(model, step)
+        keeps = [min(d, (1 + step) / (10 + step)) for d in (0.999, 0.5, 0.9)]
+        keeps += [decay(step, exponent(width)) for width in (0.05, 0.2)]
+        expected = [d * old + (1 - d) * model.weight.double() for d, old in zip(keeps, expected, strict=True)]
+    for copied, wanted in zip(copies, expected, strict=True):
+        torch.testing.assert_close(copied.weight, wanted.float(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(copied.bias, model.bias)
+    assert {name: t.dtype for name, t in ema.named().items()} == dict.fromkeys(
+        [f"{name}.weight" for name in averages.decays()], torch.float32
+    )
+    assert ema.main is copies[0]
+
+
+# The guard
+
+
+def test_the_guard_counts_streaks_and_spikes() -> None:
+    guard, usual = Guard(), 0.0
+    row = total = spikes = 0
+    norms = [1.0, 2.0, math.nan, math.inf, 1.5, 100.0, 1.0, -math.inf, math.nan, math.nan, 50.0, 0.5]
+    for norm in norms:
+        bad = guard.judge(torch.tensor(norm))
+        assert bad == (0.0 if math.isfinite(norm) else 1.0)
+        row, total = (0, total) if math.isfinite(norm) else (row + 1, total + 1)
+        if math.isfinite(norm):
+            spikes += usual > 0 and norm > SPIKE * usual
+            usual = MEMORY * usual + (1 - MEMORY) * norm if usual else norm
+        assert guard.usual.item() == pytest.approx(usual, rel=1e-5)
+        assert guard.counts.tolist() == [row, total, spikes]
+    assert guard.told() == (row, total, spikes) == (0, 5, 2)
+    assert guard.told() == (0, 5, 0)
+
+
+def test_the_guard_does_not_wait_for_the_device() -> None:
+    """On one that holds no numbers, whoever asks for a number fails."""
+    guard = Guard().to("meta")
+    assert guard.judge(torch.ones((), device="meta")).is_meta
+    with pytest.raises(RuntimeError):
+        guard.told()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_loss_that_is_not_finite_poisons_all_gradients(value: float) -> None:
+    weights = torch.tensor([1.0, 2.0], requires_grad=True)
+    poisoned(weights[0] * 3 + value).backward()  # whose own gradient would be 3 and 0
+    assert weights.grad is not None
+    assert weights.grad[0].isnan()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.3, 1e30, -1e-30])
+def test_a_finite_loss_keeps_its_value_and_gradient(value: float) -> None:
+    weights = torch.tensor([value], requires_grad=True)
+    loss = (weights * 3).sum()
+    poisoned(loss).backward()
+    assert torch.equal(poisoned(loss), loss)
+    assert torch.equal(weights.grad, torch.tensor([3.0]))
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--strategy.accumulate_grad_batches", "3"], "accumulate_grad_batches, 1 × 3 = 3, got 8"),
+        (["--run.devices", "2", "--strategy.accumulate_grad_batches", "8"], "2 × 8 = 16, got 8"),
+        ([*FSDP2, "--strategy.replicas", "3", "--run.devices", "2"], "must divide the 2 processes, got 3"),
+        (["--strategy.replicas", "2", "--run.devices", "2"], "are for kind fsdp2"),
+        (["--strategy.sharded_checkpoint", "true"], "are for kind fsdp2"),
+        (["--strategy.replicas", "0"], "must be at least 1, got 0, 1, 1"),
+        (["--strategy.activation_checkpointing_every", "2"], "needs activation_checkpointing full or selective"),
+        (["--strategy.kind", "fsdp1"], "fsdp1"),
+        (["--run.num_nodes", "2", "--data.batch_size", "9"], "2 × 1 = 2, got 9"),
+    ],
+)
+def test_strategies_that_cannot_be_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str
+) -> None:
+    assert message in refused(capsys, small(tmp_path), *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_the_config_says_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "4 processes were started, but run.devices × run.num_nodes is 1" in refused(capsys, small(tmp_path))
+    assert not (tmp_path / "run").exists()
