@@ -1,0 +1,187 @@
+"""How far `benchmarks.footprint` is from what can be measured: `python -m benchmarks.plan --check`, a minute on a CPU.
+
+Three things: the bytes that autograd keeps, on this CPU and, without a GPU, by the rules of CUDA; the peak of a step's
+memory on this CPU; and the time of a step on this CPU, whose peak and bandwidth are measured between the steps.
+"""
+
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from benchmarks.footprint import Job, activation_bytes, memory, step
+from mmdit.model import Condition, MMDiT
+from training.hardware import DEVICES, Device
+from training.strategy import Strategy
+
+TURNS = 9
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells that there is no GPU
+
+
+class Flash(TorchFunctionMode):
+    """Attention by the operation that CUDA would choose, which cannot be asked for where there is no GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cuda") else args[0].dtype
+        return torch.ops.aten._scaled_dot_product_flash_attention(*(x.to(dtype) for x in args[:3]))[0]
+
+
+@contextmanager
+def autocast(device: str, on: bool) -> Iterator[None]:
+    """torch.autocast to bfloat16, also to a device that is not there."""
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, on)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before)
+        torch.clear_autocast_cache()
+
+
+def job(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool, keep: Any, device: Device, cuda: bool) -> Job:
+    """One GPU's training of a network in one go, at a latent's side."""
+    strategy = Strategy(activation_checkpointing=keep)
+    return Job(network, device, 1, 1, batch, (side, side), tokens, strategy, mixed, 0, 1.0, cuda)
+
+
+def inputs(network: MMDiT, batch: int, side: int, tokens: int) -> tuple[Tensor, Tensor, Condition]:
+    condition = Condition(torch.randn(batch, tokens, network.text_dim), torch.randn(batch, network.pooled_dim))
+    return torch.randn(batch, network.in_channels, side, side), torch.rand(batch), condition
+
+
+def kept_bytes(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool, device: str = "cpu") -> int:
+    """Bytes of the storages that autograd keeps after a forward pass, but for weights and autocast's copies of them."""
+    weights = {*network.parameters(), *network.buffers()}
+    own = {x.untyped_storage()._cdata for x in weights}
+    shapes = {x.t().shape for x in weights if x.ndim == 2}
+    held: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        copy = x.dtype == torch.bfloat16 and x.shape in shapes and x.stride(0) == 1  # transposed, as no token is
+        if storage._cdata not in own and not copy:
+            held.setdefault(storage._cdata, (storage.nbytes(), x))  # alive, so that no address comes back
+        return x
+
+    given = inputs(network, batch, side, tokens)
+    with autocast(device, mixed), saved_tensors_hooks(pack, lambda x: x):
+        network(*given)
+    return sum(size for size, _ in held.values())
+
+
+def kept_on_cuda(build: Callable[[], MMDiT], batch: int, side: int, tokens: int, mixed: bool, keep: Any) -> int:
+    """The same as PyTorch's rules for CUDA have it, on tensors without numbers, which need no GPU."""
+    with FakeTensorMode(), torch.device("cuda"), Flash():
+        network = build()
+        Strategy(activation_checkpointing=keep).prepare(network)
+        return kept_bytes(network, batch, side, tokens, mixed, "cuda")
+
+
+def passes(network: nn.Module, given: tuple[Tensor, Tensor, Condition], mixed: bool) -> None:
+    """Forward and backward."""
+    with autocast("cpu", mixed):
+        y = network(*given)
+    (y.float() - given[0]).square().mean().backward()
+
+
+def peak_bytes(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool) -> int:
+    """The most that a forward and a backward pass hold on this CPU beyond weights, gradients and inputs."""
+    given = inputs(network, batch, side, tokens)
+    passes(network, given, mixed)  # gradients are there from now on
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        passes(network, given, mixed)
+    events = profile.profiler.kineto_results.events()
+    now = top = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        top = max(top, now)
+    return top
+
+
+def predicted_peak(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool, keep: Any) -> float:
+    """What `memory` says of the same."""
+    needed = memory(job(network, batch, side, tokens, mixed, keep, DEVICES["h200"], cuda=False))
+    return needed.copies + needed.activations + needed.recomputed + needed.workspace
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measured_step(network: MMDiT, batch: int, side: int, tokens: int) -> tuple[float, float, Device]:
+    """Predicted and measured seconds of a step in float32 on this CPU, and the CPU as it was between the steps."""
+    given = inputs(network, batch, side, tokens)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    rows, width = batch * side**2 // network.patch_size**2, network.width
+    x, weight = torch.randn(rows, width), torch.randn(width, 4 * width)  # the MLP's product: the most of a step
+    source = torch.randn(2**24)
+    target = torch.empty_like(source)
+
+    def one() -> None:
+        optimizer.zero_grad()
+        passes(network, given, False)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    one()
+    turns = [(seconds(one), seconds(lambda: x @ weight), seconds(lambda: target.copy_(source))) for _ in range(TURNS)]
+    taken, product, copied = (statistics.median(turn[i] for turn in turns) for i in range(3))
+    flops, bandwidth = 2 * x.numel() * 4 * width / product, 2 * 4 * source.numel() / copied
+    cpu = Device("this CPU", flops, flops, 0, bandwidth, 0, 0)
+    return step(job(network, batch, side, tokens, False, "none", cpu, cuda=False)).total, taken, cpu
+
+
+def small(depth: int, width: int = 256) -> MMDiT:
+    return MMDiT(depth=depth, width=width, text_dim=64, pooled_dim=64, sample_size=32, pos_embed_max_size=16)
+
+
+def report() -> str:
+    """All of it as a table: predicted, measured, their ratio."""
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # the CPU's unfused norm
+    lines = [f"{'':<66}{'predicted':>12}{'measured':>12}{'ratio':>8}"]
+
+    def row(name: str, predicted: float, measured: float, unit: str) -> None:
+        lines.append(f"{name:<66}{predicted:>9.1f} {unit}{measured:>9.1f} {unit}{predicted / measured:>8.3f}")
+
+    size = (8, 32, 40)
+    for mixed in (False, True):
+        for keep in ("none", "full"):
+            network = small(6)
+            wanted = 8 * sum(activation_bytes(job(network, *size, mixed, keep, DEVICES["h200"], cuda=False)))
+            Strategy(activation_checkpointing=keep).prepare(network)
+            told = f"{'bf16-mixed' if mixed else '32-true'}, checkpointing {keep}"
+            row(f"kept for backward, CPU, small, {told}", wanted / 1e6, kept_bytes(network, *size, mixed) / 1e6, "MB")
+    for mixed in (False, True):
+        for keep in ("none", "selective", "full"):
+            network = small(6)
+            wanted = predicted_peak(network, *size, mixed, keep)
+            Strategy(activation_checkpointing=keep).prepare(network)  # type: ignore[arg-type]
+            told = f"{'bf16-mixed' if mixed else '32-true'}, checkpointing {keep}"
+            row(f"peak of a step, CPU, small, {told}", wanted / 1e6, peak_bytes(network, *size, mixed) / 1e6, "MB")
+    for depth in (24, 38):
+        with torch.device("meta"):
+            network = MMDiT(depth=depth)
+        for keep in ("none", "full"):
+            wanted = 4 * sum(activation_bytes(job(network, 4, 32, 154, True, keep, DEVICES["h200"], cuda=True)))
+            found = kept_on_cuda(lambda depth=depth: MMDiT(depth=depth), 4, 32, 154, True, keep)  # type: ignore[misc]
+            row(f"kept, CUDA's rules, depth {depth}, bf16-mixed, {keep}", wanted / 1e6, found / 1e6, "MB")
+    for depth, width in ((6, 256), (4, 768)):
+        predicted, measured, cpu = measured_step(small(depth, width), 8, 16, 40)
+        speed = f"{cpu.fp32 / 1e9:.0f} GFLOP/s, {cpu.bandwidth / 1e9:.1f} GB/s"
+        row(f"step, CPU, depth {depth}, width {width}, {speed}", 1e3 * predicted, 1e3 * measured, "ms")
+    return "\n".join(lines)

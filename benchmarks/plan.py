@@ -1,0 +1,264 @@
+"""Does a training fit, and how long does it take? Memory, communication and time on GPUs that need not be there.
+
+    python -m benchmarks.plan --config configs/sd3/d24.yaml --gpus 256 --gpu h200
+    python -m benchmarks.plan --check
+
+Reads an experiment's network, batch, strategy, averages and precision, and nothing from disk but the YAML. All of it is
+predicted (benchmarks/footprint.py says how); `--check` measures on this machine what can be measured.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from torch import nn
+
+from benchmarks.footprint import FRAGMENTED, MOVING, Job, Memory, Step, cure, memory, step
+from cli import fail, one_line_errors
+from experiment import Parser, parser, plain
+from mmdit.model import MMDiT
+from training.ema import Averages
+from training.hardware import DEVICES
+from training.strategy import Strategy
+
+PICTURES = 500_000 * 4096  # that Stable Diffusion 3 was trained on at 256² (Esser et al. 2024, §5.3)
+FACTOR = 8  # pixels to a latent's pixel, in SD3's VAE
+DAY = 86400
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a whole training takes."""
+
+    pictures: int
+    steps: int
+    days: float
+    gpu_hours: float
+    price: float | None
+
+
+def arguments() -> Parser:
+    """The experiment's own flags, and the machine's."""
+    p = parser(__doc__ or "")
+    p.add_argument("--gpus", type=int | None, help="how many in all; default: run.devices × run.num_nodes")
+    p.add_argument("--gpu", default="h200", help=f"which: {', '.join(DEVICES)}")
+    p.add_argument("--gpus-per-node", type=int, default=8, help="of them linked to each other")
+    p.add_argument("--side", type=int, default=256, help="height and width of the pictures, in pixels")
+    p.add_argument("--tokens", type=int, default=154, help="of a caption")
+    p.add_argument("--batch_size", type=int | None, help="pictures of one step; default: data's")
+    p.add_argument("--steps", type=int | None, help="to count; default: run.steps, and 500,000 × 4,096 pictures' worth")
+    p.add_argument("--price", type=float | None, help="of one GPU for an hour")
+    p.add_argument("--efficiency", type=float, default=0.5, help="share of the peak that matrix products reach")
+    p.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return p
+
+
+def shape_of(config: Namespace) -> MMDiT:
+    """The config's network, without numbers. ValueError if it is none whose memory can be told."""
+    name = config.network.class_path
+    if name.endswith("checkpoint.load"):
+        raise ValueError(
+            "the network is read from disk: add the file that tells its shape, such as "
+            "--config configs/network/sd3-medium.yaml"
+        )
+    if name.rpartition(".")[2] != "MMDiT":
+        raise ValueError(f"only an MMDiT can be planned for, network is {name}")
+    part = Parser(exit_on_error=False)
+    part.add_subclass_arguments(nn.Module, "network", required=True)
+    try:
+        with torch.device("meta"):
+            network: MMDiT = part.instantiate(Namespace(network=config.network)).network
+    except ValueError as error:
+        raise ValueError(plain(str(error))) from None
+    return network
+
+
+def job_of(config: Namespace) -> Job:
+    """What the flags and files ask for. ValueError where they are at odds."""
+    if config.gpu not in DEVICES:
+        raise ValueError(f"gpu must be one of {', '.join(DEVICES)}, got {config.gpu}")
+    network = shape_of(config)
+    counts = {name: config[name] for name in ("gpus", "gpus_per_node", "side", "tokens", "batch_size", "steps")}
+    if wrong := [f"{name} {count}" for name, count in counts.items() if count is not None and count < 1]:
+        raise ValueError(f"all counts must be at least 1, got {', '.join(wrong)}")
+    if not 0 < config.efficiency <= 1:
+        raise ValueError(f"efficiency must be above 0 and at most 1, got {config.efficiency}")
+    unit = FACTOR * network.patch_size
+    if config.side % unit or config.side > FACTOR * network.largest:
+        raise ValueError(f"side must be a multiple of {unit} and at most {FACTOR * network.largest}, got {config.side}")
+    averages = Averages(**config.ema.as_dict())
+    return Job(
+        network=network,
+        device=DEVICES[config.gpu],
+        gpus=config.run.devices * config.run.num_nodes if config.gpus is None else config.gpus,
+        per_node=config.gpus_per_node,
+        batch=config.batch_size or config.data.init_args.batch_size,
+        latent=(config.side // FACTOR, config.side // FACTOR),
+        tokens=config.tokens,
+        strategy=Strategy(**config.strategy.as_dict()),
+        mixed=config.run.precision == "bf16-mixed",
+        averages=len(averages.decays()),
+        efficiency=config.efficiency,
+    )
+
+
+def bills(job: Job, seconds: float, config: Namespace) -> list[Bill]:
+    """What `--steps` take; without it what the config's own do, and what it takes to see the paper's pictures."""
+    counts = [config.steps] if config.steps else [config.run.steps, -(-PICTURES // job.batch)]
+    found = []
+    for steps in dict.fromkeys(counts):
+        hours = job.gpus * steps * seconds / 3600
+        price = None if config.price is None else hours * config.price
+        found.append(Bill(steps * job.batch, steps, steps * seconds / DAY, hours, price))
+    return found
+
+
+# ---- table
+
+
+def told(strategy: Strategy) -> str:
+    """The flags that ask for a strategy."""
+    flags = {name: value for name, value in asdict(strategy).items() if value != getattr(Strategy(), name)}
+    return " ".join(f"--strategy.{name} {str(value).lower()}" for name, value in flags.items()) or "--strategy.kind ddp"
+
+
+def verdict(job: Job, needed: Memory) -> str:
+    """Whether it fits, and if not, with what it would."""
+    has = job.device.memory
+    if needed.total <= has:
+        return f"fits: {needed.total / has:.0%} of {has / 1e9:.0f} GB"
+    other = cure(job)
+    better = f"the fastest that does: {told(other)}" if other else "no strategy does: take more or larger GPUs"
+    return f"does not fit in {has / 1e9:.0f} GB; {better}"
+
+
+def heading(job: Job) -> list[str]:
+    n, s = job.network, job.strategy
+    count = sum(p.numel() for p in n.parameters())
+    shared = (
+        f"fsdp2 over {job.shards}" + f" in {s.replicas} replicas" * (s.replicas > 1) if s.kind == "fsdp2" else "ddp"
+    )
+    saved = s.activation_checkpointing + f" in one of {s.activation_checkpointing_every} blocks" * (
+        s.activation_checkpointing_every > 1
+    )
+    where = f"{job.gpus:,} × {job.device.name}, {min(job.gpus, job.per_node)} a node"
+    return [
+        f"MMDiT of depth {n.depth} and width {n.width}: {count:,} parameters",
+        f"{where}; {shared if job.gpus > 1 else 'one GPU'}; activation checkpointing {saved}{'; compiled' * s.compile}",
+        f"{job.batch:,} pictures a step, {job.micro} at a time on a GPU (micro-batches: {s.accumulate_grad_batches}); "
+        f"{job.image_tokens} + {job.tokens} tokens; {'bf16-mixed' if job.mixed else '32-true'}",
+    ]
+
+
+def aligned(title: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """A block of the table: names to the left, figures to the right, the last cell as it comes."""
+    lines = [title]
+    lines += [f"  {name:<34}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
+    return ["", *(line.rstrip() for line in lines)]
+
+
+def table(job: Job, needed: Memory, taken: Step, trainings: list[Bill]) -> str:
+    names = {
+        "parameters": "parameters, float32",
+        "positions": "tables of positions",
+        "gradients": "gradients",
+        "optimizer": "AdamW's moments",
+        "averages": "averages",
+        "copies": "weights in bf16 (autocast)",
+        "activations": "activations",
+        "recomputed": "the block that is recomputed",
+        "workspace": "gradients of tokens",
+        "gathered": "gathered blocks",
+        "reserve": "CUDA, NCCL, fragmentation",
+    }
+    held = [(names[name], f"{size / 1e9:.2f}") for name, size in asdict(needed).items() if size]
+    sent = [(name, f"{t.bytes / 1e9:.2f}", f"{1e3 * t.seconds:.1f}") for name, t in taken.communication.items()]
+    spent = {
+        "matrix products": taken.matrix,
+        "element by element": taken.elementwise,
+        "recomputation": taken.recomputation,
+        "clipping, AdamW, averages": taken.optimizer,
+        "communication that is not hidden": taken.exposed,
+        "total": taken.total,
+    }
+    lines = heading(job)
+    lines += aligned(
+        "memory of each GPU, GB", [*held, ("total", f"{needed.total / 1e9:.2f}", " " + verdict(job, needed))]
+    )
+    if sent:
+        lines += aligned("communication of each GPU in a step, GB received and ms", sent)
+    lines += aligned(
+        "time of a step, ms", [(name, f"{1e3 * seconds:.1f}") for name, seconds in spent.items() if seconds]
+    )
+    lines += aligned(
+        "speed",
+        [
+            ("forward pass, TFLOP a picture", f"{taken.flops / 1e12:.3f}"),
+            ("pictures a second", f"{taken.images_per_second:,.0f}"),
+            ("of the GPU's peak (MFU)", f"{taken.mfu:.1%}"),
+        ],
+    )
+    for whole in trainings:
+        cost = [] if whole.price is None else [("price", f"{whole.price:,.0f}")]
+        lines += aligned(
+            f"{whole.steps:,} steps, {whole.pictures / 1e6:,.1f} million pictures",
+            [("days", f"{whole.days:,.1f}"), ("GPU-hours", f"{whole.gpu_hours:,.0f}"), *cost],
+        )
+    lines += ["", *assumed(job)]
+    return "\n".join(lines)
+
+
+def assumed(job: Job) -> list[str]:
+    behind = "computing, but for one block's share" if job.strategy.kind == "fsdp2" else "the last backward pass"
+    hidden = f"; communication hides behind {behind}" if job.gpus > 1 else ""
+    return [
+        f"Predicted, not measured: matrix products at {job.efficiency:.0%} of the peak, memory and links at",
+        f"{MOVING:.0%} of the data sheet{hidden}; {FRAGMENTED:.0%} of memory is fragmented.",
+    ]
+
+
+def as_json(job: Job, needed: Memory, taken: Step, trainings: list[Bill]) -> dict[str, Any]:
+    """The same numbers, in bytes and seconds."""
+    fits = needed.total <= job.device.memory
+    other = None if fits else cure(job)
+    return {
+        "gpus": job.gpus,
+        "gpu": asdict(job.device),
+        "parameters": sum(p.numel() for p in job.network.parameters()),
+        "batch_size": job.batch,
+        "micro_batch": job.micro,
+        "strategy": asdict(job.strategy),
+        "memory": asdict(needed) | {"total": needed.total},
+        "fits": fits,
+        "fastest_that_fits": asdict(other) if other else None,
+        "step": asdict(taken),
+        "training": [asdict(whole) for whole in trainings],
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--check" in argv:
+        if argv != ["--check"]:
+            fail("--check takes no other flag")
+        from benchmarks.footprint_check import report  # it needs what planning does not
+
+        print(report())
+        return
+    config = arguments().parse_args(argv)
+    with one_line_errors(ValueError, FileNotFoundError):
+        job = job_of(config)
+        needed, taken = memory(job), step(job)
+        trainings = bills(job, taken.total, config)
+    if config.json:
+        print(json.dumps(as_json(job, needed, taken, trainings), indent=2))
+    else:
+        print(table(job, needed, taken, trainings))
+
+
+if __name__ == "__main__":
+    main()
