@@ -211,8 +211,8 @@ def divided(rank: int, port: str, folder: Path) -> None:
         wanted = {name: p.detach().clone() for name, p in network.named_parameters()}
         Strategy("fsdp2", replicas).shard(network, mesh, torch.float32)
         for name, parameter in network.named_parameters():
-            first, held, total = rows_of(parameter)
-            assert total == len(wanted[name])
+            first, held, shape = rows_of(parameter)
+            assert shape == list(wanted[name].shape)
             assert torch.equal(local(parameter), wanted[name][first : first + held]), (name, replicas)
             assert writes(parameter) == (replicas == 1 or rank == 0)
         tensors = dict(network.named_parameters()) | {"scalar": torch.tensor(7.0), "list": torch.arange(3.0)}
