@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 BAD_INPUT, MACHINE_FAULT = 2, 1  # exit statuses
 DTYPES = ("float32", "float16", "bfloat16")
+ROOM = "try --batch-size 1, --dtype bfloat16, --text-device cpu or --vae-tiling"
 SAMPLING = ("spacing", "guidance", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval")
 
 
@@ -29,8 +30,13 @@ class Parser(ArgumentParser):
 
 
 @contextmanager
-def one_line_errors(*bad_input: type[Exception]) -> Iterator[None]:
-    """Ends the program in one line: on the named exceptions with status 2, on other OSErrors and full memory with 1."""
+def one_line_errors(*bad_input: type[Exception], cure: str = ROOM) -> Iterator[None]:
+    """Ends the program in one line: on the named exceptions with status 2, on other OSErrors and full memory with 1.
+
+    Args:
+        bad_input: exceptions that are the user's.
+        cure: of full memory.
+    """
     try:
         yield
     except bad_input as error:
@@ -40,7 +46,6 @@ def one_line_errors(*bad_input: type[Exception]) -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is slow to import
             raise
-        cure = "try --batch-size 1, --dtype bfloat16, --text-device cpu or --vae-tiling"
         fail(f"the device has not enough memory: {cure}", MACHINE_FAULT)
 
 

@@ -27,7 +27,7 @@ from sampling import Sampling
 from training.ema import EMA, Averages
 from training.flops import forward_flops
 from training.guard import Guard, poisoned
-from training.meter import Cost
+from training.meter import Cost, Meter
 from training.posthoc import write_snapshot
 from training.resume import adam
 from training.strategy import Strategy, skeleton, whole
@@ -179,10 +179,10 @@ class Generator(L.LightningModule):
         step, most = self.global_step + 1, self.optimization.max_skipped
         if step % self.log_every and step % (most + 1):
             return
-        row, total, spikes = self.guard.told()
-        if row > most:
+        longest, total = self.guard.told()
+        if longest > most:
             raise FloatingPointError(
-                f"loss or gradient was not finite in {row} steps in a row, up to step {step}: "
+                f"loss or gradient was not finite in {longest} steps in a row, up to step {step}: "
                 "try a lower lr, or look at the pictures of these steps"
             )
         if step % self.log_every == 0:
@@ -190,7 +190,8 @@ class Generator(L.LightningModule):
             self.log("train/loss", self.loss, sync_dist=True)
             bins = self.bins.means(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
             self.log_dict({f"train/loss_bin{i}": value for i, value in enumerate(bins)})
-            told = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": total, "grad_spikes": spikes}
+            told = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": total}
+            told["grad_spikes"] = self.guard.spiked()
             self.log_dict({f"train/{name}": float(value) for name, value in told.items()})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -265,24 +266,24 @@ class Generator(L.LightningModule):
                 logger.log_image("samples", [image], step=self.global_step)
 
     def save_model(self) -> None:
-        """Writes the main average: a model folder, or where only low-rank updates are trained, a folder of these."""
-        weights = self.ema.main.state_dict()
-        if self.base is None:
-            self.export(weights, self.folder / "model")
-            return
-        held = self.gathered(weights)
+        """Writes the main average."""
+        held = self.gathered(self.ema.main.state_dict())
         if held is not None:
-            network, base = cast(MMDiT, self.filled(held)), self.base
-            replace_folder(self.folder / "lora", lambda new: lora.save(network, new, base))
+            self.write(held, self.folder / ("model" if self.base is None else "lora"))
 
-    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes a model folder of these weights, which may be divided among the processes."""
-        held = self.gathered(weights)
-        if held is not None:
-            Pipeline(self.filled(held), *self.pipeline.parts[1:]).save(folder)
+    def write(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Writes a model folder with these weights, or where only low-rank updates are trained, a folder of these."""
+        if self.base is None:
+            Pipeline(self.filled(weights), *self.pipeline.parts[1:]).save(folder)
+        else:
+            network, base = cast(MMDiT, self.filled(weights)), self.base
+            replace_folder(folder, lambda new: lora.save(network, new, base))
 
     def save_snapshot(self, step: int) -> None:
         """Keeps the power-function averages of this step."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Meter):
+                callback.pause()
         averages = {}
         for width in self.averages.widths:
             prefix = f"width-{width}."
@@ -328,10 +329,6 @@ class Generator(L.LightningModule):
             self.costs[shapes] = Cost(count, count * tokens, forward * (3 if self.base is None else 2))
         return self.costs[shapes]
 
-    def averaged(self, weights: Mapping[str, Tensor]) -> Pipeline:
-        """The model with these weights in place of those that learn."""
-        return Pipeline(self.filled(self.network.state_dict() | dict(weights)), *self.pipeline.parts[1:])
-
     def learned(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the network's tensors in a checkpoint, by name."""
         learning = {name for name, p in self.network.named_parameters() if self.base is None or p.requires_grad}
@@ -344,6 +341,7 @@ class Generator(L.LightningModule):
     def go_on(self, step: int, numbers: dict[str, Any]) -> None:
         self.best = math.inf if numbers["best"] is None else numbers["best"]
         self.loaded_step = step  # Lightning's own is only for training
+        self.guard.forgive(self.optimization.max_skipped)
         if not self.trainer.is_global_zero:
             self.bins.sums.zero_()  # which stand for all processes
         if self.trainer.state.fn == "fit":

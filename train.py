@@ -41,7 +41,10 @@ CHECKPOINTS = "checkpoints"
 
 
 def claim(folder: Path, resolved: str, identity: dict[str, str]) -> None:
-    """Leaves the resolved config in a new run folder; refuses one that holds work done with another config or data."""
+    """Leaves the resolved config in a new run folder; refuses one that holds work done with another config or data.
+
+    Only the first process writes.
+    """
     file, known = folder / "config.yaml", folder / "data.json"
     if file.exists() and any((folder / work).exists() for work in ("checkpoints", "log.jsonl")):
         try:
@@ -55,8 +58,10 @@ def claim(folder: Path, resolved: str, identity: dict[str, str]) -> None:
         if identity and (other := identity.items() - (read_json(known) if known.exists() else {}).items()):
             places = ", ".join(sorted(name for name, _ in other))
             raise ValueError(f"{folder} holds a run on other data than now lie in {places}; choose another run.folder")
-        for line in told.values() if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+        for line in told.values() if is_first() else ():
             print(f"going on although {line}", file=sys.stderr)
+        return
+    if not is_first():
         return
     if not file.exists() and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run; choose another run.folder")
@@ -66,6 +71,13 @@ def claim(folder: Path, resolved: str, identity: dict[str, str]) -> None:
     new = folder / "config.yaml.new"
     new.write_text(resolved, encoding="utf-8")
     new.replace(file)
+
+
+def is_first() -> bool:
+    """Whether this is the first process of the training, by what torchrun, SLURM or Lightning says before it begins."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    ranks = (rank,) if rank is not None else (os.environ.get("NODE_RANK", "0"), os.environ.get("LOCAL_RANK", "0"))
+    return all(one == "0" for one in ranks)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -184,15 +196,18 @@ def main(argv: list[str] | None = None) -> None:
         if newest:
             newest.compare(generator.learned(), "network.")
         if command == "average":
-            out = out or config.run.folder / f"model-{width}"
-            generator.averaged(reconstruct(config.run.folder / "snapshots", width, step)).save(out)
+            out = out or config.run.folder / f"{'lora' if base else 'model'}-{width}"
+            weights = reconstruct(config.run.folder / "snapshots", width, step)
+            generator.write(generator.network.state_dict() | weights, out)
             print(f"the average of width {width} is {out}")
             return
     model = config.run.folder / ("lora" if base else "model")
     if command == "fit" and newest and newest.step >= config.run.steps:
-        print(f"{config.run.folder} is trained already; the model is {model}")
+        if is_first():
+            print(f"{config.run.folder} is trained already; the model is {model}")
         return
-    with one_line_errors(FloatingPointError, CheckpointError):
+    cure = "try strategy.accumulate_grad_batches, strategy.activation_checkpointing selective or strategy.kind fsdp2"
+    with one_line_errors(FloatingPointError, CheckpointError, cure=cure):
         try:
             if command == "validate":
                 trainer.validate(generator, data)

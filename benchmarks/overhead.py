@@ -2,7 +2,7 @@
 
     python -m benchmarks.overhead --config configs/digits.yaml
     python -m benchmarks.overhead --config configs/digits.yaml --turn 2 --turns 12 --network.width 1536 \
-        --network.heads 24 --network.depth 2 --data.side 32 --data.batch_size 16
+        --network.heads 24 --network.depth 2 --data.side 16 --data.batch_size 32
 
 Ours is `train.py fit`'s own trainer: Lightning, data, times, guard, averages, log, progress bar. The bare loop draws t
 and computes the loss of one batch that lies in memory, clips and steps, no more. The two take turns of a few steps, so
@@ -93,6 +93,7 @@ def main() -> None:
         trainer, generator, data = build(p.instantiate(p.parse_args(flags)), None)
         turns = Turns(args.turn, args.turns)
         trainer.callbacks.insert(0, turns)  # type: ignore[attr-defined]
+        trainer.limit_val_batches = 0
         trainer.fit(generator, data)
         waits = [line["perf/data_wait"] for line in map(json.loads, log_of(folder)) if "perf/data_wait" in line]
     ratio = statistics.median(ours / bare for ours, bare in zip(turns.ours[1:], turns.bare[1:], strict=True))

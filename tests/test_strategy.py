@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from baselines.dit import DiT
 from data.batch import Batch
 from generator import Generator
 from mmdit.model import Condition, MMDiT
@@ -370,24 +371,44 @@ def test_averages_are_their_recursions_in_float32() -> None:
     assert ema.main is copies[0]
 
 
+def test_averages_have_all_buffers_of_the_network() -> None:
+    """Those that are no part of its state, too, such as DiT's positions."""
+    network = DiT(
+        in_channels=4, depth=1, width=16, heads=2, text_dim=8, pooled_dim=8, sample_size=8, pos_embed_max_size=4
+    )
+    copied = skeleton(network).to_empty(device="cpu")
+    averaged = EMA(Averages(), [copied], network).main
+    assert dict(averaged.named_buffers()).keys() == {"positions"}
+    assert torch.equal(averaged.positions, network.positions)
+
+
 # The guard
 
 
 def test_the_guard_counts_streaks_and_spikes() -> None:
     guard, usual = Guard(), 0.0
-    row = total = spikes = 0
+    row = longest = total = spikes = 0
     norms = [1.0, 2.0, math.nan, math.inf, 1.5, 100.0, 1.0, -math.inf, math.nan, math.nan, 50.0, 0.5]
     for norm in norms:
         bad = guard.judge(torch.tensor(norm))
         assert bad == (0.0 if math.isfinite(norm) else 1.0)
         row, total = (0, total) if math.isfinite(norm) else (row + 1, total + 1)
+        longest = max(longest, row)
         if math.isfinite(norm):
             spikes += usual > 0 and norm > SPIKE * usual
             usual = MEMORY * usual + (1 - MEMORY) * norm if usual else norm
         assert guard.usual.item() == pytest.approx(usual, rel=1e-5)
-        assert guard.counts.tolist() == [row, total, spikes]
-    assert guard.told() == (row, total, spikes) == (0, 5, 2)
-    assert guard.told() == (0, 5, 0)
+        assert guard.counts.tolist() == [row, longest, total, spikes]
+    assert guard.told() == (longest, total) == (3, 5)  # a streak that is over is told, too
+    assert guard.told() == (0, 5)
+    assert guard.spiked() == spikes == 2
+    assert guard.spiked() == 0
+    for _ in range(4):
+        guard.judge(torch.tensor(math.nan))
+    guard.forgive(4)
+    assert guard.told() == (4, 9)
+    guard.forgive(3)
+    assert guard.told() == (0, 9)
 
 
 def test_the_guard_does_not_wait_for_the_device() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from weights import few, read_json, write_tensors
 
 KEPT = 2  # whole checkpoints, so that there is one before the newest
 FORMAT = 1
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -231,13 +232,20 @@ class Checkpoints:
         if number == 0:
             self._prune()
 
+    def forget(self, step: int) -> None:
+        """Removes those after a step, which are damaged or not whole if it is that of the one found."""
+        if rank() == 0:
+            for later in self._steps():
+                if later > step:
+                    shutil.rmtree(self._place(later), ignore_errors=True)
+
     def _prune(self) -> None:
         """Removes what is older than the newest KEPT that are whole."""
         steps = self._steps()
         whole_ones = [step for step in steps if opened(self._place(step)) is not None]
         for step in steps if len(whole_ones) >= KEPT else []:
             if step < whole_ones[KEPT - 1]:
-                shutil.rmtree(self._place(step))
+                shutil.rmtree(self._place(step), ignore_errors=True)
 
     def _place(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
@@ -260,9 +268,12 @@ class Checkpoints:
             CheckpointError: if there are checkpoints, but all are damaged.
         """
         damaged = False
-        for step in self._steps():
+        for step in first_says(self._steps()):
             found = opened(self._place(step))
-            if found and everywhere(all(found.intact(part) for part in found.parts[rank() :: world()])):
+            seen = everyone(found is not None)
+            if any(seen) and not all(seen):
+                raise CheckpointError(f"{self.folder} must be on a file system that all machines share")
+            if found and all(everyone(all(found.intact(part) for part in found.parts[rank() :: world()]))):
                 return found
             damaged = damaged or found is not None
             if rank() == 0:
@@ -273,13 +284,20 @@ class Checkpoints:
         return None
 
 
-def everywhere(here: bool) -> bool:
-    """Whether it holds in all processes."""
-    if not dist.is_initialized():
-        return here
-    answers: list[Any] = [None] * world()
-    dist.all_gather_object(answers, here)
-    return all(answers)
+def first_says(value: T) -> T:
+    """The first process's value, in all of them."""
+    said = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(said, src=0)
+    return said[0]
+
+
+def everyone(here: bool) -> list[bool]:
+    """What holds in each process."""
+    answers = [here] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(answers, here)
+    return answers
 
 
 def opened(folder: Path) -> Checkpoint | None:

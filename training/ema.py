@@ -69,9 +69,9 @@ class EMA(nn.Module, Generic[N]):
         self.learning = [name for name, p in network.named_parameters() if p.requires_grad]
         self.pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # of average and weights, made when first needed
         with torch.no_grad():
-            held = network.state_dict()
+            held = dict(network.named_buffers()) | network.state_dict()
             for copied in copies:
-                for name, tensor in copied.state_dict().items():
+                for name, tensor in (*copied.state_dict().items(), *copied.named_buffers()):  # some are no state
                     local(tensor).copy_(local(held[name]))
 
     @property

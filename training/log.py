@@ -38,8 +38,10 @@ class JSONLinesLogger(Logger):
         values = {name: value if isfinite(value) else None for name, value in metrics.items() if name != "epoch"}
         if values:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as out:
-                out.write(json.dumps({"step": step} | values, allow_nan=False) + "\n")
+            with self.file.open("a+b") as out:
+                if out.tell() and (out.seek(-1, 2), out.read(1))[1] != b"\n":  # a line that a full disk cut short
+                    out.write(b"\n")
+                out.write((json.dumps({"step": step} | values, allow_nan=False) + "\n").encode())
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any) -> None:

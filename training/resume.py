@@ -53,7 +53,11 @@ class Resume(CheckpointCallback):
         self.usual: dict[int, Any] = {}  # what handled the signals before
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        for number in SIGNALS:
+            self.usual[number] = signal.signal(number, self._notice)
         found = self.checkpoints.find()
+        self.checkpoints.forget(found.step if found else 0)
         if found:
             tensors = module.state(trainer.optimizers[0])
             found.compare({name: tensor.shape for name, tensor in tensors.items()})
@@ -63,8 +67,6 @@ class Resume(CheckpointCallback):
             module.go_on(found.step, found.numbers)
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        for number in SIGNALS:
-            self.usual[number] = signal.signal(number, self._notice)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         step = trainer.global_step
         if step and step % self.validate_every == 0 and self.validated < step:

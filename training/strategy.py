@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-TIMEOUT = timedelta(minutes=10)  # that processes wait for each other before they give up
+TIMEOUT = timedelta(minutes=30)  # that processes wait for each other before they give up
 aten = torch.ops.aten
 KEPT = [  # by selective checkpointing: what is slow to compute again
     aten.mm.default, aten.addmm.default, aten.bmm.default,
