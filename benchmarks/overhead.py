@@ -1,12 +1,12 @@
 """A training step with all that stands around it, against a bare loop over the same network and batch, in one run.
 
     python -m benchmarks.overhead --config configs/digits.yaml
-    python -m benchmarks.overhead --config configs/digits.yaml --turn 2 --turns 12 --network.width 1536 \
-        --network.heads 24 --network.depth 2 --data.side 16 --data.batch_size 32
+    python -m benchmarks.overhead --config configs/digits.yaml --turn 1 --turns 6 --network.width 1536 \
+        --network.heads 24 --network.depth 2 --data.side 16 --data.batch_size 16
 
 Ours is `train.py fit`'s own trainer: Lightning, data, times, guard, averages, log, progress bar. The bare loop draws t
 and computes the loss of one batch that lies in memory, clips and steps, no more. The two take turns of a few steps, so
-that a noisy machine slows both alike; printed are the medians, and the median over turns of the ratio.
+that a noisy machine slows both alike. For a CPU and float32; printed are the medians, and the median over turns of the ratio.
 """
 
 import argparse
@@ -76,7 +76,9 @@ def loop(module: Generator, batch: Any) -> Any:
 
 
 def log_of(folder: str) -> list[str]:
-    return (Path(folder) / "log.jsonl").read_text().splitlines()
+    """The log's lines; none before the first is due."""
+    log = Path(folder) / "log.jsonl"
+    return log.read_text().splitlines() if log.exists() else []
 
 
 def main() -> None:
