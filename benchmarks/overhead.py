@@ -6,7 +6,8 @@
 
 Ours is `train.py fit`'s own trainer: Lightning, data, times, guard, averages, log, progress bar. The bare loop draws t
 and computes the loss of one batch that lies in memory, clips and steps, no more. The two take turns of a few steps, so
-that a noisy machine slows both alike. For a CPU and float32; printed are the medians, and the median over turns of the ratio.
+that a noisy machine slows both alike. For a CPU and float32. Printed are the medians, and the median over turns of the
+ratio.
 """
 
 import argparse
