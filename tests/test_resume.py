@@ -15,9 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from pipeline import Pipeline
-from runs import (
+from trials import (
     ENV,
     ROOT,
     Change,
@@ -40,6 +38,8 @@ from runs import (
     state,
     under,
 )  # fmt: skip
+
+from pipeline import Pipeline
 from training.checkpoint import Checkpoints, opened
 
 STEPS, EVERY, VALIDATED = 60, 5, 30

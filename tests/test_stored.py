@@ -21,6 +21,7 @@ import yaml
 from diffusers import AutoencoderKL
 from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
+from trials import ENV, assert_same, ended, fit, lines, shell, state
 
 from data import stored
 from data.batch import Batch, complete
@@ -38,7 +39,6 @@ from flow.objective import Objective
 from generator import Generator
 from mmdit.model import MMDiT
 from pipeline import Pipeline
-from runs import ENV, assert_same, ended, fit, lines, shell, state
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "assets/shapes/text"

@@ -19,12 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
-
-from baselines.dit import DiT
-from data.batch import Batch
-from generator import Generator
-from mmdit.model import Condition, MMDiT
-from runs import (
+from trials import (
     Change,
     assert_near,
     assert_near_logs,
@@ -39,6 +34,11 @@ from runs import (
     state,
     under,
 )  # fmt: skip
+
+from baselines.dit import DiT
+from data.batch import Batch
+from generator import Generator
+from mmdit.model import Condition, MMDiT
 from training.checkpoint import Checkpoints, local, opened, rows_of, writes
 from training.ema import EMA, Averages
 from training.guard import MEMORY, SPIKE, Guard, poisoned

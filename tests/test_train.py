@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from trials import ENV, ROOT, Change, assert_same, end, fill_at, fit, lines, refused, shell, small, start, state, under
 
 import experiment
 from generator import Generator
 from pipeline import Pipeline
-from runs import ENV, ROOT, Change, assert_same, end, fill_at, fit, lines, refused, shell, small, start, state, under
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what this machine has")
 
