@@ -305,13 +305,11 @@ class Generator(L.LightningModule):
         return network
 
     def state(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-        """All numbers that training changes, by name. What does not learn is left out if it is on disk as the base."""
+        """All numbers that training changes, by name."""
         self.bins.sums = self.trainer.strategy.reduce(self.bins.sums.to(self.device), reduce_op="sum")
         if not self.trainer.is_global_zero:
             self.bins.sums.zero_()
-        learning = set(self.ema.learning)
-        held = {name: t for name, t in self.network.state_dict().items() if self.base is None or name in learning}
-        state = {f"network.{name}": tensor for name, tensor in held.items()}
+        state = self.learned()
         state |= {f"average.{name}": tensor for name, tensor in self.ema.named().items()}
         state |= {f"guard.{name}": tensor for name, tensor in self.guard.named_buffers()}
         if optimizer:
@@ -329,11 +327,11 @@ class Generator(L.LightningModule):
             self.costs[shapes] = Cost(count, count * tokens, forward * (3 if self.base is None else 2))
         return self.costs[shapes]
 
-    def learned(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the network's tensors in a checkpoint, by name."""
-        learning = {name for name, p in self.network.named_parameters() if self.base is None or p.requires_grad}
+    def learned(self) -> dict[str, Tensor]:
+        """The network's part of the state: without what does not learn, if that is on disk as the base."""
+        learning = {name for name, p in self.network.named_parameters() if p.requires_grad}
         state = self.network.state_dict()
-        return {f"network.{name}": tuple(t.shape) for name, t in state.items() if self.base is None or name in learning}
+        return {f"network.{name}": t for name, t in state.items() if self.base is None or name in learning}
 
     def numbers(self) -> dict[str, Any]:
         return {"best": self.best if math.isfinite(self.best) else None}

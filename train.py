@@ -21,6 +21,7 @@ from data.module import Data, Stored
 from data.sizes import SIZE_FEATURES
 from data.store import StoreError
 from experiment import Run, parser, plain
+from files import commit_bytes
 from generator import Generator
 from mmdit import lora
 from training.checkpoint import CheckpointError, Checkpoints
@@ -46,7 +47,7 @@ def claim(folder: Path, resolved: str, identity: dict[str, str]) -> None:
     Only the first process writes.
     """
     file, known = folder / "config.yaml", folder / "data.json"
-    if file.exists() and any((folder / work).exists() for work in ("checkpoints", "log.jsonl")):
+    if file.exists() and any((folder / work).exists() for work in (CHECKPOINTS, "log.jsonl")):
         try:
             here, there = flat(yaml.safe_load(resolved)), flat(yaml.safe_load(file.read_text(encoding="utf-8")))
         except yaml.YAMLError:
@@ -68,9 +69,7 @@ def claim(folder: Path, resolved: str, identity: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if identity:
         write_json(identity, known)
-    new = folder / "config.yaml.new"
-    new.write_text(resolved, encoding="utf-8")
-    new.replace(file)
+    commit_bytes(file, resolved.encode())
 
 
 def is_first() -> bool:
@@ -148,7 +147,6 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Da
         logger=loggers,
         callbacks=[StepProgress(), meter, Resume(checkpoints, run.checkpoint_every, run.validate_every, meter)],
         inference_mode=False,  # or the weights that validation gathers could not be trained on
-        enable_checkpointing=True,
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=run.folder,
@@ -194,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
             raise FileNotFoundError(f"{config.run.folder} holds no checkpoint: train this config first")
         claim(config.run.folder, resolved, data.identity())
         if newest:
-            newest.compare(generator.learned(), "network.")
+            newest.compare({name: tensor.shape for name, tensor in generator.learned().items()}, "network.")
         if command == "average":
             out = out or config.run.folder / f"{'lora' if base else 'model'}-{width}"
             weights = reconstruct(config.run.folder / "snapshots", width, step)

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -160,18 +160,22 @@ def fit(weights: Weights, wanted: Mapping[str, tuple[int, ...]], owner: str) -> 
     Raises:
         ValueError: naming what is missing, left over or mis-shaped.
     """
+    if told := misfit({name: weights.shape(name) for name in weights}, wanted):
+        raise ValueError(f"{weights.source}: the weights do not fit {owner}: {told}")
+
+
+def misfit(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> str:
+    """What differs between tensors that there are and that there should be, name → shape; empty if nothing does."""
     faults = {
-        "missing": sorted(wanted.keys() - weights.keys()),
-        "left over": sorted(weights.keys() - wanted.keys()),
+        "missing": sorted(wanted.keys() - found.keys()),
+        "left over": sorted(found.keys() - wanted.keys()),
         "mis-shaped": [
-            f"{name} {weights.shape(name)} instead of {tuple(shape)}"
+            f"{name} {tuple(found[name])} instead of {tuple(shape)}"
             for name, shape in sorted(wanted.items())
-            if name in weights and weights.shape(name) != tuple(shape)
+            if name in found and tuple(found[name]) != tuple(shape)
         ],
     }
-    if any(faults.values()):
-        told = (f"{len(names)} {fault} ({few(names)})" for fault, names in faults.items() if names)
-        raise ValueError(f"{weights.source}: the weights do not fit {owner}: {', '.join(told)}")
+    return ", ".join(f"{len(names)} {fault} ({few(names)})" for fault, names in faults.items() if names)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

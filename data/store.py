@@ -33,18 +33,9 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 from xxhash import xxh3_64_intdigest
 
-from data.units import (
-    LISTS,
-    SCHEMA,
-    Unit,
-    commit,
-    differences,
-    file_checksum,
-    latent_shapes,
-    read_sidecar,
-    unit_name,
-)
+from data.units import LISTS, SCHEMA, Unit, differences, latent_shapes, read_sidecar, unit_name
 from data.writer import Drop, Sample, Writer
+from files import commit, file_checksum
 from weights import open_file, read_json
 
 if TYPE_CHECKING:  # transformers is slow to import, and those who only look into a store need none of it

@@ -3,18 +3,17 @@
 import json
 import math
 import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from xxhash import xxh3_64, xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest
 
 SCHEMA = pa.schema(
     [
@@ -42,48 +41,6 @@ def unit_name(shard: int, part: int) -> str:
     return f"{shard:06d}-{part:04d}"
 
 
-def commit(file: Path, write: Callable[[BinaryIO], object]) -> int:
-    """Writes a file under another name and renames it, so that it is there whole or not at all, after a crash, too.
-
-    Returns:
-        Its bytes.
-
-    Raises:
-        OSError: naming the file that could not be written; what was there stays.
-    """
-    for _ in range(TRIES):
-        part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-        try:
-            with part.open("xb") as out:
-                write(out)
-                out.flush()
-                os.fsync(out.fileno())
-                size = os.fstat(out.fileno()).st_size
-            try:
-                part.replace(file)
-            except FileNotFoundError:  # a writer that started meanwhile took it for a left-over
-                continue
-            folder = os.open(file.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-            return size
-        except FileNotFoundError:  # what `write` reads from
-            raise
-        except OSError as error:
-            raise OSError(f"could not write {file}: {error.strerror or error}") from error
-        finally:
-            part.unlink(missing_ok=True)
-    raise OSError(f"could not write {file}: its temporary file is removed again and again")
-
-
-def commit_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object likewise."""
-    told = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    commit(file, lambda out: out.write(told.encode()))
-
-
 def bfloat16(tensor: Tensor) -> Tensor:
     """The tensor as it is stored."""
     return tensor.detach().to("cpu", torch.bfloat16).contiguous()
@@ -92,15 +49,6 @@ def bfloat16(tensor: Tensor) -> Tensor:
 def checksum(tensor: Tensor) -> int:
     """Of the bytes of a stored tensor."""
     return xxh3_64_intdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def file_checksum(file: Path) -> str:
-    """Of a whole file, as 16 hexadecimal digits."""
-    digest, block = xxh3_64(), bytearray(2**20)
-    with file.open("rb", buffering=0) as opened:
-        while count := opened.readinto(block):
-            digest.update(memoryview(block)[:count])
-    return digest.hexdigest()
 
 
 def safetensors(tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[Any]:

@@ -21,10 +21,7 @@ from data.units import (
     Unit,
     bfloat16,
     checksum,
-    commit,
-    commit_json,
     differences,
-    file_checksum,
     first_of,
     latent_shapes,
     near_duplicates,
@@ -33,6 +30,7 @@ from data.units import (
     safetensors,
     unit_name,
 )
+from files import commit, commit_json, file_checksum
 from weights import read_json
 
 if TYPE_CHECKING:  # transformers is slow to import

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from html import escape
@@ -23,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from files import commit_bytes, commit_json
 
 MISSING = "–"
 Row = dict[str, Any]
@@ -71,6 +72,9 @@ COLUMNS = {
         "Distance to the nearest other real picture, over that of reference pictures; far below 1 means copies.",
         None,
         ".2f",
+    ),
+    "pairwise_distance": Column(
+        "variety", "Mean distance of the features of two samples asked for the same; 0 means all are one.", None, "#.3g"
     ),
     "duplicates": Column("repeats", "Samples that equal another one, already counted, in every pixel.", "low", ".3g"),
     "path_length": Column("path length", "Length of the walk from noise to picture.", None, "#.3g"),
@@ -460,20 +464,6 @@ def page(record: Record, images: dict[str, bytes]) -> str:
 # --- The files ------------------------------------------------------------------------------------------------------
 
 
-def replace(file: Path, content: bytes) -> None:
-    """Writes a file beside its place and renames it, so that a failure leaves the old one. OSError if it fails."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        with part.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def png(image: Image.Image) -> bytes:
     """The image as a PNG."""
     out = io.BytesIO()
@@ -498,15 +488,14 @@ def write(record: Record, sheet: Image.Image | None, folder: Path) -> None:
     record = strict(record)
     rows = record["rows"]
     folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / "results.json", (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+    commit_json(folder / "results.json", record)
     text = io.StringIO()
     writer = csv.DictWriter(text, keys(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    replace(folder / "results.csv", text.getvalue().encode())
+    commit_bytes(folder / "results.csv", text.getvalue().encode())
     drawing = io.BytesIO()
     plot(record, drawing)
     images = {"quality.png": drawing.getvalue()} | ({} if sheet is None else {"sheet.png": png(sheet)})
-    for name, content in images.items():
-        replace(folder / name, content)
-    replace(folder / "report.html", page(record, images).encode())
+    for name, content in (images | {"report.html": page(record, images).encode()}).items():
+        commit_bytes(folder / name, content)

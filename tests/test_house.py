@@ -8,16 +8,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("mmdit", "baselines", "flow", "data", "metrics", "training", "pipeline")
 ENTRY_POINTS = ("encode", "train", "sample", "evaluate", "judge", "compare")
-OURS = (*ROOMS, *ENTRY_POINTS, "experiment", "generator", "sampling", "weights", "cli")
+OURS = (*ROOMS, *ENTRY_POINTS, "experiment", "generator", "sampling", "weights", "files", "cli")
 MAY_IMPORT = {
     "mmdit": {"mmdit", "weights"},
     "baselines": {"baselines", "mmdit", "weights"},  # for the record of conditions, which is the network's contract
     "flow": {"flow"},
-    "data": {"data", "weights", "cli"},  # the last for its command line
-    "metrics": {"metrics", "flow"},
-    "training": {"training", "weights"},
+    "data": {"data", "weights", "files", "cli"},  # the last for its command line
+    "metrics": {"metrics", "flow", "files"},
+    "training": {"training", "weights", "files"},
     "cli": set(),
     "weights": set(),
+    "files": set(),
     "sampling": {"flow"},
     "pipeline": {"pipeline", "mmdit", "baselines", "flow", "data", "sampling", "weights", "cli"},
     "experiment": {"mmdit", "flow", "data", "training", "generator", "sampling", "cli"},

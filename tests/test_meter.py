@@ -244,6 +244,7 @@ class Save(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.took = perf_counter() - self.began
         if self.every and trainer.global_step % self.every == 0:
+            next(callback for callback in trainer.callbacks if isinstance(callback, Meter)).pause()
             trainer.save_checkpoint(self.file)
 
 

@@ -156,7 +156,7 @@ DAMAGES = {
     "truncated": lambda part, mark: part.write_bytes(part.read_bytes()[:-1]),
     "empty": lambda part, mark: part.write_bytes(b""),
     "missing": lambda part, mark: part.unlink(),
-    "mark truncated": lambda part, mark: mark.write_bytes(mark.read_bytes()[:-1]),
+    "mark truncated": lambda part, mark: mark.write_bytes(mark.read_bytes()[:-2]),
     "mark empty": lambda part, mark: mark.write_bytes(b""),
     "mark flipped": lambda part, mark: flip(mark, mark.read_bytes().index(b'"step": 32') + 9),
 }

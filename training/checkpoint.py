@@ -1,13 +1,11 @@
 """Checkpoints on disk: everything that a run needs to go on, written whole or not at all, divided or in one piece.
 
 A checkpoint is a folder of one or more parts. Each is a safetensors file with rows of the run's tensors, and a mark of
-the same name that is written after it: its size and hash, which rows of what it holds, how many parts there are, and a
-hash of all that. A
+the same name that is written after it: its size and hash, which rows of what it holds, and a hash of all that. A
 checkpoint is there once all its marks are. Any number of processes may read it, however they divide the tensors.
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,8 +21,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from files import commit_json, file_checksum, sync
 from training.strategy import local, whole
-from weights import few, read_json, write_tensors
+from weights import misfit, read_json, write_tensors
 
 KEPT = 2  # whole checkpoints, so that there is one before the newest
 FORMAT = 1
@@ -62,7 +61,7 @@ class Checkpoint(NamedTuple):
 
     def intact(self, part: Part) -> bool:
         """Whether a part has the size and hash that its mark tells."""
-        return part.file.is_file() and part.file.stat().st_size == part.bytes and hashed(part.file) == part.hash
+        return part.file.is_file() and part.file.stat().st_size == part.bytes and file_checksum(part.file) == part.hash
 
     def compare(self, shapes: Mapping[str, Sequence[int]], under: str = "") -> None:
         """Checks that the checkpoint holds these tensors and no others.
@@ -76,17 +75,7 @@ class Checkpoint(NamedTuple):
         """
         rows = [(name, rows) for part in self.parts for name, rows in part.rows.items()]
         found = {name: held.shape for name, held in rows if name.startswith(under)}
-        faults = {
-            "missing": sorted(shapes.keys() - found.keys()),
-            "left over": sorted(found.keys() - shapes.keys()),
-            "mis-shaped": [
-                f"{name} {found[name]} instead of {list(shape)}"
-                for name, shape in sorted(shapes.items())
-                if name in found and found[name] != list(shape)
-            ],
-        }
-        if any(faults.values()):
-            told = "; ".join(f"{len(names)} {fault} ({few(names)})" for fault, names in faults.items() if names)
+        if told := misfit(found, shapes):
             raise CheckpointError(f"{self.folder} is a checkpoint of another network or training: {told}")
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -111,8 +100,7 @@ def rows_of(tensor: Tensor) -> Rows:
     if isinstance(tensor, DTensor):
         for dimension, placement in enumerate(tensor.placements):
             if isinstance(placement, Shard):
-                if placement.dim != 0:
-                    raise NotImplementedError("checkpoints hold tensors that are divided along their rows")
+                assert placement.dim == 0, "`Strategy.shard` divides along rows"
                 size = -(-total // tensor.device_mesh.size(dimension))
                 first = min(tensor.device_mesh.get_local_rank(dimension) * size, total)
                 return Rows(first, min(size, total - first), list(tensor.shape))
@@ -133,15 +121,6 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def hashed(file: Path) -> str:
-    """xxh3 of a file's bytes."""
-    told = xxhash.xxh3_64()
-    with file.open("rb") as content:
-        while chunk := content.read(1 << 24):
-            told.update(chunk)
-    return told.hexdigest()
 
 
 def signed(mark: Mapping[str, Any]) -> str:
@@ -166,7 +145,7 @@ class Checkpoints:
         self.writing: Future[None] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Begins to write a checkpoint. All processes must call it.
+        """Begins to write a checkpoint. All processes must call it. Left-overs of the step must be gone (`forget`).
 
         Args:
             step: names it.
@@ -177,11 +156,7 @@ class Checkpoints:
             OSError: if the previous one could not be written; those before it stay.
         """
         self.wait()
-        place, divided = self.folder / f"step-{step:07d}", self.sharded and world() > 1
-        if rank() == 0 and place.exists():  # of a run that was stopped after it, or while it was written
-            shutil.rmtree(place)
-        if divided:
-            dist.barrier()  # or that would take what others write now
+        place, divided = self._place(step), self.sharded and world() > 1
         kept: dict[str, tuple[Rows, Tensor]] = {}
         for name, tensor in tensors.items():
             if divided:
@@ -215,20 +190,12 @@ class Checkpoints:
         place.mkdir(parents=True, exist_ok=True)
         write_tensors({name: tensor for name, (_, tensor) in kept.items()}, file)
         mark = {
-            "format": FORMAT, "step": step, "numbers": numbers, "bytes": file.stat().st_size, "hash": hashed(file),
+            "format": FORMAT, "step": step, "numbers": numbers,
+            "bytes": file.stat().st_size, "hash": file_checksum(file),
             "rows": {name: rows for name, (rows, _) in kept.items()},
         }  # fmt: skip
-        new = file.with_suffix(".json.new")
-        try:
-            with new.open("w", encoding="utf-8") as out:
-                json.dump({"mark": mark, "hash": signed(mark)}, out)
-                out.flush()
-                os.fsync(out.fileno())
-            new.replace(file.with_suffix(".json"))
-            for folder in (place, self.folder):
-                sync(folder)
-        except OSError as error:
-            raise OSError(f"could not write {file.with_suffix('.json')}: {error}") from error
+        commit_json(file.with_suffix(".json"), {"mark": mark, "hash": signed(mark)})
+        sync(self.folder)
         if number == 0:
             self._prune()
 
@@ -318,12 +285,3 @@ def opened(folder: Path) -> Checkpoint | None:
         except (ValueError, KeyError, TypeError, FileNotFoundError):  # not written yet, or cut short
             continue
     return None
-
-
-def sync(folder: Path) -> None:
-    """Makes the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

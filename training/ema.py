@@ -83,12 +83,11 @@ class EMA(nn.Module, Generic[N]):
     def update(self, network: nn.Module, step: int) -> None:
         """Takes in the weights after step number `step`, counted from 1."""
         if not self.pairs:
-            weights = dict(network.named_parameters())
-            for copied in self.copies:
-                averaged = dict(copied.named_parameters())
-                self.pairs.append(tuple([local(of[name]) for name in self.learning] for of in (averaged, weights)))  # type: ignore[arg-type]
-        for decay, (averages, weights_now) in zip(self.decays.values(), self.pairs, strict=True):
-            torch._foreach_lerp_(averages, weights_now, 1 - decay(step))
+            weights, *averages = (dict(one.named_parameters()) for one in (network, *self.copies))
+            here = [local(weights[name]) for name in self.learning]
+            self.pairs = [([local(average[name]) for name in self.learning], here) for average in averages]
+        for decay, (average, now) in zip(self.decays.values(), self.pairs, strict=True):
+            torch._foreach_lerp_(average, now, 1 - decay(step))
 
     def named(self) -> dict[str, Tensor]:
         """Every number of every average under the average's name, as the checkpoint holds it."""

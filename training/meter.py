@@ -67,7 +67,7 @@ class Meter(Callback):
     def pause(self) -> None:
         """Leaves out the time from now, when the device has finished, to the next fetch of data.
 
-        Validations and the trainer's checkpoints are noticed without; what else writes files between steps calls this.
+        Validations are noticed without; what writes files between steps calls this.
         """
         if self.since is not None:
             self.seconds += self._now() - self.since
@@ -148,7 +148,7 @@ class Meter(Callback):
 
 
 class Watch(Profiler):
-    """Tells a meter what callbacks are not told: when data are fetched, and when a validation or a save sets in.
+    """Tells a meter what callbacks are not told: when data are fetched, and when a validation sets in.
 
     Args:
         meter: to be told.
@@ -164,8 +164,8 @@ class Watch(Profiler):
         if action_name == FETCH:
             self.meter.resume()
             self.fetching = perf_counter()
-        elif action_name == "save_checkpoint" or action_name.endswith(".on_validation_model_zero_grad"):
-            self.meter.pause()  # the latter is what the loop does first; on_validation_start comes after the loaders
+        elif action_name.endswith(".on_validation_model_zero_grad"):
+            self.meter.pause()  # which the loop does first; on_validation_start comes after the loaders
         self.profiler.start(action_name)
 
     def stop(self, action_name: str) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import Strategy as LightningStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 TIMEOUT = timedelta(minutes=30)  # that processes wait for each other before they give up
 aten = torch.ops.aten
@@ -82,12 +82,12 @@ class Strategy:
 
     def lightning(self, world: int) -> LightningStrategy | Literal["auto"]:
         """Lightning's part in it: it starts the processes and joins them."""
+        if world == 1:
+            return "auto"
         if self.kind == "fsdp2":
             return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, timeout=TIMEOUT)
         # The gradients live in the communication buffers, and what does not change is not sent again.
-        return (
-            DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False, timeout=TIMEOUT) if world > 1 else "auto"
-        )
+        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False, timeout=TIMEOUT)
 
     def prepare(self, network: nn.Module) -> None:
         """Makes the network's blocks checkpoint and compile, in place. The names of its parameters stay."""
@@ -100,7 +100,7 @@ class Strategy:
     def _context(self) -> Callable[[], Any]:
         if self.activation_checkpointing == "selective":
             return partial(create_selective_checkpoint_contexts, KEPT)
-        return no_contexts
+        return noop_context_fn
 
     def mesh(self, device: torch.device, world: int) -> DeviceMesh:
         """The processes, those that hold a whole model between them side by side."""
@@ -128,13 +128,6 @@ def checkpointed(forward: Callable[..., Any], context: Callable[[], Any]) -> Cal
         return checkpoint(forward, *inputs, use_reentrant=False, context_fn=context)
 
     return computed_again
-
-
-def no_contexts() -> tuple[Any, Any]:
-    """What `checkpoint` runs forward and recomputation in, where nothing is kept."""
-    from contextlib import nullcontext
-
-    return nullcontext(), nullcontext()
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:
