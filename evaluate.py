@@ -1,9 +1,12 @@
-"""Quality against function evaluations: `python evaluate.py --model runs/a --model runs/b --steps 1,2,4,8,50`."""
+"""Quality against function evaluations: `python evaluate.py --model runs/a --model runs/b --steps 1,2,4,8,50`.
+
+On the digits, or with `--data shapes` on the shapes: `data/examined.py` says what is asked for and compared with.
+"""
 
 import platform
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -26,27 +29,31 @@ from cli import (
     sampling_of,
 )
 from data import digits
+from data.examined import DATA, Examined, Half
 from metrics import report
 from metrics.clip_score import clip_score
 from metrics.distance import Measure
 from metrics.distribution import enough
-from metrics.features import CLIPFeatures, load_features
+from metrics.features import CLIPFeatures, FeatureNetwork, load_features
 from metrics.straightness import path_length, straightness
 from pipeline import Pipeline, Reading
 from sampling import Sampling
 
-SHOWN = 10  # pictures of each setting on the sheet
+PRINTED = ["model", "sampler", "steps", "evaluations", "accuracy", "distance_ratio", "neighbour_ratio", "duplicates"]
 
 
 def parser() -> Parser:
     p = Parser(description=__doc__)
     p.add_argument("--model", type=Path, action="append", required=True, help="a model or run folder; repeatable")
+    p.add_argument("--data", choices=DATA, default="digits", help="what the models draw; default: digits")
     p.add_argument("--steps", default="1,2,4,5,8,10,25,50", help="numbers of sampling steps, with commas")
     add_sampling(p, repeatable=True)
-    p.add_argument("--per-digit", type=positive, default=100, help="samples of each digit")
+    count = p.add_mutually_exclusive_group()
+    count.add_argument("--samples", type=positive, default=1000, help="samples in all; default: 1000")
+    count.add_argument("--per-digit", type=positive, help="samples of each digit instead")
     p.add_argument("--seed", type=natural, default=0, help="of the first sample")
-    p.add_argument("--reference", choices=["held_out", "train"], default="held_out", help="distances to which digits")
-    p.add_argument("--features", default="judge:assets/digits/judge", help="judge:DIR, inception:FILE or clip:DIR")
+    p.add_argument("--reference", choices=["held_out", "train"], default="held_out", help="distances to which half")
+    p.add_argument("--features", help="judge:DIR, shapes:DIR, inception:FILE or clip:DIR; default: the data's judge")
     p.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
     p.add_argument("--batch-size", type=positive, help="pictures at a time; default: as many as make 4,096 tokens")
     add_reading(p)
@@ -108,16 +115,24 @@ def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
     return found
 
 
-def draws_digits(pipes: dict[str, Pipeline]) -> None:
-    """ValueError unless the pictures of all models can be averaged to the digits' 8×8 grey pixels."""
-    for name, pipe in pipes.items():
-        sides = [side * pipe.codec.factor for side in pipe.latent_size(None, None)]
-        if any(side % digits.SIDE for side in sides):
-            raise ValueError(f"{name} draws {sides[0]}×{sides[1]} pixels, which are no multiples of the digits' 8×8")
+def examined_of(args: Namespace) -> Examined:
+    """The data set with as many prompts as the flags say."""
+    if args.per_digit is None:
+        return DATA[args.data](args.samples)
+    if args.data != "digits":
+        raise ValueError(f"--per-digit counts digits; with --data {args.data} give --samples")
+    return DATA[args.data](10 * args.per_digit)
 
 
-def draw(pipe: Pipeline, sampling: Sampling, prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> Drawn:
-    """A picture for each prompt, with everything that is measured on the way."""
+def draw(
+    pipe: Pipeline,
+    sampling: Sampling,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    compared: Callable[[Tensor], Tensor] = digits.reduced,
+) -> Drawn:
+    """A picture for each prompt, in the form in which it is `compared`, with everything measured on the way."""
     _, _, times = pipe.plan(sampling)
     a, b = pipe.objective.path(times)
     scale, tau = a + b, b / (a + b)
@@ -139,7 +154,7 @@ def draw(pipe: Pipeline, sampling: Sampling, prompts: Sequence[str], seeds: Sequ
             callback=lambda done, z, x0, walk=walk: walk.append((z / scale[done]).cpu()),  # type: ignore[misc]
         )
         seconds += time.perf_counter() - began
-        pictures.append(digits.reduced(images).mul(255).round() / 255)
+        pictures.append(compared(images).mul(255).round() / 255)
         lengths.append(path_length(walk))
         bends.append(straightness(walk, tau))
     hook.remove()
@@ -147,6 +162,47 @@ def draw(pipe: Pipeline, sampling: Sampling, prompts: Sequence[str], seeds: Sequ
     return Drawn(
         torch.cat(pictures), calls / n, seconds / n, torch.cat(lengths).mean().item(), torch.cat(bends).mean().item()
     )
+
+
+def row(
+    setting: Setting, drawn: Drawn, folder: str, examined: Examined, measure: Measure, clip: CLIPFeatures | None
+) -> report.Row:
+    """What was measured of one setting."""
+    quality = measure.quality(drawn.pictures, examined.labels)
+    if (right := examined.accuracy(drawn.pictures)) is not None:
+        quality = quality._replace(accuracy=right)
+    return {
+        "model": setting.name,
+        "folder": folder,
+        **asdict(setting.sampling),
+        "shift": setting.pipe.shift(),
+        "evaluations": drawn.evaluations,
+        "samples": len(drawn.pictures),
+        "seconds_per_picture": drawn.seconds,
+        **quality._asdict(),
+        "path_length": drawn.path_length,
+        "straightness": drawn.straightness,
+        "clip_score": clip and clip_score(clip, drawn.pictures, examined.prompts),
+    }
+
+
+def settings_used(
+    args: Namespace, examined: Examined, network: FeatureNetwork, measure: Measure, device: str
+) -> dict[str, Any]:
+    """What all rows have in common."""
+    return {
+        "data": args.data,
+        "features": network.name,
+        "preprocessing": network.preprocessing,
+        "reference": args.reference,
+        "real_distance": measure.real_distance,
+        **examined.settings,
+        "first_seed": args.seed,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -159,81 +215,46 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("the same --model was given twice")
         pipes = {name: Pipeline.load(find_model(path), how) for name, path in zip(names, args.model, strict=True)}
         folders = dict(zip(names, map(str, args.model), strict=True))
-        draws_digits(pipes)
+        examined = examined_of(args)
+        for name, pipe in pipes.items():
+            height, width = (side * pipe.codec.factor for side in pipe.latent_size(None, None))
+            examined.check(name, (height, width), pipe.codec.pixel_channels)
         settings = settings_of(args, pipes)
-        network = load_features(args.features)
+        network = load_features(args.features or examined.features)
         clip = CLIPFeatures(args.clip) if args.clip else None
         if clip:
             clip.text(["a picture"])  # a folder without a tokenizer should fail now
-        enough(10 * args.per_digit, network.num_features)
-        halves = [digits.load("train"), digits.load("held_out")]
-        other, reference = halves if args.reference == "held_out" else halves[::-1]
-        measure = Measure(network, other.pixels, reference.pixels)
+        enough(len(examined.prompts), network.num_features)
+        other: Half = "train" if args.reference == "held_out" else "held_out"
+        measure = Measure(network, examined.real[other], examined.real[args.reference])
         args.out.mkdir(parents=True, exist_ok=True)
-    real = torch.cat([other.pixels[other.labels == label][: args.per_digit] for label in range(10)])
-    asked = torch.arange(10).repeat_interleave(args.per_digit)
-    templates = digits.HELD_OUT_TEMPLATES
-    prompts = [digits.captions(int(label), templates)[i % len(templates)] for i, label in enumerate(asked)]
-    seeds = range(args.seed, args.seed + len(prompts))
-    rows: list[dict[str, Any]] = []
+    seeds = range(args.seed, args.seed + len(examined.prompts))
+    rows: list[report.Row] = []
     sheet: dict[tuple[str, int], Tensor] = {}
-    for name, pipe, sampling in tqdm(settings, desc="evaluating", unit="setting"):
+    for setting in tqdm(settings, desc="evaluating", unit="setting"):
+        name, pipe, sampling = setting
         with one_line_errors(ValueError):
-            drawn = draw(pipe, sampling, prompts, seeds, args.batch_size or pipe.batch_size())
+            batch_size = args.batch_size or pipe.batch_size()
+            drawn = draw(pipe, sampling, examined.prompts, seeds, batch_size, examined.compared)
         if not drawn.pictures.isfinite().all():
             fail(f"{name} draws pictures that are no numbers, by {sampling.sampler} in {sampling.steps} steps", 1)
-        rows.append(
-            {
-                "model": name,
-                "folder": folders[name],
-                **asdict(sampling),
-                "shift": pipe.shift(),
-                "evaluations": drawn.evaluations,
-                "samples": len(prompts),
-                "seconds_per_picture": drawn.seconds,
-                **measure.quality(drawn.pictures, asked)._asdict(),
-                "path_length": drawn.path_length,
-                "straightness": drawn.straightness,
-                "clip_score": clip and clip_score(clip, drawn.pictures, prompts),
-            }
-        )
+        rows.append(row(setting, drawn, folders[name], examined, measure, clip))
         series = name if len({s.sampling.sampler for s in settings}) == 1 else f"{name}, {sampling.sampler}"
-        shown = drawn.pictures.unflatten(0, (10, -1))[:, 0]  # one of each digit
-        sheet[series, sampling.steps] = shown[:SHOWN]
+        sheet[series, sampling.steps] = drawn.pictures[examined.shown]
+    real = examined.alike(other)
     record = {
-        "settings": {
-            "features": network.name,
-            "preprocessing": network.preprocessing,
-            "reference": args.reference,
-            "real_distance": measure.real_distance,
-            "per_digit": args.per_digit,
-            "first_seed": args.seed,
-            "captions": list(templates),
-            "device": how.device,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-        },
+        "settings": settings_used(args, examined, network, measure, how.device),
         "floor": measure.floor(real) if len(real) > network.num_features else None,
         "rows": rows,
     }
     with one_line_errors():
         models, steps = (list(dict.fromkeys(key[i] for key in sheet)) for i in (0, 1))
-        report.write(record, report.sheet_image(sheet, cast(list[str], models), cast(list[int], steps), 32), args.out)
-    columns = [
-        "model",
-        "sampler",
-        "steps",
-        "evaluations",
-        "accuracy",
-        "distance_ratio",
-        "neighbour_ratio",
-        "duplicates",
-    ]
-    print(report.table(rows, columns), end="")
+        image = report.sheet_image(sheet, cast(list[str], models), cast(list[int], steps), examined.side)
+        report.write(record, image, args.out)
+    print(report.table(rows, PRINTED), end="")
     if record["floor"] is not None:
-        print(f"FD ratio of real {'training' if args.reference == 'held_out' else 'held-out'} digits, "
-              f"up to {args.per_digit} of each: {record['floor']:.2f}")  # fmt: skip
+        half = "training" if other == "train" else "held-out"
+        print(f"FD ratio of real {half} {examined.amount}: {record['floor']:.2f}")
     print(f"Look at {args.out / 'report.html'}")
 
 

@@ -80,37 +80,63 @@ class FeatureNetwork(ABC):
         """The features of one chunk, of any float type, on the device of the weights."""
 
 
-class DigitsJudge(FeatureNetwork):
-    """The classifier of 8 × 8 digits: 64 features, and logits of the ten digits.
+class JudgeFeatures(FeatureNetwork):
+    """A `metrics.judge.Judge` as a network of features, 64 of them.
 
-    Spatial features are the first 16 channels of the 2 × 2 maps that end its trunk: 64 numbers, as many as there are
-    pooled features. So the sFID of C. Nash et al., "Generating Images with Sparse Representations", 2021, takes the
-    first channels of a middle layer, which still knows places, and about as many numbers as FID has.
+    Spatial features are the first channels of the maps that end its trunk: 64 numbers, as many as there are pooled
+    features. So the sFID of C. Nash et al., "Generating Images with Sparse Representations", 2021, takes the first
+    channels of a middle layer, which still knows places, and about as many numbers as FID has.
 
     Args:
-        folder: of `metrics.judge.Judge`, with its errors.
+        folder: of the judge, with its errors; ValueError if it is a judge of other pictures.
 
     Attributes:
         judge: the classifier itself.
+        picture: the shape of a picture, (C, H, W).
+        channels: of the spatial features.
     """
+
+    chunk = 512
+    picture: tuple[int, int, int]
+    channels: int
+
+    def __init__(self, folder: str | Path) -> None:
+        self.judge = self.network = Judge.load(folder)
+        known = (self.judge.channels, self.judge.side, self.judge.side)
+        if known != self.picture:
+            raise ValueError(f"{folder} holds a judge of pictures {known}, not {self.picture}")
+        self.num_features = self.judge.num_features
+        self.num_spatial = self.channels * self.judge.grid**2
+
+    def forward(self, pictures: Tensor) -> Features:
+        if pictures.shape[1:] != self.picture:
+            raise ValueError(f"the judge knows pictures of {self.picture}, got {tuple(pictures.shape[1:])}")
+        maps = self.judge.maps(pictures)  # (B, 2·width, grid, grid)
+        pooled = self.judge.embed(maps)
+        spatial = rearrange(maps[:, : self.channels], "b c h w -> b (c h w)")
+        return Features(pooled, spatial, self.judge.head(pooled) if self.classifies else None)
+
+
+class DigitsJudge(JudgeFeatures):
+    """The classifier of 8 × 8 digits: its features, and logits of the ten digits. Spatial: 16 channels of 2 × 2."""
 
     name = "judge"
     preprocessing = "none: 8×8 grey pictures in [0, 1] as they are"
     classifies = True
-    chunk = 512
+    picture = (1, 8, 8)
     channels = 16
 
-    def __init__(self, folder: str | Path) -> None:
-        self.judge = self.network = Judge.load(folder)
-        self.num_features = self.judge.num_features
-        self.num_spatial = self.channels * 2 * 2
 
-    def forward(self, pictures: Tensor) -> Features:
-        if pictures.shape[1:] != (1, 8, 8):
-            raise ValueError(f"the judge knows pictures of (1, 8, 8), got {tuple(pictures.shape[1:])}")
-        maps = self.judge.maps(pictures)  # (B, 2·width, 2, 2)
-        pooled = self.judge.embed(maps)
-        return Features(pooled, rearrange(maps[:, : self.channels], "b c h w -> b (c h w)"), self.judge.head(pooled))
+class ShapesJudge(JudgeFeatures):
+    """What tells the scenes of `data/shapes.py` apart: features of counts, shapes, colours, sizes and places.
+
+    No logits, since a scene is not one of some classes. Spatial: 4 channels of 4 × 4.
+    """
+
+    name = "shapes"
+    preprocessing = "none: 64×64 RGB pictures in [0, 1] as they are"
+    picture = (3, 64, 64)
+    channels = 4
 
 
 def rgb_bytes(pictures: Tensor) -> Tensor:
@@ -257,21 +283,22 @@ class CLIPFeatures(FeatureNetwork):
         return torch.cat(parts).double().cpu()
 
 
-KINDS: dict[str, type[DigitsJudge] | type[Inception] | type[CLIPFeatures]] = {
+KINDS: dict[str, type[JudgeFeatures] | type[Inception] | type[CLIPFeatures]] = {
     "judge": DigitsJudge,
+    "shapes": ShapesJudge,
     "inception": Inception,
     "clip": CLIPFeatures,
 }
 
 
 def load_features(spec: str) -> FeatureNetwork:
-    """Returns the network of "judge:FOLDER", "inception:FILE" or "clip:FOLDER".
+    """Returns the network of "shapes:FOLDER", "judge:FOLDER" (of digits), "inception:FILE" or "clip:FOLDER".
 
     ValueError for any other kind; FileNotFoundError or ValueError with one line when its files are missing or damaged.
     """
     kind, _, place = spec.partition(":")
     if kind not in KINDS or not place:
-        raise ValueError(f"features are judge:FOLDER, inception:FILE or clip:FOLDER, got {spec!r}")
+        raise ValueError(f"features are shapes:FOLDER, judge:FOLDER, inception:FILE or clip:FOLDER, got {spec!r}")
     return KINDS[kind](place)
 
 

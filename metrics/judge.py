@@ -1,7 +1,10 @@
-"""A small classifier of 8 × 8 digits: it says what a sample shows, and its features measure Fréchet distances."""
+"""A small classifier of pictures: it says what a sample shows, and its features measure Fréchet distances."""
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -10,27 +13,52 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 
-def block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.GELU())
+def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1), nn.GroupNorm(8, outputs), nn.GELU())
 
 
 class Judge(nn.Module):
-    """Classifier of pictures `(B, 1, 8, 8)` in [0, 1]; nothing in it depends on the rest of a batch.
+    """Classifier of pictures `(B, channels, side, side)` in [0, 1]; nothing in it depends on the rest of a batch.
 
     Args:
-        width: channels of the first two convolutions; the later ones have twice as many.
+        width: channels of the first two convolutions of the trunk; the later ones have twice as many.
         num_features: length of the feature vector before the last layer.
         num_classes: number of labels.
+        channels: of a picture; 1 is grey.
+        side: of a picture, in pixels.
+        stem: channels of convolutions before the trunk, each of which halves the side.
+
+    Attributes:
+        grid: side of the maps that end the trunk.
+
+    Raises:
+        ValueError: the side cannot be halved as often as that.
     """
 
-    def __init__(self, width: int = 32, num_features: int = 64, num_classes: int = 10) -> None:
+    def __init__(
+        self,
+        width: int = 32,
+        num_features: int = 64,
+        num_classes: int = 10,
+        channels: int = 1,
+        side: int = 8,
+        stem: Sequence[int] = (),
+    ) -> None:
         super().__init__()
-        self.config = {"width": width, "num_features": num_features, "num_classes": num_classes}
-        self.num_features = num_features
+        self.config: dict[str, Any] = {"width": width, "num_features": num_features, "num_classes": num_classes}
+        if (channels, side, *stem) != (1, 8):  # a judge of digits says no more than it did before there were others
+            self.config |= {"channels": channels, "side": side, "stem": list(stem)}
+        self.num_features, self.channels, self.side = num_features, channels, side
+        halvings = len(stem) + 2
+        self.grid = side // 2**halvings
+        if side < 1 or side % 2**halvings:
+            raise ValueError(f"a side of {side} pixels cannot be halved {halvings} times")
+        inputs = (channels, *stem)
+        self.stem = nn.Sequential(*(block(a, b, stride=2) for a, b in pairwise(inputs)))
         self.trunk = nn.Sequential(
-            block(1, width), block(width, width), nn.AvgPool2d(2), block(width, 2 * width), nn.AvgPool2d(2)
+            block(inputs[-1], width), block(width, width), nn.AvgPool2d(2), block(width, 2 * width), nn.AvgPool2d(2)
         )
-        self.features = nn.Linear(2 * width * 2 * 2, num_features)
+        self.features = nn.Linear(2 * width * self.grid**2, num_features)
         self.head = nn.Linear(num_features, num_classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -38,8 +66,8 @@ class Judge(nn.Module):
         return self.embed(self.maps(pixels))
 
     def maps(self, pixels: Tensor) -> Tensor:
-        """Returns the maps that end the trunk, `(B, 2·width, 2, 2)`."""
-        return self.trunk(2 * pixels - 1)
+        """Returns the maps that end the trunk, `(B, 2·width, grid, grid)`."""
+        return self.trunk(self.stem(2 * pixels - 1))
 
     def embed(self, maps: Tensor) -> Tensor:
         """Returns the features `(B, num_features)` of such maps."""

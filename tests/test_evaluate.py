@@ -9,6 +9,10 @@ import torch
 from PIL import Image
 
 import evaluate
+from data.latents import VAE
+from data.text import CLIPText
+from flow.objective import Objective
+from mmdit.model import MMDiT
 from pipeline import Pipeline
 from sampling import Sampling
 
@@ -129,3 +133,69 @@ def test_a_chain_has_only_so_many_steps_and_its_own_samplers(pipe: Pipeline) -> 
         args = evaluate.parser().parse_args(["--model", "m", *flags])
         with pytest.raises(ValueError, match=message):
             evaluate.settings_of(args, {"m": chain})
+
+
+@pytest.fixture(scope="module")
+def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model that draws pictures of the shapes' size."""
+    network = MMDiT(
+        in_channels=16, depth=1, width=32, heads=1, text_dim=160, pooled_dim=128, sample_size=8, pos_embed_max_size=4
+    )
+    text, codec = CLIPText(ROOT / "assets/shapes/text"), VAE(ROOT / "assets/shapes/vae")
+    folder = tmp_path_factory.mktemp("drawer") / "model"
+    Pipeline(network.eval(), Objective(), codec, text, Sampling(steps=2, guidance=1.0)).save(folder)
+    return folder
+
+
+def test_measures_shapes(drawer: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    features = ["--features", f"shapes:{ROOT / 'assets/shapes/judge'}"]
+    argv = ["--data", "shapes", "--model", str(drawer), "--steps", "1", "--samples", "70", *features]
+    evaluate.main([*argv, "--out", str(tmp_path)])
+    (row,) = rows(tmp_path)
+    assert row["samples"] == 70
+    assert row["accuracy"] < 0.1  # its weights are random
+    assert row["distance_ratio"] > 3
+    assert row["pairwise_distance"] > 0
+    assert row["inception_score"] is None
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert (record["settings"]["data"], record["settings"]["scenes"]) == ("shapes", 1000)
+    assert 1 < record["floor"] < row["distance_ratio"]
+    assert "FD ratio of real training scenes, 70 of them" in capsys.readouterr().out
+    assert Image.open(tmp_path / "sheet.png").size[1] > 2 * 64  # two rows of five, as large as they are
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "DIGITS"], "draws pictures of 1 × 8 × 8 numbers, but the shapes have 3 × 64 × 64"),
+        (["--model", "SHAPES", "--per-digit", "10"], "--per-digit counts digits; with --data shapes give --samples"),
+        (["--model", "SHAPES", "--samples", "64"], "more than 64 samples, got 64"),
+        (["--model", "SHAPES", "--samples", "70", "--per-digit", "7"], "not allowed with"),
+        (["--model", "SHAPES", *JUDGE], "judge knows pictures of (1, 8, 8), got (3, 64, 64)"),
+        (["--model", "DIGITS", "--data", "digits", "--samples", "75"], "take a multiple of 10"),
+        (["--model", "DIGITS", "--data", "letters"], "letters"),
+    ],
+)
+def test_bad_input_of_shapes_ends_in_one_line(
+    drawer: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], message: str
+) -> None:
+    places = {"DIGITS": str(model), "SHAPES": str(drawer)}
+    features = [] if "--features" in argv else ["--features", f"shapes:{ROOT / 'assets/shapes/judge'}"]
+    told = [places.get(arg, arg) for arg in argv]
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--data", "shapes", *features, *told, "--out", str(tmp_path / "out")])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_and_per_digit_are_two_ways_to_say_the_same() -> None:
+    both = [
+        evaluate.parser().parse_args(["--model", "m", *flags]) for flags in (["--samples", "70"], ["--per-digit", "7"])
+    ]
+    a, b = (evaluate.examined_of(args) for args in both)
+    assert a.prompts == b.prompts
+    assert len(a.prompts) == 70
+    assert len(evaluate.examined_of(evaluate.parser().parse_args(["--model", "m"])).prompts) == 1000

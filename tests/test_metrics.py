@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from data import digits
 from metrics.clip_score import clip_score
-from metrics.distance import Measure, nearest_neighbour_distance
+from metrics.distance import Measure, nearest_neighbour_distance, pairwise_distance
 from metrics.distribution import (
     enough,
     frechet_distance,
@@ -361,7 +361,7 @@ def test_a_repeated_sample_counts_once_in_all_but_the_accuracy(measure: Measure)
     twice = measure.quality(torch.cat([pixels, pixels[again]]), torch.cat([labels, labels[again] + 1]))
     assert twice.accuracy == pytest.approx((right.sum() / 342).item())
     assert twice.duplicates == 42
-    assert once[1:-1] == twice[1:-1]
+    assert once[1:-2] == twice[1:-2]  # without accuracy, pairwise distance and duplicates
 
 
 def test_a_collapsed_model_has_no_distances(measure: Measure):
@@ -697,3 +697,37 @@ def test_damaged_judge_is_one_clear_line(tmp_path: Path, fault: str, kind: type[
         Judge.load(folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_pairwise_distance_by_hand():
+    """Three points of one label, 3, 4 and 5 apart, and two of another, 1 apart: (3 + 4 + 5 + 1) / 4."""
+    features = torch.tensor([[0.0, 0.0], [9.0, 0.0], [3.0, 0.0], [0.0, 4.0], [9.0, 1.0]]).double()
+    labels = torch.tensor([7, 2, 7, 7, 2])
+    assert pairwise_distance(features, labels) == pytest.approx(13 / 4)
+    assert pairwise_distance(features, torch.arange(5)) is None
+    repeated = features[:1].expand(4, -1)
+    assert pairwise_distance(repeated, torch.zeros(4)) == 0
+    more = normal(700, 3)  # more than one chunk
+    assert pairwise_distance(more, torch.zeros(700)) == pytest.approx(torch.pdist(more).mean().item())
+
+
+def test_pairwise_distance_falls_with_repeats_and_looks_at_the_asked_labels_only(measure: Measure):
+    pixels, labels = digits.load("train")
+    once = measure.quality(pixels[:300], labels[:300]).pairwise_distance
+    anyhow = measure.quality(pixels[:300], torch.zeros(300, dtype=torch.int64)).pairwise_distance
+    repeated = measure.quality(pixels[:100].repeat(3, 1, 1, 1), labels[:100].repeat(3)).pairwise_distance
+    assert once is not None
+    assert anyhow is not None
+    assert repeated is not None
+    assert 0 < repeated < once < anyhow  # digits of one kind look more alike than any two
+    everything_once = measure.quality(pixels[:100], labels[:100]).pairwise_distance
+    assert everything_once is not None
+    assert repeated < everything_once
+
+
+def test_the_nearest_of_many_close_pictures_is_found():
+    """Far from 0 and close to each other, where squares cancel."""
+    reference = 10 + 1e-3 * normal(600, 50)
+    pictures = reference[:520] + 1e-5 * normal(520, 50, seed=1)
+    brute = torch.stack([(reference - picture).norm(dim=1).min() for picture in pictures])
+    torch.testing.assert_close(nearest_neighbour_distance(pictures, reference), brute)
