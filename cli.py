@@ -1,5 +1,6 @@
 """What the entry points share: a parser, faults that end in one clear line, and where the model is."""
 
+import os
 import sys
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -84,7 +85,9 @@ def add_sampling(parser: Parser, repeatable: bool = False) -> None:
         help="euler, heun, dpmpp_2m, ddim:eta=1, ddpm, edm, …; default: the model's" + "; repeatable" * repeatable,
     )
     p.add_argument(
-        "--spacing", help="of the times: trailing, flow_match, leading, linspace, karras; default: the model's"
+        "--spacing",
+        help="of the times: trailing, flow_match, leading, linspace, karras, given:times=1/0.83/0.4; "
+        "default: the model's",
     )
     p.add_argument("--guidance", type=finite, help="classifier-free guidance scale, 1 is none; default: the model's")
     p.add_argument("--rescale", type=finite, help="share of the guidance's rescaling, 0 to 1; default: the model's")
@@ -165,3 +168,28 @@ def find_model(path: Path) -> Path:
         if (folder / "adapter_config.json").is_file():
             return folder
     raise FileNotFoundError(f"{path} is no model folder: neither it nor {path / 'model'} has a model_index.json")
+
+
+def place() -> tuple[int, int, int]:
+    """This process's rank, the number of processes, and its rank on this machine, as torchrun says them in words.
+
+    Raises:
+        ValueError: they are no such numbers.
+    """
+    told = {"RANK": "0", "WORLD_SIZE": "1"}
+    told |= {name: os.environ[name] for name in told if name in os.environ}
+    told["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", told["RANK"])
+    if not all(value.isdecimal() for value in told.values()) or int(told["RANK"]) >= int(told["WORLD_SIZE"]):
+        raise ValueError(f"RANK must be from 0 to below WORLD_SIZE, and LOCAL_RANK a number, got {told}")
+    return int(told["RANK"]), int(told["WORLD_SIZE"]), int(told["LOCAL_RANK"])
+
+
+def own_device(name: str | None, local: int) -> str:
+    """`find_device`, but of several GPUs this process's own, which becomes the current one."""
+    import torch
+
+    device = find_device(name)
+    if device == "cuda":
+        device = f"cuda:{local % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    return device

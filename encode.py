@@ -3,12 +3,9 @@
 Under `torchrun` every process encodes its share of the units.
 """
 
-import os
-
-import torch
 from jsonargparse import Namespace
 
-from cli import fail, find_device, one_line_errors, plain_warnings
+from cli import fail, one_line_errors, own_device, place, plain_warnings
 from data.encoding import Encoding, StoreEncoder
 from data.latents import Codec
 from data.text import TextEncoder
@@ -28,20 +25,6 @@ def wanted(argv: list[str] | None) -> tuple[Encoding, Codec, TextEncoder]:
     return built.encode, built.codec, built.text
 
 
-def place() -> tuple[int, int, int]:
-    """This process's rank, the number of processes, and its rank on this machine, as torchrun says them in words.
-
-    Raises:
-        ValueError: they are no such numbers.
-    """
-    told = {"RANK": "0", "WORLD_SIZE": "1"}
-    told |= {name: os.environ[name] for name in told if name in os.environ}
-    told["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", told["RANK"])
-    if not all(value.isdecimal() for value in told.values()) or int(told["RANK"]) >= int(told["WORLD_SIZE"]):
-        raise ValueError(f"RANK must be from 0 to below WORLD_SIZE, and LOCAL_RANK a number, got {told}")
-    return int(told["RANK"]), int(told["WORLD_SIZE"]), int(told["LOCAL_RANK"])
-
-
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     with one_line_errors(ValueError, FileNotFoundError, NotADirectoryError):
@@ -50,10 +33,7 @@ def main(argv: list[str] | None = None) -> None:
             how, codec, text = wanted(argv)
         except ValueError as error:
             raise ValueError(plain(str(error))) from None
-        device = find_device(how.device)
-        if device == "cuda":
-            device = f"cuda:{local % torch.cuda.device_count()}"
-            torch.cuda.set_device(device)
+        device = own_device(how.device, local)
         encoder = StoreEncoder(how, codec.to(device), text.to(device))
         report = encoder.run(rank, world)
     if report is None:

@@ -15,7 +15,7 @@ from data.latents import Codec
 from data.module import Data
 from data.text import TextEncoder
 from flow.objective import Objective
-from generator import Grid, Optimization
+from generator import Grid, Optimization, Teacher
 from mmdit.lora import LoRA
 from sampling import Sampling
 from training.ema import Averages
@@ -93,6 +93,7 @@ def parser(description: str) -> Parser:
     p.add_argument("--data", type=Callable[[TextEncoder, Codec, int], Data], required=True)
     p.add_subclass_arguments(nn.Module, "network", required=True)
     p.add_argument("--lora", type=LoRA | None, help="train low-rank updates of a network that is read from disk")
+    p.add_argument("--teacher", type=Teacher | None, help="learn from a model's output")
     p.add_class_arguments(Objective, "objective")
     p.add_class_arguments(Optimization, "optimization")
     p.add_class_arguments(Averages, "ema")

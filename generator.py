@@ -18,7 +18,8 @@ from data.pictures import save_png, sheet
 from data.sampler import NOT_COUNTED, Use, stream
 from data.text import TextEncoder
 from flow.density import stratified
-from flow.objective import Objective, TimeBins
+from flow.guidance import ClassifierFree
+from flow.objective import Field, Model, Objective, TimeBins
 from mmdit import lora
 from mmdit.model import Condition, MMDiT
 from pipeline import Network, Pipeline
@@ -63,6 +64,29 @@ class Optimization:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A model whose output is learned, in the place of what picture and noise say.
+
+    Args:
+        model: its folder, or a run's.
+        guidance: scale of its classifier-free guidance, which the student so learns to do without; two numbers are the
+            ends of a range, from which one is drawn for each picture and told to a network with guidance_embeds.
+    """
+
+    model: Path
+    guidance: float | tuple[float, float] = 1.0
+
+    def __post_init__(self) -> None:
+        low, high = self.range
+        if not 0 <= low <= high < math.inf:
+            raise ValueError(f"teacher.guidance must be a number of at least 0, or two that rise, got {self.guidance}")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
+
+
+@dataclass(frozen=True)
 class Grid:
     """The sheet of samples drawn at each validation: one row per prompt.
 
@@ -99,6 +123,10 @@ class Generator(L.LightningModule):
         seed: of the drawn times; the noise comes with the data.
         log_every: steps between two lines of the log.
         base: where the network came from, if what is trained are low-rank updates of it.
+        teacher: what it learns from, and the model itself.
+
+    Raises:
+        ValueError: the network is not told what it is to learn.
     """
 
     def __init__(
@@ -119,6 +147,7 @@ class Generator(L.LightningModule):
         seed: int,
         log_every: int = 50,
         base: str | None = None,
+        teacher: tuple[Teacher, Pipeline] | None = None,
     ) -> None:
         super().__init__()
         self.network, self.objective = network, objective
@@ -126,7 +155,13 @@ class Generator(L.LightningModule):
         self.steps, self.batch_size, self.seed, self.log_every = steps, batch_size, seed, log_every
         if optimization.warmup >= steps:
             raise ValueError(f"optimization.warmup must be below run.steps {steps}, got {optimization.warmup}")
+        if objective.average and not getattr(network, "two_times", False):
+            raise ValueError("objective.average needs a network of two times: set network.two_times")
+        low, high = teacher[0].range if teacher else (1.0, 1.0)
+        if getattr(network, "guidance_embeds", False) != (low < high):
+            raise ValueError("network.guidance_embeds and a range of teacher.guidance, such as [1, 6], need each other")
         self.averages, self.strategy = averages, strategy
+        self.teacher = [teacher] if teacher else []  # in a list, so that it is no part of the module
         self.shape = [skeleton(network)]  # in a list, so that it is no part of the module
         self.pipeline = Pipeline(network, objective, codec, text, sampling)
         self.costs: dict[tuple[tuple[int, ...], ...], Cost] = {}  # by the shapes of latents and text
@@ -135,12 +170,15 @@ class Generator(L.LightningModule):
         self.loss = torch.zeros(())  # of the global batch so far, this rank's mean
         self.best = math.inf
         self.loaded_step = 0
+        self.null: Condition | None = None  # the teacher's
 
     def configure_model(self) -> None:
         """Divides the network among the processes, makes its averages, and lets the pipeline draw with the first."""
         if hasattr(self, "ema"):
             return
         strategy, device, world = self.strategy, self.trainer.strategy.root_device, self.trainer.world_size
+        for _, pipe in self.teacher:
+            pipe.network.to(device).requires_grad_(False)
         strategy.prepare(self.network)
         copies = [skeleton(self.shape[0]) for _ in self.averages.decays()]
         if strategy.kind == "fsdp2" and world > 1:
@@ -157,15 +195,33 @@ class Generator(L.LightningModule):
     def training_step(self, batch: Batch) -> Tensor:
         """The mean loss of a part of this rank's share of global batch `batch.step`."""
         draw = torch.Generator().manual_seed(int(stream(self.seed, Use.TIME, batch.step).bit_generator.random_raw()))
-        u = stratified(self.batch_size, draw)[batch.positions]
-        t = self.objective.time(u, batch.x0[0, 0].numel()).to(batch.x0.device)
-        loss = self.objective.loss(self.network, batch.x0, batch.noise, t, Condition(batch.text, batch.pooled))
+        u = torch.stack([stratified(self.batch_size, draw) for _ in range(4)])[:, batch.positions]
+        t, end = self.objective.times(u[:3], batch.x0[0, 0].numel())
+        t, end = t.to(batch.x0.device), None if end is None else end.to(batch.x0.device)
+        loss = self.loss_of(self.network, batch, t, u[3].float(), end)
         self.bins.add(t, loss)
         mean = loss.mean()
         share = mean.detach() / self.strategy.accumulate_grad_batches
         begins = batch.positions[0] % (self.batch_size // self.trainer.world_size) == 0
         self.loss = share if begins else self.loss + share
         return poisoned(mean)
+
+    def loss_of(self, network: Network, batch: Batch, t: Tensor, u: Tensor, end: Tensor | None = None) -> Tensor:
+        """The loss of each picture, (b,), with the guidance that uniform numbers u (b,) draw, if there is a teacher."""
+        condition = Condition(batch.text, batch.pooled)
+        if not self.teacher:
+            return self.objective.loss(network, batch.x0, batch.noise, t, condition, end)
+        teacher, pipe = self.teacher[0]
+        low, high = teacher.range
+        scale = (low + (high - low) * u).to(t.device)
+        model: Model = pipe.network
+        if teacher.range != (1, 1):
+            if self.null is None:
+                self.null = pipe.condition([""])
+            model = ClassifierFree(pipe.network, self.null, scale[:, None, None, None])
+        told = condition._replace(guidance=scale) if low < high else condition
+        field: Field = lambda z, t, _, y: model(z, t, condition)  # noqa: E731
+        return self.objective.loss(network, batch.x0, batch.noise, t, told, end, field)
 
     def configure_gradient_clipping(
         self,
@@ -222,11 +278,11 @@ class Generator(L.LightningModule):
     def validation_step(self, batch: Batch) -> None:
         """Adds up the main average's loss at eight equally spaced t, each picture with its own fixed noise."""
         counted = batch.step != NOT_COUNTED
-        condition = Condition(batch.text, batch.pooled)
+        half = torch.full((len(batch.x0),), 0.5)
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(batch.x0),), (i + 0.5) / VALIDATION_TIMES, device=self.device)
             t = self.objective.path.cell(t)
-            losses = self.objective.loss(self.ema.main, batch.x0, batch.noise, t, condition)
+            losses = self.loss_of(self.ema.main, batch, t, half)
             self.sums[i] += counted * losses.double().sum()
         self.sums[-1] += counted * len(batch.x0)
 
@@ -317,14 +373,21 @@ class Generator(L.LightningModule):
         return state | {"bins": self.bins.sums}
 
     def cost(self, batch: Batch) -> Cost:
-        """A batch in pictures, tokens and FLOPs: the backward pass is two forward ones, for low-rank updates one."""
+        """A batch in pictures, tokens and FLOPs: the backward pass is two forward ones, for low-rank updates one.
+
+        The derivative of an average velocity, about a forward pass of a quarter of the batch, is left out.
+        """
         shapes = (tuple(batch.x0.shape), tuple(batch.text.shape))
         if shapes not in self.costs:
             count, _, height, width = batch.x0.shape
-            condition = Condition(batch.text, batch.pooled)
-            forward = forward_flops(self.shape[0], batch.x0, torch.empty(count), condition)
+            inputs = batch.x0, torch.empty(count), Condition(batch.text, batch.pooled)
+            times = 3 if self.base is None else 2
+            told = (inputs[2]._replace(guidance=inputs[1]),) if self.pipeline.knows_guidance else inputs[2:]
+            flops = times * forward_flops(self.shape[0], *inputs[:2], *told)
+            for teacher, pipe in self.teacher:
+                flops += (1 if teacher.range == (1, 1) else 2) * forward_flops(skeleton(pipe.network), *inputs)
             tokens = height * width // self.shape[0].unit ** 2 + batch.text.shape[1]
-            self.costs[shapes] = Cost(count, count * tokens, forward * (3 if self.base is None else 2))
+            self.costs[shapes] = Cost(count, count * tokens, flops)
         return self.costs[shapes]
 
     def learned(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from cli import MACHINE_FAULT, fail, one_line_errors, plain_warnings
+from cli import MACHINE_FAULT, fail, find_model, one_line_errors, plain_warnings
 from data.module import Data, Stored
 from data.sizes import SIZE_FEATURES
 from data.store import StoreError
@@ -24,6 +24,7 @@ from experiment import Run, parser, plain
 from files import commit_bytes
 from generator import Generator
 from mmdit import lora
+from pipeline import Pipeline
 from training.checkpoint import CheckpointError, Checkpoints
 from training.log import JSONLinesLogger
 from training.meter import Meter
@@ -112,16 +113,23 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Da
     strategy.check(run.world, data.batch_size)
     if isinstance(data, Stored) and len(data.apart) < run.world:
         raise ValueError(f"data.held_out must be at least the {run.world} processes, got {len(data.apart)}")
+    teacher = None
+    if config.teacher:
+        model = Pipeline.load(find_model(config.teacher.model))
+        if (model.codec.fingerprint(), model.text.fingerprint()) != (codec.fingerprint(), text.fingerprint()):
+            raise ValueError(f"teacher.model {config.teacher.model} has another codec or other text encoders")
+        teacher = config.teacher, model
     generator = Generator(
         network, config.objective, text, codec, config.optimization, config.ema, strategy, config.sampling, config.grid,
         data.side, run.folder, run.steps, data.batch_size, run.seed, run.log_every, base,
+        teacher,
     )  # fmt: skip
     if data.sized != generator.pipeline.sized:
         needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)
         told = "with" if data.sized else "without"
         raise ValueError(f"network.pooled_dim must be {needed} {told} data.size_conditioning, got {network.pooled_dim}")
     for height, width in {(data.side, data.side), *data.sizes}:  # a patch that does not fit should fail now
-        generator.pipeline.latent_size(height, width)
+        generator.pipeline.plan(config.sampling, None, height, width)
     loggers: list[Logger] = [JSONLinesLogger(run.folder / "log.jsonl")]
     if run.wandb != "off":
         offline = run.wandb == "offline"

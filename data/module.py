@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, final
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from cli import find_model
 from data import digits, stored
 from data.batch import Batch, complete
 from data.encoding import VERSION
@@ -20,6 +22,7 @@ from data.latents import Codec
 from data.sampler import GlobalBatches, Share, Stages, Stripes, Use, normal, stream
 from data.store import Store
 from data.text import Text, TextEncoder
+from weights import fingerprint
 
 PIXELS = 2**20  # encoded at once
 VALIDATED = 125  # samples at a time
@@ -238,6 +241,7 @@ class Stored(Data):
             no caption_dropout.
         held_out: samples that validation uses and training does not, the same ones in every stage.
         before: stores that come first, such as one of smaller pictures.
+        teacher: the model folder whose pairs the main store must hold; none for a store of anything else.
         size_conditioning: the pooled vector also tells the original size and the crop (SDXL, §2.2); the network's
             pooled_dim is then larger by 1,536.
         workers: loader processes; 0 loads in the training process.
@@ -258,6 +262,7 @@ class Stored(Data):
         encoder_dropout: float = 0.0,
         held_out: int = 500,
         before: tuple[Stage, ...] = (),
+        teacher: str | None = None,
         size_conditioning: bool = False,
         workers: int = 0,
     ) -> None:
@@ -268,6 +273,8 @@ class Stored(Data):
             told = {"text": text.fingerprint()} if opened.has_tokens else {}
             opened.expect(version=VERSION, codec=codec.fingerprint(), **told)
         main = self.stores[-1]
+        if teacher is not None:
+            main.expect(latents=stored.PAIR, teacher=fingerprint(find_model(Path(teacher))))
         super().__init__(text, codec, seed, batch_size, main.plan["buckets"]["side"], workers, size_conditioning)
         if not 1 <= held_out < len(main):
             raise ValueError(f"data.held_out must be from 1 to below the store's {len(main)} samples, got {held_out}")

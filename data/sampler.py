@@ -28,6 +28,7 @@ class Use(IntEnum):
     REQUESTS = 6
     POSTERIOR = 7
     BUCKET = 8
+    PAIR = 9
 
 
 def stream(seed: int, use: Use, step: int = 0, sample: int = 0) -> np.random.Generator:

@@ -11,6 +11,8 @@ from data.batch import Batch
 from data.sampler import Share, Use, normal, stream
 from data.store import Store
 
+PAIR = "pair"  # what a plan calls latents that are a picture's and, in as many channels more, those of its noise
+
 
 def held_out(store: Store, count: int) -> set[str]:
     """The ids of the `count` samples whose ids have the lowest hashes: a function of the ids alone."""
@@ -39,7 +41,7 @@ class StoredSamples(Dataset[Batch]):
     def batch(
         self, share: Share, choice: np.ndarray, kept: np.ndarray | None, draw: int | None, use: Use, seed: int
     ) -> Batch:
-        """The samples with the captions of those numbers (b,), and noise of the stream (seed, use).
+        """The samples with the captions of those numbers (b,), and noise of the stream (seed, use) or of the store.
 
         Args:
             share: which samples.
@@ -52,6 +54,9 @@ class StoredSamples(Dataset[Batch]):
         store, rows = self.stores[share.stage], share.samples
         x0 = store.latents(rows)
         numbers = share.positions
+        own = None  # noise
+        if store.plan["latents"] == PAIR:
+            x0, own = x0.float().chunk(2, dim=1)
         if store.plan["latents"] == "posterior":
             mean, logvar = x0.float().chunk(2, dim=1)
             x0 = mean
@@ -67,7 +72,7 @@ class StoredSamples(Dataset[Batch]):
         if self.sized:
             after = np.broadcast_to(store.buckets[share.bucket], (len(rows), 2))
             sizes = torch.from_numpy(np.concatenate([store.sizes(rows), after], axis=1).astype(np.int64))
-        noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:]))
+        noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:])) if own is None else own
         kept_here = None if kept is None else torch.from_numpy(kept)
         return Batch(share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes)
 

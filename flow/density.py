@@ -86,6 +86,48 @@ class CosMap(Density):
         return 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t**2)
 
 
+class UShaped(Density):
+    """Density ∝ exp(at) + exp(a(1 − t)): the ends of a path that is straight already (Lee et al. 2024, §4.1).
+
+    Args:
+        a: > 0; near 0 it is uniform. Theirs is 4.
+    """
+
+    def __init__(self, a: float = 4.0) -> None:
+        if a <= 0:
+            raise ValueError(f"UShaped needs a > 0, got {a}")
+        self.a = a
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return 0.5 + torch.asinh((2 * u - 1) * math.sinh(self.a / 2)) / self.a
+
+    def pdf(self, t: Tensor) -> Tensor:
+        return self.a * torch.cosh(self.a * (t - 0.5)) / (2 * math.sinh(self.a / 2))
+
+
+class Steps(Density):
+    """The times at which a sampler of k equal steps looks, 1/k … 1, alike: distils what it does into them.
+
+    With the pairs of a coupling, k = 1 learns the one-step map from noise to picture (Liu et al. 2022, §2.2).
+
+    Args:
+        k: number of steps.
+    """
+
+    def __init__(self, k: int = 1) -> None:
+        if k < 1:
+            raise ValueError(f"Steps needs k >= 1, got {k}")
+        self.k = k
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return (u * self.k).floor().clamp(max=self.k - 1).add(1) / self.k
+
+    def pdf(self, t: Tensor) -> Tensor:
+        """The probability of each time: 1/k, and 0 in between."""
+        at = torch.isclose(t * self.k, (t * self.k).round()) & (t > 0)
+        return at.to(t.dtype) / self.k
+
+
 def stratified(count: int, generator: torch.Generator) -> Tensor:
     """Uniform numbers, one in each of `count` equal cells of [0, 1), in random order: (count,) float64.
 

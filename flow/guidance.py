@@ -29,7 +29,8 @@ class ClassifierFree:
         model: the model to guide.
         null: what to move away from: the null condition or a negative prompt's. A named tuple of the condition's own
             type, whose tensors have its batch size or 1.
-        scale: 1 + w of the paper: 0 gives the null branch, 1 the conditional one, more goes beyond it.
+        scale: 1 + w of the paper: 0 gives the null branch, 1 the conditional one, more goes beyond it; for all
+            pictures, or (B, 1, …) for each.
         rescale: φ, the share in which y is given back the conditional branch's standard deviation, picture by picture,
             against over-exposure (Lin et al. 2024, eqs. 15–16); 0 is none.
         interval: guides where interval[0] ≤ t ≤ interval[1] and is the plain model elsewhere, at half the cost
@@ -43,7 +44,7 @@ class ClassifierFree:
         self,
         model: Model,
         null: Any,
-        scale: float,
+        scale: float | Tensor,
         rescale: float = 0.0,
         interval: tuple[float, float] = ALWAYS,
         channels: int | None = None,
@@ -53,17 +54,19 @@ class ClassifierFree:
         self.channels, self.weak = channels, weak
         self.stacked: tuple[Any, Any] = (None, None)  # the last condition, and it with the null condition
 
-    def __call__(self, z: Tensor, t: Tensor, condition: Any) -> Tensor:
+    def __call__(self, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Tensor:
+        ends = () if end is None else (end,)
         if _within(self.interval, t):
             if self.stacked[0] is not condition:  # once for all steps of a walk
                 both = (_stack(n, c) for n, c in zip(self.null, condition, strict=True))
                 self.stacked = condition, type(condition)(*both)
-            y_null, y_cond = self.model(torch.cat([z, z]), torch.cat([t, t]), self.stacked[1]).chunk(2)
+            twice = (torch.cat([end, end]) for end in ends)
+            y_null, y_cond = self.model(torch.cat([z, z]), torch.cat([t, t]), self.stacked[1], *twice).chunk(2)
             guided = y_null + self.scale * (y_cond - y_null)
         else:
-            guided = y_cond = self.model(z, t, condition)
+            guided = y_cond = self.model(z, t, condition, *ends)
         if self.weak and _within(self.weak.interval, t):
-            guided = guided + self.weak.scale * (y_cond - self.weak.model(z, t, condition))
+            guided = guided + self.weak.scale * (y_cond - self.weak.model(z, t, condition, *ends))
         y, plain, rest = guided[:, : self.channels], y_cond[:, : self.channels], y_cond[:, self.channels :]
         if self.rescale and guided is not y_cond:
             std_cond, std = (x.flatten(1).std(1).reshape(-1, *(1,) * (x.ndim - 1)) for x in (plain, y))
@@ -84,8 +87,8 @@ def known(denoise: Denoiser, x0: Tensor, noise: Tensor, mask: Tensor) -> Denoise
         mask: 1 where the picture is to be made, 0 where it is known, broadcast to (B, C, H, W).
     """
 
-    def knowing(z: Tensor, t: Tensor) -> Estimate:
-        estimate = denoise(z, t)
+    def knowing(z: Tensor, t: Tensor, *end: Tensor) -> Estimate:
+        estimate = denoise(z, t, *end)
         return estimate._replace(
             x0=torch.where(mask > 0, estimate.x0, x0), noise=torch.where(mask > 0, estimate.noise, noise)
         )

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from flow.density import Density, LogitNormal, shift
+from flow.meanflow import MeanFlow, average_velocity
 from flow.path import Discrete, Path, RectifiedFlow, expand_as
+from flow.penalty import Penalty
 from flow.target import Target, Velocity, solve
 from flow.variance import LearnedVariance
 from flow.weight import Weight
 
-Model = Callable[[Tensor, Tensor, Any], Tensor]  # (z (B, …), t (B,), condition) → y (B, …)
+Model = Callable[..., Tensor]  # (z (B, …), t (B,), condition) → y (B, …); of two times, with end (B,) as well
+Field = Callable[[Tensor, Tensor, Any, Tensor], Tensor]  # (z, t, condition, the pair's own y) → y (B, …)
 
 
 class Estimate(NamedTuple):
@@ -37,6 +40,8 @@ class Objective:
         shift_area: height × width of the latents that `shift` is for; others have α·√(area / shift_area) (Esser et al.
             2024, §5.3.2). None: one α for all.
         variance: also learns the reverse step's variance, on a discrete path: the network then has twice the channels.
+        penalty: of each picture's error; none is its mean square.
+        average: learns the average velocity over intervals of rectified flow, with a network of two times.
     """
 
     def __init__(
@@ -48,6 +53,8 @@ class Objective:
         shift: float = 1.0,
         variance: LearnedVariance | None = None,
         shift_area: int | None = None,
+        penalty: Penalty | None = None,
+        average: MeanFlow | None = None,
     ) -> None:
         for name, value in (("shift", shift), ("shift_area", shift_area)):
             if value is not None and value <= 0:
@@ -57,7 +64,9 @@ class Objective:
         self.density = density or LogitNormal()
         self.weight = weight
         self.shift, self.shift_area = shift, shift_area
-        self.variance = variance
+        self.variance, self.penalty, self.average = variance, penalty, average
+        if average and not (isinstance(self.path, RectifiedFlow) and isinstance(self.target, Velocity)):
+            raise ValueError("average needs the path RectifiedFlow and the target Velocity")
         if variance and not isinstance(self.path, Discrete):
             raise ValueError(f"a learned variance needs a discrete path, got {type(self.path).__name__}")
         half = torch.tensor([0.5])
@@ -73,8 +82,25 @@ class Objective:
         """Training times for uniform u, (B,) float32, for latents of `area` = height × width."""
         return self.path.cell(shift(self.density(u), self.alpha(area))).float()
 
-    def loss(self, model: Model, x0: Tensor, noise: Tensor, t: Tensor, condition: Any) -> Tensor:
-        """w(t)·mean((model(z_t, t) − y)²) for each image, plus the learned variance's own loss.
+    def times(self, u: Tensor, area: int) -> tuple[Tensor, Tensor | None]:
+        """Training times for uniform u (3, B), and where the intervals from them end if it learns averages."""
+        first, second = (self.time(row, area) for row in u[:2])
+        return (first, None) if self.average is None else self.average.interval(first, second, u[2])
+
+    def loss(
+        self,
+        model: Model,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        condition: Any,
+        end: Tensor | None = None,
+        field: Field | None = None,
+    ) -> Tensor:
+        """w(t)·ρ(mean((model(z_t, t) − y)²)) for each image, plus the learned variance's own loss.
+
+        Three things may be other than usual: which noise x0 comes with (reflow), what y is at z (a teacher's output),
+        and over which interval it is averaged (MeanFlow).
 
         Everything around the network is float32, under any autocast: bfloat16 would round t by up to 4/1000.
 
@@ -83,6 +109,8 @@ class Objective:
             noise: standard normal, (B, …).
             t: times in [0, 1], (B,) float32.
             condition: passed on to the model unread.
+            end: where the intervals from t end, (B,) float32; none for a model of one time.
+            field: gives y in the place of the pair's own p·x0 + q·ε; no gradient flows through it.
 
         Returns:
             (B,) float32.
@@ -92,8 +120,16 @@ class Objective:
         x0, noise = x0.float(), noise.float()
         a, b, p, q = (expand_as(c, x0) for c in (*self.path(t), *self.target.row(self.path, t)))
         z = a * x0 + b * noise
-        y, v = self._split(model(z, t, condition).float())
-        loss = (y - (p * x0 + q * noise)).square().flatten(1).mean(1)
+        truth = p * x0 + q * noise
+        if field:
+            with torch.no_grad():
+                truth = field(z, t, condition, truth).float()
+        if end is not None:
+            truth = average_velocity(model, z, t, end, truth, condition)
+        y, v = self._split(self._output(model, z, t, condition, end))
+        loss = (y - truth).square().flatten(1).mean(1)
+        if self.penalty:
+            loss = self.penalty(loss, t)
         if self.weight is not None:
             loss = self.weight(self.path, self.target, t) * loss
         if self.variance and v is not None:
@@ -101,10 +137,17 @@ class Objective:
             loss = loss + self.variance.loss(cast(Discrete, self.path), x0, estimate, v, t)
         return loss
 
-    def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any) -> Estimate:
-        """The model's estimate at z (B, …), t (B,); the model is given t in float32, the solve the t that comes."""
-        y, v = self._split(model(z, t.float(), condition).float())
+    def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Estimate:
+        """The model's estimate at z (B, …), t (B,); the model is given t in float32, the solve the t that comes.
+
+        With `end` (B,), an average velocity's: what z would be at t on the straight line that leads to the same place.
+        """
+        y, v = self._split(self._output(model, z, t.float(), condition, None if end is None else end.float()))
         return Estimate(*solve(self.path, self.target, z, y, t), v)
+
+    @staticmethod
+    def _output(model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None) -> Tensor:
+        return (model(z, t, condition) if end is None else model(z, t, condition, end)).float()
 
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.variance is None:

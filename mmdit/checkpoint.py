@@ -13,11 +13,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from mmdit.embed import TIME_SCALE
 from mmdit.layers import JointBlock
 from mmdit.model import MMDiT
 from weights import DType, Weights, dtype_of, few, fit, open_file, open_folder, read_json, write_json, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
+THEIRS, OWN = "SD3Transformer2DModel", "MMDiT"
+BEYOND = {"time_scale": TIME_SCALE, "two_times": False, "guidance_embeds": False}  # MMDiT's, which diffusers has not
 PREFIX = "model.diffusion_model."  # of the network's names in a single file
 Naming: TypeAlias = Literal["diffusers", "original"]
 
@@ -29,6 +32,10 @@ OUTSIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "time.fc2": (("time_text_embed.timestep_embedder.linear_2",), ("t_embedder.mlp.2",)),
     "pooled.fc1": (("time_text_embed.text_embedder.linear_1",), ("y_embedder.mlp.0",)),
     "pooled.fc2": (("time_text_embed.text_embedder.linear_2",), ("y_embedder.mlp.2",)),
+    "span.fc1": (("time_text_embed.span_embedder.linear_1",), ("span_embedder.mlp.0",)),
+    "span.fc2": (("time_text_embed.span_embedder.linear_2",), ("span_embedder.mlp.2",)),
+    "guidance.fc1": (("time_text_embed.guidance_embedder.linear_1",), ("guidance_embedder.mlp.0",)),
+    "guidance.fc2": (("time_text_embed.guidance_embedder.linear_2",), ("guidance_embedder.mlp.2",)),
     "final.modulation": (("norm_out.linear",), ("final_layer.adaLN_modulation.1",)),
     "final.linear": (("proj_out",), ("final_layer.linear",)),
 }
@@ -192,17 +199,28 @@ def infer(weights: Weights) -> tuple[Naming, dict[str, Any]]:
         "pos_embed_max_size": table,
         "out_channels": final[0] // size**2,
         "dual_attention_layers": tuple(i for i in range(depth) if shape("dual.qkv", block=i)),
+        "two_times": shape("span.fc1") is not None,
+        "guidance_embeds": shape("guidance.fc1") is not None,
     }
 
 
-def load(path: str | os.PathLike[str], dtype: DType = "float32", device: torch.device | str = "cpu") -> MMDiT:
+def load(
+    path: str | os.PathLike[str],
+    dtype: DType = "float32",
+    device: torch.device | str = "cpu",
+    two_times: bool = False,
+    guidance_embeds: bool = False,
+) -> MMDiT:
     """Reads a transformer, ours or a released one, streaming: peak memory is that of the network.
 
     Args:
         path: a transformer's folder (`config.json` and safetensors, whole or sharded), a model folder with
-            `transformer/` inside, or a single safetensors file, with or without the other parts of the model.
+            `transformer/` inside, a run's folder, or a single safetensors file, with or without the other parts of the
+            model.
         dtype: of the weights in memory.
         device: where they go.
+        two_times: let the network be told where a step ends, from now on if it was not.
+        guidance_embeds: likewise the scale of guidance.
 
     Raises:
         FileNotFoundError, ValueError: in one line, if anything is missing, truncated, foreign or does not fit. Nothing
@@ -210,7 +228,8 @@ def load(path: str | os.PathLike[str], dtype: DType = "float32", device: torch.d
     """
     path = Path(path)
     if path.is_dir():
-        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        places = (path / "transformer", path / "model" / "transformer")
+        folder = next((place for place in places if place.is_dir()), path)
         naming: Naming = "diffusers"
         arguments = _arguments(folder / CONFIG)
         weights = open_folder(folder, STEM)
@@ -223,13 +242,26 @@ def load(path: str | os.PathLike[str], dtype: DType = "float32", device: torch.d
             network = MMDiT(**arguments)
     except TypeError as error:
         raise ValueError(f"{path} has a config with a value of the wrong type: {error}") from None
-    return read(network, weights, naming, dtype_of(dtype), device)
+    network = read(network, weights, naming, dtype_of(dtype), device)
+    for number, wanted in (("two_times", two_times), ("guidance_embeds", guidance_embeds)):
+        if wanted:
+            network.add(number)
+    return network.to(device, dtype_of(dtype)).eval()
+
+
+def beyond(network: MMDiT) -> dict[str, Any]:
+    """What the network has that diffusers' has not, as arguments of `MMDiT`; empty if diffusers can read it."""
+    return {name: getattr(network, name) for name, default in BEYOND.items() if getattr(network, name) != default}
 
 
 def save(network: MMDiT, folder: Path) -> None:
-    """Writes config and weights so that `SD3Transformer2DModel.from_pretrained` reads them. OSError on failure."""
+    """Writes config and weights so that `SD3Transformer2DModel.from_pretrained` reads them. OSError on failure.
+
+    A network beyond diffusers' has a class name of its own, so that it is not read as something else.
+    """
+    more = beyond(network)
     config = {
-        "_class_name": "SD3Transformer2DModel",
+        "_class_name": OWN if more else THEIRS,
         "sample_size": network.sample_size,
         "patch_size": network.patch_size,
         "in_channels": network.in_channels,
@@ -243,6 +275,7 @@ def save(network: MMDiT, folder: Path) -> None:
         "pos_embed_max_size": network.pos_embed_max_size,
         "dual_attention_layers": list(network.dual_attention_layers),
         "qk_norm": "rms_norm" if network.qk_norm else None,
+        **more,
     }
     write_json(config, folder / CONFIG)
     write_tensors(export(network, "diffusers"), folder / f"{STEM}.safetensors")
@@ -252,8 +285,10 @@ def single_file(network: MMDiT) -> dict[str, Tensor]:
     """The network's tensors as a released single file names them.
 
     Raises:
-        ValueError: if the file could not tell the network's heads, which only the norms of q and k do.
+        ValueError: if the file could not tell the network's heads, which only the norms of q and k do, or time_scale.
     """
+    if network.time_scale != TIME_SCALE:
+        raise ValueError(f"a single file cannot tell the time_scale {network.time_scale:g}: write a folder")
     if not network.qk_norm and network.heads != max(network.width // 64, 1):
         raise ValueError(
             f"a single file cannot hold a network without qk_norm whose heads have "
@@ -265,8 +300,8 @@ def single_file(network: MMDiT) -> dict[str, Tensor]:
 def _arguments(file: Path) -> dict[str, Any]:
     """`MMDiT`'s arguments from diffusers' config."""
     config = read_json(file)
-    if config.get("_class_name") != "SD3Transformer2DModel":
-        raise ValueError(f"{file} describes a {config.get('_class_name')}, not an SD3Transformer2DModel")
+    if config.get("_class_name") not in (THEIRS, OWN):
+        raise ValueError(f"{file} describes a {config.get('_class_name')}, not an {THEIRS}")
     if config.get("qk_norm") not in (None, "rms_norm"):
         raise ValueError(f"{file} asks for qk_norm {config['qk_norm']!r}, which is neither null nor 'rms_norm'")
     try:
@@ -286,6 +321,7 @@ def _arguments(file: Path) -> dict[str, Any]:
             "pos_embed_max_size": config["pos_embed_max_size"],
             "out_channels": config.get("out_channels"),
             "dual_attention_layers": tuple(config.get("dual_attention_layers") or ()),
+            **{name: config.get(name, default) for name, default in BEYOND.items()},
         }
     except TypeError as error:
         raise ValueError(f"{file} has a value of the wrong type: {error}") from None

@@ -7,6 +7,9 @@ from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+TIME_SCALE = 1000.0  # of the released networks
+SPAN_SCALE = 10.0  # of what is learned from a derivative by time, to which fast features are noise
+
 
 def patchify(z: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) to one token per patch, (B, H/p · W/p, C·p·p), rows first."""
@@ -52,14 +55,14 @@ def crop_centre(table: Tensor, height: int, width: int) -> Tensor:
     return table[top : top + height, left : left + width].flatten(0, 1)
 
 
-def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
-    """[cos, sin] of 1000·t at dim/2 frequencies from 1 to 1/10000: t (B,) in [0, 1] to (B, dim) float32.
+def timestep_features(t: Tensor, dim: int = 256, scale: float = TIME_SCALE) -> Tensor:
+    """[cos, sin] of scale·t at dim/2 frequencies from 1 to 1/10000: t (B,) in [0, 1] to (B, dim) float32.
 
     The network's unit of time is [0, 1]; the factor 1000, which released checkpoints expect, is here and nowhere else.
     """
     half = dim // 2
     frequency = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    angle = (1000 * t.float())[:, None] * frequency
+    angle = (scale * t.float())[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

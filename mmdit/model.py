@@ -3,13 +3,24 @@
 from collections.abc import Collection
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, timestep_features, unpatchify
+from mmdit.embed import (
+    SPAN_SCALE,
+    TIME_SCALE,
+    VectorEmbedding,
+    crop_centre,
+    patchify,
+    sincos_2d,
+    timestep_features,
+    unpatchify,
+)
 from mmdit.layers import FinalLayer, JointBlock
 
 TIME_FEATURES = 256
+NUMBERS = {"two_times": "span", "guidance_embeds": "guidance"}  # what it may be told besides t: the embeddings
 
 
 class Condition(NamedTuple):
@@ -18,10 +29,11 @@ class Condition(NamedTuple):
     text: Tensor  # (B, N, text_dim) token features
     pooled: Tensor  # (B, pooled_dim) one vector for the whole caption
     mask: Tensor | None = None  # (B, N) bool, true for real tokens; none: padding is attended, as in released models
+    guidance: Tensor | None = None  # (B,) scale of the guidance that a network with guidance_embeds has learned
 
 
 class MMDiT(nn.Module):
-    """The network: model(z, t, condition) → y, of z's shape.
+    """The network: model(z, t, condition) → y, of z's shape; with two times, model(z, t, condition, end) → y.
 
     Args:
         in_channels: channels of the latent.
@@ -36,6 +48,10 @@ class MMDiT(nn.Module):
         pos_embed_max_size: side of the positional table in patches, the largest picture that fits.
         out_channels: channels of y; none means in_channels. A learned variance takes twice as many.
         dual_attention_layers: blocks whose image tokens also attend to themselves alone, counted from 0.
+        time_scale: the fastest time feature turns by so many radians from t = 0 to 1. An average velocity is learned
+            from a derivative by t, to which fast features are noise: 10 serves it better from nothing.
+        two_times: it is also told where a step ends, as an average velocity is of a step (Geng et al. 2025).
+        guidance_embeds: it is also told the scale of the guidance that its output is to have (Meng et al. 2023, §3.1).
 
     Attributes:
         unit: height and width of a latent are multiples of it.
@@ -43,6 +59,8 @@ class MMDiT(nn.Module):
     """
 
     positions: Tensor
+    span: VectorEmbedding
+    guidance: VectorEmbedding
 
     def __init__(
         self,
@@ -58,6 +76,9 @@ class MMDiT(nn.Module):
         pos_embed_max_size: int = 192,
         out_channels: int | None = None,
         dual_attention_layers: tuple[int, ...] = (),
+        time_scale: float = TIME_SCALE,
+        two_times: bool = False,
+        guidance_embeds: bool = False,
     ) -> None:
         super().__init__()
         width = 64 * depth if width is None else width
@@ -84,6 +105,9 @@ class MMDiT(nn.Module):
         )  # fmt: skip
         self.text_dim, self.pooled_dim, self.qk_norm, self.dual_attention_layers = text_dim, pooled_dim, qk_norm, dual
         self.sample_size, self.pos_embed_max_size, self.out_channels = sample_size, pos_embed_max_size, out_channels
+        if time_scale <= 0:
+            raise ValueError(f"time_scale must be > 0, got {time_scale}")
+        self.time_scale, self.two_times, self.guidance_embeds = time_scale, False, False
         self.unit, self.largest = patch_size, pos_embed_max_size * patch_size
 
         self.patch = nn.Linear(in_channels * patch_size**2, width)
@@ -97,6 +121,9 @@ class MMDiT(nn.Module):
         spacing = sample_size / patch_size / pos_embed_max_size
         self.register_buffer("positions", sincos_2d(pos_embed_max_size, width, spacing))
         self.init_weights()
+        for number, given in (("two_times", two_times), ("guidance_embeds", guidance_embeds)):
+            if given:
+                self.add(number)
 
     def init_weights(self) -> None:
         """Xavier for linears, N(0, 0.02) for the vector embeddings, zero for every modulation and the output.
@@ -115,21 +142,50 @@ class MMDiT(nn.Module):
                 nn.init.zeros_(module.modulation.weight)
         nn.init.zeros_(self.final.linear.weight)
 
-    def forward(self, z: Tensor, t: Tensor, condition: Condition, skip_layers: Collection[int] = ()) -> Tensor:
+    def add(self, number: str) -> None:
+        """Lets the network be told `two_times` or `guidance_embeds`, if it is not yet: at first it makes no difference.
+
+        So a student starts as its teacher.
+        """
+        if not getattr(self, number):
+            embedding = VectorEmbedding(TIME_FEATURES, self.width)
+            nn.init.normal_(embedding.fc1.weight, std=0.02)
+            nn.init.zeros_(embedding.fc2.weight)
+            for layer in (embedding.fc1, embedding.fc2):
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+            self.add_module(NUMBERS[number], embedding)
+            setattr(self, number, True)
+
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        condition: Condition,
+        end: Tensor | None = None,
+        skip_layers: Collection[int] = (),
+    ) -> Tensor:
         """The network's output at (z, t). Numbers are cast to the type of its weights on the way in, but for t.
 
         Args:
             z: noisy latents, (B, C, H, W); H and W multiples of the patch.
             t: times in [0, 1], (B,) float32.
             condition: text of the same batch size.
+            end: where the step from t ends, (B,) float32; none is t itself, where y is the velocity at t.
             skip_layers: blocks that are left out, which makes the network a worse one to be guided away from.
 
         Returns:
             (B, out_channels, H, W).
 
         Raises:
-            ValueError: if H or W is no multiple of the patch, or more patches than the positional table holds.
+            ValueError: if H or W is no multiple of the patch, or more patches than the positional table holds; if the
+                network has one time and is given two, or learned guidance and is given no scale, or the reverse.
         """
+        if end is not None and not self.two_times:
+            raise ValueError("this network has one time and was given two: it needs two_times")
+        if (condition.guidance is not None) != self.guidance_embeds:
+            told = "learned guidance and needs its scale" if self.guidance_embeds else "no guidance_embeds for a scale"
+            raise ValueError(f"this network has {told}")
         height, rest_h = divmod(z.shape[-2], self.patch_size)
         width, rest_w = divmod(z.shape[-1], self.patch_size)
         if rest_h or rest_w:
@@ -138,8 +194,14 @@ class MMDiT(nn.Module):
 
         image = self.patch(patchify(z.to(dtype), self.patch_size)) + crop_centre(self.positions, height, width)
         text = self.context(condition.text.to(dtype)).to(image.dtype)  # b n width
-        features = timestep_features(t, TIME_FEATURES).to(dtype)
-        vector = F.silu(self.time(features) + self.pooled(condition.pooled.to(dtype)))  # b width
+        features = timestep_features(t, TIME_FEATURES, self.time_scale).to(dtype)
+        vector = self.time(features) + self.pooled(condition.pooled.to(dtype))
+        if self.two_times:
+            span = torch.zeros_like(t) if end is None else t - end
+            vector = vector + self.span(timestep_features(span, TIME_FEATURES, SPAN_SCALE).to(dtype))
+        if condition.guidance is not None:
+            vector = vector + self.guidance(timestep_features(condition.guidance, TIME_FEATURES, 1.0).to(dtype))
+        vector = F.silu(vector)  # b width
         mask = None
         if condition.mask is not None:
             mask = F.pad(condition.mask, (0, image.shape[1]), value=True)[:, None, None]  # b 1 1 n+m

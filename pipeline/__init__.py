@@ -35,6 +35,7 @@ class Pipeline:
 
     Attributes:
         sized: the network is told of sizes and crops, as its longer pooled vector says (`data.sizes`).
+        knows_guidance: the network has learned to be guided and is told the scale, at one evaluation a step.
 
     Raises:
         ValueError: if the network's channels are not those of codec, text and objective, or the objective cannot be
@@ -55,6 +56,7 @@ class Pipeline:
             given = getattr(network, key, None)
             if given != needed:
                 raise ValueError(f"the network's {key} is {given}, but codec, text and objective need {needed}")
+        self.knows_guidance = getattr(network, "guidance_embeds", False)
         self.network, self.objective, self.codec, self.text = network, objective, codec, text
         self.sampling = sampling or Sampling()
         self.sampling.walk(objective)
@@ -127,8 +129,7 @@ class Pipeline:
             raise ValueError("a mask needs an image")
         latent, walk, times = self.plan(sampling, shift, height, width, 1.0 if image is None else strength)
         draw = random_normals(seeds, (self.network.in_channels, *latent), self.device)
-        condition = self.condition(prompts, height, width)
-        model = self._guided(sampling, lambda: self.condition([negative], height, width), times)
+        estimate = self._denoiser(prompts, negative, sampling, times, height, width)
         a, b = self.objective.path(times[0])
         noise = draw()
         if image is None:
@@ -137,11 +138,7 @@ class Pipeline:
         else:
             x0 = self._encode(image, noise)
             z = a * x0 + b * noise
-
-        def estimate(z: Tensor, t: Tensor) -> Estimate:
-            return self.objective.denoise(model, z, t, condition)
-
-        denoise: Denoiser = estimate
+        denoise = estimate
         if mask is not None:
             covered = F.max_pool2d(mask.to(self.device, noise.dtype), self.codec.factor)
             if covered.shape[-2:] != latent:
@@ -155,9 +152,50 @@ class Pipeline:
             raise ValueError(f"the network overflowed in {dtype}: take bfloat16 or float32, or less guidance")
         return self.codec.decode(z / self.objective.path(times[-1])[0]).cpu()
 
+    @torch.inference_mode()
+    def integrate(
+        self, z: Tensor, prompts: Sequence[str], sampling: Sampling | None = None, backward: bool = False
+    ) -> Tensor:
+        """Where the model's path leads from z, in latents and in the training's size: pure noise to a picture, or back.
+
+        Args:
+            z: noise at the first time of the sampling, or latents of pictures, (B, C, h, w).
+            prompts: B texts.
+            sampling: a deterministic sampler, if backward; none takes the model's own.
+            backward: from pictures to noise (Song et al. 2020, §5.4).
+
+        Returns:
+            (B, C, h, w) on the network's device.
+        """
+        sampling = sampling or self.sampling
+        walk, times = sampling.walk(self.objective, self.shift(), backward=backward)
+        denoise = self._denoiser(prompts, "", sampling, times)
+        return walk(denoise, z.to(self.device), lambda: torch.randn_like(z).to(self.device), None)
+
+    def _denoiser(
+        self,
+        prompts: Sequence[str],
+        negative: str,
+        sampling: Sampling,
+        times: Tensor,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Denoiser:
+        """The estimate of the network, guided as told, for these prompts."""
+        condition = self.condition(prompts, height, width)
+        if self.knows_guidance:
+            scales = torch.full((len(prompts),), float(sampling.guidance), device=self.device)
+            condition = condition._replace(guidance=scales)
+        model = self._guided(sampling, lambda: self.condition([negative], height, width), times)
+
+        def estimate(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
+            return self.objective.denoise(model, z, t, condition, end)
+
+        return estimate
+
     def _guided(self, sampling: Sampling, negative: Callable[[], Condition], times: Tensor) -> Model:
         """The network, guided as told."""
-        if sampling.guidance == 1:
+        if sampling.guidance == 1 or self.knows_guidance:
             return self.network
         weak = None
         if interval := sampling.skipping(times):
@@ -197,6 +235,12 @@ class Pipeline:
         blocks = range(self.network.depth if isinstance(self.network, MMDiT) else 0)
         if not set(sampling.skip_layers) <= set(blocks):
             raise ValueError(f"skip_layers must be blocks of an MMDiT, got {sampling.skip_layers}")
+        if sampling.sampler == "meanflow" and not getattr(self.network, "two_times", False):
+            raise ValueError("sampler meanflow needs a network of two times, and this one has one: use euler")
+        if self.knows_guidance and (sampling.rescale or sampling.skip_layers or sampling.interval != (0, 1)):
+            raise ValueError(
+                "this network has learned its guidance: rescale, interval and skip_layers cannot change it"
+            )
         shift = self.shift(height, width) if shift is None else shift
         walk, times = sampling.walk(self.objective, shift, strength)
         if sampling.skip_layers and not sampling.skipping(times):

@@ -9,6 +9,7 @@ import yaml
 from baselines.dit import DiffusionTransformer
 from data.latents import VAE
 from data.sd3_text import SD3Text
+from mmdit import checkpoint
 from mmdit.model import MMDiT
 from pipeline import Pipeline
 from pipeline.folder import describe_process, replace_folder, single_file, write
@@ -43,15 +44,16 @@ def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
         OSError: if it cannot be written; nothing is then left.
     """
     whole = opens_in_diffusers(pipe)
-    network = TRANSFORMER if isinstance(pipe.network, MMDiT) else ""
+    theirs = isinstance(pipe.network, MMDiT) and not checkpoint.beyond(pipe.network)
+    network = TRANSFORMER if theirs else ""
     usage = "\n\n".join(filter(None, (FOLDER, DIFFUSERS if whole else network)))
     write(pipe.parts, out, {"README.md": card(pipe, run, name, usage)})
     if whole:
         return "opens in diffusers' StableDiffusion3Pipeline"
-    if isinstance(pipe.network, DiffusionTransformer):
+    if isinstance(pipe.network, MMDiT | DiffusionTransformer) and not theirs:
         return f"is for sample.py: diffusers has no {type(pipe.network).__name__} of this kind"
-    theirs = "SD3Transformer2DModel" if isinstance(pipe.network, MMDiT) else "UNet2DConditionModel"
-    what = f"the {'transformer' if isinstance(pipe.network, MMDiT) else 'network'} opens in diffusers' {theirs}"
+    kind = checkpoint.THEIRS if theirs else "UNet2DConditionModel"
+    what = f"the {'transformer' if theirs else 'network'} opens in diffusers' {kind}"
     return f"{what}; the whole is for sample.py, since codec, text or process are not Stable Diffusion 3's"
 
 
@@ -81,8 +83,13 @@ def as_file(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
 def opens_in_diffusers(pipe: Pipeline) -> bool:
     """Whether diffusers has all parts of the model."""
     process = describe_process(pipe.objective, pipe.sampling)["_class_name"] == "FlowMatchEulerDiscreteScheduler"
-    return process and all(
-        isinstance(part, kind) for part, kind in ((pipe.network, MMDiT), (pipe.codec, VAE), (pipe.text, SD3Text))
+    own = isinstance(pipe.network, MMDiT) and checkpoint.beyond(pipe.network)
+    return (
+        process
+        and not own
+        and all(
+            isinstance(part, kind) for part, kind in ((pipe.network, MMDiT), (pipe.codec, VAE), (pipe.text, SD3Text))
+        )
     )
 
 

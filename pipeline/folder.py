@@ -235,7 +235,9 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
         network = parts.network
         if isinstance(network, MMDiT):
             checkpoint.save(network, new / "transformer")
-            index: dict[str, Any] = {"transformer": ["diffusers", "SD3Transformer2DModel"]}
+            theirs = not checkpoint.beyond(network)
+            kind = ["diffusers", checkpoint.THEIRS] if theirs else ["mmdit.model", checkpoint.OWN]
+            index: dict[str, Any] = {"transformer": kind}
         elif isinstance(network, DiffusionTransformer):
             network.save(new / "transformer")
             index = {"transformer": ["baselines.dit", type(network).__name__]}
@@ -249,7 +251,8 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
         flow_match = scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
         vae = isinstance(parts.codec, VAE)
         sized = network.pooled_dim != parts.text.pooled_dim
-        whole = flow_match and vae and isinstance(network, MMDiT) and isinstance(parts.text, SD3Text) and not sized
+        whole = flow_match and vae and isinstance(parts.text, SD3Text) and not sized
+        whole = whole and isinstance(network, MMDiT) and theirs
         index |= {
             "scheduler": ["diffusers" if flow_match else "flow.objective", scheduler["_class_name"]],
             "vae": ["diffusers", "AutoencoderKL"] if vae else ["data.latents", type(parts.codec).__name__],

@@ -1,0 +1,177 @@
+"""Reflow's coupling: noise, and the picture that a model makes of it, as a store to train from.
+
+Liu et al. 2022, algorithm 1: pairs (z at t = 1, z at t = 0) of a model's own trajectories. A network that learns them
+has straighter paths; its own pairs, straighter ones still. Noise is the same number for number on every machine, and
+pairs are made in blocks, so that a store is a function of model, prompts and settings alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import stored
+from data.encoding import VERSION
+from data.sampler import Use, normal, order, stream
+from data.store import Sample, Store, Writer
+from data.stored import PAIR, divided, held_out
+from data.text import Text
+from pipeline import Pipeline
+from sampling import Sampling
+
+UNIT, SHARD = 512, 2048  # pairs
+
+
+class Captions:
+    """What the pictures are to show: a text file's lines, or the captions of a store's samples.
+
+    Args:
+        source: prompts; or a store, whose samples can then be inverted, too.
+        seed: of the order, and of the choice among a sample's captions.
+        apart: samples of the store that are left out, those that training with `data.held_out` of it leaves out.
+
+    Raises:
+        ValueError: the store has no more samples than that.
+    """
+
+    def __init__(self, source: Sequence[str] | Store, seed: int = 0, apart: int = 0) -> None:
+        self.source, self.seed = source, seed
+        if isinstance(source, Store):
+            if not 0 <= apart < len(source):
+                raise ValueError(f"held-out must be from 0 to below the store's {len(source)} samples, got {apart}")
+            self.rows = np.concatenate(divided(source, held_out(source, apart), False))
+            self.about: dict[str, Any] = {"store": source.report["index"], "held_out": apart}
+        else:
+            self.rows = np.arange(len(source))
+            self.about = {"prompts": sha256("\n".join(source).encode()).hexdigest()[:16]}
+        self.rows = self.rows[order(seed, len(self.rows), 0)]
+
+    def row(self, number: int) -> int:
+        """The line or sample of pair `number`; they come round again."""
+        return int(self.rows[number % len(self.rows)])
+
+    def __getitem__(self, number: int) -> str:
+        row = self.row(number)
+        if not isinstance(self.source, Store):
+            return self.source[row]
+        u = stream(self.seed, Use.CAPTION, 0, number).random()
+        return self.source.captions(row)[stored.chosen(self.source.weights(row), u)]
+
+    def latents(self, numbers: np.ndarray) -> Tensor:
+        """The samples of these pairs, (n, C, h, w) float32. ValueError unless they are single latents of a store."""
+        if not isinstance(self.source, Store) or self.source.plan["latents"] not in ("mean", "draw"):
+            raise ValueError("only samples of a store with latents mean or draw can be inverted")
+        return self.source.latents(np.array([self.row(int(n)) for n in numbers])).float()
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How many pairs, and how they are made.
+
+    Args:
+        num: of all pairs.
+        inverted: how many of them, the last ones, are real samples of a store with the noise that the model's path
+            leads back to (Kim et al. 2024, "Simple ReFlow", §4.1; Lee et al. 2024, §4.3 mixes in real data likewise).
+        seed: of the noise.
+        batch_size: pairs in a block; other blocks round differently.
+        sampling: of the model; its guidance becomes part of what is learned.
+    """
+
+    num: int
+    inverted: int
+    seed: int
+    batch_size: int
+    sampling: Sampling
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.inverted <= self.num:
+            raise ValueError(f"inverted pairs must be from 0 to all {self.num}, got {self.inverted}")
+
+
+class PairMaker:
+    """Fills a store with pairs, one rank's shards of it; what is there already is not made again.
+
+    Args:
+        pipe: the model.
+        fingerprint: of its weights (`weights.fingerprint`), by which a training knows its teacher's pairs.
+        captions: what is drawn.
+        how: how.
+        folder: of the store.
+
+    Raises:
+        ValueError: the store there holds other pairs, or the sampling does not fit.
+    """
+
+    def __init__(self, pipe: Pipeline, fingerprint: str, captions: Captions, how: Coupling, folder: Path) -> None:
+        self.pipe, self.captions, self.how = pipe, captions, how
+        self.latent, _, self.times = pipe.plan(how.sampling)
+        if how.inverted:
+            captions.latents(np.array([0]))
+            how.sampling.walk(pipe.objective, pipe.shift(), backward=True)
+        size = [side * pipe.codec.factor for side in self.latent]
+        plan = {
+            "version": VERSION,
+            "codec": pipe.codec.fingerprint(),
+            "text": pipe.text.fingerprint(),
+            "tokens": True,
+            "latents": PAIR,
+            "seed": how.seed,
+            "factor": pipe.codec.factor,
+            "channels": 2 * pipe.codec.channels,
+            "buckets": {"side": size[0], "step": pipe.codec.factor, "max_aspect": 1.0, "sizes": [size]},
+            "teacher": fingerprint,
+            "source": {"sampling": asdict(how.sampling), "shift": pipe.shift(), **captions.about},
+            "pairs": {"num": how.num, "inverted": how.inverted, "batch_size": how.batch_size},
+        }
+        tokens, pooled = pipe.text.encode([""])
+        self.writer = Writer(folder, plan, Text(tokens[0].cpu(), pooled[0].cpu()))
+
+    def run(self, rank: int = 0, world: int = 1) -> dict[str, Any] | None:
+        """Makes this rank's shards; the report, if no shard of any rank is left to make."""
+        shards = -(-self.how.num // SHARD)
+        own = [range(s * SHARD, min((s + 1) * SHARD, self.how.num)) for s in range(shards)]
+        total = sum(len(own[shard]) for shard in range(rank, shards, world))
+        with tqdm(total=total, desc="pairs", unit="pair") as bar:
+            for shard in range(rank, shards, world):
+                _, start, finished = self.writer.position(shard)
+                bar.update(start)
+                while not finished:
+                    numbers = np.array(own[shard][start : start + UNIT])
+                    samples = []
+                    for block in np.split(numbers, range(self.how.batch_size, len(numbers), self.how.batch_size)):
+                        samples += self.block(block)
+                        bar.update(len(block))
+                    start += len(numbers)
+                    finished = start >= len(own[shard])
+                    self.writer.write(shard, samples, [], len(numbers), finished)
+        return self.writer.finish(shards, None)
+
+    def noise(self, numbers: np.ndarray) -> Tensor:
+        """What pairs of these numbers start from, (n, C, h, w), as a store can hold it."""
+        return normal(self.how.seed, Use.PAIR, 0, numbers, (self.pipe.codec.channels, *self.latent)).bfloat16().float()
+
+    def block(self, numbers: np.ndarray) -> list[Sample]:
+        """Pairs of consecutive numbers."""
+        captions = [self.captions[int(number)] for number in numbers]
+        real = numbers >= self.how.num - self.how.inverted
+        x0, noise = (torch.empty(len(numbers), self.pipe.codec.channels, *self.latent) for _ in range(2))
+        for inverted in np.unique(real):
+            chosen = np.flatnonzero(real == inverted)
+            start = self.captions.latents(numbers[chosen]) if inverted else self.noise(numbers[chosen])
+            prompts = [captions[i] for i in chosen]
+            ended = self.pipe.integrate(start, prompts, self.how.sampling, backward=bool(inverted)).cpu()
+            x0[chosen], noise[chosen] = (start, ended) if inverted else (ended, start)
+        text = self.pipe.text.encode(captions)
+        tokens, pooled = (part.to(torch.bfloat16).cpu().split(1) for part in text)
+        size = (self.latent[0] * self.pipe.codec.factor, self.latent[1] * self.pipe.codec.factor)
+        rows = zip(numbers, captions, torch.cat([x0, noise], dim=1), pooled, tokens, strict=True)
+        return [
+            Sample(f"{number:08d}", (caption,), (1.0,), 0, size, (0, 0), 0, pair, *encoded)
+            for number, caption, pair, *encoded in rows
+        ]

@@ -1,0 +1,208 @@
+"""Students: trainings on a teacher's pairs, of average velocities, and of a guided teacher's output."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from trials import ROOT, Change, assert_same, end, fit, refused, send_at, small, start, state
+
+import evaluate
+import experiment
+import sample
+import train
+from data.latents import Pixels
+from data.module import Data, Stored
+from data.store import Store
+from data.text import CLIPText
+from flow.guidance import ClassifierFree
+from generator import Generator
+from mmdit.model import Condition
+from pipeline import Pipeline
+
+FEWSTEP = ROOT / "configs/fewstep"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of six steps and its pairs: the folder of both."""
+    folder = tmp_path_factory.mktemp("teacher")
+    fit(small(folder))
+    (folder / "prompts.txt").write_text("zero\na seven\nthe digit 3\n")
+    argv = ["pairs", "--model", str(folder / "run"), "--prompts", str(folder / "prompts.txt"), "--num", "40"]
+    sample.main([*argv, "--steps", "3", "--batch-size", "40", "--out", str(folder / "pairs")])
+    return folder
+
+
+@pytest.fixture
+def student(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The flags of a student's training, of an overlay in configs/fewstep."""
+    config = small(tmp_path)
+    assert config == tmp_path / "config.yaml"
+
+    def flags(overlay: str) -> list[str]:
+        given = ["--config", str(FEWSTEP / f"{overlay}.yaml"), "--optimization.warmup", "2"]
+        if overlay != "meanflow":
+            given += ["--network.path", str(trained / "run")]
+        if overlay in ("reflow", "distill"):
+            given += ["--data.store", str(trained / "pairs"), "--data.teacher", str(trained / "run")]
+            given += ["--data.held_out", "4"]
+        if overlay == "guidance":
+            given += ["--teacher.model", str(trained / "run")]
+        return given
+
+    return flags
+
+
+def built(config: Path, *flags: str) -> tuple[Generator, Data]:
+    parser = experiment.parser("")
+    return train.build(parser.instantiate(parser.parse_args(["--config", str(config), *flags])), None)[1:]
+
+
+def test_every_overlay_is_tried() -> None:
+    assert {file.stem for file in FEWSTEP.glob("*.yaml")} == {"reflow", "distill", "meanflow", "guidance"}
+
+
+@pytest.mark.parametrize("overlay", ["reflow", "distill", "meanflow", "guidance"])
+def test_each_student_trains_stops_goes_on_to_the_bit_and_draws(
+    student: Callable[..., list[str]], tmp_path: Path, overlay: str
+) -> None:
+    config, flags = tmp_path / "config.yaml", student(overlay)
+    fit(config, *flags, "--run.folder", str(tmp_path / "straight"))
+    stopped = start(config, *flags, change=Change(send_at, (signal.SIGTERM, 2)))
+    assert end(stopped) == 128 + signal.SIGTERM
+    fit(config, *flags)
+    assert_same(state(tmp_path / "run"), state(tmp_path / "straight"))
+    pipe = Pipeline.load(tmp_path / "run/model")
+    picture = pipe(["zero"], [0])
+    assert picture.shape == (1, 1, 8, 8)
+    assert picture.isfinite().all()
+
+
+def test_the_batches_of_pairs_are_the_store_s_whatever_the_step(trained: Path, text: CLIPText) -> None:
+    store = Store(trained / "pairs")
+    data = Stored(text, Pixels(1, 0.3, 2.66), 0, store.source, 8, 0.0, held_out=4, teacher=str(trained / "run"))
+    data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, accumulate_grad_batches=1)  # type: ignore[assignment]
+    x0, noise = store.latents(np.arange(40)).float().chunk(2, dim=1)
+    partner = {tuple(x.flatten().tolist()): n for x, n in zip(x0, noise, strict=True)}
+    batches = iter(data.train_dataloader())
+    for _ in range(9):  # two epochs
+        batch = next(batches)
+        for x, n in zip(batch.x0, batch.noise, strict=True):
+            assert torch.equal(partner[tuple(x.flatten().tolist())], n)
+
+
+def test_reflow_learns_the_pairs_better_than_a_free_coupling_allows(
+    student: Callable[..., list[str]], trained: Path, tmp_path: Path
+) -> None:
+    """At t = 1 the picture is known from the noise of a pair, and not known at all from noise that is drawn anew."""
+    flags = [*student("reflow"), "--run.steps", "240", "--run.validate_every", "240", "--optimization.lr", "0.01"]
+    fit(tmp_path / "config.yaml", *flags, "--ema.decay", "0.9", "--data.held_out", "1")
+    pipe = Pipeline.load(tmp_path / "run/model")
+    store = Store(trained / "pairs")
+    x0, noise = store.latents(np.arange(40)).float().chunk(2, dim=1)
+    captions = [store.captions(i)[0] for i in range(40)]
+    drawn = pipe.integrate(noise, captions)
+    others = pipe.integrate(noise.roll(1, 0), captions)
+    error, free = ((x - x0).square().mean().item() for x in (drawn, others))
+    assert pipe.sampling.steps == 1
+    assert error < 0.7 * free
+
+
+def test_a_student_of_a_guided_teacher_learns_its_output_at_the_scale_it_is_told(
+    student: Callable[..., list[str]], trained: Path, tmp_path: Path
+) -> None:
+    generator, data = built(tmp_path / "config.yaml", *student("guidance"))
+    teacher = Pipeline.load(trained / "run/model")
+    batch = next(iter(data.val_dataloader()))
+    u = torch.linspace(0, 1, len(batch.x0))
+    t = torch.full_like(u, 0.6)
+    loss = generator.loss_of(generator.network, batch, t, u)
+    scale = 1 + 5 * u
+    z = 0.4 * batch.x0 + 0.6 * batch.noise
+    condition = Condition(batch.text, batch.pooled)
+    null = teacher.condition([""])
+    rows = []
+    for i, w in enumerate(scale):
+        guided = ClassifierFree(teacher.network, null, float(w))
+        one = slice(i, i + 1)
+        rows.append(guided(z[one], t[one], Condition(batch.text[one], batch.pooled[one])))
+    with torch.no_grad():
+        y = generator.network(z, t, condition._replace(guidance=scale))
+        expected = (y - torch.cat(rows)).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_teacher_is_no_part_of_what_is_trained_or_saved(
+    student: Callable[..., list[str]], trained: Path, tmp_path: Path
+) -> None:
+    generator, _ = built(tmp_path / "config.yaml", *student("guidance"))
+    before = Pipeline.load(trained / "run/model").network.state_dict()
+    held = generator.teacher[0][1].network.state_dict()
+    assert all(torch.equal(before[name], tensor) for name, tensor in held.items())
+    own = {name.removeprefix("network.") for name in generator.state_dict() if not name.startswith("guard.")}
+    assert own == set(generator.network.state_dict())
+
+
+def test_average_velocities_draw_with_one_evaluation(
+    student: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fit(tmp_path / "config.yaml", *student("meanflow"))
+    out = tmp_path / "evaluation"
+    evaluate.main(["--model", str(tmp_path / "run"), "--steps", "1,2", "--per-digit", "7", "--out", str(out)])
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [(row["sampler"], row["evaluations"]) for row in rows] == [("meanflow", 1.0), ("meanflow", 2.0)]
+    pipe = Pipeline.load(tmp_path / "run/model")
+    assert pipe.network.two_times
+    assert not torch.equal(pipe(["zero"], [0]), pipe(["zero"], [0], sampling=experiment.Sampling(1, 1.0, "euler")))
+
+
+def test_another_teacher_s_or_codec_s_pairs_are_refused_by_name(
+    student: Callable[..., list[str]], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config, flags = tmp_path / "config.yaml", student("reflow")
+    fit(config, "--run.folder", str(tmp_path / "other"), "--run.seed", "3")
+    told = refused(capsys, config, *flags, "--data.teacher", str(tmp_path / "other"))
+    assert "was encoded otherwise: teacher: there" in told
+    assert "codec.shift_factor: there 0.3, here 0.2" in refused(capsys, config, *flags, "--codec.shift", "0.2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_no_pairs_is_no_coupling(
+    student: Callable[..., list[str]], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plan = json.loads((trained / "pairs/store.json").read_text())
+    shutil.copytree(trained / "pairs", tmp_path / "plain")
+    (tmp_path / "plain/store.json").write_text(json.dumps(plan | {"latents": "mean"}))
+    told = refused(capsys, tmp_path / "config.yaml", *student("reflow"), "--data.store", str(tmp_path / "plain"))
+    assert 'latents: there "mean", here "pair"' in told
+
+
+@pytest.mark.parametrize(
+    ("overlay", "flags", "message"),
+    [
+        ("reflow", ["--network.path", "nowhere"], "nowhere"),
+        ("reflow", ["--data.teacher", "nowhere"], "nowhere is no model folder"),
+        ("reflow", ["--data.store", "nowhere"], "there is no store at nowhere"),
+        ("guidance", ["--teacher.model", "nowhere"], "nowhere is no model folder"),
+        ("guidance", ["--teacher.guidance", "[3.0, 1.0]"], "or two that rise"),
+        ("guidance", ["--teacher.guidance", "3.0"], "need each other"),
+        ("guidance", ["--codec.shift", "0.2"], "has another codec or other text encoders"),
+        ("meanflow", ["--network.two_times", "false"], "set network.two_times"),
+        ("meanflow", ["--objective.path", "Cosine"], "average needs the path RectifiedFlow"),
+        ("meanflow", ["--objective.average.share", "2"], "0 < share <= 1"),
+        ("meanflow", ["--network.two_times", "false", "--objective.average", "null"],
+         "sampler meanflow needs a network of two times"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_line_and_leaves_nothing(
+    student: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture, overlay: str, flags: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    assert message in refused(capsys, tmp_path / "config.yaml", *student(overlay), *flags)
+    assert not (tmp_path / "run").exists()
