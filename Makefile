@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo shapes evaluate compare compare-quick test lint format benchmark
+.PHONY: setup demo shapes fewstep evaluate compare compare-quick test lint format benchmark
 
 setup: $(READY)
 
@@ -47,3 +47,6 @@ shapes: $(READY)  ## the proving ground: scenes into a store, a model from it, j
 	$(BIN)/python encode.py --config configs/shapes.yaml
 	$(BIN)/python train.py fit --config configs/shapes.yaml
 	$(BIN)/python judge.py --model runs/shapes --out runs/shapes/judged
+
+# teachers and their one-step students, measured: `make fewstep`
+include fewstep.mk

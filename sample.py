@@ -1,9 +1,14 @@
-"""Draws pictures: `python sample.py --model runs/digits --prompt "a handwritten seven"`."""
+"""Draws pictures: `python sample.py --model runs/digits --prompt "a handwritten seven"`.
+
+`python sample.py pairs --model runs/digits --prompts FILE --num 12800 --out stores/pairs` keeps noise and picture.
+`python sample.py grid --model runs/digits --prompts FILE --steps 4` searches the times that suit a model in few steps.
+"""
 
 import json
 import re
+import sys
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +22,8 @@ from cli import (
     finite,
     natural,
     one_line_errors,
+    own_device,
+    place,
     plain_warnings,
     positive,
     reading_of,
@@ -55,6 +62,92 @@ def parser() -> Parser:
     add_reading(p)
     p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
     return p
+
+
+def pairs_parser() -> Parser:
+    p = Parser(prog="sample.py pairs", description="Writes pairs of noise and the picture that a model makes of it.")
+    p.add_argument("--model", type=Path, required=True, help="the teacher: a model folder or a run's folder")
+    p.add_argument("--prompts", type=Path, required=True,
+                   help="what to draw: a text file with one prompt a line, or a store for its captions")  # fmt: skip
+    p.add_argument("--num", type=positive, required=True, help="pairs")
+    p.add_argument(
+        "--invert", type=natural, default=0, help="of these, real samples of the store and the noise they come back to"
+    )
+    p.add_argument(
+        "--held-out", type=natural, default=500, help="samples of the store that are left out, as data.held_out"
+    )
+    p.add_argument("--steps", type=positive, help="sampling steps; default: the model's")
+    add_sampling(p)
+    p.add_argument("--seed", type=natural, default=0, help="of the noise and the order of the prompts")
+    p.add_argument("--batch-size", type=positive, help="pairs at a time; default: as many as make 4,096 tokens")
+    add_reading(p)
+    p.add_argument("--out", type=Path, required=True, help="the store; the same command goes on with it")
+    return p
+
+
+def write_pairs(argv: list[str]) -> None:
+    """The command `pairs`. Under torchrun every process makes its share."""
+    args = pairs_parser().parse_args(argv)
+    with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
+        path = find_model(args.model)
+        if args.lora or (path / "adapter_config.json").is_file():
+            raise ValueError("pairs are made by a whole model: export it with its LoRA merged first")
+        captions = args.prompts if args.prompts.is_dir() else read_prompts([], args.prompts)
+        rank, world, local = place()
+        from data.store import Store
+        from pipeline import Pipeline, Reading
+        from pipeline.pairs import Captions, Coupling, PairMaker
+        from weights import fingerprint
+
+        source = Store(captions) if isinstance(captions, Path) else captions
+        args.device = own_device(args.device, local)
+        pipe = Pipeline.load(path, Reading(**reading_of(args)))
+        sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
+        how = Coupling(args.num, args.invert, args.seed, args.batch_size or pipe.batch_size(), sampling)
+        maker = PairMaker(pipe, fingerprint(path), Captions(source, args.seed, args.held_out), how, args.out)
+        report = maker.run(rank, world)
+    if report is None:
+        print(f"rank {rank} is done; the last one to finish completes {args.out}")
+    else:
+        print(f"{report['kept']} pairs are in {args.out}")
+
+
+def grid_parser() -> Parser:
+    p = Parser(prog="sample.py grid", description="Searches the times at which Euler's method needs few steps.")
+    p.add_argument("--model", type=Path, required=True, help="a model folder or a run's folder")
+    p.add_argument("--prompts", type=Path, required=True,
+                   help="what to draw: a text file with one prompt a line, or a store for its captions")  # fmt: skip
+    p.add_argument("--steps", type=positive, nargs="+", default=[4], help="of the walks that are to be good")
+    p.add_argument("--num", type=positive, default=256, help="walks: half to search on, half to test on")
+    p.add_argument("--fine", type=positive, default=64, help="steps of the walks that count as right")
+    add_sampling(p)
+    p.add_argument("--seed", type=natural, default=0, help="walk i starts from seed + i; also the prompts' order")
+    p.add_argument("--batch-size", type=positive, help="walks at a time; default: as many as make 4,096 tokens")
+    add_reading(p)
+    p.add_argument("--out", type=Path, help="a JSON file for the times and distances")
+    return p
+
+
+def search_grid(argv: list[str]) -> None:
+    """The command `grid`."""
+    args = grid_parser().parse_args(argv)
+    with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
+        path = find_model(args.model)
+        captions = args.prompts if args.prompts.is_dir() else read_prompts([], args.prompts)
+        from data.store import Store
+        from pipeline import Pipeline, Reading
+        from pipeline.pairs import Captions
+        from pipeline.times import GridSearch, Request, table
+        from weights import write_json
+
+        source = Store(captions) if isinstance(captions, Path) else captions
+        pipe = Pipeline.load(path, Reading(**reading_of(args)))
+        sampling = sampling_of(args, replace(pipe.sampling, sampler="euler"), sampler=args.sampler)
+        request = Request(tuple(args.steps), args.num, args.fine, args.seed, args.batch_size, sampling)
+        found = GridSearch(pipe, Captions(source, args.seed), request).run()
+        print(table(found))
+        if args.out:
+            write_json({"model": str(path), "prompts": str(args.prompts), **asdict(request), "found": found}, args.out)
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
@@ -97,6 +190,11 @@ def starting_point(args: Namespace, pipe: "Pipeline") -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"pairs": write_pairs, "grid": search_grid}
+    if argv and argv[0] in commands:
+        commands[argv[0]](argv[1:])
+        return
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
         path = find_model(args.model)
@@ -112,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
         height, width = start["image"].shape[-2:] if start else (args.height, args.width)
         _, _, times = pipe.plan(sampling, args.shift, height, width, start.get("strength", 1.0))
+        if args.negative and pipe.knows_guidance:
+            raise ValueError("--negative is nothing to a network that has learned its guidance: leave it out")
         if args.negative and sampling.guidance == 1:
             raise ValueError("--negative needs guidance, which is 1: none; give another --guidance")
         if args.vae_tiling or args.vae_slicing:

@@ -19,11 +19,11 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
         sampler.euler, sampler.heun, sampler.midpoint, sampler.dpmpp_2m, reference,
-        sampler.ddim, sampler.ddpm, sampler.edm, sampler.langevin,
+        sampler.ddim, sampler.ddpm, sampler.edm, sampler.langevin, sampler.meanflow,
     )
 }  # fmt: skip
 GRIDS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (grid.trailing, grid.flow_match, grid.leading, grid.linspace, grid.karras)
+    f.__name__: f for f in (grid.trailing, grid.flow_match, grid.leading, grid.linspace, grid.karras, grid.given)
 }
 Walk = Callable[[sampler.Denoiser, Tensor, sampler.Noise, sampler.Callback | None], Tensor]
 
@@ -35,10 +35,10 @@ class Sampling:
     Args:
         steps: of the sampler, at least 1.
         guidance: scale of classifier-free guidance; 1 is none and costs half.
-        sampler: euler, heun, midpoint, dpmpp_2m, reference, ddim, ddpm, edm or langevin, with options after a colon,
-            such as ddim:eta=1 or ddpm:variance=large.
-        spacing: of the times: trailing, flow_match (the released models'), leading, linspace, or karras with options
-            as karras:sigma_max=80.
+        sampler: euler, meanflow (for a network of two times), heun, midpoint, dpmpp_2m, reference, ddim, ddpm, edm or
+            langevin, with options after a colon, such as ddim:eta=1 or ddpm:variance=large.
+        spacing: of the times: trailing, flow_match (the released models'), leading, linspace, karras with options as
+            karras:sigma_max=80, or given with the times themselves, one a step: given:times=1/0.83/0.4.
         rescale: φ of the guidance, 0 to 1.
         interval: the times (from, to) in which guidance works.
         skip_layers: blocks of the network that skip-layer guidance leaves out; 7, 8 and 9 in Stable Diffusion 3.5
@@ -79,13 +79,21 @@ class Sampling:
         chosen(SAMPLERS, "sampler", self.sampler)
         chosen(GRIDS, "spacing", self.spacing)
 
-    def walk(self, objective: Objective, shift: float | None = None, strength: float = 1.0) -> tuple[Walk, Tensor]:
+    @property
+    def method(self) -> str:
+        """The sampler's name, without its options."""
+        return self.sampler.partition(":")[0]
+
+    def walk(
+        self, objective: Objective, shift: float | None = None, strength: float = 1.0, backward: bool = False
+    ) -> tuple[Walk, Tensor]:
         """The sampler as a function (denoise, z, noise, callback) → z, and its times, one more than steps, float64.
 
         Args:
             objective: what the model was trained on.
             shift: α of the grid; none takes that of the training.
             strength: share of the steps that are taken, the last ones, rounded up.
+            backward: from data to noise, by a deterministic sampler.
 
         Raises:
             ValueError: in one line, if sampler, spacing, steps, path and target do not fit each other.
@@ -97,6 +105,12 @@ class Sampling:
         times = grid(objective.path, self.steps, objective.shift if shift is None else shift)
         times = times[int(self.steps - self.steps * strength) :]
         noisy = "noise" in inspect.signature(method).parameters
+        if backward:
+            if self.method not in ("euler", "heun", "midpoint", "reference"):
+                raise ValueError(f"sampler {self.sampler} cannot go backward: take euler, heun or midpoint")
+            if self.skip_layers:
+                raise ValueError("skip_layers cannot go backward: leave them out")
+            times = times.flip(0)
 
         def walk(
             denoise: sampler.Denoiser, z: Tensor, noise: sampler.Noise, callback: sampler.Callback | None = None
@@ -107,7 +121,7 @@ class Sampling:
         pixel = torch.zeros(1, 1, dtype=torch.float64)
         target = type(objective.target).__name__
 
-        def probe(z: Tensor, t: Tensor) -> Estimate:
+        def probe(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
             if not determinant(objective.path, objective.target, t).abs() > 1e-9:  # zero or NaN
                 raise ValueError(f"at t = {t[0]:g} {target} does not tell picture from noise; train on V, say")
             return Estimate(z, z, z if objective.variance else None)

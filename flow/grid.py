@@ -75,6 +75,30 @@ def karras(
     return grid
 
 
+def given(path: Path, steps: int, alpha: float = 1.0, *, times: str = "") -> Tensor:
+    """Times written out, such as those that `flow.search` finds: `1/0.83/0.4`, and then 0, which is not written.
+
+    A chain takes the nearest that it has. They are final: no shift is applied to them, so `alpha` changes nothing.
+
+    Args:
+        times: as many as steps, falling, above 0 and at most 1, with a slash between them.
+    """
+    _count(path, steps)
+    try:
+        numbers = [float(part) for part in times.split("/")]
+    except ValueError:
+        raise ValueError(f"given spacing needs its times, as given:times=1/0.83/0.4, got {times!r}") from None
+    if len(numbers) != steps:
+        raise ValueError(f"given spacing has {len(numbers)} times, one a step, and there are {steps} steps")
+    wanted = torch.tensor([*numbers, 0.0], dtype=torch.float64)
+    if not (bool((wanted.diff() < 0).all()) and numbers[0] <= 1):
+        raise ValueError(f"given spacing needs times that fall, above 0 and at most 1, got {times}")
+    grid = path.snap(wanted)
+    if not bool((grid.diff() < 0).all()):
+        raise ValueError(f"times {times} fall together on {type(path).__name__}: give others")
+    return grid
+
+
 def _positive(alpha: float) -> None:
     if not 0 < alpha < math.inf:
         raise ValueError(f"shift must be > 0, got {alpha}")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast, final
 import torch
 from torch import Tensor
 
-from flow.density import Density, LogitNormal, shift
+from flow.density import Density, LogitNormal, Steps, shift
 from flow.meanflow import MeanFlow, average_velocity
 from flow.path import Discrete, Path, RectifiedFlow, expand_as
 from flow.penalty import Penalty
@@ -69,6 +69,8 @@ class Objective:
             raise ValueError("average needs the path RectifiedFlow and the target Velocity")
         if variance and not isinstance(self.path, Discrete):
             raise ValueError(f"a learned variance needs a discrete path, got {type(self.path).__name__}")
+        if isinstance(self.density, Steps) and (weight or isinstance(self.path, Discrete)):
+            raise ValueError("density Steps looks at t = 1 itself: it needs a continuous path and takes no weight")
         half = torch.tensor([0.5])
         self.target.row(self.path, half)  # a target or weight that the path does not have should fail now
         if weight:

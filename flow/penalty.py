@@ -29,4 +29,4 @@ class Penalty:
         if self.power == 1:
             return torch.log1p(square / c2)
         rest = 1 - self.power
-        return ((square + c2) ** rest - c2**rest) / rest
+        return c2**rest * torch.expm1(rest * torch.log1p(square / c2)) / rest

@@ -257,7 +257,7 @@ def beyond(network: MMDiT) -> dict[str, Any]:
 def save(network: MMDiT, folder: Path) -> None:
     """Writes config and weights so that `SD3Transformer2DModel.from_pretrained` reads them. OSError on failure.
 
-    A network beyond diffusers' has a class name of its own, so that it is not read as something else.
+    A network beyond diffusers' has a class name of its own, which diffusers' `AutoModel` refuses.
     """
     more = beyond(network)
     config = {

@@ -134,7 +134,7 @@ class Pipeline:
         noise = draw()
         if image is None:
             x0 = torch.zeros_like(noise)
-            z = (a**2 + b**2).sqrt() * noise  # the variance at times[0] of data of unit variance
+            z = self._scale(times[0]) * noise
         else:
             x0 = self._encode(image, noise)
             z = a * x0 + b * noise
@@ -150,7 +150,7 @@ class Pipeline:
         if not z.isfinite().all():  # would be a black picture
             dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
             raise ValueError(f"the network overflowed in {dtype}: take bfloat16 or float32, or less guidance")
-        return self.codec.decode(z / self.objective.path(times[-1])[0]).cpu()
+        return self.codec.decode(z / self._scale(times[-1])).cpu()
 
     @torch.inference_mode()
     def integrate(
@@ -169,8 +169,15 @@ class Pipeline:
         """
         sampling = sampling or self.sampling
         walk, times = sampling.walk(self.objective, self.shift(), backward=backward)
+        self.plan(sampling)
         denoise = self._denoiser(prompts, "", sampling, times)
-        return walk(denoise, z.to(self.device), lambda: torch.randn_like(z).to(self.device), None)
+        first, last = (self._scale(t) for t in (times[0], times[-1]))
+        return walk(denoise, first * z.to(self.device), lambda: torch.randn_like(z).to(self.device), None) / last
+
+    def _scale(self, t: Tensor) -> Tensor:
+        """z at t over what is told of it: pictures at t = 0, unit noise elsewhere, where data have unit variance."""
+        a, b = self.objective.path(t)
+        return a if t == 0 else (a**2 + b**2).sqrt()
 
     def _denoiser(
         self,
@@ -184,6 +191,8 @@ class Pipeline:
         """The estimate of the network, guided as told, for these prompts."""
         condition = self.condition(prompts, height, width)
         if self.knows_guidance:
+            if negative:
+                raise ValueError("a network that has learned its guidance cannot be told what to move away from")
             scales = torch.full((len(prompts),), float(sampling.guidance), device=self.device)
             condition = condition._replace(guidance=scales)
         model = self._guided(sampling, lambda: self.condition([negative], height, width), times)
@@ -235,7 +244,7 @@ class Pipeline:
         blocks = range(self.network.depth if isinstance(self.network, MMDiT) else 0)
         if not set(sampling.skip_layers) <= set(blocks):
             raise ValueError(f"skip_layers must be blocks of an MMDiT, got {sampling.skip_layers}")
-        if sampling.sampler == "meanflow" and not getattr(self.network, "two_times", False):
+        if sampling.method == "meanflow" and not getattr(self.network, "two_times", False):
             raise ValueError("sampler meanflow needs a network of two times, and this one has one: use euler")
         if self.knows_guidance and (sampling.rescale or sampling.skip_layers or sampling.interval != (0, 1)):
             raise ValueError(

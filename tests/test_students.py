@@ -10,7 +10,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from trials import ROOT, Change, assert_same, end, fit, refused, send_at, small, start, state
+from trials import (
+    ROOT,
+    Change,
+    assert_near_logs,
+    assert_same,
+    end,
+    fit,
+    refused,
+    send_at,
+    small,
+    start,
+    start_ranks,
+    state,
+)
 
 import evaluate
 import experiment
@@ -82,6 +95,17 @@ def test_each_student_trains_stops_goes_on_to_the_bit_and_draws(
     picture = pipe(["zero"], [0])
     assert picture.shape == (1, 1, 8, 8)
     assert picture.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_learn_average_velocities_as_one(
+    student: Callable[..., list[str]], tmp_path: Path, kind: str
+) -> None:
+    config, flags = tmp_path / "config.yaml", student("meanflow")
+    fit(config, *flags, "--run.folder", str(tmp_path / "one"))
+    ranks = start_ranks(config, *flags, "--strategy.kind", kind)
+    assert [end(rank) for rank in ranks] == [0, 0]
+    assert_near_logs(tmp_path / "run", tmp_path / "one", 1e-6)
 
 
 def test_the_batches_of_pairs_are_the_store_s_whatever_the_step(trained: Path, text: CLIPText) -> None:

@@ -1,0 +1,179 @@
+"""Writes docs/fewstep.md and its pictures from what `make fewstep` measured.
+
+python -m tools.fewstep
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from data import digits
+from data.shapes import CATEGORIES
+from metrics.study import curves, of, spread, table
+from pipeline import Pipeline
+from sampling import Sampling
+
+ROOT = Path(__file__).parents[1]
+RUNS, DOCS = ROOT / "runs" / "fewstep", ROOT / "docs"
+STEPS = (1, 2, 4, 8)
+WALKS, FINE = 24, 50  # trajectories that are drawn, and their steps
+Row = dict[str, Any]
+
+
+def results(folder: Path, seed: int | None = None) -> list[Row]:
+    """The rows of an evaluation, each with the model's name as its recipe."""
+    file = folder / "results.json"
+    if not file.is_file():
+        raise SystemExit(f"error: there is no {file}: run `make fewstep` first")
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return [row | {"recipe": Path(row.get("folder", row["model"])).name, "seed": seed} for row in rows]
+
+
+def values(rows: Iterable[Row], key: str, **wanted: object) -> list[float]:
+    return [row[key] for row in of(list(rows), **wanted)]
+
+
+def ratios(rows: Sequence[Row], key: str, above: dict[str, Any], below: dict[str, Any]) -> list[float]:
+    """One measurement over another, seed by seed."""
+    pairs = zip(values(rows, key, **above), values(rows, key, **below), strict=True)
+    return [a / b for a, b in pairs]
+
+
+class Claim(NamedTuple):
+    """A number that was asked for, and what was found, one value for each seed."""
+
+    what: str
+    asked: str
+    found: list[float]
+    holds: bool
+    form: str = ".2f"
+
+
+def claims(rows: list[Row], straight: list[Row], guided: list[Row]) -> list[Claim]:
+    """Those of the digits."""
+    teacher, two = {"recipe": "teacher", "steps": FINE}, {"recipe": "2-rectified", "steps": FINE}
+    one = {"recipe": "2-rectified", "steps": 1}
+    s = ratios(straight, "straightness", two, teacher)
+    fd, right = values(rows, "distance_ratio", **one), values(rows, "accuracy", **one)
+    mean1, mean2 = (values(rows, "distance_ratio", recipe="meanflow", steps=n) for n in (1, 2))
+    by_scale = ratios(guided, "distance_ratio", {"recipe": "guided"}, {"recipe": "teacher"})
+    cost = ratios(guided, "evaluations", {"recipe": "guided"}, {"recipe": "teacher"})
+    best = {"recipe": "teacher", "steps": 8}
+    kept = [
+        (f"{key} of one step, 2-rectified, over the teacher's in 8", ratios(rows, name, one, best))
+        for key, name in (("recall", "recall"), ("pairwise distance", "pairwise_distance"))
+    ]
+
+    def mean(found: list[float]) -> float:
+        return statistics.fmean(found)
+
+    return [
+        Claim("straightness S of the 2-rectified model over the teacher's", "≤ 0.05", s, mean(s) <= 0.05, ".4f"),
+        Claim("one Euler step, 2-rectified: FD ratio", "≤ 1.03", fd, mean(fd) <= 1.03),
+        Claim("one Euler step, 2-rectified: accuracy", "≥ 98 %", right, mean(right) >= 0.98, ".1%"),
+        Claim("MeanFlow from nothing, one step: FD ratio", "≤ 1.3", mean1, mean(mean1) <= 1.3),
+        Claim("MeanFlow from nothing, two steps: FD ratio", "≤ 1.15", mean2, mean(mean2) <= 1.15),
+        Claim("learned guidance over the guided teacher, 8 steps: FD", "within 5 %", by_scale,
+              abs(mean(by_scale) - 1) <= 0.05),
+        Claim("its evaluations over the teacher's", "0.5", cost, mean(cost) == 0.5),
+        *(Claim(what, "≥ 0.9", found, mean(found) >= 0.9) for what, found in kept),
+    ]  # fmt: skip
+
+
+def by_steps(rows: list[Row], recipes: Sequence[str], key: str, form: str) -> str:
+    body = [[name, *(spread(values(rows, key, recipe=name, steps=n), form) for n in STEPS)] for name in recipes]
+    return table(["", *(f"{n} step{'s' * (n > 1)}" for n in STEPS)], body)
+
+
+def walk(pipe: Pipeline, prompts: list[str]) -> Tensor:
+    """States of fine Euler walks, (FINE + 1, WALKS, numbers)."""
+    found: list[Tensor] = []
+    sampling = Sampling(FINE, 1.0)
+    pipe(prompts, range(len(prompts)), sampling=sampling, callback=lambda done, z, x0: found.append(z.flatten(1)))
+    return torch.stack(found)
+
+
+def trajectories(before: Path, after: Path, file: Path) -> None:
+    """Walks of the teacher and of its student from the same noise, in the plane where the teacher's vary most."""
+    prompts = [digits.captions(i % 10, digits.HELD_OUT_TEMPLATES)[0] for i in range(WALKS)]
+    walks = {name: walk(Pipeline.load(path / "model"), prompts) for name, path in
+             (("teacher", before), ("2-rectified", after))}  # fmt: skip
+    points = walks["teacher"].flatten(0, 1)
+    mean = points.mean(0)
+    _, _, axes = torch.linalg.svd(points - mean, full_matrices=False)
+    figure = Figure(figsize=(9, 4.5), layout="constrained", dpi=150)
+    for place, (name, states) in zip(figure.subplots(1, 2, sharex=True, sharey=True), walks.items(), strict=True):
+        flat = (states - mean) @ axes[:2].T  # (FINE + 1, WALKS, 2)
+        for line in flat.unbind(1):
+            place.plot(*line.T.tolist(), color="tab:blue", linewidth=1)
+        for at, colour, label in ((0, "lightgrey", "noise"), (-1, "tab:red", "picture")):
+            place.scatter(
+                *flat[at].T.tolist(), s=12, color=colour, edgecolor="black", linewidth=0.4, zorder=3, label=label
+            )
+        place.set(title=name, xticks=[], yticks=[])
+    figure.axes[0].legend(frameon=False, fontsize="small")
+    figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def shapes(folder: Path) -> tuple[str, str]:
+    """Tables of the shapes: distances, and what the judge finds right by category."""
+
+    def name(row: Row) -> str:
+        recipe = "teacher" if row["recipe"] == "shapes" else row["recipe"]
+        return f"{recipe}, {row['steps']} step{'s' * (row['steps'] > 1)}"
+
+    rows = results(folder / "measured")
+    full = of(rows, recipe="shapes", steps=20)[0]
+    shown = [full, *(row for row in rows if row is not full and row["steps"] < 20)]
+    keys = (("evaluations", "g"), ("distance_ratio", ".2f"), ("accuracy", ".1%"), ("recall", ".2f"),
+            ("pairwise_distance", ".1f"))  # fmt: skip
+    body = [[name(row), *(format(row[key], form) for key, form in keys),
+             f"{row['distance_ratio'] / full['distance_ratio']:.2f}"] for row in shown]  # fmt: skip
+    head = ["", "evaluations", "FD ratio", "right", "recall", "pairwise distance", "FD over the teacher's in 20"]
+    judged = [row for steps in (20, 1, 2) for row in results(folder / f"judged-{steps}")]
+    categories = [[name(row), *(f"{row[category]:.0%}" for category in CATEGORIES)] for row in judged]
+    return table(head, body), table(["", *CATEGORIES], categories)
+
+
+def main() -> None:
+    seeds = sorted(int(path.name) for path in (RUNS / "digits").iterdir() if path.name.isdecimal())
+    rows, straight, guided = (
+        [row for seed in seeds for row in results(RUNS / "digits" / str(seed) / name, seed)]
+        for name in ("measured", "straightness", "guidance")
+    )
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    curves(rows, None, DOCS / "fewstep.png")
+    place = RUNS / "digits" / str(seeds[0])
+    trajectories(place / "teacher", place / "2-rectified", DOCS / "fewstep-trajectories.png")
+    found = [[c.what, c.asked, spread(c.found, c.form), "yes" if c.holds else "no"]
+             for c in claims(rows, straight, guided)]  # fmt: skip
+    lengths = [[name, *(spread(values(straight, key, recipe=name), form) for key, form in
+                        (("straightness", ".3f"), ("path_length", ".2f"), ("distance_ratio", ".2f")))]
+               for name in ("teacher", "2-rectified")]  # fmt: skip
+    distances, categories = shapes(RUNS / "shapes")
+    parts = {
+        "CLAIMS": table(["digits", "asked", "found", "holds"], found),
+        "DISTANCE": by_steps(rows, recipes, "distance_ratio", ".2f"),
+        "ACCURACY": by_steps(rows, recipes, "accuracy", ".1%"),
+        "RECALL": by_steps(rows, recipes, "recall", ".2f"),
+        "PAIRWISE": by_steps(rows, recipes, "pairwise_distance", ".2f"),
+        "STRAIGHT": table(["50 Euler steps", "S", "path length", "FD ratio"], lengths),
+        "SHAPES": distances,
+        "CATEGORIES": categories,
+        "SEEDS": str(len(seeds)),
+    }
+    text = (ROOT / "tools" / "fewstep.md").read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = text.replace("{" + name + "}", part.rstrip("\n"))
+    (DOCS / "fewstep.md").write_text(text, encoding="utf-8")
+    print(f"Look at {DOCS / 'fewstep.md'}")
+
+
+if __name__ == "__main__":
+    main()
