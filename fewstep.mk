@@ -21,10 +21,10 @@ $(FS)/digits/%/ddim/$(FS_MODEL): | $(READY)
 	$(FS_FIT) --config configs/objective/eps-linear.yaml $(call FS_STEPS,5000)
 
 $(FS)/digits/%/pairs/report.json: $(FS)/digits/%/teacher/$(FS_MODEL)
-	$(FS_PAIRS) --model $(FS)/digits/$*/teacher --sampler heun --steps 8
+	$(FS_PAIRS) --model $(FS)/digits/$*/teacher --steps 8
 
 $(FS)/digits/%/2-rectified/$(FS_MODEL): $(FS)/digits/%/pairs/report.json
-	$(FS_FIT) $(call FS_STUDENT,reflow,teacher) $(call FS_STEPS,2500) \
+	$(FS_FIT) $(call FS_STUDENT,reflow,teacher) $(call FS_STEPS,3200) \
 		--data.store $(<D) --data.teacher $(FS)/digits/$*/teacher
 
 $(FS)/digits/%/straight-pairs/report.json: $(FS)/digits/%/2-rectified/$(FS_MODEL)

@@ -87,7 +87,7 @@ class CosMap(Density):
 
 
 class UShaped(Density):
-    """Density ∝ exp(at) + exp(a(1 − t)): the ends of a path that is straight already (Lee et al. 2024, §4.1).
+    """Density ∝ exp(at) + exp(a(1 − t)): the ends of a path that is straight already (Lee et al. 2024, 2-rectified flow++).
 
     Args:
         a: > 0; near 0 it is uniform. Theirs is 4.

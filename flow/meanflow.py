@@ -37,7 +37,7 @@ def average_velocity(model: TwoTimes, z: Tensor, t: Tensor, end: Tensor, v: Tens
     """What the average velocity u(z, t, end) should be, given the velocity v at (z, t): v − (t − end)·du/dt.
 
     du/dt = v·∂_z u + ∂_t u is the derivative along the path, one Jacobian-vector product with the tangent (v, 1) of
-    (z, t); only of the intervals that have a length (Geng et al. 2025, eqs. 6–10). No gradient flows through it.
+    (z, t); only of the intervals that have a length (Geng et al. 2025). No gradient flows through it.
 
     Args:
         model: the network as it is.

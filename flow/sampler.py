@@ -49,7 +49,7 @@ def euler(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Call
 def meanflow(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
     """Euler's method with average velocities, z_s = z − (t − s)·u(z, t, s): exact in any number of steps, in one too.
 
-    For a network of two times, on rectified flow (Geng et al. 2025, eq. 12). Arguments and result as `euler`'s, but
+    For a network of two times, on rectified flow (Geng et al. 2025). Arguments and result as `euler`'s, but
     that the denoiser is also given the time at which the step ends.
     """
     if not isinstance(path, RectifiedFlow):

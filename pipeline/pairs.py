@@ -77,7 +77,7 @@ class Coupling:
     Args:
         num: of all pairs.
         inverted: how many of them, the last ones, are real samples of a store with the noise that the model's path
-            leads back to (Kim et al. 2024, "Simple ReFlow", §4.1; Lee et al. 2024, §4.3 mixes in real data likewise).
+            leads back to (Lee et al. 2024; Seong et al. 2025, "Balanced Conic Rectified Flow").
         seed: of the noise.
         batch_size: pairs in a block; other blocks round differently.
         sampling: of the model; its guidance becomes part of what is learned.

@@ -158,7 +158,6 @@ def test_what_does_not_fit_is_refused_in_one_line_before_any_model(
         (CHAIN, {"sampler": "langevin"}),
         *((CHAIN, {"spacing": word}) for word in ("trailing", "leading", "linspace")),
         *((KARRAS, {"sampler": word, "spacing": "karras"}) for word in SAMPLERS if word not in ("ddpm", "meanflow")),
-        (LINE, {"sampler": "meanflow"}),
         (Objective(Cosine(), V()), {}),
         (Objective(Cosine(), V()), {"sampler": "edm:churn=5", "spacing": "karras"}),
         (Objective(Cosine(), Epsilon()), {"spacing": "karras"}),

@@ -39,6 +39,7 @@ from mmdit.model import Condition
 from pipeline import Pipeline
 
 FEWSTEP = ROOT / "configs/fewstep"
+OVERLAYS = ("reflow", "distill", "meanflow", "meanflow-teacher", "guidance")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def student(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
         if overlay in ("reflow", "distill"):
             given += ["--data.store", str(trained / "pairs"), "--data.teacher", str(trained / "run")]
             given += ["--data.held_out", "4"]
-        if overlay == "guidance":
+        if overlay in ("guidance", "meanflow-teacher"):
             given += ["--teacher.model", str(trained / "run")]
         return given
 
@@ -78,10 +79,10 @@ def built(config: Path, *flags: str) -> tuple[Generator, Data]:
 
 
 def test_every_overlay_is_tried() -> None:
-    assert {file.stem for file in FEWSTEP.glob("*.yaml")} == {"reflow", "distill", "meanflow", "guidance"}
+    assert {file.stem for file in FEWSTEP.glob("*.yaml")} == set(OVERLAYS)
 
 
-@pytest.mark.parametrize("overlay", ["reflow", "distill", "meanflow", "guidance"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_each_student_trains_stops_goes_on_to_the_bit_and_draws(
     student: Callable[..., list[str]], tmp_path: Path, overlay: str
 ) -> None:
