@@ -281,7 +281,7 @@ class Generator(L.LightningModule):
         half = torch.full((len(batch.x0),), 0.5)
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(batch.x0),), (i + 0.5) / VALIDATION_TIMES, device=self.device)
-            t = self.objective.path.cell(t)
+            t = self.objective.cell(t)
             losses = self.loss_of(self.ema.main, batch, t, half)
             self.sums[i] += counted * losses.double().sum()
         self.sums[-1] += counted * len(batch.x0)

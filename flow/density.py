@@ -21,6 +21,10 @@ class Density(ABC):
     def pdf(self, t: Tensor) -> Tensor:
         """The probability density at t, same shape."""
 
+    def cell(self, t: Tensor) -> Tensor:
+        """The time that stands for t in validation: t itself unless only some times are drawn."""
+        return t
+
 
 class Uniform(Density):
     """t = u."""
@@ -87,7 +91,9 @@ class CosMap(Density):
 
 
 class UShaped(Density):
-    """Density ∝ exp(at) + exp(a(1 − t)): the ends of a path that is straight already (Lee et al. 2024, 2-rectified flow++).
+    """Density ∝ exp(at) + exp(a(1 − t)): the ends of a path that is straight already.
+
+    Of 2-rectified flow++ (Lee et al. 2024).
 
     Args:
         a: > 0; near 0 it is uniform. Theirs is 4.
@@ -121,6 +127,9 @@ class Steps(Density):
 
     def __call__(self, u: Tensor) -> Tensor:
         return (u * self.k).floor().clamp(max=self.k - 1).add(1) / self.k
+
+    def cell(self, t: Tensor) -> Tensor:
+        return self(t)
 
     def pdf(self, t: Tensor) -> Tensor:
         """The probability of each time: 1/k, and 0 in between."""

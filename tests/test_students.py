@@ -17,6 +17,7 @@ from trials import (
     assert_same,
     end,
     fit,
+    lines,
     refused,
     send_at,
     small,
@@ -120,6 +121,12 @@ def test_the_batches_of_pairs_are_the_store_s_whatever_the_step(trained: Path, t
         batch = next(batches)
         for x, n in zip(batch.x0, batch.noise, strict=True):
             assert torch.equal(partner[tuple(x.flatten().tolist())], n)
+
+
+def test_a_one_step_map_is_validated_where_it_is_learned(student: Callable[..., list[str]], tmp_path: Path) -> None:
+    fit(tmp_path / "config.yaml", *student("distill"), "--run.steps", "3")
+    told = [line for line in lines(tmp_path / "run") if "val/loss" in line][-1]
+    assert len({value for key, value in told.items() if key.startswith("val/loss")}) == 1
 
 
 def test_reflow_learns_the_pairs_better_than_a_free_coupling_allows(
