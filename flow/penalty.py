@@ -9,8 +9,8 @@ class Penalty:
 
     Its gradient is that of m with the weight (m + c²)^(−p), so that the pictures that are far off, which one look at
     the noise cannot tell apart, do not drown the others. p = 0 is the mean square; p = ½ the pseudo-Huber loss (Song &
-    Dhariwal 2023; Lee et al. 2024), twice over; p = 1 has the gradient of MeanFlow's adaptive weight (Geng et al. 2025).
-
+    Dhariwal 2023; Lee et al. 2024), twice over; p = 1 has the gradient of MeanFlow's adaptive weight (Geng et al.
+    2025).
 
     Args:
         power: p, from 0 to 1.
