@@ -28,7 +28,7 @@ $(FS)/digits/%/2-rectified/$(FS_MODEL): $(FS)/digits/%/pairs/report.json
 		--data.store $(<D) --data.teacher $(FS)/digits/$*/teacher
 
 $(FS)/digits/%/straight-pairs/report.json: $(FS)/digits/%/2-rectified/$(FS_MODEL)
-	$(FS_PAIRS) --model $(FS)/digits/$*/2-rectified --steps 2
+	$(FS_PAIRS) --model $(FS)/digits/$*/2-rectified --steps 2 --seed 10$*
 
 $(FS)/digits/%/distilled/$(FS_MODEL): $(FS)/digits/%/straight-pairs/report.json
 	$(FS_FIT) $(call FS_STUDENT,distill,2-rectified) $(call FS_STEPS,700) \
@@ -56,28 +56,30 @@ $(FS)/digits/%/guidance/results.json: $(foreach m,teacher guided,$(FS)/digits/%/
 FS_SHAPES := $(FS)/shapes
 FS_SHAPES_PAIRS = $(FS_PYTHON) sample.py pairs --prompts stores/shapes --batch-size 32 --out $(@D)
 FS_SHAPES_FIT = $(FS_PYTHON) train.py fit --config configs/shapes.yaml --config configs/fewstep/$(1).yaml \
-	--run.folder $(@:/$(FS_MODEL)=) --run.validate_every 2000 --data.store $(<D) --data.teacher $(2) --network.path $(2)
+	--run.folder $(@:/$(FS_MODEL)=) --run.steps $(3) --run.validate_every $(3) --data.store $(<D) --data.teacher $(2) --network.path $(2)
 
-runs/shapes/$(FS_MODEL):
-	$(MAKE) shapes
+$(FS_SHAPES)/teacher.done: | $(READY)
+	$(FS_PYTHON) encode.py --config configs/shapes.yaml
+	$(FS_PYTHON) train.py fit --config configs/shapes.yaml
+	mkdir -p $(@D) && touch $@
 
-$(FS_SHAPES)/pairs/report.json: | runs/shapes/$(FS_MODEL)
+$(FS_SHAPES)/pairs/report.json: $(FS_SHAPES)/teacher.done
 	$(FS_SHAPES_PAIRS) --model runs/shapes --num 16384 --steps 20
 
 $(FS_SHAPES)/2-rectified/$(FS_MODEL): $(FS_SHAPES)/pairs/report.json
-	$(call FS_SHAPES_FIT,reflow,runs/shapes) --run.steps 8000
+	$(call FS_SHAPES_FIT,reflow,runs/shapes,8000)
 
 $(FS_SHAPES)/straight-pairs/report.json: $(FS_SHAPES)/2-rectified/$(FS_MODEL)
 	$(FS_SHAPES_PAIRS) --model $(FS_SHAPES)/2-rectified --num 20480 --seed 1 --steps 8
 
 $(FS_SHAPES)/distilled/$(FS_MODEL): $(FS_SHAPES)/straight-pairs/report.json
-	$(call FS_SHAPES_FIT,distill,$(FS_SHAPES)/2-rectified) --run.steps 6000
+	$(call FS_SHAPES_FIT,distill,$(FS_SHAPES)/2-rectified,6000)
 
 FS_SHAPES_STUDENTS := $(foreach m,2-rectified distilled,$(FS_SHAPES)/$(m))
 $(FS_SHAPES)/measured/results.json: $(FS_SHAPES_STUDENTS:=/$(FS_MODEL))
 	$(FS_EVALUATE) runs/shapes $(FS_SHAPES_STUDENTS:%=--model %) --data shapes --steps 1,2,4,8,20
 
-$(FS_SHAPES)/judged-20/results.json: | runs/shapes/$(FS_MODEL)
+$(FS_SHAPES)/judged-20/results.json: $(FS_SHAPES)/teacher.done
 	$(FS_PYTHON) judge.py --model runs/shapes --steps 20 --per-category 100 --out $(@D)
 
 $(FS_SHAPES)/judged-%/results.json: $(FS_SHAPES_STUDENTS:=/$(FS_MODEL))

@@ -16,6 +16,7 @@ from data.batch import Batch
 from data.latents import Codec
 from data.pictures import save_png, sheet
 from data.sampler import NOT_COUNTED, Use, stream
+from data.sizes import SIZE_FEATURES
 from data.text import TextEncoder
 from flow.density import stratified
 from flow.guidance import ClassifierFree
@@ -218,7 +219,11 @@ class Generator(L.LightningModule):
         if teacher.range != (1, 1):
             if self.null is None:
                 self.null = pipe.condition([""])
-            model = ClassifierFree(pipe.network, self.null, scale[:, None, None, None])
+            null = self.null
+            if pipe.sized:  # both halves of the same sizes
+                pooled = null.pooled[:, :-SIZE_FEATURES].expand(len(t), -1)
+                null = null._replace(pooled=torch.cat([pooled, condition.pooled[:, -SIZE_FEATURES:]], 1))
+            model = ClassifierFree(pipe.network, null, scale[:, None, None, None])
         told = condition._replace(guidance=scale) if low < high else condition
         field: Field = lambda z, t, _, y: model(z, t, condition)  # noqa: E731
         return self.objective.loss(network, batch.x0, batch.noise, t, told, end, field)

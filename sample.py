@@ -140,6 +140,8 @@ def search_grid(argv: list[str]) -> None:
         from pipeline.times import GridSearch, Request, table
         from weights import write_json
 
+        if args.out and args.out.is_dir():
+            raise ValueError(f"--out is a JSON file, and {args.out} is a folder")
         source = Store(captions) if isinstance(captions, Path) else captions
         pipe = Pipeline.load(path, Reading(**reading_of(args)))
         sampling = sampling_of(args, replace(pipe.sampling, sampler="euler"), sampler=args.sampler)

@@ -17,14 +17,18 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cli import MACHINE_FAULT, fail, find_model, one_line_errors, plain_warnings
+from data.latents import Codec
 from data.module import Data, Stored
 from data.sizes import SIZE_FEATURES
 from data.store import StoreError
+from data.text import TextEncoder
 from experiment import Run, parser, plain
 from files import commit_bytes
+from flow.objective import Objective
 from generator import Generator
 from mmdit import lora
-from pipeline import Pipeline
+from pipeline import Pipeline, Reading
+from pipeline.folder import describe, read_network
 from training.checkpoint import CheckpointError, Checkpoints
 from training.log import JSONLinesLogger
 from training.meter import Meter
@@ -32,7 +36,7 @@ from training.posthoc import reconstruct
 from training.progress import StepProgress
 from training.resume import Resume
 from training.strategy import Strategy
-from weights import read_json, write_json
+from weights import fingerprint, read_json, write_json
 
 FREE = (  # may differ on going on
     "run.folder", "run.accelerator", "run.devices", "run.num_nodes", "run.wandb", "run.checkpoint_every",
@@ -93,11 +97,35 @@ def base_of(config: Namespace) -> str | None:
         return None
     if config.network.class_path != "mmdit.checkpoint.load":
         raise ValueError("lora updates a network from disk: network.class_path must be mmdit.checkpoint.load")
+    if config.network.init_args.two_times or config.network.init_args.guidance_embeds:
+        raise ValueError("lora updates the network as it is: it cannot learn network.two_times or guidance_embeds")
     base = Path(config.network.init_args.path).resolve()
     base = base.parent if base.name == "transformer" and not (base / "model_index.json").exists() else base
     if base.is_dir() and not (base / "model_index.json").is_file():
         raise ValueError(f"lora needs the whole model, to sample with: {base} has no model_index.json")
     return str(base)
+
+
+def teaching(path: Path, objective: Objective, codec: Codec, text: TextEncoder, sized: bool) -> Pipeline:
+    """The teacher at `path`, with the training's codec and text encoders.
+
+    Raises:
+        ValueError: its output is not what the student is to learn.
+    """
+    network, process, own = read_network(find_model(path), Reading(dtype="stored"))
+    codecs = [{name: value for name, value in c.fingerprint().items() if name != "dtype"} for c in (own, codec)]
+    if codecs[0] != codecs[1]:
+        raise ValueError(f"teacher.model {path} has another codec")
+    for name in ("path", "target"):
+        theirs, ours = (describe(getattr(o, name)) for o in (process, objective))
+        if theirs != ours:
+            raise ValueError(f"teacher.model {path} learned another {name}: {theirs['class']}, not {ours['class']}")
+    if process.variance or getattr(network, "guidance_embeds", False):
+        raise ValueError(f"teacher.model {path} has learned a variance or its guidance: it cannot be guided to teach")
+    pipe = Pipeline(network, process, codec, text)
+    if pipe.sized != sized:
+        raise ValueError(f"teacher.model {path} must be told of sizes like its student: set data.size_conditioning")
+    return pipe
 
 
 def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Data]:
@@ -115,10 +143,7 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Da
         raise ValueError(f"data.held_out must be at least the {run.world} processes, got {len(data.apart)}")
     teacher = None
     if config.teacher:
-        model = Pipeline.load(find_model(config.teacher.model))
-        if (model.codec.fingerprint(), model.text.fingerprint()) != (codec.fingerprint(), text.fingerprint()):
-            raise ValueError(f"teacher.model {config.teacher.model} has another codec or other text encoders")
-        teacher = config.teacher, model
+        teacher = config.teacher, teaching(config.teacher.model, config.objective, codec, text, data.sized)
     generator = Generator(
         network, config.objective, text, codec, config.optimization, config.ema, strategy, config.sampling, config.grid,
         data.side, run.folder, run.steps, data.batch_size, run.seed, run.log_every, base,
@@ -195,10 +220,11 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             raise ValueError(plain(str(error))) from None
         trainer, generator, data = build(config, base)
+        taught = {str(t.model): fingerprint(find_model(t.model)) for t in [config.teacher] if t}
         newest = Checkpoints(config.run.folder / CHECKPOINTS).newest()
         if command != "fit" and newest is None:
             raise FileNotFoundError(f"{config.run.folder} holds no checkpoint: train this config first")
-        claim(config.run.folder, resolved, data.identity())
+        claim(config.run.folder, resolved, data.identity() | taught)
         if newest:
             newest.compare({name: tensor.shape for name, tensor in generator.learned().items()}, "network.")
         if command == "average":

@@ -241,7 +241,7 @@ class Stored(Data):
             no caption_dropout.
         held_out: samples that validation uses and training does not, the same ones in every stage.
         before: stores that come first, such as one of smaller pictures.
-        teacher: the model folder whose pairs the main store must hold; none for a store of anything else.
+        teacher: the model folder whose pairs the main store holds; none for a store of anything else.
         size_conditioning: the pooled vector also tells the original size and the crop (SDXL, §2.2); the network's
             pooled_dim is then larger by 1,536.
         workers: loader processes; 0 loads in the training process.
@@ -275,6 +275,8 @@ class Stored(Data):
         main = self.stores[-1]
         if teacher is not None:
             main.expect(latents=stored.PAIR, teacher=fingerprint(find_model(Path(teacher))))
+        elif main.plan.get("latents") == stored.PAIR:
+            raise ValueError(f"{main.source} holds pairs: name the model that made them as data.teacher")
         super().__init__(text, codec, seed, batch_size, main.plan["buckets"]["side"], workers, size_conditioning)
         if not 1 <= held_out < len(main):
             raise ValueError(f"data.held_out must be from 1 to below the store's {len(main)} samples, got {held_out}")

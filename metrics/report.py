@@ -74,7 +74,10 @@ COLUMNS = {
         ".2f",
     ),
     "pairwise_distance": Column(
-        "variety", "Mean distance of the features of two samples asked for the same; 0 means all are one.", None, "#.3g"
+        "variety",
+        "Mean distance of the features of two digits, or of any two scenes, that were drawn; 0 is one picture.",
+        None,
+        "#.3g",
     ),
     "duplicates": Column("repeats", "Samples that equal another one, already counted, in every pixel.", "low", ".3g"),
     "path_length": Column("path length", "Length of the walk from noise to picture.", None, "#.3g"),

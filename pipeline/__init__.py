@@ -129,12 +129,12 @@ class Pipeline:
             raise ValueError("a mask needs an image")
         latent, walk, times = self.plan(sampling, shift, height, width, 1.0 if image is None else strength)
         draw = random_normals(seeds, (self.network.in_channels, *latent), self.device)
-        estimate = self._denoiser(prompts, negative, sampling, times, height, width)
+        estimate = self.denoiser(prompts, negative, sampling, times, height, width)
         a, b = self.objective.path(times[0])
         noise = draw()
         if image is None:
             x0 = torch.zeros_like(noise)
-            z = self._scale(times[0]) * noise
+            z = self.scale_at(times[0]) * noise
         else:
             x0 = self._encode(image, noise)
             z = a * x0 + b * noise
@@ -150,7 +150,7 @@ class Pipeline:
         if not z.isfinite().all():  # would be a black picture
             dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
             raise ValueError(f"the network overflowed in {dtype}: take bfloat16 or float32, or less guidance")
-        return self.codec.decode(z / self._scale(times[-1])).cpu()
+        return self.codec.decode(z / self.scale_at(times[-1])).cpu()
 
     @torch.inference_mode()
     def integrate(
@@ -170,16 +170,16 @@ class Pipeline:
         sampling = sampling or self.sampling
         walk, times = sampling.walk(self.objective, self.shift(), backward=backward)
         self.plan(sampling)
-        denoise = self._denoiser(prompts, "", sampling, times)
-        first, last = (self._scale(t) for t in (times[0], times[-1]))
+        denoise = self.denoiser(prompts, "", sampling, times)
+        first, last = (self.scale_at(t) for t in (times[0], times[-1]))
         return walk(denoise, first * z.to(self.device), lambda: torch.randn_like(z).to(self.device), None) / last
 
-    def _scale(self, t: Tensor) -> Tensor:
+    def scale_at(self, t: Tensor) -> Tensor:
         """z at t over what is told of it: pictures at t = 0, unit noise elsewhere, where data have unit variance."""
         a, b = self.objective.path(t)
         return a if t == 0 else (a**2 + b**2).sqrt()
 
-    def _denoiser(
+    def denoiser(
         self,
         prompts: Sequence[str],
         negative: str,

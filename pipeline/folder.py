@@ -159,6 +159,14 @@ def _read_network(folder: Path, how: Reading) -> tuple[Network, DType]:
     return checkpoint.load(place, dtype, how.device), dtype
 
 
+def read_network(folder: Path, how: Reading) -> tuple[Network, Objective, Codec]:
+    """A model folder without its text encoders: for one that works with those of another. Errors as `read`'s."""
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no {INDEX}")
+    objective, _ = read_process(folder / SCHEDULER)
+    return _read_network(folder, how)[0], objective, load_codec(folder / "vae")
+
+
 def _read_file(file: Path, how: Reading) -> Parts:
     weights = open_file(file)
     own = weights.under(checkpoint.PREFIX) or weights

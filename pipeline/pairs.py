@@ -63,10 +63,20 @@ class Captions:
         u = stream(self.seed, Use.CAPTION, 0, number).random()
         return self.source.captions(row)[stored.chosen(self.source.weights(row), u)]
 
-    def latents(self, numbers: np.ndarray) -> Tensor:
-        """The samples of these pairs, (n, C, h, w) float32. ValueError unless they are single latents of a store."""
+    def invertible(self, size: list[int], codec: dict[str, Any]) -> None:
+        """ValueError unless the samples are single latents of that codec, of pictures of one size (H, W)."""
         if not isinstance(self.source, Store) or self.source.plan["latents"] not in ("mean", "draw"):
             raise ValueError("only samples of a store with latents mean or draw can be inverted")
+        self.source.expect(codec=codec)
+        sizes = [list(s) for i, s in enumerate(self.source.buckets) if len(self.source.members(i))]
+        if sizes != [size]:
+            raise ValueError(
+                f"only pictures of {size[0]}×{size[1]} can be inverted, and {self.source.source} has others"
+            )
+
+    def latents(self, numbers: np.ndarray) -> Tensor:
+        """The samples of these pairs, (n, C, h, w) float32."""
+        assert isinstance(self.source, Store)
         return self.source.latents(np.array([self.row(int(n)) for n in numbers])).float()
 
 
@@ -77,7 +87,7 @@ class Coupling:
     Args:
         num: of all pairs.
         inverted: how many of them, the last ones, are real samples of a store with the noise that the model's path
-            leads back to (Lee et al. 2024; Seong et al. 2025, "Balanced Conic Rectified Flow").
+            leads back to (Lee et al. 2024; Kim et al. 2025, "Balanced Conic Rectified Flow").
         seed: of the noise.
         batch_size: pairs in a block; other blocks round differently.
         sampling: of the model; its guidance becomes part of what is learned.
@@ -111,10 +121,12 @@ class PairMaker:
     def __init__(self, pipe: Pipeline, fingerprint: str, captions: Captions, how: Coupling, folder: Path) -> None:
         self.pipe, self.captions, self.how = pipe, captions, how
         self.latent, _, self.times = pipe.plan(how.sampling)
-        if how.inverted:
-            captions.latents(np.array([0]))
-            how.sampling.walk(pipe.objective, pipe.shift(), backward=True)
         size = [side * pipe.codec.factor for side in self.latent]
+        if how.sampling.method in ("ddim", "ddpm", "edm", "langevin"):
+            raise ValueError(f"sampler {how.sampling.sampler} draws noise on the way: pairs need euler, heun, …")
+        if how.inverted:
+            captions.invertible(size, pipe.codec.fingerprint())
+            how.sampling.walk(pipe.objective, pipe.shift(), backward=True)
         plan = {
             "version": VERSION,
             "codec": pipe.codec.fingerprint(),

@@ -103,22 +103,17 @@ class GridSearch:
             seeds = [self.request.seed + number for number in part]
             noise = random_normals(seeds, (self.pipe.network.in_channels, *self.latent), self.pipe.device)()
             prompts = [self.captions[number] for number in part]
-            denoise = self.pipe._denoiser(prompts, "", self.request.spaced(self.request.fine), times)
+            denoise = self.pipe.denoiser(prompts, "", self.request.spaced(self.request.fine), times)
 
             def told(done: int, z: Tensor, x0: Tensor, walks: int = len(part)) -> None:
                 bar.update(walks)
 
-            fine = record(denoise, self.path, self._start(noise, times), times, told)
+            fine = record(denoise, self.path, self.pipe.scale_at(times[0]) * noise, times, told)
             if not fine.states[-1].isfinite().all():
                 raise ValueError("the network overflowed: take bfloat16 or float32, or less guidance")
             total += costs(fine) * len(part) / len(numbers)
             batches.append(Batch(noise, denoise, fine.states[-1].clone()))
         return batches, total
-
-    def _start(self, noise: Tensor, times: Tensor) -> Tensor:
-        """z at the first time, with the variance there of data of unit variance, as `Pipeline` begins."""
-        a, b = self.path(times[0])
-        return (a**2 + b**2).sqrt() * noise
 
     def _distance(self, batches: Sequence[Batch], times: Tensor, callback: Callback | None = None) -> float:
         """How far from the fine ends walks on these times end, in latents."""
@@ -126,7 +121,7 @@ class GridSearch:
         a, b = self.path(times[-1])
         squares = torch.zeros((), dtype=torch.float64)
         for noise, denoise, end in batches:
-            w = euler(denoise, self.path, self._start(noise, times), times, callback) / (a + b)
+            w = euler(denoise, self.path, self.pipe.scale_at(times[0]) * noise, times, callback) / (a + b)
             squares += (w - end).double().square().sum().cpu()
         return float((squares / sum(batch.end.numel() for batch in batches)).sqrt())
 

@@ -1,5 +1,7 @@
 """Pairs of noise and picture: what they are, how they replay, and what they are refused for."""
 
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -182,7 +184,11 @@ def test_captions_of_a_store_come_by_weight_and_round_again(digits: Store) -> No
         (["--num", "4", "--sampler", "meanflow"], "sampler meanflow needs a network of two times"),
         (["--num", "4", "--prompts", "DIGITS", "--held-out", "12"], "held-out must be from 0 to below the store's 12"),
         (["--num", "4", "--prompts", "DIGITS", "--held-out", "2", "--invert", "1", "--sampler", "ddim:eta=1"],
-         "sampler ddim:eta=1 cannot go backward: take euler, heun or midpoint"),
+         "sampler ddim:eta=1 draws noise on the way"),
+        (["--num", "4", "--prompts", "DIGITS", "--held-out", "2", "--invert", "1", "--sampler", "dpmpp_2m"],
+         "sampler dpmpp_2m cannot go backward: take euler, heun or midpoint"),
+        (["--num", "4", "--prompts", "OTHERS", "--held-out", "2", "--invert", "1"], "was encoded otherwise: codec"),
+        (["--num", "4", "--sampler", "ddim"], "sampler ddim draws noise on the way"),
         (["--numb", "4"], "required: --num"),
     ],
 )  # fmt: skip
@@ -191,7 +197,11 @@ def test_bad_input_ends_in_one_line(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("zero\n")
     (tmp_path / "empty.txt").write_text("\n")
-    places = {"EMPTY": str(tmp_path / "empty.txt"), "DIGITS": digits.source}
+    shutil.copytree(digits.folder, tmp_path / "others")
+    plan = json.loads((digits.folder / "store.json").read_text())
+    (tmp_path / "others/store.json").write_text(json.dumps(plan | {"codec": {"class": "VAE"}}))
+    names = {"EMPTY": "empty.txt", "DIGITS": "digits", "OTHERS": "others"}
+    places = {name: str(tmp_path / file) for name, file in names.items()}
     given = ["--model", str(model), "--prompts", str(tmp_path / "prompts.txt"), *argv]
     with pytest.raises(SystemExit) as end:
         sample.main(["pairs", *(places.get(arg, arg) for arg in given), "--out", str(tmp_path / "out")])

@@ -110,6 +110,25 @@ def test_two_processes_learn_average_velocities_as_one(
     assert_near_logs(tmp_path / "run", tmp_path / "one", 1e-6)
 
 
+def test_in_bfloat16_average_velocities_have_the_same_gradient_but_for_rounding(
+    student: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    generator, data = built(tmp_path / "config.yaml", *student("meanflow"))
+    draw = torch.Generator().manual_seed(0)
+    for parameter in generator.network.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
+    batch = next(iter(data.val_dataloader()))
+    t, u = torch.linspace(0.1, 0.9, len(batch.x0)), torch.zeros(len(batch.x0))
+    found = []
+    for half in (False, True):
+        generator.network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            generator.loss_of(generator.network, batch, t, u, t / 3).mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in generator.network.parameters() if p.grad is not None]))
+    assert found[0].norm() > 0
+    assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
+
+
 def test_the_batches_of_pairs_are_the_store_s_whatever_the_step(trained: Path, text: CLIPText) -> None:
     store = Store(trained / "pairs")
     data = Stored(text, Pixels(1, 0.3, 2.66), 0, store.source, 8, 0.0, held_out=4, teacher=str(trained / "run"))
@@ -222,9 +241,12 @@ def test_a_store_of_no_pairs_is_no_coupling(
         ("reflow", ["--data.teacher", "nowhere"], "nowhere is no model folder"),
         ("reflow", ["--data.store", "nowhere"], "there is no store at nowhere"),
         ("guidance", ["--teacher.model", "nowhere"], "nowhere is no model folder"),
+        ("reflow", ["--data.teacher", "null"], "holds pairs: name the model that made them as data.teacher"),
+        ("guidance", ["--objective.target", "V"], "learned another target: Velocity, not V"),
+        ("guidance", ["--lora.rank", "2"], "it cannot learn network.two_times or guidance_embeds"),
         ("guidance", ["--teacher.guidance", "[3.0, 1.0]"], "or two that rise"),
         ("guidance", ["--teacher.guidance", "3.0"], "need each other"),
-        ("guidance", ["--codec.shift", "0.2"], "has another codec or other text encoders"),
+        ("guidance", ["--codec.shift", "0.2"], "has another codec"),
         ("meanflow", ["--network.two_times", "false"], "set network.two_times"),
         ("meanflow", ["--objective.path", "Cosine"], "average needs the path RectifiedFlow"),
         ("meanflow", ["--objective.average.share", "2"], "0 < share <= 1"),

@@ -142,11 +142,14 @@ def shapes(folder: Path) -> tuple[str, str]:
 
 
 def main() -> None:
+    if not (RUNS / "digits").is_dir():
+        raise SystemExit(f"error: there is no {RUNS / 'digits'}: run `make fewstep` first")
     seeds = sorted(int(path.name) for path in (RUNS / "digits").iterdir() if path.name.isdecimal())
     rows, straight, guided = (
         [row for seed in seeds for row in results(RUNS / "digits" / str(seed) / name, seed)]
         for name in ("measured", "straightness", "guidance")
     )
+    distances, categories = shapes(RUNS / "shapes")
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     curves(rows, None, DOCS / "fewstep.png")
     place = RUNS / "digits" / str(seeds[0])
@@ -156,7 +159,6 @@ def main() -> None:
     lengths = [[name, *(spread(values(straight, key, recipe=name), form) for key, form in
                         (("straightness", ".3f"), ("path_length", ".2f"), ("distance_ratio", ".2f")))]
                for name in ("teacher", "2-rectified")]  # fmt: skip
-    distances, categories = shapes(RUNS / "shapes")
     parts = {
         "CLAIMS": table(["digits", "asked", "found", "holds"], found),
         "DISTANCE": by_steps(rows, recipes, "distance_ratio", ".2f"),
