@@ -21,10 +21,10 @@ $(FS)/digits/%/ddim/$(FS_MODEL): | $(READY)
 	$(FS_FIT) --config configs/objective/eps-linear.yaml $(call FS_STEPS,5000)
 
 $(FS)/digits/%/pairs/report.json: $(FS)/digits/%/teacher/$(FS_MODEL)
-	$(FS_PAIRS) --model $(FS)/digits/$*/teacher --steps 8
+	$(FS_PAIRS) --model $(FS)/digits/$*/teacher --sampler heun --steps 4
 
 $(FS)/digits/%/2-rectified/$(FS_MODEL): $(FS)/digits/%/pairs/report.json
-	$(FS_FIT) $(call FS_STUDENT,reflow,teacher) $(call FS_STEPS,3200) \
+	$(FS_FIT) $(call FS_STUDENT,reflow,teacher) $(call FS_STEPS,3300) \
 		--data.store $(<D) --data.teacher $(FS)/digits/$*/teacher
 
 $(FS)/digits/%/straight-pairs/report.json: $(FS)/digits/%/2-rectified/$(FS_MODEL)
@@ -70,10 +70,10 @@ $(FS_SHAPES)/2-rectified/$(FS_MODEL): $(FS_SHAPES)/pairs/report.json
 	$(call FS_SHAPES_FIT,reflow,runs/shapes,8000)
 
 $(FS_SHAPES)/straight-pairs/report.json: $(FS_SHAPES)/2-rectified/$(FS_MODEL)
-	$(FS_SHAPES_PAIRS) --model $(FS_SHAPES)/2-rectified --num 20480 --seed 1 --steps 8
+	$(FS_SHAPES_PAIRS) --model $(FS_SHAPES)/2-rectified --num 49152 --seed 1 --steps 6
 
 $(FS_SHAPES)/distilled/$(FS_MODEL): $(FS_SHAPES)/straight-pairs/report.json
-	$(call FS_SHAPES_FIT,distill,$(FS_SHAPES)/2-rectified,6000)
+	$(call FS_SHAPES_FIT,distill,$(FS_SHAPES)/2-rectified,4000)
 
 FS_SHAPES_STUDENTS := $(foreach m,2-rectified distilled,$(FS_SHAPES)/$(m))
 $(FS_SHAPES)/measured/results.json: $(FS_SHAPES_STUDENTS:=/$(FS_MODEL))
