@@ -52,6 +52,10 @@ $(FS)/digits/%/straightness/results.json: $(foreach m,teacher 2-rectified,$(FS)/
 $(FS)/digits/%/guidance/results.json: $(foreach m,teacher guided,$(FS)/digits/%/$(m)/$(FS_MODEL))
 	$(FS_EVALUATE) $(FS)/digits/$*/teacher --model $(FS)/digits/$*/guided --guidance 3 --steps 8
 
+$(FS)/digits/%/grid.json: $(FS)/digits/%/teacher/$(FS_MODEL)
+	$(FS_PYTHON) sample.py grid --model $(FS)/digits/$*/teacher --prompts configs/fewstep/digits-captions.txt \
+		--steps 2 4 8 --out $@
+
 # Shapes: the teacher is that of `make shapes`. Its training took 30,000 steps of 96 evaluations.
 FS_SHAPES := $(FS)/shapes
 FS_SHAPES_PAIRS = $(FS_PYTHON) sample.py pairs --prompts stores/shapes --batch-size 32 --out $(@D)
@@ -86,5 +90,6 @@ $(FS_SHAPES)/judged-%/results.json: $(FS_SHAPES_STUDENTS:=/$(FS_MODEL))
 	$(FS_PYTHON) judge.py $(FS_SHAPES_STUDENTS:%=--model %) --steps $* --per-category 100 --out $(@D)
 
 fewstep: $(foreach s,$(FS_SEEDS),$(foreach r,measured straightness guidance,$(FS)/digits/$(s)/$(r)/results.json)) \
+		$(FS)/digits/$(firstword $(FS_SEEDS))/grid.json \
 		$(foreach r,measured judged-20 judged-1 judged-2,$(FS_SHAPES)/$(r)/results.json)
 	$(BIN)/python -m tools.fewstep

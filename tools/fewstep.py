@@ -141,6 +141,16 @@ def shapes(folder: Path) -> tuple[str, str]:
     return table(head, body), table(["", *CATEGORIES], categories)
 
 
+def grids(file: Path) -> str:
+    """The table of searched times."""
+    if not file.is_file():
+        raise SystemExit(f"error: there is no {file}: run `make fewstep` first")
+    found = json.loads(file.read_text(encoding="utf-8"))["found"]
+    body = [[str(row["steps"]), *(f"{row['distance'][name]:.4f}" for name in ("uniform", "searched")),
+             row["spacing"].partition("=")[2]] for row in found]  # fmt: skip
+    return table(["steps", "equal steps", "searched", "times"], body)
+
+
 def main() -> None:
     if not (RUNS / "digits").is_dir():
         raise SystemExit(f"error: there is no {RUNS / 'digits'}: run `make fewstep` first")
@@ -166,6 +176,7 @@ def main() -> None:
         "RECALL": by_steps(rows, recipes, "recall", ".2f"),
         "PAIRWISE": by_steps(rows, recipes, "pairwise_distance", ".2f"),
         "STRAIGHT": table(["50 Euler steps", "S", "path length", "FD ratio"], lengths),
+        "GRID": grids(place / "grid.json"),
         "SHAPES": distances,
         "CATEGORIES": categories,
         "SEEDS": str(len(seeds)),
