@@ -20,7 +20,7 @@ from data.sizes import SIZE_FEATURES
 from data.text import TextEncoder
 from flow.density import stratified
 from flow.guidance import ClassifierFree
-from flow.objective import Field, Model, Objective, TimeBins
+from flow.objective import Model, Objective, TimeBins
 from mmdit import lora
 from mmdit.model import Condition, MMDiT
 from pipeline import Network, Pipeline
@@ -225,7 +225,10 @@ class Generator(L.LightningModule):
                 null = null._replace(pooled=torch.cat([pooled, condition.pooled[:, -SIZE_FEATURES:]], 1))
             model = ClassifierFree(pipe.network, null, scale[:, None, None, None])
         told = condition._replace(guidance=scale) if low < high else condition
-        field: Field = lambda z, t, _, y: model(z, t, condition)  # noqa: E731
+
+        def field(z: Tensor, t: Tensor, told: Condition, y: Tensor) -> Tensor:
+            return model(z, t, condition)  # which tells no scale
+
         return self.objective.loss(network, batch.x0, batch.noise, t, told, end, field)
 
     def configure_gradient_clipping(
