@@ -4,6 +4,7 @@ python -m tools.fewstep
 """
 
 import json
+import shutil
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -164,6 +165,8 @@ def main() -> None:
     curves(rows, None, DOCS / "fewstep.png")
     place = RUNS / "digits" / str(seeds[0])
     trajectories(place / "teacher", place / "2-rectified", DOCS / "fewstep-trajectories.png")
+    shutil.copyfile(place / "measured" / "sheet.png", DOCS / "fewstep-digits.png")
+    shutil.copyfile(RUNS / "shapes" / "measured" / "sheet.png", DOCS / "fewstep-shapes.png")
     found = [[c.what, c.asked, spread(c.found, c.form), "yes" if c.holds else "no"]
              for c in claims(rows, straight, guided)]  # fmt: skip
     lengths = [[name, *(spread(values(straight, key, recipe=name), form) for key, form in
