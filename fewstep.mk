@@ -38,7 +38,7 @@ $(FS)/digits/%/meanflow/$(FS_MODEL): | $(READY)
 	$(FS_FIT) --config configs/fewstep/meanflow.yaml $(call FS_STEPS,4200)
 
 $(FS)/digits/%/guided/$(FS_MODEL): $(FS)/digits/%/teacher/$(FS_MODEL)
-	$(FS_FIT) $(call FS_STUDENT,guidance,teacher) $(call FS_STEPS,2500) \
+	$(FS_FIT) $(call FS_STUDENT,guidance,teacher) $(call FS_STEPS,3000) \
 		--teacher.model $(FS)/digits/$*/teacher
 
 FS_MEASURED := teacher ddim 2-rectified distilled meanflow
