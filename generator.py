@@ -289,7 +289,7 @@ class Generator(L.LightningModule):
         half = torch.full((len(batch.x0),), 0.5)
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(batch.x0),), (i + 0.5) / VALIDATION_TIMES, device=self.device)
-            t = self.objective.cell(t)
+            t = self.objective.cell(t, batch.x0[0, 0].numel())
             losses = self.loss_of(self.ema.main, batch, t, half)
             self.sums[i] += counted * losses.double().sum()
         self.sums[-1] += counted * len(batch.x0)
@@ -383,15 +383,16 @@ class Generator(L.LightningModule):
     def cost(self, batch: Batch) -> Cost:
         """A batch in pictures, tokens and FLOPs: the backward pass is two forward ones, for low-rank updates one.
 
-        The derivative of an average velocity, about a forward pass of a quarter of the batch, is left out.
+        The derivative of an average velocity counts as two forward passes of the pictures that it is taken of.
         """
         shapes = (tuple(batch.x0.shape), tuple(batch.text.shape))
         if shapes not in self.costs:
             count, _, height, width = batch.x0.shape
             inputs = batch.x0, torch.empty(count), Condition(batch.text, batch.pooled)
-            times = 3 if self.base is None else 2
+            times: float = 3 if self.base is None else 2
             told = (inputs[2]._replace(guidance=inputs[1]),) if self.pipeline.knows_guidance else inputs[2:]
-            flops = times * forward_flops(self.shape[0], *inputs[:2], *told)
+            times += 2 * self.objective.average.share if self.objective.average else 0
+            flops = round(times * forward_flops(self.shape[0], *inputs[:2], *told))
             for teacher, pipe in self.teacher:
                 flops += (1 if teacher.range == (1, 1) else 2) * forward_flops(skeleton(pipe.network), *inputs)
             tokens = height * width // self.shape[0].unit ** 2 + batch.text.shape[1]

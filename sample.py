@@ -33,6 +33,7 @@ from data.latents import VAE
 from data.pictures import load_picture, save_png, sheet, to_image
 
 if TYPE_CHECKING:
+    from data.store import Store
     from pipeline import Pipeline
 
 SHOWN = 256  # longer side of a picture on the sheet, at most
@@ -92,14 +93,12 @@ def write_pairs(argv: list[str]) -> None:
         path = find_model(args.model)
         if args.lora or (path / "adapter_config.json").is_file():
             raise ValueError("pairs are made by a whole model: export it with its LoRA merged first")
-        captions = args.prompts if args.prompts.is_dir() else read_prompts([], args.prompts)
         rank, world, local = place()
-        from data.store import Store
+        source = prompts_of(args.prompts)
         from pipeline import Pipeline, Reading
         from pipeline.pairs import Captions, Coupling, PairMaker
         from weights import fingerprint
 
-        source = Store(captions) if isinstance(captions, Path) else captions
         args.device = own_device(args.device, local)
         pipe = Pipeline.load(path, Reading(**reading_of(args)))
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
@@ -133,8 +132,7 @@ def search_grid(argv: list[str]) -> None:
     args = grid_parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
         path = find_model(args.model)
-        captions = args.prompts if args.prompts.is_dir() else read_prompts([], args.prompts)
-        from data.store import Store
+        source = prompts_of(args.prompts)
         from pipeline import Pipeline, Reading
         from pipeline.pairs import Captions
         from pipeline.times import GridSearch, Request, table
@@ -142,7 +140,6 @@ def search_grid(argv: list[str]) -> None:
 
         if args.out and args.out.is_dir():
             raise ValueError(f"--out is a JSON file, and {args.out} is a folder")
-        source = Store(captions) if isinstance(captions, Path) else captions
         pipe = Pipeline.load(path, Reading(**reading_of(args)))
         sampling = sampling_of(args, replace(pipe.sampling, sampler="euler"), sampler=args.sampler)
         request = Request(tuple(args.steps), args.num, args.fine, args.seed, args.batch_size, sampling)
@@ -164,6 +161,15 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
     if not prompts:
         raise ValueError("there is nothing to draw: give --prompt TEXT or --prompts FILE with at least one line")
     return prompts
+
+
+def prompts_of(place: Path) -> "list[str] | Store":
+    """A text file's prompts, or the store in a folder. Errors as theirs."""
+    if not place.is_dir():
+        return read_prompts([], place)
+    from data.store import Store
+
+    return Store(place)
 
 
 def slug(prompt: str) -> str:

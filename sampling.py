@@ -84,6 +84,11 @@ class Sampling:
         """The sampler's name, without its options."""
         return self.sampler.partition(":")[0]
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the sampler may draw noise on the way."""
+        return "noise" in inspect.signature(SAMPLERS[self.method]).parameters
+
     def walk(
         self, objective: Objective, shift: float | None = None, strength: float = 1.0, backward: bool = False
     ) -> tuple[Walk, Tensor]:
@@ -104,7 +109,6 @@ class Sampling:
             raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
         times = grid(objective.path, self.steps, objective.shift if shift is None else shift)
         times = times[int(self.steps - self.steps * strength) :]
-        noisy = "noise" in inspect.signature(method).parameters
         if backward:
             if self.method not in ("euler", "heun", "midpoint", "reference"):
                 raise ValueError(f"sampler {self.sampler} cannot go backward: take euler, heun or midpoint")
@@ -115,7 +119,7 @@ class Sampling:
         def walk(
             denoise: sampler.Denoiser, z: Tensor, noise: sampler.Noise, callback: sampler.Callback | None = None
         ) -> Tensor:
-            more = {"noise": noise} if noisy else {}
+            more = {"noise": noise} if self.noisy else {}
             return method(denoise, objective.path, z, times.to(z.device), callback=callback, **more)
 
         pixel = torch.zeros(1, 1, dtype=torch.float64)

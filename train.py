@@ -21,7 +21,7 @@ from data.latents import Codec
 from data.module import Data, Stored
 from data.sizes import SIZE_FEATURES
 from data.store import StoreError
-from data.text import TextEncoder
+from data.text import CLIPText, TextEncoder
 from experiment import Run, parser, plain
 from files import commit_bytes
 from flow.objective import Objective
@@ -112,10 +112,13 @@ def teaching(path: Path, objective: Objective, codec: Codec, text: TextEncoder, 
     Raises:
         ValueError: its output is not what the student is to learn.
     """
-    network, process, own = read_network(find_model(path), Reading(dtype="stored"))
+    folder = find_model(path)
+    network, process, own = read_network(folder, Reading(dtype="stored"))
     codecs = [{name: value for name, value in c.fingerprint().items() if name != "dtype"} for c in (own, codec)]
     if codecs[0] != codecs[1]:
         raise ValueError(f"teacher.model {path} has another codec")
+    if isinstance(text, CLIPText) and CLIPText(folder).fingerprint() != text.fingerprint():
+        raise ValueError(f"teacher.model {path} has other text encoders")
     for name in ("path", "target"):
         theirs, ours = (describe(getattr(o, name)) for o in (process, objective))
         if theirs != ours:

@@ -21,10 +21,6 @@ class Density(ABC):
     def pdf(self, t: Tensor) -> Tensor:
         """The probability density at t, same shape."""
 
-    def cell(self, t: Tensor) -> Tensor:
-        """The time that stands for t in validation: t itself unless only some times are drawn."""
-        return t
-
 
 class Uniform(Density):
     """t = u."""
@@ -127,9 +123,6 @@ class Steps(Density):
 
     def __call__(self, u: Tensor) -> Tensor:
         return (u * self.k).floor().clamp(max=self.k - 1).add(1) / self.k
-
-    def cell(self, t: Tensor) -> Tensor:
-        return self(t)
 
     def pdf(self, t: Tensor) -> Tensor:
         """The probability of each time: 1/k, and 0 in between."""

@@ -26,18 +26,17 @@ class MeanFlow:
 
     def interval(self, first: Tensor, second: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """(t, end) of two drawn times (B,): the later and the earlier one where u < share, else the first twice."""
-        apart = u < self.share
-        return torch.where(apart, torch.maximum(first, second), first), torch.where(
-            apart, torch.minimum(first, second), first
-        )
+        second = torch.where(u < self.share, second, first)
+        return torch.maximum(first, second), torch.minimum(first, second)
 
 
 @torch.no_grad()
 def average_velocity(model: TwoTimes, z: Tensor, t: Tensor, end: Tensor, v: Tensor, condition: Any) -> Tensor:
     """What the average velocity u(z, t, end) should be, given the velocity v at (z, t): v − (t − end)·du/dt.
 
-    du/dt = v·∂_z u + ∂_t u is the derivative along the path, one Jacobian-vector product with the tangent (v, 1) of
-    (z, t); only of the intervals that have a length (Geng et al. 2025). No gradient flows through it.
+    The MeanFlow identity (Geng et al. 2025). du/dt = v·∂_z u + ∂_t u is the derivative along the path: one
+    Jacobian-vector product with the tangent (v, 1) of (z, t), only of the intervals that have a length. No gradient
+    flows through it.
 
     Args:
         model: the network as it is.

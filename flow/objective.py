@@ -84,9 +84,9 @@ class Objective:
         """Training times for uniform u, (B,) float32, for latents of `area` = height × width."""
         return self.path.cell(shift(self.density(u), self.alpha(area))).float()
 
-    def cell(self, t: Tensor) -> Tensor:
-        """The time that stands for t in validation."""
-        return self.path.cell(self.density.cell(t))
+    def cell(self, t: Tensor, area: int) -> Tensor:
+        """The time that stands for t in validation: t itself, or one of those at which alone it learns."""
+        return self.time(t, area) if isinstance(self.density, Steps) else self.path.cell(t)
 
     def times(self, u: Tensor, area: int) -> tuple[Tensor, Tensor | None]:
         """Training times for uniform u (3, B), and where the intervals from them end if it learns averages."""

@@ -161,18 +161,23 @@ class Pipeline:
         Args:
             z: noise at the first time of the sampling, or latents of pictures, (B, C, h, w).
             prompts: B texts.
-            sampling: a deterministic sampler, if backward; none takes the model's own.
-            backward: from pictures to noise (Song et al. 2020, §5.4).
+            sampling: a sampler without noise of its own; none takes the model's.
+            backward: from pictures to noise, by euler, heun, midpoint or reference.
 
         Returns:
             (B, C, h, w) on the network's device.
+
+        Raises:
+            ValueError: the sampling does not fit, or not in this direction.
         """
         sampling = sampling or self.sampling
         walk, times = sampling.walk(self.objective, self.shift(), backward=backward)
+        if sampling.noisy:
+            raise ValueError(f"sampler {sampling.sampler} draws noise on the way: take euler, heun or dpmpp_2m")
         self.plan(sampling)
         denoise = self.denoiser(prompts, "", sampling, times)
         first, last = (self.scale_at(t) for t in (times[0], times[-1]))
-        return walk(denoise, first * z.to(self.device), lambda: torch.randn_like(z).to(self.device), None) / last
+        return walk(denoise, first * z.to(self.device), lambda: z, None) / last
 
     def scale_at(self, t: Tensor) -> Tensor:
         """z at t over what is told of it: pictures at t = 0, unit noise elsewhere, where data have unit variance."""

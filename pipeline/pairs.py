@@ -63,12 +63,12 @@ class Captions:
         u = stream(self.seed, Use.CAPTION, 0, number).random()
         return self.source.captions(row)[stored.chosen(self.source.weights(row), u)]
 
-    def invertible(self, size: list[int], codec: dict[str, Any]) -> None:
+    def invertible(self, size: tuple[int, int], codec: dict[str, Any]) -> None:
         """ValueError unless the samples are single latents of that codec, of pictures of one size (H, W)."""
         if not isinstance(self.source, Store) or self.source.plan["latents"] not in ("mean", "draw"):
             raise ValueError("only samples of a store with latents mean or draw can be inverted")
         self.source.expect(codec=codec)
-        sizes = [list(s) for i, s in enumerate(self.source.buckets) if len(self.source.members(i))]
+        sizes = [s for i, s in enumerate(self.source.buckets) if len(self.source.members(i))]
         if sizes != [size]:
             raise ValueError(
                 f"only pictures of {size[0]}×{size[1]} can be inverted, and {self.source.source} has others"
@@ -120,12 +120,13 @@ class PairMaker:
 
     def __init__(self, pipe: Pipeline, fingerprint: str, captions: Captions, how: Coupling, folder: Path) -> None:
         self.pipe, self.captions, self.how = pipe, captions, how
-        self.latent, _, self.times = pipe.plan(how.sampling)
-        size = [side * pipe.codec.factor for side in self.latent]
-        if how.sampling.method in ("ddim", "ddpm", "edm", "langevin"):
-            raise ValueError(f"sampler {how.sampling.sampler} draws noise on the way: pairs need euler, heun, …")
+        self.latent, _, _ = pipe.plan(how.sampling)
+        height, width = (side * pipe.codec.factor for side in self.latent)
+        self.size = height, width
+        if how.sampling.noisy:
+            raise ValueError(f"sampler {how.sampling.sampler} draws noise on the way: take euler, heun or dpmpp_2m")
         if how.inverted:
-            captions.invertible(size, pipe.codec.fingerprint())
+            captions.invertible((height, width), pipe.codec.fingerprint())
             how.sampling.walk(pipe.objective, pipe.shift(), backward=True)
         plan = {
             "version": VERSION,
@@ -136,7 +137,7 @@ class PairMaker:
             "seed": how.seed,
             "factor": pipe.codec.factor,
             "channels": 2 * pipe.codec.channels,
-            "buckets": {"side": size[0], "step": pipe.codec.factor, "max_aspect": 1.0, "sizes": [size]},
+            "buckets": {"side": height, "step": pipe.codec.factor, "max_aspect": 1.0, "sizes": [[height, width]]},
             "teacher": fingerprint,
             "source": {"sampling": asdict(how.sampling), "shift": pipe.shift(), **captions.about},
             "pairs": {"num": how.num, "inverted": how.inverted, "batch_size": how.batch_size},
@@ -181,9 +182,8 @@ class PairMaker:
             x0[chosen], noise[chosen] = (start, ended) if inverted else (ended, start)
         text = self.pipe.text.encode(captions)
         tokens, pooled = (part.to(torch.bfloat16).cpu().split(1) for part in text)
-        size = (self.latent[0] * self.pipe.codec.factor, self.latent[1] * self.pipe.codec.factor)
         rows = zip(numbers, captions, torch.cat([x0, noise], dim=1), pooled, tokens, strict=True)
         return [
-            Sample(f"{number:08d}", (caption,), (1.0,), 0, size, (0, 0), 0, pair, *encoded)
+            Sample(f"{number:08d}", (caption,), (1.0,), 0, self.size, (0, 0), 0, pair, *encoded)
             for number, caption, pair, *encoded in rows
         ]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.latents import Pixels
+from data.latents import VAE, Pixels
 from data.text import CLIPText
 from flow.objective import Objective
 from mmdit.model import MMDiT
@@ -38,3 +38,15 @@ def model(pipe: Pipeline, tmp_path: Path) -> Path:
     """The same on disk."""
     pipe.save(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture(scope="session")
+def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model on disk that draws pictures of the shapes' size."""
+    network = MMDiT(
+        in_channels=16, depth=1, width=32, heads=1, text_dim=160, pooled_dim=128, sample_size=8, pos_embed_max_size=4
+    )
+    text, codec = CLIPText(ROOT / "assets/shapes/text"), VAE(ROOT / "assets/shapes/vae")
+    folder = tmp_path_factory.mktemp("drawer") / "model"
+    Pipeline(network.eval(), Objective(), codec, text, Sampling(steps=2, guidance=2.0)).save(folder)
+    return folder

@@ -9,10 +9,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from data.latents import VAE
-from data.text import CLIPText
 from flow.objective import Objective
-from mmdit.model import MMDiT
 from pipeline import Pipeline
 from sampling import Sampling
 
@@ -124,7 +121,6 @@ def test_larger_pictures_are_averaged_to_digits(pipe: Pipeline, tmp_path: Path) 
 
 
 def test_a_chain_has_only_so_many_steps_and_its_own_samplers(pipe: Pipeline) -> None:
-    from flow.objective import Objective
     from flow.path import DDPMLinear
     from flow.target import Epsilon
 
@@ -133,18 +129,6 @@ def test_a_chain_has_only_so_many_steps_and_its_own_samplers(pipe: Pipeline) -> 
         args = evaluate.parser().parse_args(["--model", "m", *flags])
         with pytest.raises(ValueError, match=message):
             evaluate.settings_of(args, {"m": chain})
-
-
-@pytest.fixture(scope="module")
-def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model that draws pictures of the shapes' size."""
-    network = MMDiT(
-        in_channels=16, depth=1, width=32, heads=1, text_dim=160, pooled_dim=128, sample_size=8, pos_embed_max_size=4
-    )
-    text, codec = CLIPText(ROOT / "assets/shapes/text"), VAE(ROOT / "assets/shapes/vae")
-    folder = tmp_path_factory.mktemp("drawer") / "model"
-    Pipeline(network.eval(), Objective(), codec, text, Sampling(steps=2, guidance=1.0)).save(folder)
-    return folder
 
 
 def test_measures_shapes(drawer: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -95,6 +95,13 @@ def test_impossible_densities_are_refused(make: type, bad: float, said: str) -> 
         make(bad)
 
 
+def test_a_map_in_k_steps_is_validated_at_its_own_times_and_all_else_at_any() -> None:
+    t, of_three = uniform(8).float(), Objective(density=Steps(3), shift=2.0)
+    grid = trailing(RectifiedFlow(), 3, 2.0)[:-1]
+    torch.testing.assert_close(of_three.cell(t, 64).unique(), grid.flip(0).float())
+    assert torch.equal(Objective(density=UShaped(), shift=2.0).cell(t, 64), t)
+
+
 # Penalties.
 
 SQUARES = torch.tensor([0.0, 1e-9, 1e-6, 1e-4, 0.03, 1.0, 20.0], dtype=torch.float64)

@@ -9,24 +9,8 @@ from PIL import Image
 import judge
 from data import shapes
 from data.latents import VAE
-from data.text import CLIPText
-from flow.objective import Objective
-from mmdit.model import MMDiT
-from pipeline import Pipeline
-from sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    network = MMDiT(
-        in_channels=16, depth=1, width=32, heads=1, text_dim=160, pooled_dim=128, sample_size=8, pos_embed_max_size=4
-    )
-    text, codec = CLIPText(ROOT / "assets/shapes/text"), VAE(ROOT / "assets/shapes/vae")
-    folder = tmp_path_factory.mktemp("drawer") / "model"
-    Pipeline(network.eval(), Objective(), codec, text, Sampling(steps=2, guidance=2.0)).save(folder)
-    return folder
 
 
 def test_every_picture_is_read_back_and_counted(drawer: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from trials import (
     ROOT,
     Change,
@@ -222,6 +223,16 @@ def test_another_teacher_s_or_codec_s_pairs_are_refused_by_name(
     assert "was encoded otherwise: teacher: there" in told
     assert "codec.shift_factor: there 0.3, here 0.2" in refused(capsys, config, *flags, "--codec.shift", "0.2")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_text_encoders_is_refused(
+    student: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(ROOT / "assets/digits/text", tmp_path / "text")
+    file = tmp_path / "text/text_encoder/model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    flags = [*student("guidance"), "--text.folder", str(tmp_path / "text")]
+    assert "has other text encoders" in refused(capsys, tmp_path / "config.yaml", *flags)
 
 
 def test_a_store_of_no_pairs_is_no_coupling(
