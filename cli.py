@@ -157,19 +157,6 @@ def find_device(name: str | None) -> str:
     return device
 
 
-def find_model(path: Path) -> Path:
-    """A single file, a model folder or, in a run's folder, its model or LoRA. FileNotFoundError if there is none."""
-    if path.is_file() and path.suffix not in (".json", ".yaml"):
-        return path
-    for folder in (path, path / "model", path / "model.old"):  # the last where a kill came between two renames
-        if (folder / "model_index.json").is_file():
-            return folder
-    for folder in (path, path / "lora", path / "lora.old"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise FileNotFoundError(f"{path} is no model folder: neither it nor {path / 'model'} has a model_index.json")
-
-
 def place() -> tuple[int, int, int]:
     """This process's rank, the number of processes, and its rank on this machine, as torchrun says them in words.
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cli import Parser, one_line_errors, positive
 from flow.objective import Objective
 from metrics import study as write_up
-from sampling import Sampling
+from pipeline.sampling import Sampling
 
 ROOT = Path(__file__).parent
 

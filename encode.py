@@ -6,17 +6,17 @@ Under `torchrun` every process encodes its share of the units.
 from jsonargparse import Namespace
 
 from cli import fail, one_line_errors, own_device, place, plain_warnings
-from data.encoding import Encoding, StoreEncoder
 from data.latents import Codec
-from data.text import TextEncoder
-from experiment import Parser, parser, plain
+from data.store.encoding import Encoding, StoreEncoder
+from data.text.encoder import TextEncoder
+from training.experiment import Parser, parser, plain
 
 
 def wanted(argv: list[str] | None) -> tuple[Encoding, Codec, TextEncoder]:
     """What the config's sections `encode`, `codec` and `text` name. The rest of it is checked, but not built."""
     config = parser(__doc__ or "").parse_args(argv)
     if config.encode is None:
-        fail("the config has no section encode, which says what to encode: see data.encoding.Encoding")
+        fail("the config has no section encode, which says what to encode: see data.store.encoding.Encoding")
     part = Parser()
     part.add_subclass_arguments(TextEncoder, "text")
     part.add_subclass_arguments(Codec, "codec")

@@ -20,7 +20,6 @@ from cli import (
     add_reading,
     add_sampling,
     fail,
-    find_model,
     natural,
     one_line_errors,
     plain_warnings,
@@ -37,7 +36,8 @@ from metrics.distribution import enough
 from metrics.features import CLIPFeatures, FeatureNetwork, load_features
 from metrics.straightness import path_length, straightness
 from pipeline import Pipeline, Reading
-from sampling import Sampling
+from pipeline.sampling import Sampling
+from storage.models import find_model
 
 PRINTED = ["model", "sampler", "steps", "evaluations", "accuracy", "distance_ratio", "neighbour_ratio", "duplicates"]
 

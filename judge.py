@@ -14,7 +14,6 @@ from cli import (
     Parser,
     add_reading,
     add_sampling,
-    find_model,
     natural,
     one_line_errors,
     plain_warnings,
@@ -23,6 +22,7 @@ from cli import (
     sampling_of,
 )
 from data import shapes
+from storage.models import find_model
 
 SHOWN = 8  # pictures of each category on the sheet
 
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
         import torch
 
-        from data.pictures import save_png, sheet
+        from data.raw.pictures import save_png, sheet
         from metrics import report
         from pipeline import Pipeline, Reading
-        from weights import write_json
+        from storage.weights import write_json
 
         how = Reading(**reading_of(args))
         pipes = {str(path): Pipeline.load(find_model(path), how) for path in args.model}

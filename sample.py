@@ -18,7 +18,6 @@ from cli import (
     Parser,
     add_reading,
     add_sampling,
-    find_model,
     finite,
     natural,
     one_line_errors,
@@ -30,10 +29,11 @@ from cli import (
     sampling_of,
 )
 from data.latents import VAE
-from data.pictures import load_picture, save_png, sheet, to_image
+from data.raw.pictures import load_picture, save_png, sheet, to_image
+from storage.models import find_model
 
 if TYPE_CHECKING:
-    from data.store import Store
+    from data.store.reader import Store
     from pipeline import Pipeline
 
 SHOWN = 256  # longer side of a picture on the sheet, at most
@@ -97,7 +97,7 @@ def write_pairs(argv: list[str]) -> None:
         source = prompts_of(args.prompts)
         from pipeline import Pipeline, Reading
         from pipeline.pairs import Captions, Coupling, PairMaker
-        from weights import fingerprint
+        from storage.models import fingerprint
 
         args.device = own_device(args.device, local)
         pipe = Pipeline.load(path, Reading(**reading_of(args)))
@@ -136,7 +136,7 @@ def search_grid(argv: list[str]) -> None:
         from pipeline import Pipeline, Reading
         from pipeline.pairs import Captions
         from pipeline.times import GridSearch, Request, table
-        from weights import write_json
+        from storage.weights import write_json
 
         if args.out and args.out.is_dir():
             raise ValueError(f"--out is a JSON file, and {args.out} is a folder")
@@ -167,7 +167,7 @@ def prompts_of(place: Path) -> "list[str] | Store":
     """A text file's prompts, or the store in a folder. Errors as theirs."""
     if not place.is_dir():
         return read_prompts([], place)
-    from data.store import Store
+    from data.store.reader import Store
 
     return Store(place)
 

@@ -16,27 +16,29 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from cli import MACHINE_FAULT, fail, find_model, one_line_errors, plain_warnings
+from cli import MACHINE_FAULT, fail, one_line_errors, plain_warnings
 from data.latents import Codec
 from data.module import Data, Stored
 from data.sizes import SIZE_FEATURES
-from data.store import StoreError
-from data.text import CLIPText, TextEncoder
-from experiment import Run, parser, plain
-from files import commit_bytes
+from data.store.reader import StoreError
+from data.text.clip import CLIPText
+from data.text.encoder import TextEncoder
+from engine.checkpoint import CheckpointError, Checkpoints
+from engine.log import JSONLinesLogger
+from engine.meter import Meter
+from engine.posthoc import reconstruct
+from engine.progress import StepProgress
+from engine.resume import Resume
+from engine.strategy import Strategy
 from flow.objective import Objective
-from generator import Generator
 from mmdit import lora
 from pipeline import Pipeline, Reading
 from pipeline.folder import describe, read_network
-from training.checkpoint import CheckpointError, Checkpoints
-from training.log import JSONLinesLogger
-from training.meter import Meter
-from training.posthoc import reconstruct
-from training.progress import StepProgress
-from training.resume import Resume
-from training.strategy import Strategy
-from weights import fingerprint, read_json, write_json
+from storage.files import commit_bytes
+from storage.models import find_model, fingerprint
+from storage.weights import read_json, write_json
+from training.experiment import Run, parser, plain
+from training.generator import Generator
 
 FREE = (  # may differ on going on
     "run.folder", "run.accelerator", "run.devices", "run.num_nodes", "run.wandb", "run.checkpoint_every",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, timestep_features, unpatchify
 from mmdit.layers import FinalLayer, Modulation, Stream, modulate, scaled_dot_product
 from mmdit.model import TIME_FEATURES, Condition
-from weights import few, fit, open_folder, read_json, write_json, write_tensors
+from storage.weights import few, fit, open_folder, read_json, write_json, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 

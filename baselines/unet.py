@@ -9,7 +9,7 @@ from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
 from mmdit.model import Condition
-from weights import few, fit, open_folder, read_json, write_json, write_tensors
+from storage.weights import few, fit, open_folder, read_json, write_json, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 

@@ -1,7 +1,7 @@
 """What encoding costs beyond the networks: `python benchmarks/encode.py`.
 
 The same photographs (JPEG, 1200 × 800) and captions go through SD3's VAE and CLIP-L, of random weights in their true
-sizes, twice: as ready tensors, and through `data.encoding` from the files to a finished store. Both take turns.
+sizes, twice: as ready tensors, and through `data.store.encoding` from the files to a finished store. Both take turns.
 """
 
 import argparse
@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from data.encoding import Encoding, Picture, StoreEncoder
 from data.latents import VAE
-from data.sources import Pictures
-from data.text import CLIPText, write
+from data.raw.sources import Pictures
+from data.store.encoding import Encoding, Picture, StoreEncoder
+from data.text.clip import CLIPText, write
 
 ROOT = Path(__file__).parents[1]
 CAPTION = "photograph number {} of a landscape in the evening, seen from above"

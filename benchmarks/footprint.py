@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 
+from engine.flops import forward_flops
+from engine.hardware import Device
+from engine.strategy import Strategy
 from mmdit.model import Condition, MMDiT
-from training.flops import forward_flops
-from training.hardware import Device
-from training.strategy import Strategy
 
 MOVING = 0.8  # of the data sheet's bandwidth, of memory and links alike, is reached
 RESERVE = 2e9  # bytes of CUDA context, libraries and NCCL's buffers

@@ -20,9 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.footprint import Job, activation_bytes, memory, step
+from engine.hardware import DEVICES, Device
+from engine.strategy import Strategy
 from mmdit.model import Condition, MMDiT
-from training.hardware import DEVICES, Device
-from training.strategy import Strategy
 
 TURNS = 9
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells that there is no GPU

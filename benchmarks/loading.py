@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from mmdit import checkpoint
 from mmdit.model import MMDiT
-from weights import write_tensors
+from storage.weights import write_tensors
 
 ROOT = Path(__file__).parents[1]
 READ = """

@@ -25,11 +25,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from timm.optim import param_groups_weight_decay
 
-from experiment import parser
 from flow.density import stratified
-from generator import Generator
 from mmdit.model import Condition
 from train import build, quiet
+from training.experiment import parser
+from training.generator import Generator
 
 
 class Turns(Callback):

@@ -27,12 +27,12 @@ from torch import Tensor
 from tqdm import trange
 
 from data.latents import VAE
-from data.text import Text, TextEncoder
+from data.text.encoder import Text, TextEncoder
 from flow.objective import Objective
 from mmdit import checkpoint
 from pipeline import Pipeline
-from sampling import Sampling
-from weights import DType
+from pipeline.sampling import Sampling
+from storage.weights import DType
 
 SEED, SHIFT, TOKENS, CHANNELS, FACTOR = 5, 3.0, 333, 16, 8
 Painter = Callable[[], Tensor]

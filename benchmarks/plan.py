@@ -19,11 +19,11 @@ from torch import nn
 
 from benchmarks.footprint import FRAGMENTED, MOVING, Job, Memory, Step, cure, memory, step
 from cli import fail, one_line_errors
-from experiment import Parser, parser, plain
+from engine.ema import Averages
+from engine.hardware import DEVICES
+from engine.strategy import Strategy
 from mmdit.model import MMDiT
-from training.ema import Averages
-from training.hardware import DEVICES
-from training.strategy import Strategy
+from training.experiment import Parser, parser, plain
 
 PICTURES = 500_000 * 4096  # that Stable Diffusion 3 was trained on at 256² (Esser et al. 2024, §5.3)
 FACTOR = 8  # pixels to a latent's pixel, in SD3's VAE

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import Checkpoints
+from engine.checkpoint import Checkpoints
 
 
 def seconds(action: Callable[[], object]) -> float:

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.store import Sample, Store, Writer
-from data.text import Text
+from data.store.reader import Sample, Store, Writer
+from data.text.encoder import Text
 
 SHAPES = {"latents": (16, 64, 64), "pooled": (2048,), "tokens": (333, 4096)}
 BYTES = {name: 2 * int(np.prod(shape)) for name, shape in SHAPES.items()}

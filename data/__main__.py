@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cli import Parser, one_line_errors, plain_warnings
 
 if TYPE_CHECKING:
-    from data.store import Store
+    from data.store.reader import Store
 
 
 def parser() -> Parser:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
-        from data.store import Store  # slow
+        from data.store.reader import Store  # slow
 
         store = Store(args.store)
         if args.command == "info":

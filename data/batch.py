@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data.sizes import size_features
-from data.text import Text, TextEncoder
+from data.text.encoder import Text, TextEncoder
 
 
 class Batch(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-import weights
+from storage import weights
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 PREFIX = "first_stage_model."  # of the VAE's tensors in a single file

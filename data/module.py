@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from cli import find_model
-from data import digits, stored
+from data import digits
 from data.batch import Batch, complete
-from data.encoding import VERSION
 from data.latents import Codec
-from data.sampler import GlobalBatches, Share, Stages, Stripes, Use, normal, stream
-from data.store import Store
-from data.text import Text, TextEncoder
-from weights import fingerprint
+from data.order import GlobalBatches, Share, Stages, Stripes, Use, normal, stream
+from data.store import samples as stored
+from data.store.encoding import VERSION
+from data.store.reader import Store
+from data.text.encoder import Text, TextEncoder
+from storage.models import find_model, fingerprint
 
 PIXELS = 2**20  # encoded at once
 VALIDATED = 125  # samples at a time

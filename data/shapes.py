@@ -16,8 +16,8 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from data.raw import UNIT, Raw, Source
-from data.sampler import Use, stream
+from data.order import Use, stream
+from data.raw.base import UNIT, Raw, Source
 
 SIDE = 64  # of a picture, in pixels
 FINER = 4  # times that the pictures are drawn larger, for smooth edges

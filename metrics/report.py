@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from files import commit_bytes, commit_json
+from storage.files import commit_bytes, commit_json
 
 MISSING = "–"
 Row = dict[str, Any]

@@ -16,7 +16,18 @@ from torch import Tensor
 from mmdit.embed import TIME_SCALE
 from mmdit.layers import JointBlock
 from mmdit.model import MMDiT
-from weights import DType, Weights, dtype_of, few, fit, open_file, open_folder, read_json, write_json, write_tensors
+from storage.weights import (
+    DType,
+    Weights,
+    dtype_of,
+    few,
+    fit,
+    open_file,
+    open_folder,
+    read_json,
+    write_json,
+    write_tensors,
+)
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 THEIRS, OWN = "SD3Transformer2DModel", "MMDiT"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoint import parts, swap
 from mmdit.model import MMDiT
-from weights import Weights, few, open_file, write_json, write_tensors
+from storage.weights import Weights, few, open_file, write_json, write_tensors
 
 FILE, CONFIG, PREFIX = "pytorch_lora_weights.safetensors", "adapter_config.json", "transformer."
 

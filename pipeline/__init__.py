@@ -11,14 +11,14 @@ from torch import Tensor
 
 from data.latents import Codec
 from data.sizes import SIZE_FEATURES, size_features
-from data.text import TextEncoder
+from data.text.encoder import TextEncoder
 from flow.guidance import ClassifierFree, Weak, known
 from flow.objective import Estimate, Model, Objective
 from flow.sampler import Callback, Denoiser
 from mmdit.model import Condition, MMDiT
 from pipeline import folder as disk
 from pipeline.folder import Network, Parts, Reading
-from sampling import Sampling, Walk, random_normals
+from pipeline.sampling import Sampling, Walk, random_normals
 
 TOKENS = 4096  # of pictures at a time
 

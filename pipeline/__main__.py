@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from cli import DTYPES, Parser, find_model, one_line_errors, plain_warnings
+from cli import DTYPES, Parser, one_line_errors, plain_warnings
+from storage.models import find_model
 
 
 def parser() -> Parser:

@@ -8,12 +8,12 @@ import yaml
 
 from baselines.dit import DiffusionTransformer
 from data.latents import VAE
-from data.sd3_text import SD3Text
+from data.text.sd3 import SD3Text
 from mmdit import checkpoint
 from mmdit.model import MMDiT
 from pipeline import Pipeline
 from pipeline.folder import describe_process, replace_folder, single_file, write
-from weights import read_json, write_tensors
+from storage.weights import read_json, write_tensors
 
 DIFFUSERS = """```python
 from diffusers import StableDiffusion3Pipeline

@@ -14,9 +14,10 @@ from torch import Tensor
 from baselines.dit import KINDS, DiffusionTransformer
 from data.latents import PREFIX as VAE_PREFIX
 from data.latents import VAE, Codec, load_codec
-from data.sd3_text import SD3Text
 from data.sizes import SIZE_FEATURES
-from data.text import CLIPText, TextEncoder
+from data.text.clip import CLIPText
+from data.text.encoder import TextEncoder
+from data.text.sd3 import SD3Text
 from flow import path as paths
 from flow.objective import Objective
 from flow.path import RectifiedFlow
@@ -24,8 +25,8 @@ from flow.target import Target, Velocity
 from flow.variance import LearnedVariance
 from mmdit import checkpoint, lora
 from mmdit.model import MMDiT
-from sampling import Sampling
-from weights import DType, dtype_of, open_file, open_folder, read_json, write_json
+from pipeline.sampling import Sampling
+from storage.weights import DType, dtype_of, open_file, open_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from baselines.unet import UNet  # diffusers is slow to import

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import stored
-from data.encoding import VERSION
-from data.sampler import Use, normal, order, stream
-from data.store import Sample, Store, Writer
-from data.stored import PAIR, divided, held_out
-from data.text import Text
+from data.order import Use, normal, order, stream
+from data.store import samples as stored
+from data.store.encoding import VERSION
+from data.store.reader import Sample, Store, Writer
+from data.store.samples import PAIR, divided, held_out
+from data.text.encoder import Text
 from pipeline import Pipeline
-from sampling import Sampling
+from pipeline.sampling import Sampling
 
 UNIT, SHARD = 512, 2048  # pairs
 

@@ -14,7 +14,7 @@ from flow.sampler import Callback, Denoiser, euler
 from flow.search import cheapest, costs, descend, record
 from pipeline import Pipeline
 from pipeline.pairs import Captions
-from sampling import Sampling, random_normals
+from pipeline.sampling import Sampling, random_normals
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from data.latents import VAE, Pixels
-from data.text import CLIPText
+from data.text.clip import CLIPText
 from flow.objective import Objective
 from mmdit.model import MMDiT
 from pipeline import Pipeline
-from sampling import Sampling
+from pipeline.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)

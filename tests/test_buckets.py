@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from data.buckets import Buckets
+from data.raw.buckets import Buckets
 
 GRIDS = [(1024, 64, 2.0), (256, 64, 2.0), (1024, 64, 4.0), (512, 16, 1.5), (64, 64, 2.0), (1024, 64, 1.0), (96, 8, 3.0)]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmdit import checkpoint
 from mmdit.model import Condition, MMDiT
-from weights import open_file, write_tensors
+from storage.weights import open_file, write_tensors
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

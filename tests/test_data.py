@@ -11,9 +11,9 @@ from PIL import Image
 from data import digits
 from data.latents import Pixels, load_codec
 from data.module import Digits, TrainingDigits, ValidationDigits
-from data.pictures import load_picture, sheet, to_image
-from data.sampler import GlobalBatches, Share
-from data.text import CLIPText
+from data.order import GlobalBatches, Share
+from data.raw.pictures import load_picture, sheet, to_image
+from data.text.clip import CLIPText
 
 CODEC = Pixels(1, 0.3, 2.66)
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from baselines.dit import CONFIG, KINDS, STEM, CrossBlock, CrossDiT, DiffusionTransformer, DiT, InContextBlock
-from data.text import CLIPText
+from data.text.clip import CLIPText
 from flow.objective import Objective
 from mmdit.model import Condition, MMDiT
 from pipeline import Pipeline, Reading
 from pipeline.export import as_folder
 from pipeline.folder import single_file
-from sampling import Sampling
+from pipeline.sampling import Sampling
 
 SIZES = {"in_channels": 3, "depth": 3, "width": 48, "heads": 3, "text_dim": 20, "pooled_dim": 10, "sample_size": 8,
          "pos_embed_max_size": 12}  # fmt: skip

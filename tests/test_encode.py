@@ -18,15 +18,15 @@ import yaml
 from PIL import Image
 
 import encode
-from data import encoding
 from data.latents import VAE, Pixels
-from data.pictures import cover
-from data.raw import Source
+from data.raw.base import Source
+from data.raw.pictures import cover
+from data.raw.sources import Pictures
 from data.shapes import Shapes
-from data.sources import Pictures
-from data.store import Store
-from data.text import CLIPText
-from data.units import read_notes, read_sidecar
+from data.store import encoding
+from data.store.reader import Store
+from data.store.units import read_notes, read_sidecar
+from data.text.clip import CLIPText
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
@@ -160,7 +160,8 @@ def test_ranks_together_write_what_one_writes(
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from data import encoding, shapes
+from data import shapes
+from data.store import encoding
 import encode
 
 encoding.UNIT, shapes.Shapes.UNIT = 4, 10

@@ -11,7 +11,7 @@ from PIL import Image
 import evaluate
 from flow.objective import Objective
 from pipeline import Pipeline
-from sampling import Sampling
+from pipeline.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 JUDGE = ["--features", f"judge:{ROOT / 'assets/digits/judge'}"]

@@ -15,7 +15,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from mmdit import checkpoint
 from pipeline import Pipeline, Reading
 from pipeline.__main__ import main
-from weights import open_file
+from storage.weights import open_file
 
 ROOT = Path(__file__).parents[1]
 

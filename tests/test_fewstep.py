@@ -24,7 +24,7 @@ from flow.target import X0, Epsilon, Target, V, Velocity, solve
 from flow.weight import SechWeight
 from mmdit import checkpoint
 from mmdit.model import NUMBERS, Condition, MMDiT
-from weights import open_file, read_json, write_tensors
+from storage.weights import open_file, read_json, write_tensors
 
 TOLD = [("two_times",), ("guidance_embeds",), ("two_times", "guidance_embeds")]
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from data.latents import Pixels
-from data.text import CLIPText
+from data.text.clip import CLIPText
 from flow.grid import trailing
 from flow.objective import Objective
 from flow.path import Cosine, RectifiedFlow
 from flow.target import Epsilon, V
 from mmdit.model import Condition, MMDiT
 from pipeline import Pipeline
-from sampling import Sampling
+from pipeline.sampling import Sampling
 
 PROMPTS = ["a handwritten seven", "the digit 3", ""]
 SEEDS = [4, 5, 6]

@@ -13,9 +13,9 @@ from trials import assert_same, state
 
 import encode
 import train
-from generator import Generator
 from mmdit import checkpoint, lora
 from pipeline import Pipeline, Reading
+from training.generator import Generator
 
 ROOT = Path(__file__).parents[1]
 FINETUNE, LORA = ROOT / "configs/sd3/finetune.yaml", ROOT / "configs/sd3/lora.yaml"

@@ -14,8 +14,8 @@ from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import weights
 from data.latents import VAE, Codec, Pixels, load_codec
+from storage import weights
 
 SIZES: dict[str, Any] = {
     "block_out_channels": (32, 64, 32),

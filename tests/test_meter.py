@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from engine.flops import forward_flops
+from engine.hardware import DEVICES, find
+from engine.log import JSONLinesLogger
+from engine.meter import Cost, Meter, peak, peak_memory
 from mmdit.model import Condition, MMDiT
-from training.flops import forward_flops
-from training.hardware import DEVICES, find
-from training.log import JSONLinesLogger
-from training.meter import Cost, Meter, peak, peak_memory
 
 # ---- arithmetic
 
@@ -351,8 +351,8 @@ from pathlib import Path
 from time import sleep
 import lightning as L, torch
 from torch.utils.data import DataLoader
-from training.log import JSONLinesLogger
-from training.meter import Cost, Meter
+from engine.log import JSONLinesLogger
+from engine.meter import Cost, Meter
 
 class Rank(L.LightningModule):
     def __init__(self):

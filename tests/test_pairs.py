@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 import sample
-from data.sampler import Use, normal
-from data.store import Sample, Store, Writer
-from data.stored import held_out
-from data.text import Text
+from data.order import Use, normal
+from data.store.reader import Sample, Store, Writer
+from data.store.samples import held_out
+from data.text.encoder import Text
 from pipeline import Pipeline, pairs
 from pipeline.pairs import Captions, Coupling, PairMaker
-from sampling import Sampling
+from pipeline.sampling import Sampling
 
 PROMPTS = ["a seven", "the digit 3", "zero"]
 HOW = Coupling(num=14, inverted=0, seed=5, batch_size=4, sampling=Sampling(steps=3, guidance=2.0))

@@ -19,7 +19,7 @@ from flow.variance import LearnedVariance
 from mmdit.model import Condition, MMDiT
 from pipeline import Pipeline
 from pipeline.folder import SCHEDULER
-from sampling import Sampling
+from pipeline.sampling import Sampling
 
 PROMPTS = ["a handwritten seven", "the digit 3", ""]
 

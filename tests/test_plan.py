@@ -10,9 +10,9 @@ import torch
 from benchmarks import footprint_check as check
 from benchmarks.footprint import Job, activation_bytes, collective, communication, cure, flops, memory, step
 from benchmarks.plan import arguments, job_of, main, shape_of
+from engine.hardware import DEVICES
+from engine.strategy import Strategy
 from mmdit.model import MMDiT
-from training.hardware import DEVICES
-from training.strategy import Strategy
 
 ROOT = Path(__file__).parents[1]
 H200 = DEVICES["h200"]

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training import posthoc
-from training.posthoc import Snapshot, coefficients, decay, exponent, inner_products, reconstruct, snapshots
-from training.posthoc import write_snapshot as write
+from engine import posthoc
+from engine.posthoc import Snapshot, coefficients, decay, exponent, inner_products, reconstruct, snapshots
+from engine.posthoc import write_snapshot as write
 
 STEPS = 1024
 STORED = (0.05, 0.1)

@@ -23,10 +23,10 @@ from PIL import Image
 from skimage.data import astronaut
 from sklearn.datasets import load_sample_images
 
-from data.pictures import LARGEST, PictureError, cover, open_picture, size_of
-from data.raw import Fault, Filters, Raw, perceptual_hash
-from data.sources import Pictures
-from data.tables import Table
+from data.raw.base import Fault, Filters, Raw, perceptual_hash
+from data.raw.pictures import LARGEST, PictureError, cover, open_picture, size_of
+from data.raw.sources import Pictures
+from data.raw.tables import Table
 
 PHOTOS = [*load_sample_images().images, astronaut()]
 
@@ -194,7 +194,7 @@ def test_captions_that_no_file_can_hold_or_that_are_no_text_are_faults(tmp_path:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_is_read_row_by_row(tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.tables.UNIT", 16)
+    monkeypatch.setattr("data.raw.tables.UNIT", 16)
     for k, (start, count) in enumerate(((0, 30), (30, 0), (30, 11))):
         write_rows(tmp_path / f"set [1]/part-{k}.parquet", start, count)
     source = Pictures(str(tmp_path / "set [1]"), streaming=streaming)
@@ -458,7 +458,7 @@ def test_splits_are_told_apart_by_the_names_of_files(tmp_path: Path) -> None:
 def test_shards_cover_everything_once_and_data_that_changed_are_described_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.folder.UNIT", 3)
+    monkeypatch.setattr("data.raw.folder.UNIT", 3)
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(dot(i))
         (tmp_path / f"{i}.txt").write_text(str(i))
@@ -504,7 +504,7 @@ def test_a_hub_s_data_are_described_by_their_name_and_split(tmp_path: Path, monk
     for split in ("train", "test"):
         write_rows(tmp_path / f"user/set/data/{split}-00000-of-00001.parquet", 0, 2)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.sources.locate", lambda path, split: None)  # so that a folder stands for the hub
+    monkeypatch.setattr("data.raw.sources.locate", lambda path, split: None)  # so that a folder stands for the hub
     for split in ("train", "test"):
         described = Pictures("user/set", split=split, streaming=True).describe()
         assert (described["kind"], described["path"], described["split"]) == ("hub", "user/set", split)

@@ -39,8 +39,8 @@ from trials import (
     under,
 )  # fmt: skip
 
+from engine.checkpoint import Checkpoints, opened
 from pipeline import Pipeline
-from training.checkpoint import Checkpoints, opened
 
 STEPS, EVERY, VALIDATED = 60, 5, 30
 FLAGS = ("--run.steps", str(STEPS), "--run.checkpoint_every", str(EVERY), "--run.validate_every", str(VALIDATED),

@@ -15,7 +15,7 @@ import sample
 from mmdit import checkpoint, lora
 from pipeline import Pipeline, Reading
 from pipeline.folder import single_file
-from weights import write_tensors
+from storage.weights import write_tensors
 
 SIZE = ["--height", "64", "--width", "64", "--steps", "2"]
 
@@ -223,7 +223,7 @@ def test_overflow_is_told_instead_of_a_black_picture(
     ):
         shutil.copytree(released / "base", tmp_path / "base")
         file = tmp_path / "base" / f"{part}.safetensors"
-        from weights import open_file
+        from storage.weights import open_file
 
         state = {key: tensor.clone() for key, tensor in open_file(file).items()}
         write_tensors(state | {name: state[name] * 1e7}, file)

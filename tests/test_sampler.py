@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from data.sampler import NOT_COUNTED, GlobalBatches, Share, Shares, Stages, Stripes, Use, normal, order, stream
+from data.order import NOT_COUNTED, GlobalBatches, Share, Shares, Stages, Stripes, Use, normal, order, stream
 
 BATCH = 4
 UNEVEN = [10, 7, 0, 3, 1, 26]  # samples of the buckets: an empty one, and two that are smaller than a batch

@@ -13,7 +13,7 @@ from flow.objective import Objective
 from flow.path import EDM, Cosine, DDPMLinear, LDMLinear, RectifiedFlow, ZeroTerminalSNR
 from flow.target import X0, Epsilon, Preconditioned, V, Velocity
 from flow.variance import LearnedVariance
-from sampling import GRIDS, SAMPLERS, Sampling, chosen, random_normals
+from pipeline.sampling import GRIDS, SAMPLERS, Sampling, chosen, random_normals
 
 LINE = Objective()
 CHAIN = Objective(LDMLinear(), Epsilon())

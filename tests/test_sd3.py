@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline import Pipeline, Reading
 from pipeline.folder import single_file
-from weights import write_tensors
+from storage.weights import write_tensors
 
 KINDS = ["sd3", "sd35_medium", "sd35_large"]
 PROMPT, NEGATIVE = "a handwritten seven", "the digit 3"

@@ -17,9 +17,10 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from data import sd3_text
-from data.sd3_text import SD3Text
-from data.text import Text, Tower
+from data.text import sd3 as sd3_text
+from data.text.encoder import Text
+from data.text.sd3 import SD3Text
+from data.text.tower import Tower
 
 PROMPTS = ["a handwritten seven", "", "a clean digit 3, please!"]
 SIZES = {"tokens_dim": tiny.TOKENS, "pooled_dim": tiny.POOLED}

@@ -21,8 +21,8 @@ from flow.search import Trajectory, cheapest, costs, descend, record
 from flow.target import Epsilon
 from pipeline import Pipeline
 from pipeline.pairs import Captions
+from pipeline.sampling import Sampling
 from pipeline.times import GridSearch, Request
-from sampling import Sampling
 
 PATHS = [RectifiedFlow(), Cosine(), EDM(-0.5, 1.2, 1.0), LDMLinear()]
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image, ImageFilter
 
 from data import shapes
-from data.raw import Raw
-from data.sampler import Use, stream
+from data.order import Use, stream
+from data.raw.base import Raw
 from data.shapes import Found, Group, Placed, Request, Scene, Shapes, fulfils, picture, read, scene
-from data.text import CLIPText
+from data.text.clip import CLIPText
 
 ROOT = Path(__file__).parents[1]
 COUNT = 2000

@@ -23,9 +23,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data import writer as writing
-from data.store import Drop, Sample, Store, StoreError, Writer
-from data.units import near_duplicates
+from data.store import writer as writing
+from data.store.reader import Drop, Sample, Store, StoreError, Writer
+from data.store.units import near_duplicates
 
 SIZES, SHAPES = [[64, 64], [48, 80], [80, 48]], [(8, 8), (6, 10), (10, 6)]  # of pictures and of latents
 PLAN: dict[str, Any] = {
@@ -143,8 +143,8 @@ def test_goes_round_to_the_bit_through_plain_safetensors(store: Store) -> None:
 def test_a_batch_in_any_order_with_few_files_and_buffers_on_every_system(
     store: Store, monkeypatch: pytest.MonkeyPatch, lack: str
 ) -> None:
-    monkeypatch.setattr("data.store.OPEN_FILES", 1)
-    monkeypatch.setattr("data.units.IOVECS", 2)
+    monkeypatch.setattr("data.store.reader.OPEN_FILES", 1)
+    monkeypatch.setattr("data.store.units.IOVECS", 2)
     monkeypatch.delattr(os, lack, raising=False)
     descriptors = lambda: len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0  # noqa: E731
     before = descriptors()

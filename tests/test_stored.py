@@ -23,22 +23,22 @@ from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 from trials import ENV, assert_same, ended, fit, lines, shell, state
 
-from data import stored
 from data.batch import Batch, complete
-from data.encoding import Encoding, StoreEncoder
 from data.latents import VAE, Codec, Pixels
 from data.module import Stage, Stored
-from data.pictures import cover
-from data.raw import Raw, Source
-from data.sampler import GlobalBatches, Share
+from data.order import GlobalBatches, Share
+from data.raw.base import Raw, Source
+from data.raw.pictures import cover
 from data.sizes import SIZE_FEATURES, size_features
-from data.store import Store
-from data.stored import TrainingSamples, ValidationSamples, chosen
-from data.text import CLIPText
+from data.store import samples as stored
+from data.store.encoding import Encoding, StoreEncoder
+from data.store.reader import Store
+from data.store.samples import TrainingSamples, ValidationSamples, chosen
+from data.text.clip import CLIPText
 from flow.objective import Objective
-from generator import Generator
 from mmdit.model import MMDiT
 from pipeline import Pipeline
+from training.generator import Generator
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "assets/shapes/text"

@@ -37,13 +37,13 @@ from trials import (
 
 from baselines.dit import DiT
 from data.batch import Batch
-from generator import Generator
+from engine.checkpoint import Checkpoints, local, opened, rows_of, writes
+from engine.ema import EMA, Averages
+from engine.guard import MEMORY, SPIKE, Guard, poisoned
+from engine.posthoc import decay, exponent
+from engine.strategy import Strategy, skeleton
 from mmdit.model import Condition, MMDiT
-from training.checkpoint import Checkpoints, local, opened, rows_of, writes
-from training.ema import EMA, Averages
-from training.guard import MEMORY, SPIKE, Guard, poisoned
-from training.posthoc import decay, exponent
-from training.strategy import Strategy, skeleton
+from training.generator import Generator
 
 FLAGS = ("--run.log_every", "1", "--network.depth", "2", "--ema.more", "[0.5]", "--ema.widths", "[0.1]",
          "--ema.snapshot_every", "3")  # fmt: skip

@@ -28,17 +28,17 @@ from trials import (
 )
 
 import evaluate
-import experiment
 import sample
 import train
 from data.latents import Pixels
 from data.module import Data, Stored
-from data.store import Store
-from data.text import CLIPText
+from data.store.reader import Store
+from data.text.clip import CLIPText
 from flow.guidance import ClassifierFree
-from generator import Generator
 from mmdit.model import Condition
 from pipeline import Pipeline
+from training import experiment
+from training.generator import Generator
 
 FEWSTEP = ROOT / "configs/fewstep"
 OVERLAYS = ("reflow", "distill", "meanflow", "meanflow-teacher", "guidance")

@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from data import digits
-from data.sd3_text import SD3Text
-from data.text import CLIPText, Text, TextEncoder, Tower
+from data.text.clip import CLIPText
+from data.text.encoder import Text, TextEncoder
+from data.text.sd3 import SD3Text
+from data.text.tower import Tower
 
 FOLDER = Path(__file__).parents[1] / "assets" / "digits" / "text"
 TWO = Path(__file__).parents[1] / "assets" / "shapes" / "text"
@@ -482,7 +484,7 @@ def test_transformers_stays_silent(tmp_path: Path):
     damage(damaged, "one weight too few")
     code = f"""
 import warnings
-from data.text import CLIPText
+from data.text.clip import CLIPText
 warnings.simplefilter("ignore")
 CLIPText({str(FOLDER)!r}).encode(["please " * 40])
 try:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from trials import ENV, ROOT, Change, assert_same, end, fill_at, fit, lines, refused, shell, small, start, state, under
 
-import experiment
-from generator import Generator
 from pipeline import Pipeline
+from training import experiment
+from training.generator import Generator
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what this machine has")
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 import train
 from data.batch import Batch
-from generator import Generator
-from training.checkpoint import Checkpoints
+from engine.checkpoint import Checkpoints
+from training.generator import Generator
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -18,7 +18,7 @@ from data import digits
 from data.shapes import CATEGORIES
 from metrics.study import curves, of, spread, table
 from pipeline import Pipeline
-from sampling import Sampling
+from pipeline.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 RUNS, DOCS = ROOT / "runs" / "fewstep", ROOT / "docs"

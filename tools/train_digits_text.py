@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from data import digits
-from data.text import CLIPText, write
+from data.text.clip import CLIPText, write
 from tools.tokenizer import train_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "assets" / "digits" / "text"

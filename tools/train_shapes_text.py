@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from data import shapes
-from data.sampler import Use, stream
-from data.text import CLIPText, write
+from data.order import Use, stream
+from data.text.clip import CLIPText, write
 from tools.tokenizer import train_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "assets" / "shapes" / "text"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import shapes
 from data.latents import VAE
-from weights import write_json, write_tensors
+from storage.weights import write_json, write_tensors
 
 FOLDER = Path(__file__).parents[1] / "assets" / "shapes" / "vae"
 SCENES, UNSEEN, SEED = 20_000, 500, 1  # a seed that no store of examples uses

@@ -1,1 +1,1 @@
-"""What stands around the training step: averages, checkpoints, log, progress. Knows no network, process or data."""
+"""Where network, process and data meet for training."""

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
 
-from data.folder import METADATA, Folder
-from data.raw import EXTENSIONS, Fault, Input, Place, Source
-from data.tables import Table
-from data.tars import Tars
+from data.raw.base import EXTENSIONS, Fault, Input, Place, Source
+from data.raw.folder import METADATA, Folder
+from data.raw.tables import Table
+from data.raw.tars import Tars
 
 SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 SPLIT = re.compile(r"(?<![a-z])(train|training|validation|valid|val|dev|test|testing)(?![a-z])")

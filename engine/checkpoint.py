@@ -21,9 +21,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from files import commit_json, file_checksum, sync
-from training.strategy import local, whole
-from weights import misfit, read_json, write_tensors
+from engine.strategy import local, whole
+from storage.files import commit_json, file_checksum, sync
+from storage.weights import misfit, read_json, write_tensors
 
 KEPT = 2  # whole checkpoints, so that there is one before the newest
 FORMAT = 1

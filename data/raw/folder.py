@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from xxhash import xxh3_128
 
-from data.raw import EXTENSIONS, UNIT, Fault, Input, Place, Source, choose_captions, one_line, to_input
+from data.raw.base import EXTENSIONS, UNIT, Fault, Input, Place, Source, choose_captions, one_line, to_input
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # in a folder of pictures
 

@@ -33,13 +33,13 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 from xxhash import xxh3_64_intdigest
 
-from data.units import LISTS, SCHEMA, Unit, differences, latent_shapes, read_sidecar, unit_name
-from data.writer import Drop, Sample, Writer
-from files import commit, file_checksum
-from weights import open_file, read_json
+from data.store.units import LISTS, SCHEMA, Unit, differences, latent_shapes, read_sidecar, unit_name
+from data.store.writer import Drop, Sample, Writer
+from storage.files import commit, file_checksum
+from storage.weights import open_file, read_json
 
 if TYPE_CHECKING:  # transformers is slow to import, and those who only look into a store need none of it
-    from data.text import Text
+    from data.text.encoder import Text
 
 __all__ = ["Drop", "Sample", "Store", "StoreError", "Writer"]
 LAZY = ("null", "_table", "_hot", "_lists", "_open")  # opened again in each process
@@ -141,7 +141,7 @@ class Store:
             ValueError: the store holds no tokens.
             IndexError: there is no such sample, or no such caption.
         """
-        from data.text import Text
+        from data.text.encoder import Text
 
         return Text(self._tokens(rows, choice), self.pooled(rows, choice))
 
@@ -166,7 +166,7 @@ class Store:
 
     @cached_property
     def null(self) -> "Text | None":
-        from data.text import Text
+        from data.text.encoder import Text
 
         if not self._caption_shapes:
             return None

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, final
 
-from data.raw import EXTENSIONS, LIKELY, Fault, Input, Place, Source, choose_captions, one_line, to_input
+from data.raw.base import EXTENSIONS, LIKELY, Fault, Input, Place, Source, choose_captions, one_line, to_input
 
 SCANNED = 100  # inputs of each of as many tars at most that are looked at for the names of their fields
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # key and field, as WebDataset divides a name

@@ -14,10 +14,17 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.latents import Codec
-from data.pictures import save_png, sheet
-from data.sampler import NOT_COUNTED, Use, stream
+from data.order import NOT_COUNTED, Use, stream
+from data.raw.pictures import save_png, sheet
 from data.sizes import SIZE_FEATURES
-from data.text import TextEncoder
+from data.text.encoder import TextEncoder
+from engine.ema import EMA, Averages
+from engine.flops import forward_flops
+from engine.guard import Guard, poisoned
+from engine.meter import Cost, Meter
+from engine.posthoc import write_snapshot
+from engine.resume import adam
+from engine.strategy import Strategy, skeleton, whole
 from flow.density import stratified
 from flow.guidance import ClassifierFree
 from flow.objective import Model, Objective, TimeBins
@@ -25,14 +32,7 @@ from mmdit import lora
 from mmdit.model import Condition, MMDiT
 from pipeline import Network, Pipeline
 from pipeline.folder import replace_folder
-from sampling import Sampling
-from training.ema import EMA, Averages
-from training.flops import forward_flops
-from training.guard import Guard, poisoned
-from training.meter import Cost, Meter
-from training.posthoc import write_snapshot
-from training.resume import adam
-from training.strategy import Strategy, skeleton, whole
+from pipeline.sampling import Sampling
 
 VALIDATION_TIMES = 8
 SAMPLED = 64  # pictures at a time

@@ -210,20 +210,6 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         raise OSError(f"could not write {file}: {error}") from error
 
 
-def fingerprint(model: Path) -> str:
-    """A hash of the network's weights in a model folder or single file, as it was read or written.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no network, or it is damaged.
-    """
-    if model.is_file():
-        return digest(open_file(model))
-    place = next((model / part for part in ("transformer", "unet") if (model / part).is_dir()), None)
-    if place is None:
-        raise FileNotFoundError(f"{model} is no model folder: it has neither transformer/ nor unet/")
-    return digest(open_folder(place, "diffusion_pytorch_model"))
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. FileNotFoundError if there is no such file, ValueError if it holds anything else."""
     try:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from torch import Tensor, nn
 
-from training.checkpoint import Checkpoints
-from training.meter import Meter
+from engine.checkpoint import Checkpoints
+from engine.meter import Meter
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ASKED_EVERY = 10  # steps, on a device that would have to wait for the answer

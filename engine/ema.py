@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from training import posthoc
-from training.strategy import local
+from engine import posthoc
+from engine.strategy import local
 
 N = TypeVar("N", bound=nn.Module)
 

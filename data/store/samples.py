@@ -8,8 +8,8 @@ import xxhash
 from torch.utils.data import Dataset
 
 from data.batch import Batch
-from data.sampler import Share, Use, normal, stream
-from data.store import Store
+from data.order import Share, Use, normal, stream
+from data.store.reader import Store
 
 PAIR = "pair"  # what a plan calls latents that are a picture's and, in as many channels more, those of its noise
 

@@ -12,21 +12,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from data.text import (
-    PROJECTION,
-    Slot,
-    Text,
-    TextEncoder,
-    Tower,
-    listed,
-    one_line,
-    own_names,
-    put,
-    read_tokenizer,
-    run_clip,
-    tokenize,
-)
-from weights import DType, Weights, dtype_of, fit, open_file, read_json, write_tensors
+from data.text.encoder import Slot, Text, TextEncoder, listed
+from data.text.tower import PROJECTION, Tower, one_line, own_names, put, read_tokenizer, run_clip, tokenize
+from storage.weights import DType, Weights, dtype_of, fit, open_file, read_json, write_tensors
 
 LENGTH = 77  # tokens that a CLIP tower reads
 BATCH = 32  # captions at once

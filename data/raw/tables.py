@@ -12,7 +12,7 @@ from typing import Any, final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.raw import EXTENSIONS, UNIT, Input, Place, Source, choose_captions, one_line, to_input
+from data.raw.base import EXTENSIONS, UNIT, Input, Place, Source, choose_captions, one_line, to_input
 
 BATCH = 64  # rows of Parquet at once, which are whole pictures
 

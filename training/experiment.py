@@ -10,16 +10,16 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from cli import fail
-from data.encoding import Encoding
 from data.latents import Codec
 from data.module import Data
-from data.text import TextEncoder
+from data.store.encoding import Encoding
+from data.text.encoder import TextEncoder
+from engine.ema import Averages
+from engine.strategy import Strategy
 from flow.objective import Objective
-from generator import Grid, Optimization, Teacher
 from mmdit.lora import LoRA
-from sampling import Sampling
-from training.ema import Averages
-from training.strategy import Strategy
+from pipeline.sampling import Sampling
+from training.generator import Grid, Optimization, Teacher
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import Profiler
 
-from training.hardware import find
+from engine.hardware import find
 
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"  # Lightning's name for waiting on the training data
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from data.units import (
+from data.store.units import (
     LISTS,
     SCHEMA,
     Unit,
@@ -30,11 +30,11 @@ from data.units import (
     safetensors,
     unit_name,
 )
-from files import commit, commit_json, file_checksum
-from weights import read_json
+from storage.files import commit, commit_json, file_checksum
+from storage.weights import read_json
 
 if TYPE_CHECKING:  # transformers is slow to import
-    from data.text import Text
+    from data.text.encoder import Text
 
 BATCH_ROWS, BATCH_BYTES = 2**20, 2**30  # of the index; a batch of strings must stay below 2³¹ bytes
 

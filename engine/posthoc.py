@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weights import Weights, fit, open_file, write_tensors
+from storage.weights import Weights, fit, open_file, write_tensors
 
 WIDEST = 12**-0.5  # of the plain mean of all steps, γ = 0; wider ones would favour the start of training
 TOLERANCE = 0.1  # of a profile's norm that a combination may miss

@@ -1,4 +1,4 @@
-"""Captions → text tokens and a pooled vector: the contract, text towers on disk, and the encoder of one CLIP tower."""
+"""A text encoder on disk, and its tokenizer: checked as a whole, read tensor by tensor."""
 
 import hashlib
 import json
@@ -6,195 +6,23 @@ import math
 import os
 import shutil
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar, final
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging
 
-from weights import Weights, digest, fit, open_file, open_folder, read_json, write_json, write_tensors
+from data.text.encoder import CutCaptions, Text
+from storage.weights import Weights, digest, fit, open_file, open_folder, write_json, write_tensors
 
 PROJECTION = "text_projection.weight"  # of the pooled vector, in a CLIP tower
 TABLE = "encoder.embed_tokens.weight"  # T5's second name for `shared.weight`
 NOTES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # that change no result
 Tokenizer = TypeVar("Tokenizer", bound=CLIPTokenizer | T5Tokenizer)
-
-
-class Text(NamedTuple):
-    """Encoded captions: one vector per token `(B, N, D)` and one per caption `(B, P)`."""
-
-    tokens: Tensor
-    pooled: Tensor
-
-
-class CutCaptions(UserWarning):
-    """Captions that are too long for an encoder.
-
-    Attributes:
-        count: how many.
-    """
-
-    def __init__(self, message: str, count: int) -> None:
-        super().__init__(message)
-        self.count = count
-
-
-class Slot(NamedTuple):
-    """Where the results of one of several encoders stand."""
-
-    name: str  # its subfolder in a model folder
-    rows: slice  # of the tokens
-    columns: slice  # of a token's vector
-    pooled: slice  # of the pooled vector
-
-
-class TextEncoder(ABC):
-    """Captions to conditions.
-
-    Attributes:
-        tokens_dim: D, length of a token's vector.
-        pooled_dim: P, length of a caption's pooled vector.
-        slots: where each encoder's results stand; what no slot covers is zero.
-    """
-
-    tokens_dim: int
-    pooled_dim: int
-    slots: tuple[Slot, ...]
-
-    @abstractmethod
-    def encode(self, captions: Sequence[str]) -> Text:
-        """Returns `tokens (B, N, D)` and `pooled (B, P)` of B ≥ 1 captions; "" is the null condition.
-
-        Captions that are too long lose their tail, with a warning that says how many did. ValueError for no captions,
-        TypeError for one bare string.
-        """
-
-    @abstractmethod
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the encoders and tokenizers into a model folder, from which the constructor reads them again."""
-
-    @abstractmethod
-    def to(self, device: torch.device | str) -> Self:
-        """Sets where captions are encoded."""
-
-    @abstractmethod
-    def keep(self, kept: bool) -> None:
-        """Whether encoders that are read for each call stay in memory, as for a whole data set; others always do."""
-
-    @abstractmethod
-    def index(self) -> dict[str, list[str | None]]:
-        """What `save` writes, as in diffusers' `model_index.json`: subfolder → library and class."""
-
-    @abstractmethod
-    def fingerprint(self) -> dict[str, Any]:
-        """What the results depend on besides the captions, as JSON: encoders by their content, lengths, type."""
-
-
-class Clip(NamedTuple):
-    """A CLIP text tower in memory."""
-
-    tokenizer: CLIPTokenizer
-    encoder: CLIPTextModelWithProjection
-    fingerprint: str
-
-
-@final
-class CLIPText(TextEncoder):
-    """One or two frozen CLIP text towers with their tokenizers, as SD3 uses them (P. Esser et al., 2024, section 4).
-
-    The tokens are the hidden states before the last layer, without the final norm, as diffusers' SD3 takes them; the
-    pooled vector is the projection of the final state of the end token. Two towers' vectors are laid end to end.
-    Captions are padded to the length of the tokenizer without a mask: attention is causal, so padding never reaches the
-    caption, but it does carry its summary. Both are float32, on the device of the towers.
-
-    Args:
-        folder: holds `text_encoder/` (`config.json`, `model.safetensors`) and `tokenizer/` (`tokenizer_config.json`,
-            and either `tokenizer.json` or both `vocab.json` and `merges.txt`), as in a diffusers model folder; the
-            second tower is `text_encoder_2/` and `tokenizer_2/`, if they are there.
-
-    Attributes:
-        length: N, tokens per caption, start and end included.
-        towers: in order.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, of another kind, or the files do not fit each other.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.towers: list[Clip] = []
-        slots: list[Slot] = []
-        self.tokens_dim = self.pooled_dim = 0
-        for suffix in ("", "_2"):
-            source = Path(folder) / f"text_encoder{suffix}"
-            if suffix and not source.is_dir():
-                break
-            tokenizer = read_tokenizer(CLIPTokenizer, Path(folder) / f"tokenizer{suffix}")
-            tower = Tower(CLIPTextModelWithProjection, read_json(source / "config.json"), source)
-            tower.require(tokenizer, tokenizer.model_max_length)
-            encoder = tower.load(torch.float32, torch.device("cpu"))
-            # The weights as they are held, since `save` writes these, whatever type they were stored in.
-            self.towers.append(Clip(tokenizer, encoder, tower.fingerprint(dict(encoder.named_parameters()))))
-            width, projection = tower.config.hidden_size, tower.config.projection_dim
-            columns = slice(self.tokens_dim, self.tokens_dim + width)
-            pooled = slice(self.pooled_dim, self.pooled_dim + projection)
-            slots.append(Slot(source.name, slice(None), columns, pooled))
-            self.tokens_dim, self.pooled_dim = columns.stop, pooled.stop
-        self.slots = tuple(slots)
-        lengths = {tower.tokenizer.model_max_length for tower in self.towers}
-        if len(lengths) > 1:
-            raise ValueError(f"the tokenizers in {folder} give different numbers of tokens: {sorted(lengths)}")
-        self.length: int = lengths.pop()
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the towers to `device`, where `encode` then computes and leaves its results."""
-        for tower in self.towers:
-            tower.encoder.to(device)  # type: ignore[arg-type]  # the decorator of `to` hides that it is a method
-        return self
-
-    def encode(self, captions: Sequence[str]) -> Text:
-        made = []
-        for tokenizer, encoder, _ in self.towers:
-            ids = tokenize(tokenizer, listed(captions), self.length, "the text tower")
-            made.append(run_clip(encoder, ids.to(encoder.device)))
-        return Text(*(torch.cat(parts, dim=-1) for parts in zip(*made, strict=True)))
-
-    def keep(self, kept: bool) -> None:
-        """The towers always stay."""
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        for suffix, tower in zip(("", "_2"), self.towers, strict=False):
-            write(folder, tower.encoder, tower.tokenizer, suffix)
-
-    def index(self) -> dict[str, list[str | None]]:
-        return {
-            f"{name}{suffix}": ["transformers", kind.__name__]
-            for suffix, _ in zip(("", "_2"), self.towers, strict=False)
-            for name, kind in (("text_encoder", CLIPTextModelWithProjection), ("tokenizer", CLIPTokenizer))
-        }
-
-    def fingerprint(self) -> dict[str, Any]:
-        encoders = {
-            slot.name: {"weights": tower.fingerprint, "tokenizer": digest_of(tower.tokenizer)}
-            for slot, tower in zip(self.slots, self.towers, strict=True)
-        }
-        return {"class": "CLIPText", "dtype": "float32", "length": self.length, **encoders}
-
-
-def write(
-    folder: str | os.PathLike[str], encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, suffix: str = ""
-) -> None:
-    """Writes a tower and its tokenizer, safetensors and JSON only, into the subfolders that `CLIPText` reads."""
-    source = Path(folder) / f"text_encoder{suffix}"
-    encoder.config.save_pretrained(source)
-    tokenizer.save_pretrained(Path(folder) / f"tokenizer{suffix}")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-    write_tensors(tensors, source / "model.safetensors")
 
 
 class Tower:
@@ -335,15 +163,6 @@ def run_clip(encoder: CLIPTextModelWithProjection, ids: Tensor) -> Text:
     with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
         output = encoder(ids, output_hidden_states=True)
     return Text(tokens=output.hidden_states[-2], pooled=output.text_embeds)
-
-
-def listed(captions: Sequence[str]) -> list[str]:
-    """The captions, unless there are none or they are one string; the errors are those of `TextEncoder.encode`."""
-    if isinstance(captions, str):
-        raise TypeError(f"encode takes a list of captions, not the single string {captions!r}")
-    if not captions:
-        raise ValueError("there are no captions to encode: give at least one, which may be empty")
-    return list(captions)
 
 
 def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length: int, reader: str) -> Tensor:

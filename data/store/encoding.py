@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.buckets import Buckets
 from data.latents import Codec
-from data.pictures import PictureError, cover, open_picture, size_of
-from data.raw import UNIT, Fault, Filters, Raw, Source, perceptual_hash
-from data.sampler import Use, normal
-from data.sources import Pictures  # noqa: F401  # so that a config finds it by its name
-from data.store import Drop, Sample, Writer
-from data.text import CutCaptions, Text, TextEncoder
+from data.order import Use, normal
+from data.raw.base import UNIT, Fault, Filters, Raw, Source, perceptual_hash
+from data.raw.buckets import Buckets
+from data.raw.pictures import PictureError, cover, open_picture, size_of
+from data.raw.sources import Pictures  # noqa: F401  # so that a config finds it by its name
+from data.store.reader import Drop, Sample, Writer
+from data.text.encoder import CutCaptions, Text, TextEncoder
 
 VERSION = 1  # of the plan
 AHEAD = 4  # batches of pictures that are decoded while another is encoded

@@ -1,0 +1,1 @@
+"""Captioned pictures as they lie on disk: folders, tars, tables, the hub."""

@@ -1,0 +1,1 @@
+"""The latent store: written once, read at random, checked to the bit."""
