@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
         height, width = start["image"].shape[-2:] if start else (args.height, args.width)
         _, _, times = pipe.plan(sampling, args.shift, height, width, start.get("strength", 1.0))
-        if args.negative and pipe.knows_guidance:
+        if args.negative and pipe.network.guidance_embeds:
             raise ValueError("--negative is nothing to a network that has learned its guidance: leave it out")
         if args.negative and sampling.guidance == 1:
             raise ValueError("--negative needs guidance, which is 1: none; give another --guidance")

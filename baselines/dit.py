@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, timestep_features, unpatchify
 from mmdit.layers import FinalLayer, Modulation, Stream, modulate, scaled_dot_product
-from mmdit.model import TIME_FEATURES, Condition
+from mmdit.model import TIME_FEATURES
+from mmdit.network import Condition, Network
 from storage.weights import few, fit, open_folder, read_json, write_json, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
 
-class DiffusionTransformer(nn.Module, ABC):
+class DiffusionTransformer(Network, ABC):
     """What both share with MMDiT: model(z, t, condition) → y, with its embeddings, positions and last layer.
 
     Args:
@@ -44,6 +45,7 @@ class DiffusionTransformer(nn.Module, ABC):
         settings: the arguments, with what none meant.
     """
 
+    largest: int
     positions: Tensor
 
     def __init__(
@@ -148,6 +150,7 @@ class DiffusionTransformer(nn.Module, ABC):
         Raises:
             ValueError: if H or W is no multiple of the patch, or more patches than the positional table holds.
         """
+        self.check(condition)
         height, rest_h = divmod(z.shape[-2], self.patch_size)
         width, rest_w = divmod(z.shape[-1], self.patch_size)
         if rest_h or rest_w:

@@ -8,14 +8,14 @@ from typing import final
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
-from mmdit.model import Condition
+from mmdit.network import Condition, Network
 from storage.weights import few, fit, open_folder, read_json, write_json, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
 
 @final
-class UNet(nn.Module):
+class UNet(Network):
     """diffusers' `UNet2DConditionModel` behind the contract of the transformer: model(z, t, condition) → y.
 
     Every level and the middle attend to themselves and to the text tokens; the pooled vector, through one linear
@@ -108,6 +108,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: if H or W is no multiple of `unit`.
         """
+        self.check(condition)
         if z.shape[-2] % self.unit or z.shape[-1] % self.unit:
             raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is no multiple of {self.unit}")
         return self.net(

@@ -72,6 +72,9 @@ class Given(TextEncoder):
         tokens, pooled = zip(*(self.texts[caption] for caption in captions), strict=True)
         return Text(torch.cat(tokens), torch.cat(pooled))
 
+    def mask(self, captions: Sequence[str]) -> Tensor:
+        return torch.ones(len(captions), next(iter(self.texts.values())).tokens.shape[1], dtype=torch.bool)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes nothing: there are no encoders, and the texts are drawn anew each time."""
 

@@ -32,6 +32,7 @@ HELD_OUT_TEMPLATES = (
     "an image of a handwritten {numeral}",
 )
 
+Split = Literal["train", "held_out"]
 TRAIN_SIZE = 1297
 SIDE = 8  # of a picture, in pixels
 
@@ -43,7 +44,7 @@ class Digits(NamedTuple):
     labels: Tensor
 
 
-def load(split: Literal["train", "held_out"]) -> Digits:
+def load(split: Split) -> Digits:
     """Returns the 1,297 digits to train on or the 500 held out; ValueError for any other split.
 
     The order comes from numpy's legacy generator, whose stream numpy promises never to change.

@@ -48,6 +48,14 @@ class Codec(ABC):
         """Writes what `load_codec` needs."""
 
     @abstractmethod
+    def index(self) -> list[str]:
+        """Library and class, as in diffusers' `model_index.json`."""
+
+    def original_state(self) -> dict[str, Tensor]:
+        """Its tensors as released single files name them; none for a codec that these cannot hold."""
+        return {}
+
+    @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What its latents depend on besides the pixels, as JSON."""
 
@@ -83,6 +91,9 @@ class Pixels(Codec):
 
     def save(self, folder: Path) -> None:
         weights.write_json({"_class_name": "Pixels"} | self._config, folder / CONFIG)
+
+    def index(self) -> list[str]:
+        return ["data.latents", "Pixels"]
 
     def fingerprint(self) -> dict[str, Any]:
         return {"class": "Pixels"} | self._config
@@ -188,6 +199,9 @@ class VAE(Codec):
         """Writes config and weights, in the dtype held, so that `AutoencoderKL.from_pretrained` reads them."""
         weights.write_json(self._config, folder / CONFIG)
         weights.write_tensors(self.vae.state_dict(), folder / f"{STEM}.safetensors")
+
+    def index(self) -> list[str]:
+        return ["diffusers", "AutoencoderKL"]
 
     def original_state(self) -> dict[str, Tensor]:
         """The weights as they stand in a single file, prefix included. They are views of those held.

@@ -29,6 +29,8 @@ class Use(IntEnum):
     POSTERIOR = 7
     BUCKET = 8
     PAIR = 9
+    LEVEL = 10
+    DEGRADE = 11
 
 
 def stream(seed: int, use: Use, step: int = 0, sample: int = 0) -> np.random.Generator:

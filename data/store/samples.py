@@ -1,6 +1,6 @@
 """Samples of stores as batches: latents, a choice among captions, which encoders are dropped, noise."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from data.batch import Batch
 from data.order import Share, Use, normal, stream
 from data.store.reader import Store
 
+Mask = Callable[[Sequence[str]], torch.Tensor]
 PAIR = "pair"  # what a plan calls latents that are a picture's and, in as many channels more, those of its noise
 
 
@@ -33,10 +34,11 @@ class StoredSamples(Dataset[Batch]):
         stores: one for each stage.
         encoders: number of text encoders.
         sized: tell sizes and crops.
+        mask: captions → (b, N) bool, their own tokens; none: there is no mask.
     """
 
-    def __init__(self, stores: Sequence[Store], encoders: int, sized: bool) -> None:
-        self.stores, self.encoders, self.sized = stores, encoders, sized
+    def __init__(self, stores: Sequence[Store], encoders: int, sized: bool, mask: Mask | None) -> None:
+        self.stores, self.encoders, self.sized, self.mask = stores, encoders, sized, mask
 
     def batch(
         self, share: Share, choice: np.ndarray, kept: np.ndarray | None, draw: int | None, use: Use, seed: int
@@ -63,18 +65,20 @@ class StoredSamples(Dataset[Batch]):
             if draw is not None:
                 noise = normal(draw, Use.POSTERIOR, share.step, numbers, tuple(mean.shape[1:]))
                 x0 = mean + (logvar / 2).exp() * noise
-        captions, text, pooled = None, torch.empty(0), torch.empty(0)
-        if store.has_tokens:
-            text, pooled = store.text(rows, choice)
-        else:
+        captions, mask, text, pooled = None, None, torch.empty(0), torch.empty(0)
+        if self.mask or not store.has_tokens:
             captions = [store.captions(int(row))[i] for row, i in zip(rows, choice, strict=True)]
+        if self.mask and captions:
+            mask = self.mask(captions)
+        if store.has_tokens:
+            (text, pooled), captions = store.text(rows, choice), None
         sizes = None
         if self.sized:
             after = np.broadcast_to(store.buckets[share.bucket], (len(rows), 2))
             sizes = torch.from_numpy(np.concatenate([store.sizes(rows), after], axis=1).astype(np.int64))
         noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:])) if own is None else own
         kept_here = None if kept is None else torch.from_numpy(kept)
-        return Batch(share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes)
+        return Batch(share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask)
 
 
 class TrainingSamples(StoredSamples):
@@ -85,12 +89,13 @@ class TrainingSamples(StoredSamples):
         stores: Sequence[Store],
         encoders: int,
         sized: bool,
+        mask: Mask | None,
         seed: int,
         batch_size: int,
         caption_dropout: float,
         encoder_dropout: float,
     ) -> None:
-        super().__init__(stores, encoders, sized)
+        super().__init__(stores, encoders, sized, mask)
         self.seed, self.batch_size = seed, batch_size
         self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
 

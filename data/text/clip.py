@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, final
 
 import torch
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from data.text.encoder import Slot, Text, TextEncoder, listed
-from data.text.tower import Tower, digest_of, read_tokenizer, run_clip, tokenize
+from data.text.tower import Tower, digest_of, read_tokenizer, real_tokens, run_clip, tokenize
 from storage.weights import read_json, write_tensors
 
 
@@ -81,6 +82,10 @@ class CLIPText(TextEncoder):
             ids = tokenize(tokenizer, listed(captions), self.length, "the text tower")
             made.append(run_clip(encoder, ids.to(encoder.device)))
         return Text(*(torch.cat(parts, dim=-1) for parts in zip(*made, strict=True)))
+
+    def mask(self, captions: Sequence[str]) -> Tensor:
+        masks = [real_tokens(tower.tokenizer, listed(captions), self.length) for tower in self.towers]
+        return torch.stack(masks).any(0)
 
     def keep(self, kept: bool) -> None:
         """The towers always stay."""

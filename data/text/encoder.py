@@ -74,6 +74,14 @@ class TextEncoder(ABC):
     def index(self) -> dict[str, list[str | None]]:
         """What `save` writes, as in diffusers' `model_index.json`: subfolder → library and class."""
 
+    def original_state(self) -> dict[str, Tensor]:
+        """The encoders' tensors as released single files name them; none for encoders that these cannot hold."""
+        return {}
+
+    @abstractmethod
+    def mask(self, captions: Sequence[str]) -> Tensor:
+        """(B, N) bool: which tokens of `encode` are the captions' own, with start and end; the rest is padding."""
+
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What the results depend on besides the captions, as JSON: encoders by their content, lengths, type."""

@@ -13,7 +13,17 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from data.text.encoder import Slot, Text, TextEncoder, listed
-from data.text.tower import PROJECTION, Tower, one_line, own_names, put, read_tokenizer, run_clip, tokenize
+from data.text.tower import (
+    PROJECTION,
+    Tower,
+    one_line,
+    own_names,
+    put,
+    read_tokenizer,
+    real_tokens,
+    run_clip,
+    tokenize,
+)
 from storage.weights import DType, Weights, dtype_of, fit, open_file, read_json, write_tensors
 
 LENGTH = 77  # tokens that a CLIP tower reads
@@ -140,6 +150,12 @@ class SD3Text(TextEncoder):
                     rows[fresh[i]] = Text(tokens.clone(), pooled.clone())
                     self.rows.put(fresh[i], rows[fresh[i]])
             return Text(*(torch.stack(made) for made in zip(*(rows[c] for c in captions), strict=True)))
+
+    def mask(self, captions: Sequence[str]) -> Tensor:
+        masks = torch.zeros(len(captions), LENGTH + self.max_sequence_length, dtype=torch.bool)
+        for part in self.parts:
+            masks[:, part.rows] |= real_tokens(part.tokenizer, listed(captions), self._length(part.kind))
+        return masks
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """As `TextEncoder.save`, for diffusers too.

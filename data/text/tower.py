@@ -174,6 +174,12 @@ def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length
     return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
+def real_tokens(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length: int) -> Tensor:
+    """(B, length) bool on the CPU: which of `tokenize`'s tokens are not padding."""
+    cut = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+    return tokenizer(captions, verbose=False, **cut).attention_mask.bool()
+
+
 def digest_of(tokenizer: CLIPTokenizer | T5Tokenizer) -> str:
     """A hash of a tokenizer's vocabulary, rules and length."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
