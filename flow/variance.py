@@ -69,7 +69,7 @@ class LearnedVariance(Objective):
 
     def __init__(
         self,
-        path: Discrete,
+        path: Path,
         target: Target | None = None,
         density: Density | None = None,
         weight: Weight | None = None,
@@ -78,6 +78,10 @@ class LearnedVariance(Objective):
         penalty: Penalty | None = None,
         vlb_weight: float = 1e-3,
     ) -> None:
+        if not isinstance(path, Discrete):
+            raise ValueError(
+                f"LearnedVariance needs a discrete path, such as ImprovedCosine, got {type(path).__name__}"
+            )
         super().__init__(path, target, density, weight, shift, shift_area, penalty)
         if vlb_weight <= 0:
             raise ValueError(f"LearnedVariance needs vlb_weight > 0, got {vlb_weight}")

@@ -66,6 +66,8 @@ class Pipeline:
             given = getattr(network, key, None)
             if given != needed:
                 raise ValueError(f"the network's {key} is {given}, but codec, text and objective need {needed}")
+        if objective.two_times and not network.two_times:
+            raise ValueError(f"{type(objective).__name__} needs a network of two times: set network.two_times")
         if network.picture_channels not in (0, codec.channels):
             raise ValueError(f"the network's picture_channels are {network.picture_channels}, and a picture has "
                              f"{codec.channels} channels of latents")  # fmt: skip

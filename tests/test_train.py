@@ -166,10 +166,11 @@ def test_a_run_may_be_moved(config: Path, capsys: pytest.CaptureFixture) -> None
             ["--objective.path", "Cosine", "--objective.target", "Epsilon"],
             "at t = 1 Epsilon does not tell picture from noise",
         ),
-        (["--objective.variance.weight", "0.001"], "a learned variance needs a discrete path"),
+        (["--objective", "LearnedVariance"], "the following arguments are required: path"),
+        (["--objective", "LearnedVariance", "--objective.path", "Cosine"], "needs a discrete path"),
         (["--sampling.sampler", "ddpm"], "RectifiedFlow is continuous"),
         (["--sampling.spacing", "leading"], "needs a discrete path"),
-        (["--network.class_path", "torch.nn.Identity"], "in_channels is None"),
+        (["--network.class_path", "torch.nn.Identity"], "Network"),
         pytest.param(["--run.accelerator", "gpu"], "No supported gpu", marks=NO_GPU),
     ],
 )

@@ -71,7 +71,7 @@ def build_generator(config: Namespace, base: str | None) -> tuple[Generator, Dat
     for name in ("text_mask", "picture_channels", "level_embeds"):
         needed = getattr(data, name)
         if getattr(network, name) != needed:
-            raise ValueError(f"network.{name} must be {needed} with these data, got {getattr(network, name)}")
+            raise ValueError(f"network.{name} is {getattr(network, name)} and the data need {needed}: make them agree")
     teacher = config.teacher and config.teacher.load(objective, codec, text, network, data.sized)
     pipeline = Pipeline(network, objective, codec, text, config.sampling)
     if data.sized != pipeline.sized:

@@ -90,9 +90,6 @@ class Generator(L.LightningModule):
         self.run, self.batch_size, self.side = run, batch_size, side
         self.optimization, self.averages, self.strategy, self.grid = optimization, averages, strategy, grid
         self.writer, self.teacher, self.terms, self.examples = writer, teacher, tuple(terms), examples
-        if self.objective.two_times and not self.network.two_times:
-            raise ValueError(f"objective {type(self.objective).__name__} needs a network of two times: "
-                             "set network.two_times")  # fmt: skip
         low, high = teacher.teacher.range if teacher else (1.0, 1.0)
         if self.network.guidance_embeds != (low < high):
             raise ValueError("network.guidance_embeds and a range of teacher.guidance, such as [1, 6], need each other")
