@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, so that parallel workers do not fight over cores, and a small model folder."""
+"""Shared by all tests: one thread, so that parallel workers do not fight over cores; one seed; small models."""
 
 from pathlib import Path
 
@@ -14,6 +14,12 @@ from pipeline.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_each_time() -> None:
+    """Each test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
