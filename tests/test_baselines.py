@@ -8,6 +8,7 @@ import torch
 import yaml
 from diffusers import UNet2DConditionModel
 from jsonargparse import ArgumentParser
+from networks import stirred
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,11 +25,7 @@ WEIGHTS = f"{STEM}.safetensors"
 
 def small(**changes: object) -> UNet:
     """A small network with every weight random, so that nothing is hidden behind the zero convolution."""
-    network = UNet(**(SIZES | changes)).eval()
-    draw = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
-    return network
+    return stirred(UNet(**(SIZES | changes)))
 
 
 def inputs(height: int = 8, width: int = 8, text: int = 5) -> tuple[Tensor, Tensor, Condition]:

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from jsonargparse import ArgumentParser
+from networks import stirred
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,10 +37,7 @@ def tiny(**changes: Any) -> AutoencoderKL:
     """A small VAE, always the same, with every weight random, norms and biases, too."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        vae = AutoencoderKL(**(SIZES | changes)).eval()
-        for parameter in vae.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return vae
+        return stirred(AutoencoderKL(**(SIZES | changes)), 0.05)
 
 
 def drawn(*shape: int) -> Tensor:

@@ -23,7 +23,7 @@ THEIRS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_pr
 @pytest.fixture
 def opponent() -> SD3Transformer2DModel:
     torch.manual_seed(0)
-    return tiny.stirred(tiny.transformer("sd35_medium"), 0.05)
+    return tiny.frozen(tiny.transformer("sd35_medium"))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from einops import rearrange
-from torch import Tensor
+from networks import inputs, plain, relative, stirred
 
 from mmdit import checkpoint
 from mmdit.embed import crop_centre, patchify, sincos_2d, timestep_features, unpatchify
@@ -18,28 +18,12 @@ from mmdit.model import Condition, MMDiT
 
 def small(**changes: int | bool | tuple[int, ...]) -> MMDiT:
     """A small network with every weight random, so that nothing is hidden behind a zero gate."""
-    sizes = {"in_channels": 3, "depth": 3, "width": 48, "heads": 3, "text_dim": 20, "pooled_dim": 10, "sample_size": 8}
-    network = MMDiT(**(sizes | {"pos_embed_max_size": 12} | changes)).eval()
-    draw = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
-    return network
-
-
-def inputs(height: int = 8, width: int = 8, text: int = 5) -> tuple[Tensor, Tensor, Condition]:
-    draw = torch.Generator().manual_seed(1)
-    z = torch.randn(4, 3, height, width, generator=draw)
-    condition = Condition(torch.randn(4, text, 20, generator=draw), torch.randn(4, 10, generator=draw))
-    return z, torch.rand(4, generator=draw), condition
+    return stirred(plain(**{"depth": 3} | changes))
 
 
 def diffusers_twin(network: MMDiT, folder: Path) -> SD3Transformer2DModel:
     checkpoint.save(network, folder)
     return SD3Transformer2DModel.from_pretrained(folder).eval()
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()  # unused queries have no gradient in either
 
 
 @pytest.mark.parametrize("dual", [(), (0, 1), (2,)])

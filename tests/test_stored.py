@@ -78,7 +78,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> VAE:
         torch.manual_seed(0)
         # Groups of several channels, so that a latent of one pixel has a variance.
         network = AutoencoderKL.from_config(dict(tiny.vae().config) | {"norm_num_groups": 8})
-        tiny.stirred(network, 0.05).save_pretrained(folder)
+        tiny.frozen(network).save_pretrained(folder)
     return VAE(folder)
 
 

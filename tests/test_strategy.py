@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import xxhash
+from networks import stirred
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -276,9 +277,7 @@ def network(depth: int = 4) -> MMDiT:
         torch.manual_seed(0)
         made = MMDiT(in_channels=1, depth=depth, width=16, heads=1, text_dim=8, pooled_dim=8, sample_size=8,
                      pos_embed_max_size=8)  # fmt: skip
-        for parameter in made.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return made
+    return stirred(made).train()
 
 
 def computed(model: MMDiT) -> tuple[Tensor, dict[str, Tensor], int, int]:

@@ -10,6 +10,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from networks import stirred
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -38,28 +39,24 @@ def pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe = StableDiffusion3Pipeline(
-            transformer=stirred(transformer(kind), 0.05),
+            transformer=frozen(transformer(kind)),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=stirred(vae(), 0.05),
-            text_encoder=stirred(clip(64, "quick_gelu"), 0.05, identity="text_projection.weight"),
+            vae=frozen(vae()),
+            text_encoder=frozen(clip(64, "quick_gelu")),
             tokenizer=clip_tokenizer("<|endoftext|>"),
-            text_encoder_2=stirred(clip(128, "gelu"), 0.05),
+            text_encoder_2=frozen(clip(128, "gelu")),
             tokenizer_2=clip_tokenizer("!"),
-            text_encoder_3=stirred(t5_encoder(), 0.05) if t5 else None,
+            text_encoder_3=frozen(t5_encoder()) if t5 else None,
             tokenizer_3=t5_tokenizer() if t5 else None,
         )
+    pipe.text_encoder.text_projection.weight.data = torch.eye(64)  # which CLIP-L may leave out
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     return pipe
 
 
-def stirred(module: nn.Module, scale: float, identity: str = "") -> nn.Module:
-    """Adds noise of a standard deviation to every parameter, but makes one the identity."""
-    for name, parameter in module.named_parameters():
-        parameter.data += scale * torch.randn_like(parameter)
-        if name == identity:
-            parameter.data = torch.eye(len(parameter))
-    return module.eval().requires_grad_(False)
+def frozen(module: nn.Module) -> nn.Module:
+    return stirred(module, 0.05).requires_grad_(False)
 
 
 def transformer(kind: str) -> SD3Transformer2DModel:

@@ -1,56 +1,17 @@
-"""DiT and CrossDiT: the tied MMDiT, their blocks in plain torch, what text without positions cannot tell, and disk."""
+"""DiT and CrossDiT as functions: the tied MMDiT, their blocks in plain torch, text without positions, and costs."""
 
 import copy
-import json
 import math
-from pathlib import Path
-from zlib import crc32
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
-from safetensors.torch import load_file, save_file
+from dits import SIZES, both, small, weighted_by_name
+from networks import inputs, relative
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from baselines.dit import CONFIG, KINDS, STEM, CrossBlock, CrossDiT, DiffusionTransformer, DiT, InContextBlock
-from data.text.clip import CLIPText
-from flow.objective import Objective
+from baselines.dit import CrossBlock, CrossDiT, DiT, InContextBlock
 from mmdit.model import Condition, MMDiT
-from pipeline import Pipeline, Reading
-from pipeline.export import as_folder
-from pipeline.folder import single_file
-from pipeline.sampling import Sampling
-
-SIZES = {"in_channels": 3, "depth": 3, "width": 48, "heads": 3, "text_dim": 20, "pooled_dim": 10, "sample_size": 8,
-         "pos_embed_max_size": 12}  # fmt: skip
-WEIGHTS = f"{STEM}.safetensors"
-both = pytest.mark.parametrize("kind", [DiT, CrossDiT])
-
-
-def stirred(network: nn.Module) -> nn.Module:
-    """Every weight random, so that nothing is hidden behind a zero gate, and told by its name and shape alone."""
-    for name, parameter in network.named_parameters():
-        draw = torch.Generator().manual_seed(crc32(name.encode()))
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=draw) + ("norm_" in name)
-    return network.eval()
-
-
-def small(kind: type[DiffusionTransformer], **changes: object) -> DiffusionTransformer:
-    network = stirred(kind(**(SIZES | changes)))
-    assert isinstance(network, kind)
-    return network
-
-
-def inputs(height: int = 8, width: int = 8, text: int = 5) -> tuple[Tensor, Tensor, Condition]:
-    draw = torch.Generator().manual_seed(1)
-    z = torch.randn(4, 3, height, width, generator=draw)
-    condition = Condition(torch.randn(4, text, 20, generator=draw), torch.randn(4, 10, generator=draw))
-    return z, torch.rand(4, generator=draw), condition
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def tied(network: DiT) -> MMDiT:
@@ -194,7 +155,7 @@ def test_blocks_follow_the_formula() -> None:
     draw = torch.Generator().manual_seed(2)
     x, text = torch.randn(2, 7, 24, generator=draw), torch.randn(2, 4, 24, generator=draw)
     vector = torch.randn(2, 24, generator=draw)
-    inside, across = (stirred(kind(24, 3, True)) for kind in (InContextBlock, CrossBlock))
+    inside, across = (weighted_by_name(kind(24, 3, True)) for kind in (InContextBlock, CrossBlock))
     masks = torch.arange(7) != torch.tensor([2, 5])[:, None], torch.arange(4) < torch.tensor([4, 2])[:, None]
     for i in range(2):
         wanted = by_hand(inside, x[i], vector[i], None, masks[0][i])
@@ -363,134 +324,3 @@ def test_impossible_dimensions_are_refused(kind, sizes: dict[str, int], message:
 def test_impossible_sizes_are_refused(kind, size: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(kind)(*inputs(*size))
-
-
-@both
-def test_save_and_load_keep_every_bit(kind, tmp_path: Path) -> None:
-    network = small(kind, out_channels=6, qk_norm=False, patch_size=4)
-    network.save(tmp_path)
-    loaded = kind.load(tmp_path)
-    assert not loaded.training
-    assert loaded.settings == network.settings
-    assert torch.equal(loaded(*inputs()), network(*inputs()))
-    assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    file = folder / CONFIG
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({name: value for name, value in content.items() if value != "gone"}))
-
-
-def spoil_shape(folder: Path) -> None:
-    state = load_file(folder / WEIGHTS)
-    state["final.linear.bias"] = state["final.linear.bias"][:-1].clone()
-    save_file(state, folder / WEIGHTS)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100]), "truncated or no safe"),
-        (lambda folder: (folder / WEIGHTS).unlink(), "no weights at"),
-        (spoil_shape, r"mis-shaped \(final.linear.bias \(11,\) instead of \(12,\)\)"),
-        (lambda folder: (folder / CONFIG).unlink(), "there is no .*config.json"),
-        (lambda folder: (folder / CONFIG).write_text("{"), "is no JSON"),
-        (lambda folder: change_config(folder, _class_name="CrossDiT"), "describes a CrossDiT, not a DiT"),
-        (lambda folder: change_config(folder, _class_name="gone"), "describes a None, not a DiT"),
-        (lambda folder: change_config(folder, depth=4), r"the weights do not fit this DiT's config: .* missing"),
-        (lambda folder: change_config(folder, depth=2), "do not fit this DiT's config: .* left over"),
-        (lambda folder: change_config(folder, depth="3"), "value of the wrong type: depth"),
-        (lambda folder: change_config(folder, width=48.0), "value of the wrong type: width"),
-        (lambda folder: change_config(folder, qk_norm=1), "value of the wrong type: qk_norm"),
-        (lambda folder: change_config(folder, heads="gone"), "and nothing else; it differs in heads"),
-        (lambda folder: change_config(folder, dual=[1]), "and nothing else; it differs in dual"),
-        (lambda folder: change_config(folder, heads=5), "multiple of heads"),
-    ],
-)
-def test_damaged_folders_are_named_in_one_line(tmp_path: Path, spoil, message: str) -> None:
-    small(DiT).save(tmp_path)
-    spoil(tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        DiT.load(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-# Where they are used: built from a config, kept in a model folder.
-
-
-def whole(kind: type[DiffusionTransformer], text: CLIPText, pipe: Pipeline) -> Pipeline:
-    """A small pipeline of random weights, on the digits' text encoder."""
-    sizes = {"in_channels": 1, "depth": 2, "width": 32, "heads": 2, "text_dim": 64, "pooled_dim": 64}
-    network = small(kind, **sizes, pos_embed_max_size=8)
-    return Pipeline(network, Objective(shift=1.5), pipe.codec, text, Sampling(steps=3, guidance=2.0))
-
-
-@both
-def test_training_builds_it_from_its_class_and_sizes(kind) -> None:
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(nn.Module, "network", required=True)
-    told = {
-        "class_path": f"baselines.dit.{kind.__name__}",
-        "init_args": {k: v for k, v in SIZES.items() if k != "heads"},
-    }
-    network = parser.instantiate(parser.parse_object({"network": told})).network
-    assert type(network) is kind
-    assert network.settings == SIZES | {"heads": 1, "patch_size": 2, "out_channels": 3, "qk_norm": True}
-
-
-@both
-def test_it_has_a_model_folder(kind, text: CLIPText, pipe: Pipeline, tmp_path: Path) -> None:
-    ours = whole(kind, text, pipe)
-    ours.save(tmp_path / "model")
-    index = json.loads((tmp_path / "model/model_index.json").read_text())
-    assert (index["_class_name"], index["transformer"]) == ("Pipeline", ["baselines.dit", kind.__name__])
-    back = Pipeline.load(tmp_path / "model")
-    assert type(back.network) is KINDS[kind.__name__] is kind
-    prompts = ["a handwritten seven", ""]
-    assert torch.equal(back(prompts, [0, 1], height=10), ours(prompts, [0, 1], height=10))
-    half = Pipeline.load(tmp_path / "model", Reading(dtype="bfloat16"))
-    assert {p.dtype for p in half.network.parameters()} == {torch.bfloat16}
-    half.save(tmp_path / "half")
-    assert next(Pipeline.load(tmp_path / "half", Reading(dtype="stored")).network.parameters()).dtype == torch.bfloat16
-    assert next(Pipeline.load(tmp_path / "half").network.parameters()).dtype == torch.float32
-    with pytest.raises(ValueError, match="height must be a multiple of 2"):
-        ours(prompts, [0, 1], height=9)
-
-    change_config(tmp_path / "model/transformer", depth=1)
-    with pytest.raises(ValueError, match=f"do not fit this {kind.__name__}'s config") as caught:
-        Pipeline.load(tmp_path / "model")
-    assert "\n" not in str(caught.value)
-
-
-@both
-def test_what_belongs_to_mmdit_alone_is_refused(kind, text: CLIPText, pipe: Pipeline, tmp_path: Path) -> None:
-    ours, name = whole(kind, text, pipe), kind.__name__
-    ours.save(tmp_path / "model")
-    with pytest.raises(ValueError, match=f"is a {name}, and only an MMDiT takes a LoRA"):
-        Pipeline.load(tmp_path / "model", Reading(lora=tmp_path))
-    with pytest.raises(ValueError, match=f"the single-file format holds an MMDiT, not a {name}"):
-        single_file(ours.parts)
-    with pytest.raises(ValueError, match="skip_layers"):
-        ours(["7"], [0], sampling=Sampling(steps=3, guidance=2.0, skip_layers=(0,)))
-
-
-@both
-def test_an_export_says_what_it_is(kind, text: CLIPText, pipe: Pipeline, tmp_path: Path) -> None:
-    ours = whole(kind, text, pipe)
-    said = as_folder(ours, tmp_path / "out", tmp_path, "digits")
-    assert said == f"is for sample.py: diffusers has no {kind.__name__} of this kind"
-    card = (tmp_path / "out/README.md").read_text()
-    assert f"model: {kind.__name__}, 2 blocks of width 32," in card
-    assert "from_pretrained" not in card
-    assert torch.equal(Pipeline.load(tmp_path / "out")(["7"], [0]), ours(["7"], [0]))
-
-
-def test_only_a_folder_that_names_a_third_encoder_is_read_as_stable_diffusion_3_s(model: Path) -> None:
-    file = model / "model_index.json"
-    index = json.loads(file.read_text())
-    file.write_text(json.dumps(index | {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}))
-    assert isinstance(Pipeline.load(model).text, CLIPText)
-    file.write_text(json.dumps(index | {"text_encoder_3": [None, None]}))
-    with pytest.raises((ValueError, FileNotFoundError), match="tokenizer"):
-        Pipeline.load(model)
