@@ -56,6 +56,8 @@ def parser() -> Parser:
     p.add_argument("--image", type=Path, help="a picture to start from")
     p.add_argument("--strength", type=finite, help="share of the steps that change it; default: 0.6, with a mask 1")
     p.add_argument("--mask", type=Path, help="a picture, white where --image is to be made anew")
+    p.add_argument("--picture", type=Path, help="what a network of pictures works from, such as a small one to enlarge")
+    p.add_argument("--level", type=finite, default=0.0, help="noise that --picture is given, 0 to 1; default: 0")
     p.add_argument("--seed", type=natural, default=0, help="picture i starts from seed + i")
     p.add_argument("--batch-size", type=positive, help="pictures at a time; default: as many as make 4,096 tokens")
     p.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")

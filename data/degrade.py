@@ -27,9 +27,8 @@ class Degrade:
     def smaller(self, pixels: Tensor) -> Tensor:
         """Pixels (N, C, H, W) averaged over squares, (N, C, H/factor, W/factor). ValueError if they do not fit."""
         if pixels.shape[-2] % self.factor or pixels.shape[-1] % self.factor:
-            raise ValueError(
-                f"degrade.factor {self.factor} must divide the {tuple(pixels.shape[-2:])} pixels of a picture"
-            )
+            size = f"{pixels.shape[-2]}×{pixels.shape[-1]}"
+            raise ValueError(f"degrade.factor must divide the {size} pixels of a picture, got {self.factor}")
         return F.avg_pool2d(pixels, self.factor)
 
 

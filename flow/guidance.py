@@ -28,8 +28,7 @@ class ClassifierFree:
     Args:
         model: the model to guide.
         null: what to move away from: the null condition or a negative prompt's. A named tuple of the condition's own
-            type, whose tensors have its batch size or 1. What it leaves out, such as a picture, it shares with the
-            condition: one moves away from the text, not from the picture.
+            type, whose tensors have its batch size or 1. It has the condition's parts, no more and no fewer.
         scale: 1 + w of the paper: 0 gives the null branch, 1 the conditional one, more goes beyond it; for all
             pictures, or (B, 1, …) for each.
         rescale: φ, the share in which y is given back the conditional branch's standard deviation, picture by picture,
@@ -102,8 +101,8 @@ def _within(interval: tuple[float, float], t: Tensor) -> bool:
 
 
 def _stack(null: Tensor | None, condition: Tensor | None) -> Tensor | None:
-    if condition is None:
-        if null is not None:
-            raise ValueError("the null condition has a part that the condition lacks")
+    if null is None or condition is None:
+        if null is not condition:
+            raise ValueError("the null condition and the condition must have the same fields")
         return None
-    return torch.cat([condition if null is None else null.expand_as(condition), condition])
+    return torch.cat([null.expand_as(condition), condition])

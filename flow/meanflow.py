@@ -10,6 +10,7 @@ from flow.density import Density
 from flow.objective import Field, Model, Objective, output
 from flow.path import expand_as
 from flow.penalty import Penalty
+from flow.weight import Weight
 
 
 class MeanFlow(Objective):
@@ -17,6 +18,7 @@ class MeanFlow(Objective):
 
     Args:
         density: where in t training looks for the two ends of an interval.
+        weight: an extra factor on the loss at t; none means 1.
         shift: α of the resolution shift.
         shift_area: height × width of the latents that `shift` is for; none: one α for all.
         penalty: of each picture's error; none is its mean square.
@@ -35,12 +37,13 @@ class MeanFlow(Objective):
     def __init__(
         self,
         density: Density | None = None,
+        weight: Weight | None = None,
         shift: float = 1.0,
         shift_area: int | None = None,
         penalty: Penalty | None = None,
         share: float = 0.25,
     ) -> None:
-        super().__init__(density=density, shift=shift, shift_area=shift_area, penalty=penalty)
+        super().__init__(None, None, density, weight, shift, shift_area, penalty)
         if not 0 < share <= 1:
             raise ValueError(f"MeanFlow needs 0 < share <= 1, got {share}")
         self.share = share

@@ -144,10 +144,11 @@ def ddim(
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         x0, e, _ = denoise(z, t.expand(len(z)))
         a, b = path(s)
-        variance = eta**2 * posterior(path, t, s).small
-        z = a * x0 + (b**2 - variance).clamp(min=0).sqrt() * e
         if eta:
-            z = z + variance.sqrt() * noise()
+            variance = eta**2 * posterior(path, t, s).small
+            z = a * x0 + (b**2 - variance).clamp(min=0).sqrt() * e + variance.sqrt() * noise()
+        else:
+            z = a * x0 + b * e
         if callback:
             callback(i, z, x0)
     return z

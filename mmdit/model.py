@@ -172,7 +172,7 @@ class MMDiT(Network):
             setattr(self, name, True)
         if picture_channels and self.picture_channels not in (0, picture_channels):
             raise ValueError(
-                f"this network has picture_channels {self.picture_channels}: it cannot have {picture_channels}"
+                f"this network has picture_channels {self.picture_channels} and cannot have {picture_channels}"
             )
         if picture_channels and not self.picture_channels:
             new = self.patch.weight.new_zeros(self.width, picture_channels * self.patch_size**2)

@@ -16,6 +16,10 @@ class Condition(NamedTuple):
     picture: Tensor | None = None  # (B, picture_channels, H, W) latents of a picture to work from, of z's size
     level: Tensor | None = None  # (B,) in [0, 1], how much noise that picture was given
 
+    def null(self, text: "Condition") -> "Condition":
+        """What guidance moves away from: another text (B or 1, …), but the same picture and level."""
+        return text._replace(picture=self.picture, level=self.level)
+
 
 class HiddenStates:
     """Image tokens after chosen blocks, which a forward pass fills in.

@@ -267,7 +267,7 @@ class Pipeline:
                 raise ValueError("a network that has learned its guidance cannot be told what to move away from")
             scales = torch.full((len(prompts),), float(sampling.guidance), device=self.device)
             condition = condition._replace(guidance=scales)
-        model = self._guided(sampling, lambda: self.condition([negative], height, width), times)
+        model = self._guided(sampling, lambda: condition.null(self.condition([negative], height, width)), times)
 
         def estimate(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
             return self.objective.denoise(model, z, t, condition, end)

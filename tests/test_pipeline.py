@@ -240,7 +240,7 @@ def spoil_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_index, "no model folder: it has no model_index.json"),
+        (spoil_index, "no model folder: neither it nor"),
         (spoil_grid, "there is no Path"),
         (spoil_sampling, "sampler and spacing are words"),
         (spoil_chain, "scheduler_config.json"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from trials import ROOT, fit, refused, small
 
 import sample
 from data import digits
@@ -19,7 +20,6 @@ from flow.objective import Objective
 from mmdit.model import MMDiT
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
-from trials import ROOT, fit, refused, small
 
 CODEC = Pixels(1, 0.3, 2.66)
 OVERLAY = ["--config", str(ROOT / "configs/picture/superresolution.yaml")]

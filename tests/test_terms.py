@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-
 from trials import ROOT, fit, lines, refused, small
+
 from training.terms import LayerSync
 
 TERM = ["--terms", "[{class_path: LayerSync, init_args: {weak: 0, strong: 1}}]"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trials import ROOT, fit, refused, small
 
 from data.batch import complete
 from data.latents import Pixels
@@ -16,7 +17,6 @@ from flow.objective import Objective
 from mmdit.model import MMDiT
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
-from trials import ROOT, fit, refused, small
 
 PROMPTS, SEEDS = ["a handwritten seven", "9"], [0, 1]
 

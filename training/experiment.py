@@ -87,7 +87,7 @@ def _objective(old: dict[str, Any]) -> dict[str, Any]:
     shared = {name: rest[name] for name in ("shift", "shift_area", "penalty") if name in rest}
     density = rest.get("density")
     if average := old.get("average"):
-        named = {name: rest[name] for name in ("density",) if name in rest}
+        named = {name: rest[name] for name in ("density", "weight") if name in rest}
         return {"class_path": "flow.meanflow.MeanFlow", "init_args": named | shared | average}
     if old.get("variance"):
         return {

@@ -106,7 +106,7 @@ class Teaching:
         scale = (low + (high - low) * u).to(condition.text.device)
         model: Model = self.pipe.network
         if self.teacher.range != (1, 1):
-            model = ClassifierFree(model, self._null(condition), scale[:, None, None, None])
+            model = ClassifierFree(model, condition.null(self._null(condition)), scale[:, None, None, None])
 
         def field(z: Tensor, t: Tensor, _: Condition, y: Tensor) -> Tensor:
             return model(z, t, condition)
