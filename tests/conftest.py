@@ -54,3 +54,11 @@ def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawer") / "model"
     Pipeline(network.eval(), Objective(), codec, text, Sampling(steps=2, guidance=2.0)).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small stores of random pictures, by the name of what they hold."""
+    import painted  # needs more than most tests do
+
+    return painted.stores(tmp_path_factory.mktemp("stores"))
