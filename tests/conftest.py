@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, so that parallel workers do not fight over cores; one seed; small models."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from flow.objective import Objective
 from mmdit.model import MMDiT
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
@@ -54,3 +58,26 @@ def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawer") / "model"
     Pipeline(network.eval(), Objective(), codec, text, Sampling(steps=2, guidance=2.0)).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small stores of random pictures, by the name of what they hold."""
+    import painted  # needs more than most tests do
+
+    return painted.stores(tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory: pytest.TempPathFactory) -> "tuple[StableDiffusion3Pipeline, Path]":
+    """Stable Diffusion 3.5 Large in small: diffusers' pipeline, and the folder where it saved itself."""
+    import tiny  # needs more than most tests do
+
+    folder = tmp_path_factory.mktemp("released")
+    return tiny.pipeline("sd35_large", folder), folder
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of Hugging Face's data sets for this test alone."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))

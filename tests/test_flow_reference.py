@@ -5,8 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from gaussians import GAUSSIAN, TWO, Mixture
-from test_flow_sampler_order import inner
-from walks import CONTINUOUS, name
+from walks import CONTINUOUS, inner, name
 
 from flow.grid import trailing
 from flow.path import Path

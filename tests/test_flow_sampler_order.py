@@ -8,15 +8,11 @@ import pytest
 import torch
 from gaussians import GAUSSIAN, TWO, Mixture
 from torch import Tensor
-from walks import CHAINS, CONTINUOUS, edm_ode, name
+from walks import CHAINS, CONTINUOUS, edm_ode, inner, name
 
 from flow.grid import karras, trailing
 from flow.path import Discrete, Path, RectifiedFlow
 from flow.sampler import dpmpp_2m, euler, heun, midpoint
-
-
-def inner(path: Path, steps: int) -> Tensor:
-    return torch.linspace(0.95, 0.05, steps + 1, dtype=torch.float64)
 
 
 def karras_inner(path: Path, steps: int) -> Tensor:

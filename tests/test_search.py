@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gaussians import GAUSSIAN, TWO, Mixture
 from test_sample import refused
-from test_samplers import GAUSSIAN, TWO, Mixture
 from torch import Tensor
 
 import sample

@@ -30,6 +30,10 @@ def numbers(seed: int, like: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.randn(like.shape, generator=draw, dtype=like.dtype)
 
 
+def inner(path: Path, steps: int) -> Tensor:
+    return torch.linspace(0.95, 0.05, steps + 1, dtype=torch.float64)
+
+
 def edm_ode(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor) -> Tensor:
     return edm(denoise, path, z, grid, forbidden)
 

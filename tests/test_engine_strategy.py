@@ -1,4 +1,4 @@
-"""How a training is spread and fitted into memory changes what it costs, not what it computes."""
+"""A training that is spread over processes costs less and computes the same."""
 
 import json
 import math
@@ -13,13 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import xxhash
-from networks import stirred
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
-from torch.utils.flop_counter import FlopCounterMode
 from trials import (
     Change,
     assert_near,
@@ -34,16 +31,11 @@ from trials import (
     start_ranks,
     state,
     under,
-)  # fmt: skip
+)
 
-from baselines.dit import DiT
 from data.batch import Batch
 from engine.checkpoint import Checkpoints, local, opened, rows_of, writes
-from engine.ema import EMA, Averages
-from engine.guard import MEMORY, SPIKE, Guard, poisoned
-from engine.posthoc import decay, exponent
-from engine.strategy import Strategy, skeleton
-from mmdit.model import Condition, MMDiT
+from engine.strategy import Strategy
 from training.generator import Generator
 
 FLAGS = ("--run.log_every", "1", "--network.depth", "2", "--ema.more", "[0.5]", "--ema.widths", "[0.1]",
@@ -96,9 +88,6 @@ def runs(config: Path) -> dict[str, Path]:
         ranks = start_ranks(config, *FLAGS, *flags, "--run.folder", str(runs[name]), changes=changes)
         assert [end(rank) for rank in ranks] == [0, 0], name
     return runs
-
-
-# Spread over processes
 
 
 @pytest.mark.parametrize("name", SPREAD)
@@ -200,9 +189,6 @@ def test_too_many_such_steps_in_a_row_end_the_run_in_one_line(config: Path, tmp_
     assert all(map(found.intact, found.parts))
 
 
-# Rows
-
-
 def divided(rank: int, port: str, folder: Path) -> None:
     """In a process of two: rows of uneven tensors in each mesh, and a divided checkpoint of them."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -266,176 +252,6 @@ def test_rows_are_those_that_each_process_holds(tmp_path: Path) -> None:
         read = {name: torch.full_like(tensor, math.nan) for name, tensor in wanted.items()}
         found.restore(read)
         assert_same(read, wanted)
-
-
-# Fitted into memory
-
-
-def network(depth: int = 4) -> MMDiT:
-    """A small network with every weight random, so that nothing is hidden behind a zero gate."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = MMDiT(in_channels=1, depth=depth, width=16, heads=1, text_dim=8, pooled_dim=8, sample_size=8,
-                     pos_embed_max_size=8)  # fmt: skip
-    return stirred(made).train()
-
-
-def computed(model: MMDiT) -> tuple[Tensor, dict[str, Tensor], int, int]:
-    """Loss, gradients, how many numbers were kept for the backward pass by autograd itself, and FLOPs."""
-    draw = torch.Generator().manual_seed(1)
-    z, t = torch.randn(3, 1, 8, 8, generator=draw), torch.rand(3, generator=draw)
-    condition = Condition(torch.randn(3, 5, 8, generator=draw), torch.randn(3, 8, generator=draw))
-    parameters = {p.data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in parameters:
-            kept[tensor.data_ptr()] = tensor.numel()
-        return tensor
-
-    with FlopCounterMode(display=False) as counted:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(z, t, condition).square().mean()
-        loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, sum(kept.values()), counted.get_total_flops()
-
-
-def test_activation_checkpointing_keeps_less_and_changes_nothing() -> None:
-    loss, gradients, kept, flops = computed(network())
-    found = {}
-    for how, every in (("full", 1), ("full", 2), ("selective", 1), ("full", 9)):
-        model = network()
-        Strategy(activation_checkpointing=how, activation_checkpointing_every=every).prepare(model)  # type: ignore[arg-type]
-        assert model.state_dict().keys() == network().state_dict().keys()
-        *same, found[how, every], again = computed(model)
-        assert_same(tuple(same), (loss, gradients))
-        assert (again > flops) == (how == "full")
-    assert found["full", 1] < found["full", 2] < found["full", 9] < kept
-    assert found["selective", 1] < kept
-
-
-def test_blocks_are_compiled_in_place() -> None:
-    model = network(1)
-    names = [name for name, _ in model.named_parameters()]
-    loss, gradients, *_ = computed(model)
-    model.zero_grad()
-    Strategy(compile=True, activation_checkpointing="selective").prepare(model)
-    assert [name for name, _ in model.named_parameters()] == list(names)
-    assert model.state_dict().keys() == network(1).state_dict().keys()
-    compiled, theirs, *_ = computed(model)
-    torch.testing.assert_close(compiled, loss, rtol=1e-5, atol=0)
-    assert_near(theirs, gradients, 1e-5)
-
-
-def test_a_skeleton_has_names_and_no_numbers() -> None:
-    model = network(2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    learning = [p.requires_grad for p in model.parameters()]
-    bare = skeleton(model)
-    assert [*bare.state_dict()] == [*model.state_dict()]
-    assert all(tensor.is_meta for tensor in (*bare.parameters(), *bare.buffers()))
-    assert [tensor.shape for tensor in bare.state_dict().values()] == [tensor.shape for tensor in before.values()]
-    assert not any(p.requires_grad for p in bare.parameters())
-    assert not bare.training
-    assert_same(dict(model.state_dict()), before)
-    assert [p.requires_grad for p in model.parameters()] == learning
-
-
-# Averages
-
-
-def test_averages_are_their_recursions_in_float32() -> None:
-    averages = Averages(0.999, (0.5, 0.9, 0.5), (0.05, 0.2), 10)
-    assert [*averages.decays()] == ["decay-0.999", "decay-0.5", "decay-0.9", "width-0.05", "width-0.2"]
-    model = nn.Linear(3, 2)
-    model.bias.requires_grad_(False)
-    copies = [skeleton(model).to_empty(device="cpu") for _ in averages.decays()]
-    ema = EMA(averages, copies, model)
-    assert all(torch.equal(copied.weight, model.weight) for copied in copies)
-    expected = [model.weight.detach().double() for _ in copies]
-    for step in range(1, 41):
-        model.weight.data = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
-        ema.pairs.clear()  # since the weights are another tensor
-        ema.update(model, step)
-        keeps = [min(d, (1 + step) / (10 + step)) for d in (0.999, 0.5, 0.9)]
-        keeps += [decay(step, exponent(width)) for width in (0.05, 0.2)]
-        expected = [d * old + (1 - d) * model.weight.double() for d, old in zip(keeps, expected, strict=True)]
-    for copied, wanted in zip(copies, expected, strict=True):
-        torch.testing.assert_close(copied.weight, wanted.float(), rtol=1e-5, atol=1e-6)
-        assert torch.equal(copied.bias, model.bias)
-    assert {name: t.dtype for name, t in ema.named().items()} == dict.fromkeys(
-        [f"{name}.weight" for name in averages.decays()], torch.float32
-    )
-    assert ema.main is copies[0]
-
-
-def test_averages_have_all_buffers_of_the_network() -> None:
-    """Those that are no part of its state, too, such as DiT's positions."""
-    network = DiT(
-        in_channels=4, depth=1, width=16, heads=2, text_dim=8, pooled_dim=8, sample_size=8, pos_embed_max_size=4
-    )
-    copied = skeleton(network).to_empty(device="cpu")
-    averaged = EMA(Averages(), [copied], network).main
-    assert dict(averaged.named_buffers()).keys() == {"positions"}
-    assert torch.equal(averaged.positions, network.positions)
-
-
-# The guard
-
-
-def test_the_guard_counts_streaks_and_spikes() -> None:
-    guard, usual = Guard(), 0.0
-    row = longest = total = spikes = 0
-    norms = [1.0, 2.0, math.nan, math.inf, 1.5, 100.0, 1.0, -math.inf, math.nan, math.nan, 50.0, 0.5]
-    for norm in norms:
-        bad = guard.judge(torch.tensor(norm))
-        assert bad == (0.0 if math.isfinite(norm) else 1.0)
-        row, total = (0, total) if math.isfinite(norm) else (row + 1, total + 1)
-        longest = max(longest, row)
-        if math.isfinite(norm):
-            spikes += usual > 0 and norm > SPIKE * usual
-            usual = MEMORY * usual + (1 - MEMORY) * norm if usual else norm
-        assert guard.usual.item() == pytest.approx(usual, rel=1e-5)
-        assert guard.counts.tolist() == [row, longest, total, spikes]
-    assert guard.told() == (longest, total) == (3, 5)  # a streak that is over is told, too
-    assert guard.told() == (0, 5)
-    assert guard.spiked() == spikes == 2
-    assert guard.spiked() == 0
-    for _ in range(4):
-        guard.judge(torch.tensor(math.nan))
-    guard.forgive(4)
-    assert guard.told() == (4, 9)
-    guard.forgive(3)
-    assert guard.told() == (0, 9)
-
-
-def test_the_guard_does_not_wait_for_the_device() -> None:
-    """On one that holds no numbers, whoever asks for a number fails."""
-    guard = Guard().to("meta")
-    assert guard.judge(torch.ones((), device="meta")).is_meta
-    with pytest.raises(RuntimeError):
-        guard.told()
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_loss_that_is_not_finite_poisons_all_gradients(value: float) -> None:
-    weights = torch.tensor([1.0, 2.0], requires_grad=True)
-    poisoned(weights[0] * 3 + value).backward()  # whose own gradient would be 3 and 0
-    assert weights.grad is not None
-    assert weights.grad[0].isnan()
-
-
-@pytest.mark.parametrize("value", [0.0, 1.3, 1e30, -1e-30])
-def test_a_finite_loss_keeps_its_value_and_gradient(value: float) -> None:
-    weights = torch.tensor([value], requires_grad=True)
-    loss = (weights * 3).sum()
-    poisoned(loss).backward()
-    assert torch.equal(poisoned(loss), loss)
-    assert torch.equal(weights.grad, torch.tensor([3.0]))
-
-
-# What cannot be
 
 
 @pytest.mark.parametrize(
