@@ -180,22 +180,32 @@ def slug(prompt: str) -> str:
 
 
 def starting_point(args: Namespace, pipe: "Pipeline") -> dict[str, Any]:
-    """What `Pipeline` is told of image, mask and strength. ValueError or FileNotFoundError if they do not fit."""
+    """What `Pipeline` is given of pictures: to start from, and to work from.
+
+    ValueError or FileNotFoundError if they do not fit.
+    """
+    given: dict[str, Any] = {}
+    if args.picture:
+        given = {"picture": load_picture(args.picture, pipe.codec.pixel_channels, None, None, 1), "level": args.level}
+    elif args.level or pipe.network.picture_channels:
+        raise ValueError(
+            "--level needs a --picture" if args.level else "this model works from a picture: give --picture"
+        )
     if args.image is None:
         if args.mask or args.strength is not None:
             raise ValueError(f"{'--mask' if args.mask else '--strength'} needs an --image")
-        return {}
+        return given
     unit = pipe.network.unit * pipe.codec.factor
     image = load_picture(args.image, pipe.codec.pixel_channels, args.height, args.width, unit)
     default = 1.0 if args.mask else 0.6
-    told = {"image": image, "strength": default if args.strength is None else args.strength}
+    given |= {"image": image, "strength": default if args.strength is None else args.strength}
     if args.mask:
         mask = (load_picture(args.mask, 1, args.height, args.width, unit) >= 0.5).float()
         if mask.shape[-2:] != image.shape[-2:]:
             sizes = (f"{tensor.shape[-1]}×{tensor.shape[-2]}" for tensor in (mask, image))
             raise ValueError("mask and image must have the same size, got {} and {}".format(*sizes))
-        told["mask"] = mask
-    return told
+        given["mask"] = mask
+    return given
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         pipe = Pipeline.load(path, Reading(**reading_of(args)))
         start = starting_point(args, pipe)
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
-        height, width = start["image"].shape[-2:] if start else (args.height, args.width)
+        height, width = start["image"].shape[-2:] if "image" in start else (args.height, args.width)
         _, _, times = pipe.plan(sampling, args.shift, height, width, start.get("strength", 1.0))
         if args.negative and pipe.network.guidance_embeds:
             raise ValueError("--negative is nothing to a network that has learned its guidance: leave it out")
@@ -238,8 +248,8 @@ def main(argv: list[str] | None = None) -> None:
         "shift": pipe.shift(height, width) if args.shift is None else args.shift,
         "dtype": str(next(pipe.network.parameters()).dtype).removeprefix("torch."),
         "model": str(path),
-        **{name: str(value) for name in ("lora", "image", "mask") if (value := getattr(args, name))},
-        **({"strength": start["strength"]} if start else {}),
+        **{name: str(value) for name in ("lora", "image", "mask", "picture") if (value := getattr(args, name))},
+        **{name: start[name] for name in ("strength", "level") if name in start},
     }
     with (
         one_line_errors(ValueError),

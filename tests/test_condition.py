@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import stirred
 from torch import Tensor
 
 from baselines.dit import DiT
@@ -15,13 +16,6 @@ from mmdit.network import Condition, HiddenStates
 
 SIZES = {"in_channels": 3, "depth": 3, "width": 48, "heads": 3, "text_dim": 20, "pooled_dim": 10, "sample_size": 8,
          "pos_embed_max_size": 12}  # fmt: skip
-
-
-def stirred(network: MMDiT) -> MMDiT:
-    draw = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
-    return network.eval()
 
 
 def inputs(batch: int = 4) -> tuple[Tensor, Tensor, Condition]:

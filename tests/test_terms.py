@@ -49,8 +49,7 @@ def test_a_training_adds_it_and_logs_it_apart(tmp_path: Path) -> None:
     plain, synced = ([line for line in lines(tmp_path / name / "run") if "train/loss" in line]
                      for name in ("plain", "synced"))  # fmt: skip
     assert "train/LayerSync_0" not in plain[0]
-    assert 0 < synced[0]["train/LayerSync_0"] <= 0.4
-    assert synced[0]["train/loss_bin0"] is None or synced[0]["train/loss"] > 0
+    assert 0 < synced[-1]["train/LayerSync_0"] <= 0.4  # at first the blocks are the identity, and agree
     assert plain[-1]["train/grad_norm"] != synced[-1]["train/grad_norm"]
     assert abs(plain[0]["train/loss"] - synced[0]["train/loss"]) < 0.1  # the objective's own, without the term
 
