@@ -72,6 +72,18 @@ class Store:
     Raises:
         FileNotFoundError: there is no store.
         ValueError: it is not finished or damaged.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> folder = TemporaryDirectory()
+        >>> plan = {"buckets": {"sizes": [[8, 8]]}, "factor": 1, "channels": 1}
+        >>> writer = Writer(Path(folder.name), plan, null=None)  # a store without text
+        >>> sample = Sample("0.png", ("a zero",), (1.0,), 0, (8, 8), (0, 0), 0, torch.ones(1, 8, 8), None, None)
+        >>> writer.write(shard=0, samples=[sample], drops=[], inputs=1, last=True)
+        >>> report = writer.finish(shards=1, hamming=None)
+        >>> store = Store(folder.name)
+        >>> len(store), store.captions(0), store.latents(np.array([0])).shape
+        (1, ['a zero'], torch.Size([1, 1, 8, 8]))
     """
 
     def __init__(self, path: str | os.PathLike[str], cache: Path | None = None) -> None:
