@@ -20,7 +20,7 @@ from data.sizes import SIZE_FEATURES
 from data.text.encoder import TextEncoder
 from engine.ema import EMA, Averages
 from engine.flops import forward_flops
-from engine.guard import Guard, poisoned
+from engine.guard import Guard, spread_nonfinite
 from engine.meter import Cost, Meter
 from engine.posthoc import write_snapshot
 from engine.resume import adam
@@ -205,7 +205,7 @@ class Generator(L.LightningModule):
         share = mean.detach() / self.strategy.accumulate_grad_batches
         begins = batch.positions[0] % (self.batch_size // self.trainer.world_size) == 0
         self.loss = share if begins else self.loss + share
-        return poisoned(mean)
+        return spread_nonfinite(mean)
 
     def loss_of(self, network: Network, batch: Batch, t: Tensor, u: Tensor, end: Tensor | None = None) -> Tensor:
         """The loss of each picture, (b,), with the guidance that uniform numbers u (b,) draw, if there is a teacher."""
@@ -239,11 +239,11 @@ class Generator(L.LightningModule):
     ) -> None:
         """Clips the norm of the whole gradient, and lets the optimizer leave out a step that is not finite."""
         norm = whole(torch.nn.utils.clip_grad_norm_(self.weights, self.optimization.clip))
-        self.trainer.optimizers[0].found_inf = self.guard.judge(norm)  # type: ignore[attr-defined]
+        self.trainer.optimizers[0].found_inf = self.guard.check(norm)  # type: ignore[attr-defined]
         step, most = self.global_step + 1, self.optimization.max_skipped
         if step % self.log_every and step % (most + 1):
             return
-        longest, total = self.guard.told()
+        longest, total = self.guard.skipped_steps()
         if longest > most:
             raise FloatingPointError(
                 f"loss or gradient was not finite in {longest} steps in a row, up to step {step}: "
@@ -255,7 +255,7 @@ class Generator(L.LightningModule):
             bins = self.bins.means(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
             self.log_dict({f"train/loss_bin{i}": value for i, value in enumerate(bins)})
             told = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": total}
-            told["grad_spikes"] = self.guard.spiked()
+            told["grad_spikes"] = self.guard.spikes()
             self.log_dict({f"train/{name}": float(value) for name, value in told.items()})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -408,10 +408,10 @@ class Generator(L.LightningModule):
     def numbers(self) -> dict[str, Any]:
         return {"best": self.best if math.isfinite(self.best) else None}
 
-    def go_on(self, step: int, numbers: dict[str, Any]) -> None:
+    def on_resume(self, step: int, numbers: dict[str, Any]) -> None:
         self.best = math.inf if numbers["best"] is None else numbers["best"]
         self.loaded_step = step  # Lightning's own is only for training
-        self.guard.forgive(self.optimization.max_skipped)
+        self.guard.reset(self.optimization.max_skipped)
         if not self.trainer.is_global_zero:
             self.bins.sums.zero_()  # which stand for all processes
         if self.trainer.state.fn == "fit":

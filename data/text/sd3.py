@@ -14,7 +14,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from data.text.encoder import Slot, Text, TextEncoder, listed
 from data.text.tower import PROJECTION, Tower, one_line, own_names, put, read_tokenizer, run_clip, tokenize
-from storage.weights import DType, Weights, dtype_of, fit, open_file, read_json, write_tensors
+from storage.weights import DType, Weights, check_tensors, dtype_of, open_file, read_json, write_tensors
 
 LENGTH = 77  # tokens that a CLIP tower reads
 BATCH = 32  # captions at once
@@ -270,7 +270,7 @@ class Rows:
         if self.folder and not row:
             try:
                 kept = open_file(self._file(self.folder, caption))
-                fit(kept, self.shapes, "the cache")
+                check_tensors(kept, self.shapes, "the cache")
                 row = Text(kept["tokens"].clone(), kept["pooled"].clone())
             except (FileNotFoundError, ValueError):  # a damaged file is written again
                 return None

@@ -17,7 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from transformers.utils import logging
 
 from data.text.encoder import CutCaptions, Text
-from storage.weights import Weights, digest, fit, open_file, open_folder, write_json, write_tensors
+from storage.weights import Weights, check_tensors, digest, open_file, open_folder, write_json, write_tensors
 
 PROJECTION = "text_projection.weight"  # of the pooled vector, in a CLIP tower
 TABLE = "encoder.embed_tokens.weight"  # T5's second name for `shared.weight`
@@ -66,7 +66,7 @@ class Tower:
         if self.identity:
             del shapes[PROJECTION]
             weights = weights.renamed(lambda name: None if name == PROJECTION else name)
-        fit(weights, shapes, kind.__name__)
+        check_tensors(weights, shapes, kind.__name__)
 
     def require(self, tokenizer: CLIPTokenizer | T5Tokenizer, length: int) -> None:
         """Raises ValueError if the tower cannot read `length` tokens of this tokenizer."""
