@@ -206,7 +206,7 @@ class StoreEncoder:
                 return Drop(found.id, *reason)
             bucket = self.buckets.of(*size)
             height, width = self.buckets.sizes[bucket]
-            image = open_picture(found.picture, self.codec.pixel_channels, wanted=(height, width))
+            image = open_picture(found.picture, self.codec.pixel_channels, needed=(height, width))
             phash = perceptual_hash(image) if self.settings.duplicates is not None else 0
             image, top, left = cover(image, height, width)
         except PictureError as error:
