@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     batch_size = args.batch_size or pipe.batch_size(height, width)
     parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
     pictures, entries = [], []
-    settings = {
+    settings: dict[str, Any] = {
         "negative": args.negative,
         **asdict(sampling),
         "shift": pipe.shift(height, width) if args.shift is None else args.shift,

@@ -14,7 +14,7 @@ from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, times
 from mmdit.layers import FinalLayer, Modulation, Stream, modulate, scaled_dot_product
 from mmdit.model import TIME_FEATURES
 from mmdit.network import Condition, Network
-from storage.weights import few, fit, open_folder, read_json, write_json, write_tensors
+from storage.weights import check_tensors, open_folder, read_json, shorten, write_json, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
@@ -183,7 +183,7 @@ class DiffusionTransformer(Network, ABC):
         network = cls(**cls._arguments(folder / CONFIG))
         weights = open_folder(folder, STEM)
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        fit(weights, wanted, f"this {cls.__name__}'s config")
+        check_tensors(weights, wanted, f"this {cls.__name__}'s config")
         network.load_state_dict(dict(weights))
         return network.eval()
 
@@ -196,10 +196,10 @@ class DiffusionTransformer(Network, ABC):
             raise ValueError(f"{file} describes a {kind}, not a {cls.__name__}")
         names = inspect.signature(cls).parameters.keys()
         if odd := sorted(config.keys() ^ names):
-            raise ValueError(f"{file} must tell {', '.join(names)} and nothing else; it differs in {few(odd)}")
+            raise ValueError(f"{file} must tell {', '.join(names)} and nothing else; it differs in {shorten(odd)}")
         wrong = [name for name, value in config.items() if type(value) is not (bool if name == "qk_norm" else int)]
         if wrong:
-            raise ValueError(f"{file} has a value of the wrong type: {few(wrong)}")
+            raise ValueError(f"{file} has a value of the wrong type: {shorten(wrong)}")
         return config
 
 

@@ -9,7 +9,7 @@ from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
 from mmdit.network import Condition, Network
-from storage.weights import few, fit, open_folder, read_json, write_json, write_tensors
+from storage.weights import check_tensors, open_folder, read_json, shorten, write_json, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
@@ -134,7 +134,8 @@ class UNet(Network):
         """
         network = cls._from_config(folder / CONFIG)
         weights = open_folder(folder, STEM)
-        fit(weights, {name: tuple(t.shape) for name, t in network.net.state_dict().items()}, "this U-Net's config")
+        shapes = {name: tuple(t.shape) for name, t in network.net.state_dict().items()}
+        check_tensors(weights, shapes, "this U-Net's config")
         network.net.load_state_dict(dict(weights))
         return network.eval()
 
@@ -167,5 +168,5 @@ class UNet(Network):
         foreign = [name for name in sorted(told.keys() | network.settings) if name not in told
                    or name not in ours or told[name] != ours[name]]  # fmt: skip
         if foreign:
-            raise ValueError(f"{file} asks for what this network does not have, or leaves it open: {few(foreign)}")
+            raise ValueError(f"{file} asks for what this network does not have, or leaves it open: {shorten(foreign)}")
         return network

@@ -1,4 +1,4 @@
-"""What the judge of scenes makes of faults: Fréchet distances to held-out scenes, over that of the training seed's.
+"""How the features of scenes react to faults: Fréchet distances to held-out scenes over that of the training scenes.
 
 python -m benchmarks.features
 """

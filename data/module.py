@@ -26,8 +26,8 @@ from data.store.reader import Store
 from data.text.encoder import Text, TextEncoder
 from storage.models import find_model, fingerprint
 
-PIXELS = 2**20  # encoded at once
-VALIDATED = 125  # samples at a time
+PIXELS = 2**20  # encoded in one batch
+VALIDATED = 125  # samples in a batch of validation
 
 
 class CaptionedDigits(Dataset[Batch]):
@@ -71,7 +71,7 @@ class CaptionedDigits(Dataset[Batch]):
 
 
 class TrainingDigits(CaptionedDigits):
-    """A share with captions drawn at random and dropped at a rate, and with fresh noise: functions of (seed, step)."""
+    """A share with random captions, some of them dropped, and fresh noise: functions of (seed, step)."""
 
     def __init__(
         self,
@@ -139,22 +139,22 @@ def _whole(batch: Any) -> Any:
     return batch
 
 
-def deaf(worker: int) -> None:
-    """Lets a loader process live on while the training process answers a signal to both, and ends it in its time."""
+def ignore_signals(worker: int) -> None:
+    """Lets a loader process outlive a signal to the whole group: the training process saves, then ends it."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_loaders() -> None:
-    """Ends loader processes that are left, which are deaf to how Python would do it, and waited for."""
+    """Kills the loader processes that are left: they ignore SIGTERM, which Python would send and then wait for them."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
 class Data(L.LightningDataModule):
-    """Batches for training, without end from the trainer's step on, and for validation.
+    """Endless batches for training, from the trainer's step on, and batches for validation.
 
     Args:
         text: encodes captions.
@@ -163,11 +163,11 @@ class Data(L.LightningDataModule):
         batch_size: of the global batch, over all processes.
         side: of a square picture, in pixels.
         workers: loader processes; 0 loads in the training process.
-        sized: the pooled vector also tells sizes and crops.
+        sized: sizes and crops are part of the pooled vector.
         text_mask: padding of the captions is masked.
 
     Attributes:
-        sizes: height and width of all pictures that may come, in pixels.
+        sizes: (height, width) of all pictures that may occur, in pixels.
         picture_channels: of the pictures to work from, in latents; 0 is none.
         level_embeds: these have noise of different levels.
     """
@@ -196,13 +196,13 @@ class Data(L.LightningDataModule):
         self.sizes: tuple[tuple[int, int], ...] = ((side, side),)
 
     def setup(self, stage: str) -> None:
-        """Text and pictures are encoded where the training runs."""
+        """Moves the encoders of text and pictures to the device of the training."""
         if self.trainer:
             self.codec.to(self.trainer.strategy.root_device)
             self.text.to(self.trainer.strategy.root_device)
 
     def identity(self) -> dict[str, str]:
-        """What tells these data from others in the same place: where they lie → a hash. Empty if nothing can change."""
+        """Path of the data → hash of their content. Empty for data that cannot change."""
         return {}
 
     def check(self, world: int) -> None:
@@ -219,7 +219,7 @@ class Data(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _start(self) -> tuple[int, int]:
-        """The step to begin with, and the parts of each share."""
+        """The first step, and the micro-batches of each share."""
         return (self.trainer.global_step, self.trainer.accumulate_grad_batches) if self.trainer else (0, 1)
 
     def _loader(self, data: Dataset[Batch], shares: Sampler[Share]) -> DataLoader:
@@ -229,7 +229,7 @@ class Data(L.LightningDataModule):
             batch_size=None,
             collate_fn=_whole,
             num_workers=self.workers,
-            worker_init_fn=deaf,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -240,11 +240,11 @@ class Digits(Data):
 
     Args:
         text: encodes the captions.
-        codec: encodes the pictures, in grey or in three equal colours.
+        codec: encodes the pictures, as grey or as RGB with three equal channels.
         seed: of the order, the captions and the noise.
         batch_size: of the global batch, over all processes.
-        caption_dropout: share of captions replaced by the empty one, which is the null condition of guidance.
-        side: of a picture, in pixels, to which the digits of 8 × 8 are enlarged.
+        caption_dropout: share of captions replaced by the empty caption, the null condition of guidance.
+        side: of a picture, in pixels; the digits of 8 × 8 are enlarged to it.
         workers: loader processes; 0 loads in the training process.
         text_mask: padding of the captions is masked, in training as in sampling.
         degrade: also gives the network a smaller picture of each digit, to be enlarged (super-resolution).
@@ -300,11 +300,11 @@ class Digits(Data):
 
 @dataclass(frozen=True)
 class Stage:
-    """A store that is trained on before the main one.
+    """A store that training uses before the main one.
 
     Args:
         store: a folder or a URL.
-        steps: for how many steps.
+        steps: number of steps.
     """
 
     store: str
@@ -320,19 +320,19 @@ class Stored(Data):
     """Pictures and captions from a store that `encode.py` wrote.
 
     Args:
-        text: the encoders that the store was written with.
-        codec: likewise.
+        text: the text encoders that the store was written with.
+        codec: the codec that it was written with.
         seed: of the order, the captions and the noise.
         store: a folder, or a URL whose files are fetched as they are needed.
         batch_size: of the global batch, over all processes.
-        caption_dropout: share of captions replaced by the null condition, all encoders together.
-        encoder_dropout: share of captions of which an encoder is dropped, each encoder by itself; SD3's is 0.464, with
-            no caption_dropout.
-        held_out: samples that validation uses and training does not, the same ones in every stage.
-        before: stores that come first, such as one of smaller pictures.
-        teacher: the model folder whose pairs the main store holds; none for a store of anything else.
-        size_conditioning: the pooled vector also tells the original size and the crop (SDXL, §2.2); the network's
-            pooled_dim is then larger by 1,536.
+        caption_dropout: share of captions replaced by the null condition, for all encoders together.
+        encoder_dropout: share of captions replaced by the null condition for one encoder, independently for each; SD3
+            uses 0.464 and no caption_dropout.
+        held_out: number of samples that only validation uses, the same in every stage.
+        before: stores that training uses first, such as one of smaller pictures.
+        teacher: the model folder that made the pairs in the main store; None if it holds no pairs.
+        size_conditioning: original size and crop are part of the pooled vector (SDXL, §2.2), whose pooled_dim in the
+            network is then larger by 1,536.
         workers: loader processes; 0 loads in the training process.
         text_mask: padding of the captions is masked, in training as in sampling.
 
@@ -361,13 +361,13 @@ class Stored(Data):
             raise ValueError(f"dropouts must be from 0 to 1, got {caption_dropout} and {encoder_dropout}")
         self.stores = [Store(path) for path in (*(stage.store for stage in before), store)]
         for opened in self.stores:
-            told = {"text": text.fingerprint()} if opened.has_tokens else {}
-            opened.expect(version=VERSION, codec=codec.fingerprint(), **told)
+            sections = {"text": text.fingerprint()} if opened.has_tokens else {}
+            opened.expect(version=VERSION, codec=codec.fingerprint(), **sections)
         main = self.stores[-1]
         if teacher is not None:
             main.expect(latents=stored.PAIR, teacher=fingerprint(find_model(Path(teacher))))
         elif main.plan.get("latents") == stored.PAIR:
-            raise ValueError(f"{main.source} holds pairs: name the model that made them as data.teacher")
+            raise ValueError(f"{main.source} holds pairs: set data.teacher to the model folder that made them")
         side = main.plan["buckets"]["side"]
         super().__init__(text, codec, seed, batch_size, side, workers, size_conditioning, text_mask)
         if not 1 <= held_out < len(main):
@@ -377,7 +377,9 @@ class Stored(Data):
         self.pools = [stored.divided(opened, self.apart, False) for opened in self.stores]
         for opened, pool in zip(self.stores, self.pools, strict=True):
             if not any(map(len, pool)):
-                raise ValueError(f"no sample of {opened.source} is left to train on: all are held out")
+                raise ValueError(
+                    f"no sample of {opened.source} is left to train on: all are held out; lower data.held_out"
+                )
         self.sizes = tuple(
             size for opened in self.stores for bucket, size in enumerate(opened.buckets) if len(opened.members(bucket))
         )
@@ -412,7 +414,7 @@ class Stored(Data):
         return self._loader(data, Stripes(stored.divided(self.stores[-1], self.apart, True), VALIDATED, rank, world))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Encodes captions that the store holds unencoded, and completes the condition."""
+        """Encodes captions if the store has no tokens, and completes the condition."""
         if self.null is None:
             kept = self.stores[-1].null
             if kept is None:

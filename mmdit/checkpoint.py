@@ -19,12 +19,12 @@ from mmdit.model import MMDiT
 from storage.weights import (
     DType,
     Weights,
+    check_tensors,
     dtype_of,
-    few,
-    fit,
     open_file,
     open_folder,
     read_json,
+    shorten,
     write_json,
     write_tensors,
 )
@@ -165,7 +165,7 @@ def read(network: MMDiT, weights: Weights, naming: Naming, dtype: torch.dtype, d
         ValueError: naming every missing, left-over or mis-shaped tensor, before anything is read.
     """
     table = layout(network, naming)
-    fit(weights, {p.name: p.shape for pieces in table.values() for p in pieces}, "this transformer's config")
+    check_tensors(weights, {p.name: p.shape for pieces in table.values() for p in pieces}, "this transformer's config")
     state = {}
     for ours, tensor in network.state_dict().items():
         state[ours] = torch.empty(tensor.shape, dtype=dtype, device=device)
@@ -364,7 +364,7 @@ def _guess(weights: Weights) -> str:
     ):
         if any(name.startswith(start) for name in weights):
             return f"; it seems to be {kind}"
-    return f": its tensors are {few(sorted(weights)[:3])}, …" if weights else ": it is empty"
+    return f": its tensors are {shorten(sorted(weights)[:3])}, …" if weights else ": it is empty"
 
 
 def swap(tensor: Tensor) -> Tensor:

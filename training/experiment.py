@@ -95,8 +95,8 @@ def _objective(old: dict[str, Any]) -> dict[str, Any]:
             "init_args": rest | {"vlb_weight": old["variance"]["weight"]},
         }
     if isinstance(density, dict) and str(density.get("class_path")).rpartition(".")[2] == "Steps":
-        named = {name: rest[name] for name in ("path", "target") if name in rest}
-        return {"class_path": "flow.stepmap.StepMap", "init_args": named | shared | density.get("init_args", {})}
+        ends = {name: rest[name] for name in ("path", "target") if name in rest}
+        return {"class_path": "flow.stepmap.StepMap", "init_args": ends | shared | density.get("init_args", {})}
     return rest
 
 

@@ -15,7 +15,7 @@ from data.module import Examples
 from data.order import NOT_COUNTED, Use, stream
 from data.raw.pictures import save_png, sheet
 from engine.ema import EMA, Averages
-from engine.guard import Guard, poisoned
+from engine.guard import Guard, spread_nonfinite
 from engine.resume import adam
 from engine.strategy import Strategy, skeleton, whole
 from flow.density import stratified
@@ -136,7 +136,7 @@ class Generator(L.LightningModule):
         self.bins.add(t, loss)
         means = torch.stack([loss.mean(), *(term(states.tokens).mean() for term in self.terms)])
         self.tally(means.detach(), batch)
-        return poisoned(means.sum())
+        return spread_nonfinite(means.sum())
 
     def uniforms(self, batch: Batch) -> Tensor:
         """Four uniform numbers a picture, (4, b), stratified over the global batch: a function of (seed, step)."""
@@ -160,11 +160,11 @@ class Generator(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clips the norm of the whole gradient, and lets the optimizer leave out a step that is not finite."""
         norm = whole(torch.nn.utils.clip_grad_norm_(self.weights, self.optimization.clip))
-        self.trainer.optimizers[0].found_inf = self.guard.judge(norm)  # type: ignore[attr-defined]
+        self.trainer.optimizers[0].found_inf = self.guard.check(norm)  # type: ignore[attr-defined]
         step, most = self.global_step + 1, self.optimization.max_skipped
         if step % self.run.log_every and step % (most + 1):
             return
-        longest, total = self.guard.told()
+        longest, total = self.guard.skipped_steps()
         if longest > most:
             raise FloatingPointError(
                 f"loss or gradient was not finite in {longest} steps in a row, up to step {step}: "
@@ -178,7 +178,7 @@ class Generator(L.LightningModule):
             bins = self.bins.means(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
             self.log_dict({f"train/loss_bin{i}": value for i, value in enumerate(bins)})
             values = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": total}
-            values["grad_spikes"] = self.guard.spiked()
+            values["grad_spikes"] = self.guard.spikes()
             self.log_dict({f"train/{name}": float(value) for name, value in values.items()})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -276,10 +276,10 @@ class Generator(L.LightningModule):
     def numbers(self) -> dict[str, Any]:
         return {"best": self.best if math.isfinite(self.best) else None}
 
-    def go_on(self, step: int, numbers: dict[str, Any]) -> None:
+    def on_resume(self, step: int, numbers: dict[str, Any]) -> None:
         self.best = math.inf if numbers["best"] is None else numbers["best"]
         self.loaded_step = step  # Lightning's own is only for training
-        self.guard.forgive(self.optimization.max_skipped)
+        self.guard.reset(self.optimization.max_skipped)
         if not self.trainer.is_global_zero:
             self.bins.sums.zero_()  # which stand for all processes
         if self.trainer.state.fn == "fit":

@@ -1,4 +1,4 @@
-"""Samples of stores as batches: latents, a choice among captions, which encoders are dropped, noise."""
+"""Samples of stores as batches: latents, one caption each, dropped encoders, noise."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -12,28 +12,28 @@ from data.order import Share, Use, normal, stream
 from data.store.reader import Store
 
 Mask = Callable[[Sequence[str]], torch.Tensor]
-PAIR = "pair"  # what a plan calls latents that are a picture's and, in as many channels more, those of its noise
+PAIR = "pair"  # the plan's word for latents of twice the channels: a picture and the noise that it was made from
 
 
 def held_out(store: Store, count: int) -> set[str]:
-    """The ids of the `count` samples whose ids have the lowest hashes: a function of the ids alone."""
+    """The ids of the `count` samples whose ids have the lowest hashes; depends only on the ids."""
     ids = store.ids().to_pylist()
     return set(sorted(ids, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode()), name))[:count])
 
 
 def divided(store: Store, apart: Collection[str], within: bool) -> list[np.ndarray]:
-    """The numbers of a store's samples, bucket by bucket: those whose ids are in `apart`, or all the others."""
+    """The numbers of a store's samples in each bucket: those with ids in `apart` if `within`, else all others."""
     inside = np.array([name in apart for name in store.ids().to_pylist()], dtype=bool)
     return [rows[inside[rows] == within] for rows in map(store.members, range(len(store.buckets)))]
 
 
 class StoredSamples(Dataset[Batch]):
-    """An item is a whole share of a batch, from the store of its stage.
+    """An item is a whole share of a batch, from the store of the share's stage.
 
     Args:
         stores: one for each stage.
         encoders: number of text encoders.
-        sized: tell sizes and crops.
+        sized: batches have sizes and crops.
         mask: captions → (b, N) bool, their own tokens; none: there is no mask.
     """
 
@@ -43,20 +43,20 @@ class StoredSamples(Dataset[Batch]):
     def batch(
         self, share: Share, choice: np.ndarray, kept: np.ndarray | None, draw: int | None, use: Use, seed: int
     ) -> Batch:
-        """The samples with the captions of those numbers (b,), and noise of the stream (seed, use) or of the store.
+        """The samples of a share as a batch, with the noise of the stream (seed, use), or of the store if it has pairs.
 
         Args:
             share: which samples.
-            choice: of each one's captions.
-            kept: (b, encoders), or none to keep all.
-            draw: seed of the draw from the posterior, where the store holds one; none takes its mean.
-            use: what the noise is for.
+            choice: the number of each sample's caption, (b,).
+            kept: which encoders are kept, (b, encoders); None keeps all.
+            draw: seed of the draw from the posterior, if the store has one; None takes its mean.
+            use: purpose of the noise.
             seed: of the noise.
         """
         store, rows = self.stores[share.stage], share.samples
         x0 = store.latents(rows)
         numbers = share.positions
-        own = None  # noise
+        own = None  # noise of the store
         if store.plan["latents"] == PAIR:
             x0, own = x0.float().chunk(2, dim=1)
         if store.plan["latents"] == "posterior":
@@ -82,7 +82,7 @@ class StoredSamples(Dataset[Batch]):
 
 
 class TrainingSamples(StoredSamples):
-    """Captions by weight, dropped at a rate, encoders each by itself too, fresh noise: functions of (seed, step)."""
+    """Random captions by weight, dropped captions and encoders, fresh noise: functions of (seed, step)."""
 
     def __init__(
         self,
@@ -120,6 +120,6 @@ class ValidationSamples(StoredSamples):
 
 
 def chosen(weights: Sequence[float], u: float) -> int:
-    """A number from 0 on, with probabilities in proportion to the weights, for uniform u in [0, 1)."""
+    """An index, with probabilities proportional to the weights, for uniform u in [0, 1)."""
     ends = np.cumsum(weights)
     return min(int(np.searchsorted(ends, u * ends[-1], side="right")), len(ends) - 1)
