@@ -4,6 +4,7 @@ Every training and measurement is a command of its own, which runs only if its r
 written from the results alone.
 """
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from cli import Parser, one_line_errors, positive
+from cli import Parser, fail, one_line_errors, positive
 from studies import document, fewstep
 from studies.recipes import Recipes
 from studies.runner import ROOT
@@ -68,4 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the running commands end as well
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on", 128 + signal.SIGINT)

@@ -1,11 +1,13 @@
 """Commands of studies as processes forked from one that has imported everything, which saves the time of imports."""
 
-import importlib
 import multiprocessing
 import os
+import runpy
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from studies import runner
 
 
 class Forked:
@@ -20,9 +22,11 @@ class Forked:
         env: its environment.
     """
 
+    method = "forkserver"
+
     def __init__(self, command: list[str], stdin: int, stdout: IO, stderr: int, cwd: Path, env: dict[str, str]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        context = multiprocessing.get_context("forkserver")
+        context: Any = multiprocessing.get_context(self.method)
         context.set_forkserver_preload(["train", "evaluate", "sample"])
         self.process = context.Process(target=_main, args=(command[1:], stdout.name, cwd, env))
         self.process.start()
@@ -42,6 +46,12 @@ class Forked:
         return self.process.exitcode
 
 
+class ForkedHere(Forked):
+    """The same, forked from this process, for one that has been forked itself."""
+
+    method = "fork"
+
+
 def _main(words: list[str], log: str, cwd: Path, env: dict[str, str]) -> None:
     with open(log, "ab") as file:
         for stream in (sys.stdout, sys.stderr):
@@ -49,4 +59,7 @@ def _main(words: list[str], log: str, cwd: Path, env: dict[str, str]) -> None:
     os.environ.update(env)
     os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as usual
-    importlib.import_module(Path(words[0]).stem).main(words[1:])
+    if words[0] == "compare.py":
+        runner.Popen = ForkedHere  # its own commands, too
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")

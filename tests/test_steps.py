@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
+import sys
+import time
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT
 from typing import Any
 
 import pytest
 import yaml
 from commands import Forked
-from trials import small
+from trials import ENV, small, state
 
 import compare
 import evaluate
@@ -189,3 +193,21 @@ def test_a_study_trains_a_teacher_and_its_student(
     again = {file for file in notes if os.stat(file).st_mtime_ns != notes[file]}
     assert again == {out / "7/measured.command.json"}
     assert json.loads((out / "7/measured/results.json").read_text())["rows"][0]["distance"] == rows[0]["distance"]
+
+
+def test_a_stopped_study_stops_its_commands(tmp_path: Path) -> None:
+    study = {"steps": {"teacher": f"train.py fit --config {small(tmp_path)} --run.folder {{out}} --run.steps 999999"}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    out = tmp_path / "out"
+    argv = [sys.executable, "compare.py", str(tmp_path / "study.yaml"), "--out", str(out)]
+    with (tmp_path / "said").open("wb") as said:
+        process = Forked(argv, DEVNULL, said, STDOUT, ROOT, ENV)
+    while process.poll() is None and not list(out.glob("teacher/checkpoints/*")):
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGINT
+    assert (tmp_path / "said").read_text().splitlines()[-1] == "error: stopped; the same command goes on"
+    step = state(out / "teacher")["step"]  # the training has written a last checkpoint before it ended
+    time.sleep(0.5)
+    assert state(out / "teacher")["step"] == step
+    assert not (out / "teacher.command.json").exists()
