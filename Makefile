@@ -48,5 +48,5 @@ shapes: $(READY)  ## the proving ground: scenes into a store, a model from it, j
 	$(BIN)/python train.py fit --config configs/shapes.yaml
 	$(BIN)/python judge.py --model runs/shapes --out runs/shapes/judged
 
-# teachers and their one-step students, measured: `make fewstep`
-include fewstep.mk
+fewstep: $(READY)  ## teachers and their one-step students, measured: hours; writes docs/fewstep.md
+	$(BIN)/python compare.py configs/studies/fewstep.yaml
