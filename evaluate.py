@@ -34,7 +34,9 @@ from metrics.clip_score import clip_score
 from metrics.distance import Measure
 from metrics.distribution import enough
 from metrics.features import CLIPFeatures, FeatureNetwork, load_features
+from metrics.figures import sheet_image
 from metrics.straightness import path_length, straightness
+from metrics.table import Row, table
 from pipeline import Pipeline, Reading
 from pipeline.sampling import Sampling
 from storage.models import find_model
@@ -166,7 +168,7 @@ def draw(
 
 def row(
     setting: Setting, drawn: Drawn, folder: str, examined: Examined, measure: Measure, clip: CLIPFeatures | None
-) -> report.Row:
+) -> Row:
     """What was measured of one setting."""
     quality = measure.quality(drawn.pictures, examined.labels)
     if (right := examined.accuracy(drawn.pictures)) is not None:
@@ -229,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         measure = Measure(network, examined.real[other], examined.real[args.reference])
         args.out.mkdir(parents=True, exist_ok=True)
     seeds = range(args.seed, args.seed + len(examined.prompts))
-    rows: list[report.Row] = []
+    rows: list[Row] = []
     sheet: dict[tuple[str, int], Tensor] = {}
     for setting in tqdm(settings, desc="evaluating", unit="setting"):
         name, pipe, sampling = setting
@@ -249,9 +251,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     with one_line_errors():
         models, steps = (list(dict.fromkeys(key[i] for key in sheet)) for i in (0, 1))
-        image = report.sheet_image(sheet, cast(list[str], models), cast(list[int], steps), examined.side)
+        image = sheet_image(sheet, cast(list[str], models), cast(list[int], steps), examined.side)
         report.write(record, image, args.out)
-    print(report.table(rows, PRINTED), end="")
+    print(table(rows, PRINTED), end="")
     if record["floor"] is not None:
         half = "training" if other == "train" else "held-out"
         print(f"FD ratio of real {half} {examined.amount}: {record['floor']:.2f}")

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         import torch
 
         from data.raw.pictures import save_png, sheet
-        from metrics import report
+        from metrics.table import table
         from pipeline import Pipeline, Reading
         from storage.weights import write_json
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json({"model": name, "seed": args.seed, "pictures": captions}, args.out / f"pictures-{number}.json")
     with one_line_errors():
         write_json({"per_category": args.per_category, "seed": args.seed, "rows": rows}, args.out / "results.json")
-    print(report.table(rows, list(rows[0])), end="")
+    print(table(rows, list(rows[0])), end="")
     print(f"Look at {args.out / 'sheet-0.png'}: a row for each category, framed green where it is right")
 
 

@@ -1,6 +1,6 @@
 """What the results of a study say: a document of tables, a plot, and what was asked against what was found.
 
-A result is a row of `metrics.report` with two more keys: the `recipe` of the model and the `seed` of its training.
+A result is a row of `metrics.table` with two more keys: the `recipe` of the model and the `seed` of its training.
 """
 
 import math
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from metrics.figures import MARKERS, PALETTE
 from metrics.ranking import pareto_ranks
-from metrics.report import MARKERS, PALETTE, column
+from metrics.table import column
 
 Result = dict[str, Any]
 KEY = "distance_ratio"
