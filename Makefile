@@ -46,7 +46,7 @@ benchmark: $(READY)
 shapes: $(READY)  ## the proving ground: scenes into a store, a model from it, judged by category
 	$(BIN)/python encode.py --config configs/shapes.yaml
 	$(BIN)/python train.py fit --config configs/shapes.yaml
-	$(BIN)/python judge.py --model runs/shapes --out runs/shapes/judged
+	$(BIN)/python evaluate.py --data shapes --by category --model runs/shapes --out runs/shapes/judged
 
 fewstep: $(READY)  ## teachers and their one-step students, measured: hours; writes docs/fewstep.md
 	$(BIN)/python compare.py configs/studies/fewstep.yaml

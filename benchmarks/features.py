@@ -27,7 +27,7 @@ def blurred(sigma: float) -> Callable[[Tensor], Tensor]:
 
 def main() -> None:
     fresh = scenes(FRESH, COUNT)
-    real = Shapes(COUNT, COUNT).real
+    real = Shapes.held_out(COUNT, COUNT).real
     measure = Measure(load_features(Shapes.features), real["train"], real["held_out"])
     faults: dict[str, Callable[[Tensor], Tensor]] = {
         "as they are": lambda pictures: pictures,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from metrics.ranking import pareto_ranks
-from metrics.report import column
+from metrics.table import column
 from studies.presentation import curves, spread, table
 from studies.recipes import Recipes
 from studies.results import KEY, Result, read, select, unique

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from metrics.report import MARKERS, PALETTE
+from metrics.figures import MARKERS, PALETTE
 from studies.results import KEY, Result, select, unique
 
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("mmdit", "baselines", "flow", "data", "metrics", "engine", "storage", "pipeline", "training", "studies")
-VERBS = ("train", "sample", "evaluate", "encode", "compare", "judge")
+VERBS = ("train", "sample", "evaluate", "encode", "compare")
 OURS = (*ROOMS, *VERBS, "cli")
 MAY_IMPORT = {
     "mmdit": {"mmdit", "storage"},
