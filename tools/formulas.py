@@ -19,48 +19,21 @@ MARKS = {"\u0302": r"\hat", "\u0304": r"\bar", "\u0307": r"\dot", "\u0303": r"\t
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵀᵗ", "0123456789-Tt")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉ᵢⱼ", "0123456789ij")
 FUNCTIONS = {"sin", "cos", "tan", "ln", "log", "exp", "min", "max", "det"}
-NAMES = {
-    "sech",
-    "logit",
-    "sigmoid",
-    "mean",
-    "std",
-    "scale",
-    "snr",
-    "kl",
-    "model",
+NAMES = {  # in formulas these stand upright, too
+    "kl", "logit", "mean", "model", "noise", "output", "scale", "score", "sech", "sigmoid", "small", "snr", "std",
     "step",
-    "score",
-    "small",
-    "output",
-    "noise",
-}
-WORDS = {
-    "al",
-    "an",
-    "as",
-    "at",
-    "be",
-    "by",
-    "do",
-    "et",
-    "if",
-    "in",
-    "is",
-    "it",
-    "no",
-    "of",
-    "on",
-    "or",
-    "so",
-    "to",
-    "we",
-}
+}  # fmt: skip
+WORDS = {  # short ones of a text, which are no letters of a formula
+    "al", "an", "as", "at", "be", "by", "do", "et", "if", "in", "is", "it", "no", "of", "on", "or", "so", "to", "we",
+}  # fmt: skip
 OPERATORS = {"=", "+", "−", "·", "×", "/", "≤", "≥", "≠", "<", ">", "→", "←", "~", "∈", "≈", "∝", "±"}
-ENDS = re.compile(
+ENDS = re.compile(  # the end of an operand: no operator, opening or function
     r"(?<![=+−·×/≤≥≠<>→←~∈≈∝±,;(\[{])(?<!\b(?:sin|cos|tan|log|exp|min|max))(?<!\bln)(?<!∂_\w)$"
-)  # an operand
-BEGINS = re.compile(r"[=+−·×/≤≥≠<>→←~∈≈∝±]")  # an operator
+)
+BEGINS = re.compile(r"[=+−·×/≤≥≠<>→←~∈≈∝±]")
+SYMBOL = re.compile(
+    r"[=·+−√²³^_≤≥∫‖∝∂]|\w/\w|^[Α-Ωα-ω][\u0302-\u0307]?$|^[a-z][\u0302-\u0307]$"
+)  # what makes a formula
 OPENING, CLOSING = "([{", ")]}"
 
 
@@ -70,7 +43,8 @@ def typeset(text: str) -> str:
     >>> typeset("The straight line z_t = (1 − t)·x0 + t·ε, with t in [0, 1].")
     'The straight line \\\\(z_{t} = (1 - t)\\\\cdot x_{0} + t\\\\cdot \\\\varepsilon \\\\), with t in [0, 1].'
     """
-    pieces, run = [], ""
+    pieces: list[str] = []
+    run = ""
     for token in re.findall(r"\s+|\S+", text):
         if token.isspace():
             run, pieces = (run + token, pieces) if run else ("", [*pieces, token])
@@ -116,17 +90,8 @@ def _finished(run: str) -> str:
     if not _balanced(body) and body[-1] in CLOSING:
         body = body[:-1]
     plain = unicodedata.normalize("NFD", body)
-    symbol = re.search(r"[=·+−√²³^_≤≥∫‖∝∂]|\w/\w", plain) or re.fullmatch(
-        "[Α-Ωα-ω][\u0302-\u0307]?|[a-z][\u0302-\u0307]", plain
-    )
-    name = re.fullmatch("[A-Za-z]{2,}_[A-Za-z_]+", body)
-    if (
-        not symbol
-        or name
-        or not re.search("[A-Za-zΑ-Ωα-ω]", plain)
-        or not _balanced(body)
-        or body.split()[-1] in OPERATORS
-    ):
+    letter, name = re.search("[A-Za-zΑ-Ωα-ω]", plain), re.fullmatch("[A-Za-z]{2,}_[A-Za-z_]+", body)
+    if name or not (letter and SYMBOL.search(plain) and _balanced(body)) or body.split()[-1] in OPERATORS:
         return run
     before, _, after = run.partition(body)
     return f"{before}\\({latex(body)}\\){after}"
@@ -145,7 +110,7 @@ class _Reader:
     """Reads a decomposed formula from left to right."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.place = text, 0
+        self.text, self.place, self.marked = text, 0, False
 
     def all(self, end: str = "") -> str:
         """Everything up to `end`, which is read, too."""

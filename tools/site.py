@@ -85,12 +85,13 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
             log.warning("docs/%s: %s is no formula: %r", page.file.src_uri, found[2], error)
             return found[0]
 
-    content = re.sub(r'<(span|div) class="arithmatex">(\\[(\[].*?\\[)\]])</\1>', r"\2", content, flags=re.DOTALL)
-    return re.sub(r"\\([(\[])(.+?)\\[)\]]", mathml, content, flags=re.DOTALL)
+    return re.sub(
+        r'<(?:span|div) class="arithmatex">\\([(\[])(.+?)\\[)\]]</(?:span|div)>', mathml, content, flags=re.DOTALL
+    )
 
 
 def spoken(content: str) -> Iterator[str]:
-    """HTML piece by piece, with the formulas in its text between `\\(` and `\\)`."""
+    """HTML piece by piece, with the formulas in its text marked as arithmatex marks those between dollars."""
     depth = 0
     for piece in re.split(r"(<[^>]+>)", content):
         if tag := re.match(r"<(/?)(\w+)", piece):
@@ -98,4 +99,5 @@ def spoken(content: str) -> Iterator[str]:
                 depth += -1 if tag[1] else 1
             yield piece
         else:
-            yield piece if depth else html.escape(typeset(html.unescape(piece)), quote=False)
+            text = piece if depth else html.escape(typeset(html.unescape(piece)), quote=False)
+            yield re.sub(r"\\\(.+?\\\)", r'<span class="arithmatex">\g<0></span>', text) if text != piece else text
