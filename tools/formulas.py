@@ -31,9 +31,8 @@ ENDS = re.compile(  # the end of an operand: no operator, opening or function
     r"(?<![=+−·×/≤≥≠<>→←~∈≈∝±,;(\[{])(?<!\b(?:sin|cos|tan|log|exp|min|max))(?<!\bln)(?<!∂_\w)$"
 )
 BEGINS = re.compile(r"[=+−·×/≤≥≠<>→←~∈≈∝±]")
-SYMBOL = re.compile(
-    r"[=·+−√²³^_≤≥∫‖∝∂]|\w/\w|^[Α-Ωα-ω][\u0302-\u0307]?$|^[a-z][\u0302-\u0307]$"
-)  # what makes a formula
+# What makes a formula:
+SYMBOL = re.compile(r"[=·+−√²³^_≤≥∫‖∝∂]|\w/\w|^[Α-Ωα-ω][\u0302-\u0307]?$|^[a-z][\u0302-\u0307]$")
 OPENING, CLOSING = "([{", ")]}"
 
 

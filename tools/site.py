@@ -19,7 +19,8 @@ from tools.formulas import typeset
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=[)#])")
-ROOMS = "assets|baselines|benchmarks|configs|data|docs|engine|flow|metrics|mmdit|pipeline|storage|studies|tests|tools|training"
+ROOMS = "assets|baselines|benchmarks|configs|data|docs|engine|flow|metrics|mmdit|pipeline|storage|studies|tests|tools"
+ROOMS += "|training"
 PATH = re.compile(  # of a file of a room; a command; a module that is one
     rf"(?<![\w./-])(?:{ROOMS})/[\w./-]*\.(?:md|png|py|txt|yaml)\b|(?<=python )\w+\.py|(?<=python -m )(?:{ROOMS})[\w.]*"
 )
@@ -80,10 +81,13 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
     def mathml(found: re.Match[str]) -> str:
         try:
-            return convert(html.unescape(found[2]).strip(), display="block" if found[1] == "[" else "inline")
+            out = convert(html.unescape(found[2]).strip(), display="block" if found[1] == "[" else "inline")
         except Exception as error:
             log.warning("docs/%s: %s is no formula: %r", page.file.src_uri, found[2], error)
             return found[0]
+        if "\\" in out:
+            log.warning("docs/%s: %s has a command that cannot be typeset", page.file.src_uri, found[2])
+        return out
 
     return re.sub(
         r'<(?:span|div) class="arithmatex">\\([(\[])(.+?)\\[)\]]</(?:span|div)>', mathml, content, flags=re.DOTALL
