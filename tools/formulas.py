@@ -20,8 +20,8 @@ RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵀᵗ", "0123456789-Tt")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉ᵢⱼ", "0123456789ij")
 FUNCTIONS = {"sin", "cos", "tan", "ln", "log", "exp", "min", "max", "det"}
 NAMES = {  # in formulas these stand upright, too
-    "kl", "logit", "mean", "model", "noise", "output", "scale", "score", "sech", "sigmoid", "small", "snr", "std",
-    "step",
+    "found", "kl", "logit", "mean", "model", "noise", "output", "scale", "score", "sech", "sigmoid", "small", "snr",
+    "std", "step",
 }  # fmt: skip
 WORDS = {  # short ones of a text, which are no letters of a formula
     "al", "an", "as", "at", "be", "by", "do", "et", "if", "in", "is", "it", "no", "of", "on", "or", "so", "to", "we",

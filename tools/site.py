@@ -9,7 +9,9 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import griffe
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
@@ -26,6 +28,14 @@ PATH = re.compile(  # of a file of a room; a command; a module that is one
 )
 QUIET = ("code", "pre", "script", "style", "math", "svg", "button", "h1", "h2", "h3", "h4", "h5", "h6")
 log = logging.getLogger("mkdocs.hooks.site")
+
+
+class Examples(griffe.Extension):
+    """Lets the reader of docstrings know `Example:`, as it knows `Examples:`."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
 
 
 def outside(file: File) -> Iterator[tuple[str, str]]:
