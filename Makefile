@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo shapes fewstep evaluate compare compare-quick test lint format benchmark
+.PHONY: setup demo shapes fewstep evaluate compare compare-quick test docs lint format benchmark
 
 setup: $(READY)
 
@@ -29,6 +29,10 @@ compare-quick: $(READY)  ## ten minutes that show the way, not the result: runs/
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2
+
+docs: $(READY)  ## the site of the documentation: build/site/index.html; a broken link or reference fails
+	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 lint: $(READY)
 	$(BIN)/ruff check .
