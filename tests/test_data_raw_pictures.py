@@ -137,7 +137,7 @@ def test_the_state_of_all_threads_is_left_alone_while_a_picture_is_read(tmp_path
     (tmp_path / "x.ppm").write_bytes(b"P5 16384 8191 255\n")  # enough pixels for Pillow to warn
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fresh = runpy.run_path(str(Path(__file__).parents[1] / "data/pictures.py"))
+        fresh = runpy.run_path(str(Path(__file__).parents[1] / "data/raw/pictures.py"))
         assert fresh["size_of"](Watched(tmp_path / "x.ppm")) == (2**13 - 1, 2**14)
         assert [filters is warnings.filters for filters in seen] == [True]
 

@@ -208,7 +208,7 @@ def test_damage_is_told_as_such_by_loader_processes(folder: Path) -> None:
     (folder / UNIT).unlink()
     with pytest.raises(StoreError) as error:
         next(iter(DataLoader(Rows(store), None, num_workers=1, sampler=[0], multiprocessing_context="fork")))
-    assert str(error.value).splitlines()[-1] == f"data.store.StoreError: {folder / UNIT} is missing"
+    assert str(error.value).splitlines()[-1] == f"data.store.reader.StoreError: {folder / UNIT} is missing"
     again = pickle.loads(pickle.dumps(StoreError("one line")))
     assert (type(again), str(again)) == (StoreError, "one line")
 
