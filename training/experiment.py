@@ -64,7 +64,8 @@ def resolve(tree: Any) -> str:
     try:
         return p.dump(p.parse_object(upgraded(tree)), skip_validation=True)
     except (ArgumentError, TypeError, KeyError) as error:
-        raise ValueError(f"another version of this project wrote the run's config: {error}") from None
+        cause = " ".join(plain(str(error)).split())
+        raise ValueError(f"another version of this project wrote the run's config: {cause}") from None
 
 
 def upgraded(tree: Any) -> Any:
