@@ -60,7 +60,7 @@ class Strategy:
                 f"{', '.join(map(str, counts))}"
             )
         if self.kind != "fsdp2" and (self.replicas > 1 or self.sharded_checkpoint):
-            raise ValueError("strategy.replicas and sharded_checkpoint need kind fsdp2: set it, or remove them")
+            raise ValueError("strategy.replicas and sharded_checkpoint are for kind fsdp2: set it, or remove them")
         if self.activation_checkpointing == "none" and self.activation_checkpointing_every > 1:
             raise ValueError("strategy.activation_checkpointing_every needs activation_checkpointing full or selective")
 
