@@ -2,12 +2,15 @@
 
 import re
 import shlex
+from collections.abc import Container
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from studies.runner import ROOT, Step, result_of, run
 
+SEED = "{seed}"
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 FILE = re.compile(r"[^-].*\.(py|yaml|txt)")  # a word of a command that names a file of the project
@@ -41,13 +44,14 @@ class Steps:
         """
         found: dict[str, str] = {}
         for template, command in self.steps.items():
-            for seed in self.seeds if "{seed}" in template else ("{seed}",):
-                name = template.replace("{seed}", str(seed))
+            seeds = map(str, self.seeds) if SEED in template else [SEED]
+            for seed in seeds:
+                name = template.replace(SEED, seed)
                 if name in found:
                     raise ValueError(f"there are two steps {name}: seeds and names must differ")
                 if not NAME.fullmatch(name) or PurePosixPath(name).name in ("seed", "out"):
                     raise ValueError(f"a step cannot be called {name}: take letters and digits, with / for folders")
-                found[name] = command.replace("{seed}", str(seed))
+                found[name] = command.replace(SEED, seed)
         if unknown := sorted(self.folders.keys() - found.keys()):
             raise ValueError(f"folders names the step {unknown[0]}, which does not exist")
         if not found:
@@ -66,27 +70,20 @@ class Steps:
             FileNotFoundError: a command names a file that does not exist.
         """
         commands = self.commands()
+        named = {name: references(name, command, commands) for name, command in commands.items()}
+        needs = {name: [other for word, other in found.items() if word != "out"] for name, found in named.items()}
         built: dict[str, Step] = {}
-
-        def build(name: str, above: tuple[str, ...]) -> Step:
-            if name in above:
-                circle = " → ".join((*above[above.index(name) :], name))
-                raise ValueError(f"these steps need each other in a circle: {circle}")
-            if name not in built:
-                names = {word: named(word, name, commands) for word in PLACEHOLDER.findall(commands[name])}
-                if name not in self.folders and "out" not in names:
-                    raise ValueError(f"step {name}: the command must say {{out}}, the folder of its result")
-                needs = {word: build(other, (*above, name)) for word, other in names.items() if word != "out"}
-                places = {word: self.folders.get(other, str(self.folder(other, out))) for word, other in names.items()}
-                words = tuple(filled(word, places) for word in split(name, commands[name]))
-                built[name] = Step(
-                    words, self.folder(name, out), checked(name, words), tuple(dict.fromkeys(needs.values()))
-                )
-            return built[name]
-
-        for name in commands:
-            build(name, ())
-        return built
+        try:
+            order = list(TopologicalSorter(needs).static_order())
+        except CycleError as error:
+            raise ValueError(f"these steps need each other in a circle: {' → '.join(error.args[1])}") from None
+        for name in order:
+            if name not in self.folders and "out" not in named[name]:
+                raise ValueError(f"step {name}: the command must say {{out}}, the folder of its result")
+            places = {word: self.folders.get(other, str(out / other)) for word, other in named[name].items()}
+            words = filled(name, commands[name], places)
+            built[name] = Step(words, self.folder(name, out), result(name, words), tuple(built[n] for n in needs[name]))
+        return {name: built[name] for name in commands}
 
     def check(self) -> None:
         """Finds what is wrong before any work. Errors as those of `build`."""
@@ -101,33 +98,39 @@ class Steps:
         run(self.build(out).values(), "study", at_once)
 
 
-def named(word: str, step: str, names: dict[str, str]) -> str:
-    """The step that a placeholder in a step's command names, for {out} the step itself; ValueError if there is none."""
-    if word == "out":
-        return step
-    if word == "seed":
-        raise ValueError(f"step {step}: the command says {{seed}}, so the name must hold it, too")
-    for name in (str(PurePosixPath(step).parent / word), word):
-        if name in names:
-            return name
-    raise ValueError(f"step {step}: the command says {{{word}}}, and there is no step {word}")
+def references(name: str, command: str, names: Container[str]) -> dict[str, str]:
+    """What stands in braces in a step's command → the step that it means; {out} is the step itself.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    found = {}
+    for word in PLACEHOLDER.findall(command):
+        beside = str(PurePosixPath(name).parent / word)
+        meant = name if word == "out" else beside if beside in names else word
+        if word == "seed":
+            raise ValueError(f"step {name}: the command says {{seed}}, so the name must hold it, too")
+        if meant not in names:
+            raise ValueError(f"step {name}: the command says {{{word}}}, and there is no step {word}")
+        found[word] = meant
+    return found
 
 
-def split(name: str, command: str) -> list[str]:
-    """The words of a step's command, as a shell reads them; ValueError if a quotation has no end."""
+def filled(name: str, command: str, places: dict[str, str]) -> tuple[str, ...]:
+    """The words of a step's command, as a shell reads them, with folders in the place of names.
+
+    Raises:
+        ValueError: a quotation has no end.
+    """
     try:
-        return shlex.split(command)
+        words = shlex.split(command)
     except ValueError as error:
         raise ValueError(f"step {name}: the command cannot be read: {error}") from None
+    return tuple(PLACEHOLDER.sub(lambda match: places[match[1]], word) for word in words)
 
 
-def filled(word: str, places: dict[str, str]) -> str:
-    """A word of a command with folders in the place of names."""
-    return PLACEHOLDER.sub(lambda match: places[match[1]], word)
-
-
-def checked(name: str, words: tuple[str, ...]) -> str:
-    """The result of a step's command; ValueError or FileNotFoundError if it is no command or names no file."""
+def result(name: str, words: tuple[str, ...]) -> str:
+    """The file that a step's command leaves. ValueError if it is no command, FileNotFoundError if it names no file."""
     for word in words:
         if FILE.fullmatch(word) and not (ROOT / word).is_file():
             raise FileNotFoundError(f"step {name}: the command names {word}, which does not exist")

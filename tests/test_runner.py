@@ -56,8 +56,9 @@ def test_every_step_comes_once_and_after_what_it_needs(diary: Path, at_once: int
 
 
 def test_so_many_commands_run_at_once_and_no_more(diary: Path) -> None:
-    wait = 'while open(diary).read().count("begin") < 2: time.sleep(0.01)\ntime.sleep(0.2)'
-    run([step(diary, name, work=wait) for name in "abcd"], "test", 2)  # the first ends only beside a second
+    wait = 'while "begin {}" not in open(diary).read(): time.sleep(0.01)\ntime.sleep(0.2)'
+    a, b = step(diary, "a", work=wait.format("b")), step(diary, "b", work=wait.format("d"))  # a ends only beside b
+    run([a, b, *(step(diary, name, work="time.sleep(0.3)") for name in "cd")], "test", 2)
     counts, now = [], 0
     for line in diary.read_text().splitlines():
         now += 1 if line.startswith("begin") else -1

@@ -68,7 +68,7 @@ def test_a_command_may_have_a_folder_of_its_own_and_quoted_words() -> None:
     ("content", "message"),
     [
         ({"steps": {"a": f"{EVALUATION} {{b}}"}}, "step a: the command says {b}, and there is no step b"),
-        ({"steps": {"a": f"{EVALUATION} {{b}}", "b": f"{TEACHER} {{a}}"}}, "each other in a circle: a → b → a"),
+        ({"steps": {"a": f"{EVALUATION} {{b}}", "b": f"{TEACHER} {{a}}"}}, "these steps need each other in a circle: "),
         ({"steps": {"a": f"{EVALUATION} {{a}}"}}, "each other in a circle: a → a"),
         ({"steps": {"a": "rm -r {out}"}}, "step a: `rm -r` is no command of a study: take train.py fit"),
         ({"steps": {"a": "train.py fit --config nowhere.yaml {out}"}}, "step a: the command names nowhere.yaml"),
