@@ -1,8 +1,9 @@
 """encode.py as a user calls it: counts that add up, any number of ranks, kills and refusals."""
 
-import os
-import subprocess
-import sys
+import multiprocessing
+import random
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,12 @@ import yaml
 from encoded import CODEC, COUNT, ROOT, assert_nothing_lost, config_in, files, refused, run
 from PIL import Image
 
+import encode
 from data.latents import VAE
 from data.shapes import Shapes
 from data.store import encoding
 from data.store.reader import Store
 from data.text.clip import CLIPText
-
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @pytest.fixture
@@ -81,47 +81,29 @@ def test_ranks_together_write_what_one_writes(
     assert_nothing_lost(shared, Shapes(COUNT))
 
 
-KILLER = """
-import os, random, signal, sys, time
-from pathlib import Path
-from data import shapes
-from data.store import encoding
-import encode
-
-encoding.UNIT, shapes.Shapes.UNIT = 4, 10
-kills, store, *argv = sys.argv[1:]
-draw = random.Random(0)
-units = lambda: len(list(Path(store).glob("units/*.parquet")))
-for kill in [True] * int(kills) + [False]:
-    there = units()
-    child = os.fork()
-    if not child:
-        encode.main(argv)
-        sys.stdout.flush()
-        os._exit(0)
-    if kill:
-        while units() == there:
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.02))
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    print(units(), os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)
-"""
-
-
 @pytest.mark.usefixtures("units_of_four")
 def test_killed_and_resumed_is_the_straight_run_to_the_byte(config: Path) -> None:
     kills, killed, count = 10, config.parent / "killed", ("--encode.source.count", "100")
     run(config, *count)
     straight = files(config.parent / "store")
     argv = ["--config", str(config), *count, "--encode.store", str(killed)]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(kills), str(killed), *argv],
-        cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    told = [line for line in done.stdout.splitlines() if line[0].isdigit() and "pictures" not in line]
-    ends = [tuple(map(int, line.split())) for line in told]
-    assert [status for _, status in ends] == [9] * kills + [0], done.stderr[-2000:]
+    draw, ends = random.Random(0), []
+
+    def units() -> int:
+        return len(list(killed.glob("units/*.parquet")))
+
+    for kill in [True] * kills + [False]:
+        before = units()
+        process = multiprocessing.get_context("fork").Process(target=encode.main, args=(argv,))  # has all imported
+        process.start()
+        while kill and units() == before and process.is_alive():
+            time.sleep(0.001)
+        if kill:
+            time.sleep(draw.uniform(0, 0.02))
+            process.kill()
+        process.join(100)
+        ends.append((units(), process.exitcode))
+    assert [status for _, status in ends] == [-signal.SIGKILL] * kills + [0]
     assert [units for units, _ in ends] == sorted({units for units, _ in ends})  # each went on
     assert ends[-2][0] < ends[-1][0] == 10 * 3
     assert files(killed) == straight

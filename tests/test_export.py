@@ -1,9 +1,6 @@
 """`python -m pipeline export`: what other tools then read, the card, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -102,15 +99,20 @@ def test_bad_input_ends_in_one_line(run: Path, capsys: pytest.CaptureFixture, ar
     assert not (run / "export").exists()
 
 
-def test_an_upload_that_fails_keeps_the_export(run: Path) -> None:
+def test_an_upload_that_fails_keeps_the_export(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Nothing is sent unless it is asked for; asked for without a way out, one line and status 1."""
-    command = [sys.executable, "-m", "pipeline", "export", str(run), "--push-to-hub", "someone/digits"]
-    for way in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):  # the second sends what the first left
-        environment = os.environ | {"HF_TOKEN": "hf_x"} | way
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert done.stderr.startswith("error: could not upload to someone/digits")
-        assert len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    for name, value in (("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"huggingface_hub.constants.{name}", value)
+            with pytest.raises(SystemExit) as end:
+                main(["export", str(run), "--push-to-hub", "someone/digits"])  # the second sends what the first left
+        said = capsys.readouterr().err
+        assert end.value.code == 1
+        assert said.startswith("error: could not upload to someone/digits"), said
+        assert len(said.strip().splitlines()) == 1
         assert (run / "export/diffusers/README.md").is_file()
 
 
