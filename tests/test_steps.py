@@ -151,7 +151,6 @@ def test_the_committed_study_trains_what_its_students_and_measurements_need(comm
 
 
 def test_every_command_of_the_committed_study_can_be_read(committed: Steps) -> None:
-    pytest.importorskip("studies.categories", reason="evaluate.py --by category comes with it")
     for name, step in committed.build(Path("/study")).items():
         if name.startswith(("digits/1/", "shapes/")):  # the other seeds' are alike
             parser, argv = parser_of(step.command)
