@@ -1,4 +1,4 @@
-"""A study as named commands that read each other's results, such as configs/studies/fewstep.yaml."""
+"""A study of named commands that read each other's results, such as configs/studies/fewstep.yaml."""
 
 import re
 import shlex
@@ -15,17 +15,17 @@ FILE = re.compile(r"[^-].*\.(py|yaml|txt)")  # a word of a command that names a 
 
 @dataclass(frozen=True)
 class Steps:
-    """Commands of this project, each with a folder of its own for its result.
+    """A study of commands of this project. Each command writes its result to its own folder.
 
-    A step's name is its folder under that of the study. A name with {seed} stands for one step for each seed. In a
-    command, {seed} is the seed, {out} the step's own folder, and {NAME} the folder of another step, which then comes
-    first: of one in the same folder of the study, such as {teacher}, or of any by its whole name.
+    The name of a step is its folder in the study's folder. A name with {seed} means one step for each seed. In a
+    command, {seed} is the seed, {out} the folder of the step, and {NAME} the folder of another step, which runs first.
+    NAME is a whole name, or for a step in the same folder its last part, such as {teacher}.
 
     Args:
         steps: name → command, as it is typed after `python`.
-        seeds: of the steps with {seed} in their names.
-        folders: name → folder in the project, for commands that write to a folder of their own instead of {out}.
-        document: what is written from the results.
+        seeds: the seeds of the steps with {seed} in their names.
+        folders: name → folder in the project, for commands that write to a fixed folder instead of {out}.
+        document: the document that is written from the results.
     """
 
     steps: dict[str, str]
@@ -34,10 +34,10 @@ class Steps:
     document: Literal["fewstep"] | None = None
 
     def commands(self) -> dict[str, str]:
-        """Name → command of every step, one for each seed where the name holds {seed}.
+        """Name → command of every step; a name with {seed} gives one step for each seed.
 
         Raises:
-            ValueError: two steps of one name, or a name that is none.
+            ValueError: two steps have the same name, or a name is invalid or unknown.
         """
         found: dict[str, str] = {}
         for template, command in self.steps.items():
@@ -49,20 +49,20 @@ class Steps:
                     raise ValueError(f"a step cannot be called {name}: take letters and digits, with / for folders")
                 found[name] = command.replace("{seed}", str(seed))
         if unknown := sorted(self.folders.keys() - found.keys()):
-            raise ValueError(f"folders names the step {unknown[0]}, which does not exist")
+            raise ValueError(f"folders names the step {unknown[0]}, which does not exist: name one of the steps")
         if not found:
             raise ValueError("a study needs steps, and seeds if their names hold {seed}")
         return found
 
     def folder(self, name: str, out: Path) -> Path:
-        """The folder of a step, in the study's folder `out` or where `folders` says."""
+        """The folder of a step: that in `folders`, or one in the study's folder `out`."""
         return ROOT / self.folders[name] if name in self.folders else out / name
 
     def build(self, out: Path) -> dict[str, Step]:
         """Name → step, with its result in the study's folder `out`.
 
         Raises:
-            ValueError: an unknown command or name, steps that need each other, or a command that does not say {out}.
+            ValueError: an unknown command or name, steps that need each other, or a command without {out}.
             FileNotFoundError: a command names a file that does not exist.
         """
         commands = self.commands()
@@ -73,14 +73,14 @@ class Steps:
                 circle = " → ".join((*above[above.index(name) :], name))
                 raise ValueError(f"these steps need each other in a circle: {circle}")
             if name not in built:
-                names = {word: named(word, name, commands) for word in PLACEHOLDER.findall(commands[name])}
+                names = {word: step_named(word, name, commands) for word in PLACEHOLDER.findall(commands[name])}
                 if name not in self.folders and "out" not in names:
-                    raise ValueError(f"step {name}: the command must say {{out}}, the folder of its result")
+                    raise ValueError(f"step {name}: the command must contain {{out}}, the folder of its result")
                 needs = {word: build(other, (*above, name)) for word, other in names.items() if word != "out"}
                 places = {word: self.folders.get(other, str(self.folder(other, out))) for word, other in names.items()}
-                words = tuple(filled(word, places) for word in split(name, commands[name]))
+                words = tuple(fill_in(word, places) for word in split(name, commands[name]))
                 built[name] = Step(
-                    words, self.folder(name, out), checked(name, words), tuple(dict.fromkeys(needs.values()))
+                    words, self.folder(name, out), result_file(name, words), tuple(dict.fromkeys(needs.values()))
                 )
             return built[name]
 
@@ -89,45 +89,45 @@ class Steps:
         return built
 
     def check(self) -> None:
-        """Finds what is wrong before any work. Errors as those of `build`."""
+        """Checks the study before any work. Errors are those of `build`."""
         self.build(Path("out"))
 
     def quick(self) -> "Steps":
         """ValueError: there is no quick version."""
-        raise ValueError("--quick is for studies of recipes: a study of steps has no quick version")
+        raise ValueError("--quick is for studies of recipes, and a study of steps has no quick version: leave it out")
 
     def run(self, out: Path, at_once: int) -> None:
-        """Runs all steps that are not done, at most so many at once. Errors as those of `build` and `runner.run`."""
+        """Runs all steps that are not done, `at_once` at a time. Errors are those of `build` and `runner.run`."""
         run(self.build(out).values(), "study", at_once)
 
 
-def named(word: str, step: str, names: dict[str, str]) -> str:
-    """The step that a placeholder in a step's command names, for {out} the step itself; ValueError if there is none."""
+def step_named(word: str, step: str, names: dict[str, str]) -> str:
+    """The name of the step that a placeholder means; {out} means the step itself. ValueError if there is none."""
     if word == "out":
         return step
     if word == "seed":
-        raise ValueError(f"step {step}: the command says {{seed}}, so the name must hold it, too")
+        raise ValueError(f"step {step}: the command contains {{seed}}, so the name must contain it, too")
     for name in (str(PurePosixPath(step).parent / word), word):
         if name in names:
             return name
-    raise ValueError(f"step {step}: the command says {{{word}}}, and there is no step {word}")
+    raise ValueError(f"step {step}: the command contains {{{word}}}, but there is no step {word}: add or rename one")
 
 
 def split(name: str, command: str) -> list[str]:
-    """The words of a step's command, as a shell reads them; ValueError if a quotation has no end."""
+    """The words of a step's command, as in a shell. ValueError if a quotation has no end."""
     try:
         return shlex.split(command)
     except ValueError as error:
         raise ValueError(f"step {name}: the command cannot be read: {error}") from None
 
 
-def filled(word: str, places: dict[str, str]) -> str:
-    """A word of a command with folders in the place of names."""
+def fill_in(word: str, places: dict[str, str]) -> str:
+    """A word of a command in which folders replace the placeholders."""
     return PLACEHOLDER.sub(lambda match: places[match[1]], word)
 
 
-def checked(name: str, words: tuple[str, ...]) -> str:
-    """The result of a step's command; ValueError or FileNotFoundError if it is no command or names no file."""
+def result_file(name: str, words: tuple[str, ...]) -> str:
+    """The result file of a step's command. ValueError for an unknown command, FileNotFoundError for a missing file."""
     for word in words:
         if FILE.fullmatch(word) and not (ROOT / word).is_file():
             raise FileNotFoundError(f"step {name}: the command names {word}, which does not exist")
