@@ -28,7 +28,7 @@ compare-quick: $(READY)  ## ten minutes that show the way, not the result: runs/
 	$(BIN)/python compare.py configs/studies/digits.yaml --quick
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
