@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo shapes fewstep evaluate compare compare-quick test lint format benchmark
+.PHONY: setup demo shapes fewstep evaluate compare compare-quick test docs lint format benchmark
 
 setup: $(READY)
 
@@ -30,6 +30,10 @@ compare-quick: $(READY)  ## ten minutes that show the way, not the result: runs/
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+docs: $(READY)  ## the site of the documentation: build/site/index.html; a broken link or reference fails
+	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +50,7 @@ benchmark: $(READY)
 shapes: $(READY)  ## the proving ground: scenes into a store, a model from it, judged by category
 	$(BIN)/python encode.py --config configs/shapes.yaml
 	$(BIN)/python train.py fit --config configs/shapes.yaml
-	$(BIN)/python judge.py --model runs/shapes --out runs/shapes/judged
+	$(BIN)/python evaluate.py --data shapes --by category --model runs/shapes --out runs/shapes/judged
 
-# teachers and their one-step students, measured: `make fewstep`
-include fewstep.mk
+fewstep: $(READY)  ## teachers and their one-step students, measured: hours; writes docs/fewstep.md
+	$(BIN)/python compare.py configs/studies/fewstep.yaml

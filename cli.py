@@ -76,6 +76,14 @@ def positive(text: str) -> int:
     return natural(text, 1)
 
 
+def positives(text: str) -> list[int]:
+    """Whole numbers of at least 1 with commas between them, such as 1,2,4, likewise."""
+    try:
+        return [positive(part) for part in text.split(",")]
+    except (ValueError, ArgumentTypeError):
+        raise ArgumentTypeError(f"takes whole numbers of at least 1 such as 1,2,4; got {text}") from None
+
+
 def add_sampling(parser: Parser, repeatable: bool = False) -> None:
     """The flags of how to sample, but for the number of steps; what is left out comes from the model."""
     p = parser.add_argument_group("sampling")

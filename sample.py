@@ -56,6 +56,8 @@ def parser() -> Parser:
     p.add_argument("--image", type=Path, help="a picture to start from")
     p.add_argument("--strength", type=finite, help="share of the steps that change it; default: 0.6, with a mask 1")
     p.add_argument("--mask", type=Path, help="a picture, white where --image is to be made anew")
+    p.add_argument("--picture", type=Path, help="what a network of pictures works from, such as a small one to enlarge")
+    p.add_argument("--level", type=finite, default=0.0, help="noise that --picture is given, 0 to 1; default: 0")
     p.add_argument("--seed", type=natural, default=0, help="picture i starts from seed + i")
     p.add_argument("--batch-size", type=positive, help="pictures at a time; default: as many as make 4,096 tokens")
     p.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
@@ -178,22 +180,32 @@ def slug(prompt: str) -> str:
 
 
 def starting_point(args: Namespace, pipe: "Pipeline") -> dict[str, Any]:
-    """What `Pipeline` is told of image, mask and strength. ValueError or FileNotFoundError if they do not fit."""
+    """What `Pipeline` is given of pictures: to start from, and to work from.
+
+    ValueError or FileNotFoundError if they do not fit.
+    """
+    given: dict[str, Any] = {}
+    if args.picture:
+        given = {"picture": load_picture(args.picture, pipe.codec.pixel_channels, None, None, 1), "level": args.level}
+    elif args.level or pipe.network.picture_channels:
+        raise ValueError(
+            "--level needs a --picture" if args.level else "this model works from a picture: give --picture"
+        )
     if args.image is None:
         if args.mask or args.strength is not None:
             raise ValueError(f"{'--mask' if args.mask else '--strength'} needs an --image")
-        return {}
+        return given
     unit = pipe.network.unit * pipe.codec.factor
     image = load_picture(args.image, pipe.codec.pixel_channels, args.height, args.width, unit)
     default = 1.0 if args.mask else 0.6
-    told = {"image": image, "strength": default if args.strength is None else args.strength}
+    given |= {"image": image, "strength": default if args.strength is None else args.strength}
     if args.mask:
         mask = (load_picture(args.mask, 1, args.height, args.width, unit) >= 0.5).float()
         if mask.shape[-2:] != image.shape[-2:]:
             sizes = (f"{tensor.shape[-1]}×{tensor.shape[-2]}" for tensor in (mask, image))
             raise ValueError("mask and image must have the same size, got {} and {}".format(*sizes))
-        told["mask"] = mask
-    return told
+        given["mask"] = mask
+    return given
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -216,9 +228,9 @@ def main(argv: list[str] | None = None) -> None:
         pipe = Pipeline.load(path, Reading(**reading_of(args)))
         start = starting_point(args, pipe)
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
-        height, width = start["image"].shape[-2:] if start else (args.height, args.width)
+        height, width = start["image"].shape[-2:] if "image" in start else (args.height, args.width)
         _, _, times = pipe.plan(sampling, args.shift, height, width, start.get("strength", 1.0))
-        if args.negative and pipe.knows_guidance:
+        if args.negative and pipe.network.guidance_embeds:
             raise ValueError("--negative is nothing to a network that has learned its guidance: leave it out")
         if args.negative and sampling.guidance == 1:
             raise ValueError("--negative needs guidance, which is 1: none; give another --guidance")
@@ -230,14 +242,14 @@ def main(argv: list[str] | None = None) -> None:
     batch_size = args.batch_size or pipe.batch_size(height, width)
     parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
     pictures, entries = [], []
-    settings = {
+    settings: dict[str, Any] = {
         "negative": args.negative,
         **asdict(sampling),
         "shift": pipe.shift(height, width) if args.shift is None else args.shift,
         "dtype": str(next(pipe.network.parameters()).dtype).removeprefix("torch."),
         "model": str(path),
-        **{name: str(value) for name in ("lora", "image", "mask") if (value := getattr(args, name))},
-        **({"strength": start["strength"]} if start else {}),
+        **{name: str(value) for name in ("lora", "image", "mask", "picture") if (value := getattr(args, name))},
+        **{name: start[name] for name in ("strength", "level") if name in start},
     }
     with (
         one_line_errors(ValueError),

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, timestep_features, unpatchify
 from mmdit.layers import FinalLayer, Modulation, Stream, modulate, scaled_dot_product
-from mmdit.model import TIME_FEATURES, Condition
-from storage.weights import few, fit, open_folder, read_json, write_json, write_tensors
+from mmdit.model import TIME_FEATURES
+from mmdit.network import Condition, Network
+from storage.weights import check_tensors, open_folder, read_json, shorten, write_json, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
 
-class DiffusionTransformer(nn.Module, ABC):
+class DiffusionTransformer(Network, ABC):
     """What both share with MMDiT: model(z, t, condition) → y, with its embeddings, positions and last layer.
 
     Args:
@@ -44,6 +45,7 @@ class DiffusionTransformer(nn.Module, ABC):
         settings: the arguments, with what none meant.
     """
 
+    largest: int
     positions: Tensor
 
     def __init__(
@@ -148,6 +150,7 @@ class DiffusionTransformer(nn.Module, ABC):
         Raises:
             ValueError: if H or W is no multiple of the patch, or more patches than the positional table holds.
         """
+        self.check(condition)
         height, rest_h = divmod(z.shape[-2], self.patch_size)
         width, rest_w = divmod(z.shape[-1], self.patch_size)
         if rest_h or rest_w:
@@ -180,7 +183,7 @@ class DiffusionTransformer(nn.Module, ABC):
         network = cls(**cls._arguments(folder / CONFIG))
         weights = open_folder(folder, STEM)
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        fit(weights, wanted, f"this {cls.__name__}'s config")
+        check_tensors(weights, wanted, f"this {cls.__name__}'s config")
         network.load_state_dict(dict(weights))
         return network.eval()
 
@@ -193,10 +196,10 @@ class DiffusionTransformer(nn.Module, ABC):
             raise ValueError(f"{file} describes a {kind}, not a {cls.__name__}")
         names = inspect.signature(cls).parameters.keys()
         if odd := sorted(config.keys() ^ names):
-            raise ValueError(f"{file} must tell {', '.join(names)} and nothing else; it differs in {few(odd)}")
+            raise ValueError(f"{file} must tell {', '.join(names)} and nothing else; it differs in {shorten(odd)}")
         wrong = [name for name, value in config.items() if type(value) is not (bool if name == "qk_norm" else int)]
         if wrong:
-            raise ValueError(f"{file} has a value of the wrong type: {few(wrong)}")
+            raise ValueError(f"{file} has a value of the wrong type: {shorten(wrong)}")
         return config
 
 

@@ -8,14 +8,14 @@ from typing import final
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
-from mmdit.model import Condition
-from storage.weights import few, fit, open_folder, read_json, write_json, write_tensors
+from mmdit.network import Condition, Network
+from storage.weights import check_tensors, open_folder, read_json, shorten, write_json, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
 
 @final
-class UNet(nn.Module):
+class UNet(Network):
     """diffusers' `UNet2DConditionModel` behind the contract of the transformer: model(z, t, condition) → y.
 
     Every level and the middle attend to themselves and to the text tokens; the pooled vector, through one linear
@@ -108,6 +108,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: if H or W is no multiple of `unit`.
         """
+        self.check(condition)
         if z.shape[-2] % self.unit or z.shape[-1] % self.unit:
             raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is no multiple of {self.unit}")
         return self.net(
@@ -133,7 +134,8 @@ class UNet(nn.Module):
         """
         network = cls._from_config(folder / CONFIG)
         weights = open_folder(folder, STEM)
-        fit(weights, {name: tuple(t.shape) for name, t in network.net.state_dict().items()}, "this U-Net's config")
+        shapes = {name: tuple(t.shape) for name, t in network.net.state_dict().items()}
+        check_tensors(weights, shapes, "this U-Net's config")
         network.net.load_state_dict(dict(weights))
         return network.eval()
 
@@ -166,5 +168,5 @@ class UNet(nn.Module):
         foreign = [name for name in sorted(told.keys() | network.settings) if name not in told
                    or name not in ours or told[name] != ours[name]]  # fmt: skip
         if foreign:
-            raise ValueError(f"{file} asks for what this network does not have, or leaves it open: {few(foreign)}")
+            raise ValueError(f"{file} asks for what this network does not have, or leaves it open: {shorten(foreign)}")
         return network

@@ -1,7 +1,7 @@
-"""What encoding costs beyond the networks: `python benchmarks/encode.py`.
+"""Overhead of encoding beyond the networks: `python benchmarks/encode.py`.
 
-The same photographs (JPEG, 1200 × 800) and captions go through SD3's VAE and CLIP-L, of random weights in their true
-sizes, twice: as ready tensors, and through `data.store.encoding` from the files to a finished store. Both take turns.
+The same photographs (JPEG, 1200 × 800) and captions pass SD3's VAE and CLIP-L, in full size with random weights, in two
+ways: as tensors in memory, and through `data.store.encoding` from files to a finished store. The two take turns.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def networks(folder: Path) -> tuple[VAE, CLIPText]:
 
 
 def photographs(folder: Path, count: int) -> None:
-    """Smooth random pictures with grain, as large and as hard to decode as photographs, and their captions."""
+    """Writes smooth random pictures with grain, as large and as slow to decode as photographs, with captions."""
     draw = np.random.default_rng(0)
     folder.mkdir()
     for i in range(count):
@@ -71,8 +71,8 @@ def main() -> None:
         codec, text = codec.to(args.device), text.to(args.device)
         photographs(folder / "pictures", args.pictures)
         source = Pictures(str(folder / "pictures"))
-        how = Encoding(source, folder / "store", args.side, batch_size=args.batch_size)
-        probe = StoreEncoder(how, codec, text)
+        settings = Encoding(source, folder / "store", args.side, batch_size=args.batch_size)
+        probe = StoreEncoder(settings, codec, text)
         batch = [probe.prepare(found) for found in source.read(0)]
         pixels = torch.stack([ready.pixels for ready in batch if isinstance(ready, Picture)]) / 255
         captions = [CAPTION.format(i) for i in range(args.pictures)]

@@ -1,4 +1,4 @@
-"""What the judge of scenes makes of faults: Fréchet distances to held-out scenes, over that of the training seed's.
+"""How the features of scenes react to faults: Fréchet distances to held-out scenes over that of the training scenes.
 
 python -m benchmarks.features
 """
@@ -27,7 +27,7 @@ def blurred(sigma: float) -> Callable[[Tensor], Tensor]:
 
 def main() -> None:
     fresh = scenes(FRESH, COUNT)
-    real = Shapes(COUNT, COUNT).real
+    real = Shapes.held_out(COUNT, COUNT).real
     measure = Measure(load_features(Shapes.features), real["train"], real["held_out"])
     faults: dict[str, Callable[[Tensor], Tensor]] = {
         "as they are": lambda pictures: pictures,

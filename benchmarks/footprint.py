@@ -1,8 +1,8 @@
-"""What a training step of MMDiT holds in memory, moves and takes on GPUs that may not be there: closed forms.
+"""Predicts memory, traffic and time of a training step of MMDiT on any GPUs, in closed form.
 
-Bytes of activations are counted as autograd keeps them, operation by operation of `mmdit.layers.JointBlock`, in eager
-mode. Times are a roofline: matrix products at a share of the peak, everything else at the memory's bandwidth.
-`benchmarks.plan` prints all of it and checks it against measurements.
+Activations are the bytes that autograd keeps, operation by operation of `mmdit.layers.JointBlock`, in eager mode. Times
+are a roofline: matrix products at a share of the peak, everything else at the memory's bandwidth. `benchmarks.plan`
+prints the result and checks it against measurements.
 """
 
 import itertools
@@ -18,33 +18,33 @@ from engine.hardware import Device
 from engine.strategy import Strategy
 from mmdit.model import Condition, MMDiT
 
-MOVING = 0.8  # of the data sheet's bandwidth, of memory and links alike, is reached
+MOVING = 0.8  # share of the data sheet's bandwidth that memory and links reach
 RESERVE = 2e9  # bytes of CUDA context, libraries and NCCL's buffers
-FRAGMENTED = 0.05  # of everything else, between the allocator's blocks
-CALL, HOP = 20e-6, 5e-6  # seconds of a collective without data: of its start, and from one node to the next
+FRAGMENTED = 0.05  # share of all other memory that is lost between the allocator's blocks
+CALL, HOP = 20e-6, 5e-6  # latency of a collective in seconds: of its start, and of each hop between nodes
 BUCKET = 25e6  # bytes of gradient that DDP sends at a time
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training and where it runs.
+    """A training and its machines.
 
     Args:
         network: on any device; only shapes matter.
-        device: each GPU.
-        gpus: all of them.
-        per_node: those that are linked to each other.
+        device: the kind of GPU.
+        gpus: number of GPUs.
+        per_node: number of GPUs in a node.
         batch: pictures of one optimizer step.
         latent: (height, width) of the pictures' latents.
         tokens: of a caption.
-        strategy: how the work is shared out.
+        strategy: how the training is distributed.
         mixed: bfloat16 under autocast with float32 weights; else float32 throughout.
         averages: running averages of the weights.
         efficiency: share of the peak that matrix products reach.
-        cuda: autograd keeps what it keeps on CUDA; else on a CPU, whose autocast and norms differ.
+        cuda: count what autograd keeps on CUDA; else on a CPU, where autocast and norms differ.
 
     Raises:
-        ValueError: the batch, the replicas or the nodes do not divide as they must.
+        ValueError: batch, replicas or nodes are not divisible as they must be.
     """
 
     network: MMDiT
@@ -65,8 +65,8 @@ class Job:
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(f"gpus must be a multiple of the {self.per_node} gpus_per_node, got {self.gpus}")
         if self.batch % (self.gpus * s.accumulate_grad_batches):
-            told = f"{self.gpus} gpus × {s.accumulate_grad_batches} accumulate_grad_batches"
-            raise ValueError(f"the batch must be a multiple of {told}, got {self.batch}")
+            parts = f"{self.gpus} gpus × {s.accumulate_grad_batches} accumulate_grad_batches"
+            raise ValueError(f"the batch must be a multiple of {parts}, got {self.batch}")
         if s.kind == "fsdp2" and self.gpus % s.replicas:
             raise ValueError(f"strategy.replicas must divide the {self.gpus} gpus, got {s.replicas}")
 
@@ -81,7 +81,7 @@ class Job:
 
     @property
     def shards(self) -> int:
-        """Parts that weights, gradients, moments and averages are cut into."""
+        """Number of shards of weights, gradients, moments and averages."""
         return self.gpus // self.strategy.replicas if self.strategy.kind == "fsdp2" else 1
 
     @property
@@ -92,7 +92,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the fullest moment of a step."""
+    """Bytes on one GPU at the peak of a step."""
 
     parameters: float
     positions: float
@@ -113,7 +113,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of collective in one step, of one GPU: bytes that it receives, and seconds."""
+    """One kind of collective in one step: bytes that one GPU receives, and seconds."""
 
     bytes: float
     seconds: float
@@ -121,7 +121,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one optimizer step, and what follows from them."""
+    """Seconds of one optimizer step, and speeds that follow from them."""
 
     flops: float  # of one picture's forward pass
     matrix: float
@@ -138,23 +138,23 @@ class Step:
 # ---- memory
 
 
-def stream_bytes(job: Job, qk_norm: bool, asks: bool = True) -> int:
+def stream_bytes(job: Job, qk_norm: bool, queries: bool = True) -> int:
     """Bytes that autograd keeps of one stream of a joint block for each token and channel.
 
     Args:
-        job: tells the types.
+        job: for the types.
         qk_norm: q and k are normalised.
-        asks: false for the last block's text, of which only k and v are read.
+        queries: false for the last block's text, of which only k and v are used.
     """
     c = job.element
     gated = c if job.mixed and not job.cuda else 4  # CUDA's autocast widens addcmul's operands
     modulated = 4 + 4 + c  # the norm's input, its output for the scale's gradient, the linear layer's input
-    normed = 2 if asks else 1  # of q, k
+    normed = 2 if queries else 1  # of q, k
     norms = 0
     if qk_norm:
         inputs = 4 * normed if job.mixed else 12  # float32 copies; without autocast views that hold all of qkv
         norms = inputs + (0 if job.cuda else 4 * normed)  # on a CPU the norm is not fused and keeps its result twice
-    if not asks:
+    if not queries:
         return modulated + norms + 2 * c
     attention = modulated + norms + 4 * c + c + gated  # q, k, v and the result; the projection's input and output
     return attention + modulated + 4 * c + 4 * c + gated  # GELU's input, the second layer's input and output
@@ -164,10 +164,10 @@ def block_bytes(job: Job, index: int, keep: str = "none") -> float:
     """Bytes that autograd keeps of one block for one picture.
 
     Args:
-        job: tells sizes and types.
+        job: for sizes and types.
         index: the block, from 0.
-        keep: with `none` everything; `selective` inputs and the results of matrix products and attention; `full`
-            inputs only.
+        keep: `none` keeps everything, `selective` inputs and the results of matrix products and attention, `full` only
+            inputs.
     """
     n, c = job.network, job.element
     last, dual = index == n.depth - 1, index in n.dual_attention_layers
@@ -179,7 +179,7 @@ def block_bytes(job: Job, index: int, keep: str = "none") -> float:
     if keep == "selective":
         results = (10 + 5 * dual) * image + (3 if last else 10) * text
         return inputs + results * n.width * c + statistics + 15 * n.width * c
-    numbers = stream_bytes(job, n.qk_norm) * image + stream_bytes(job, n.qk_norm, asks=not last) * text
+    numbers = stream_bytes(job, n.qk_norm) * image + stream_bytes(job, n.qk_norm, queries=not last) * text
     if last:
         numbers -= c * image  # with no text beside it, what was read needs no copy for the projection
     if dual:  # the norm's output, the linear layer's input, q, k, v and the result, the projection's output
@@ -202,7 +202,7 @@ def checkpointed(job: Job, index: int) -> bool:
 
 
 def activation_bytes(job: Job) -> list[float]:
-    """Bytes that autograd keeps between forward and backward for one picture: of the ends, then of each block.
+    """Bytes that autograd keeps between forward and backward for one picture: outside of blocks, then of each block.
 
     Copies of weights under autocast are not counted.
     """
@@ -214,16 +214,16 @@ def activation_bytes(job: Job) -> list[float]:
 
 
 def recomputed_bytes(job: Job, index: int) -> float:
-    """Bytes that the backward pass adds for one picture while it has a checkpointed block's inside again."""
+    """Bytes that the backward pass adds for one picture while it recomputes a checkpointed block."""
     kept = job.strategy.activation_checkpointing
     return block_bytes(job, index) - block_bytes(job, index, kept) if checkpointed(job, index) else 0.0
 
 
 def memory(job: Job) -> Memory:
-    """What one GPU holds. Under DDP that is everything; FSDP2 gathers a block while it computes another.
+    """Peak memory of one GPU. Under DDP it holds everything; FSDP2 gathers a block while it computes another.
 
-    The fullest moment is the end of the forward pass, when autocast has a copy of all weights, or that of the backward
-    pass in the largest block that is computed again.
+    The peak is at the end of the forward pass, when autocast has a copy of all weights, or in the backward pass, in the
+    largest recomputed block.
     """
     n, c, s = job.network, job.element, job.strategy
     count = sum(p.numel() for p in n.parameters())
@@ -244,7 +244,7 @@ def memory(job: Job) -> Memory:
     given = 4 * (3 * pixels + n.text_dim * job.tokens + n.pooled_dim)  # the batch itself
     parts = {
         "parameters": 4 * count / job.shards,
-        "positions": 4.0 * n.positions.numel() * (1 + job.averages),  # which each average has its own of
+        "positions": 4.0 * n.positions.numel() * (1 + job.averages),  # each average has its own
         "gradients": 4 * count / job.shards,
         "optimizer": 8 * count / job.shards,
         "averages": 4 * count / job.shards * job.averages,
@@ -261,7 +261,7 @@ def memory(job: Job) -> Memory:
 
 
 def flops(job: Job) -> int:
-    """Of one picture's forward pass, a multiply-add counted as two."""
+    """FLOP of one picture's forward pass, a multiply-add counted as two."""
     n = job.network
     height, width = job.latent
     with torch.device("meta"):
@@ -270,9 +270,9 @@ def flops(job: Job) -> int:
 
 
 def moved_bytes(job: Job) -> float:
-    """Bytes that one picture's forward pass reads and writes in all that is no matrix product or attention.
+    """Bytes that one picture's forward pass reads and writes outside of matrix products and attention.
 
-    Without compiling each operation reads its operands and writes its result; with it, neighbours are one.
+    Without compilation each operation reads its operands and writes its result; with it, neighbours are fused.
     """
     n, c = job.network, job.element
     cast = 4 + c if job.mixed else 0
@@ -292,14 +292,14 @@ def moved_bytes(job: Job) -> float:
 def collective(job: Job, size: float, members: int, neighbours: int, tree: bool = False) -> Traffic:
     """One all-gather or reduce-scatter of `size` bytes in all; an all-reduce is two.
 
-    It runs over all links of a node at once, and what its members share crosses between nodes once.
+    It uses all links of a node at once; data crosses between nodes once.
 
     Args:
-        job: tells the links.
-        size: bytes of the whole.
-        members: GPUs that take part.
-        neighbours: of them on one node.
-        tree: data takes log2 of the nodes as hops, as in an all-reduce; else it goes round a ring of them.
+        job: for the links.
+        size: bytes in all.
+        members: number of GPUs that take part.
+        neighbours: number of them on one node.
+        tree: log2(nodes) hops, as in an all-reduce; else a ring of nodes.
     """
     if members == 1:
         return Traffic(0.0, 0.0)
@@ -329,20 +329,20 @@ def communication(job: Job) -> dict[str, Traffic]:
     calls = groups * s.accumulate_grad_batches
     gather = collective(job, job.element * count / groups, job.shards, here)
     reduce = collective(job, 4 * count / groups, job.shards, here)
-    told = {"all-gather, forward": times(gather, calls), "all-gather, backward": times(gather, calls)}
-    told["reduce-scatter"] = times(reduce, calls)
+    found = {"all-gather, forward": times(gather, calls), "all-gather, backward": times(gather, calls)}
+    found["reduce-scatter"] = times(reduce, calls)
     if s.replicas > 1:
         together = max(1, min(job.gpus, job.per_node) // job.shards)  # replicas on one node
         part = collective(job, 4 * count / groups / job.shards, s.replicas, min(together, s.replicas), tree=True)
-        told["all-reduce of replicas"] = times(part, 2 * calls)
-    return told
+        found["all-reduce of replicas"] = times(part, 2 * calls)
+    return found
 
 
 def step(job: Job, forward: int | None = None) -> Step:
     """The seconds of one optimizer step; `forward` is `flops(job)`, if known.
 
-    Backward counts as two forward passes, in products and in bytes. Communication hides behind computing but for one
-    block's share of it, under DDP behind the last backward pass.
+    Backward counts as two forward passes, in products and in bytes. Communication overlaps with computing, except one
+    block's share of it; under DDP it overlaps with the last backward pass.
     """
     forward = flops(job) if forward is None else forward
     n, s, device = job.network, job.strategy, job.device
@@ -360,7 +360,7 @@ def step(job: Job, forward: int | None = None) -> Step:
     optimizer = (12 + 28 + 12 * job.averages) * count / job.shards / memory_speed
     traffic = communication(job)
     busy = [t.seconds for t in traffic.values()]
-    if s.replicas > 1 and job.shards <= job.per_node:  # shards' links are those of a machine, replicas' between them
+    if s.replicas > 1 and job.shards <= job.per_node:  # shards use links in a node, replicas links between nodes
         busy = [max(sum(busy[:-1]), busy[-1])]
     hiding = matrix + elementwise + again
     if s.kind == "ddp":
@@ -371,8 +371,8 @@ def step(job: Job, forward: int | None = None) -> Step:
     return Step(forward, matrix, elementwise, again, optimizer, traffic, exposed, total, job.batch / total, mfu)
 
 
-def cures(job: Job) -> Iterator[Job]:
-    """The same training shared out otherwise: sharded, with activations recomputed, in more micro-batches."""
+def alternatives(job: Job) -> Iterator[Job]:
+    """The same training with other strategies: sharded, with recomputed activations, in more micro-batches."""
     at_most = job.batch // job.gpus
     counts = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if at_most % k == 0]
     kinds: list[tuple[Literal["ddp", "fsdp2"], int]] = [("ddp", 1)]
@@ -388,8 +388,8 @@ def cures(job: Job) -> Iterator[Job]:
         yield replace(job, strategy=strategy)
 
 
-def cure(job: Job) -> Strategy | None:
-    """The fastest strategy with which the job fits; none if it does with none."""
+def fastest_fit(job: Job) -> Strategy | None:
+    """The fastest strategy with which the job fits into memory; None if there is none."""
     forward = flops(job)
-    fitting = [other for other in cures(job) if memory(other).total <= job.device.memory]
+    fitting = [other for other in alternatives(job) if memory(other).total <= job.device.memory]
     return min(fitting, key=lambda other: step(other, forward).total).strategy if fitting else None

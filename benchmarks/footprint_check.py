@@ -1,7 +1,8 @@
-"""How far `benchmarks.footprint` is from what can be measured: `python -m benchmarks.plan --check`, a minute on a CPU.
+"""Compares `benchmarks.footprint` with measurements: `python -m benchmarks.plan --check`, a minute on a CPU.
 
-Three things: the bytes that autograd keeps, on this CPU and, without a GPU, by the rules of CUDA; the peak of a step's
-memory on this CPU; and the time of a step on this CPU, whose peak and bandwidth are measured between the steps.
+It measures three things: the bytes that autograd keeps, on this CPU and, without a GPU, by PyTorch's rules for CUDA;
+the peak memory of a step on this CPU; the time of a step on this CPU, with its peak speed and bandwidth measured
+between the steps.
 """
 
 import os
@@ -25,11 +26,11 @@ from engine.strategy import Strategy
 from mmdit.model import Condition, MMDiT
 
 TURNS = 9
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells that there is no GPU
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler warns that there is no GPU
 
 
 class Flash(TorchFunctionMode):
-    """Attention by the operation that CUDA would choose, which cannot be asked for where there is no GPU."""
+    """Replaces attention by the operation that CUDA would choose, which torch does not choose without a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -40,7 +41,7 @@ class Flash(TorchFunctionMode):
 
 @contextmanager
 def autocast(device: str, on: bool) -> Iterator[None]:
-    """torch.autocast to bfloat16, also to a device that is not there."""
+    """torch.autocast to bfloat16, also for an absent device."""
     before = torch.is_autocast_enabled(device)
     torch.set_autocast_enabled(device, on)
     torch.set_autocast_dtype(device, torch.bfloat16)
@@ -63,7 +64,7 @@ def inputs(network: MMDiT, batch: int, side: int, tokens: int) -> tuple[Tensor, 
 
 
 def kept_bytes(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool, device: str = "cpu") -> int:
-    """Bytes of the storages that autograd keeps after a forward pass, but for weights and autocast's copies of them."""
+    """Bytes of storages that autograd keeps after a forward pass, without weights and autocast's copies of them."""
     weights = {*network.parameters(), *network.buffers()}
     own = {x.untyped_storage()._cdata for x in weights}
     shapes = {x.t().shape for x in weights if x.ndim == 2}
@@ -83,7 +84,7 @@ def kept_bytes(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool, 
 
 
 def kept_on_cuda(build: Callable[[], MMDiT], batch: int, side: int, tokens: int, mixed: bool, keep: Any) -> int:
-    """The same as PyTorch's rules for CUDA have it, on tensors without numbers, which need no GPU."""
+    """`kept_bytes` by PyTorch's rules for CUDA, on fake tensors, which need no GPU."""
     with FakeTensorMode(), torch.device("cuda"), Flash():
         network = build()
         Strategy(activation_checkpointing=keep).prepare(network)
@@ -98,7 +99,7 @@ def passes(network: nn.Module, given: tuple[Tensor, Tensor, Condition], mixed: b
 
 
 def peak_bytes(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool) -> int:
-    """The most that a forward and a backward pass hold on this CPU beyond weights, gradients and inputs."""
+    """Peak bytes of a forward and a backward pass on this CPU beyond weights, gradients and inputs."""
     given = inputs(network, batch, side, tokens)
     passes(network, given, mixed)  # gradients are there from now on
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -112,7 +113,7 @@ def peak_bytes(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool) 
 
 
 def predicted_peak(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool, keep: Any) -> float:
-    """What `memory` says of the same."""
+    """The prediction of `memory` for `peak_bytes`."""
     needed = memory(job(network, batch, side, tokens, mixed, keep, DEVICES["h200"], cuda=False))
     return needed.copies + needed.activations + needed.recomputed + needed.workspace
 
@@ -151,7 +152,7 @@ def small(depth: int, width: int = 256) -> MMDiT:
 
 
 def report() -> str:
-    """All of it as a table: predicted, measured, their ratio."""
+    """A table of all comparisons: predicted, measured, their ratio."""
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # the CPU's unfused norm
     lines = [f"{'':<66}{'predicted':>12}{'measured':>12}{'ratio':>8}"]
 
@@ -162,24 +163,25 @@ def report() -> str:
     for mixed in (False, True):
         for keep in ("none", "full"):
             network = small(6)
-            wanted = 8 * sum(activation_bytes(job(network, *size, mixed, keep, DEVICES["h200"], cuda=False)))
+            predicted = 8 * sum(activation_bytes(job(network, *size, mixed, keep, DEVICES["h200"], cuda=False)))
             Strategy(activation_checkpointing=keep).prepare(network)
-            told = f"{'bf16-mixed' if mixed else '32-true'}, checkpointing {keep}"
-            row(f"kept for backward, CPU, small, {told}", wanted / 1e6, kept_bytes(network, *size, mixed) / 1e6, "MB")
+            mode = f"{'bf16-mixed' if mixed else '32-true'}, checkpointing {keep}"
+            kept = kept_bytes(network, *size, mixed)
+            row(f"kept for backward, CPU, small, {mode}", predicted / 1e6, kept / 1e6, "MB")
     for mixed in (False, True):
         for keep in ("none", "selective", "full"):
             network = small(6)
-            wanted = predicted_peak(network, *size, mixed, keep)
+            predicted = predicted_peak(network, *size, mixed, keep)
             Strategy(activation_checkpointing=keep).prepare(network)  # type: ignore[arg-type]
-            told = f"{'bf16-mixed' if mixed else '32-true'}, checkpointing {keep}"
-            row(f"peak of a step, CPU, small, {told}", wanted / 1e6, peak_bytes(network, *size, mixed) / 1e6, "MB")
+            mode = f"{'bf16-mixed' if mixed else '32-true'}, checkpointing {keep}"
+            row(f"peak of a step, CPU, small, {mode}", predicted / 1e6, peak_bytes(network, *size, mixed) / 1e6, "MB")
     for depth in (24, 38):
         with torch.device("meta"):
             network = MMDiT(depth=depth)
         for keep in ("none", "full"):
-            wanted = 4 * sum(activation_bytes(job(network, 4, 32, 154, True, keep, DEVICES["h200"], cuda=True)))
+            predicted = 4 * sum(activation_bytes(job(network, 4, 32, 154, True, keep, DEVICES["h200"], cuda=True)))
             found = kept_on_cuda(lambda depth=depth: MMDiT(depth=depth), 4, 32, 154, True, keep)  # type: ignore[misc]
-            row(f"kept, CUDA's rules, depth {depth}, bf16-mixed, {keep}", wanted / 1e6, found / 1e6, "MB")
+            row(f"kept, CUDA's rules, depth {depth}, bf16-mixed, {keep}", predicted / 1e6, found / 1e6, "MB")
     for depth, width in ((6, 256), (4, 768)):
         predicted, measured, cpu = measured_step(small(depth, width), 8, 16, 40)
         speed = f"{cpu.fp32 / 1e9:.0f} GFLOP/s, {cpu.bandwidth / 1e9:.1f} GB/s"

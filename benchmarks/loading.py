@@ -1,10 +1,10 @@
-"""Peak memory and time of reading a network of a released size, with random weights, and diffusers' side by side.
+"""Peak memory and time of loading a network of a released size with random weights, ours against diffusers'.
 
     python benchmarks/loading.py --network configs/network/sd3-medium.yaml --dtype float16
 
-Writes the weights to a temporary folder first, twice 4 GB for SD3 medium in half precision, so that the files are in
-the machine's cache. Each reader runs in a process of its own until every page of the weights is in memory, a few times
-in turn: told are the least time, and the largest peak of resident memory above what the process had before. Linux only.
+It first writes the weights to a temporary folder, twice 4 GB for SD3 medium in half precision, so that the files are in
+the page cache. Each loader runs in its own process until every page of the weights is in memory, a few times in turn.
+Printed are the shortest time, and the largest peak of resident memory minus that before loading. Linux only.
 """
 
 import argparse
@@ -44,7 +44,7 @@ before, start = memory("VmRSS"), time.perf_counter()
 Path("/proc/self/clear_refs").write_text("5")
 network = read()
 for tensor in network.state_dict().values():
-    tensor.flatten()[:: 4096 // tensor.element_size()].clone()  # a file that is only mapped is read when it is used
+    tensor.flatten()[:: 4096 // tensor.element_size()].clone()  # reads a file that is only mapped
 seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
 size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
 print(json.dumps({"seconds": seconds, "ratio": peak / size, "GB": size / 1e9}))
@@ -53,7 +53,7 @@ print(json.dumps({"seconds": seconds, "ratio": peak / size, "GB": size / 1e9}))
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--network", type=Path, default=ROOT / "configs/network/sd3-medium.yaml", help="whose sizes to take")
+    p.add_argument("--network", type=Path, default=ROOT / "configs/network/sd3-medium.yaml", help="config of the sizes")
     p.add_argument("--stored", choices=["float32", "float16", "bfloat16"], default="float16", help="on disk")
     p.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float16", help="in memory")
     p.add_argument("--turns", type=int, default=3, help="of each reader")
@@ -77,14 +77,14 @@ def main() -> None:
             "ours, single file": ("ours", file),
             "diffusers, folder": ("diffusers", folder),
         }
-        found: dict[str, list[dict[str, float]]] = {told: [] for told in cases}
-        for _, (told, (reader, source)) in tqdm([*itertools.product(range(args.turns), cases.items())], desc="reading"):
+        found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
+        for _, (case, (reader, source)) in tqdm([*itertools.product(range(args.turns), cases.items())], desc="reading"):
             command = [sys.executable, "-c", READ, reader, str(source), args.dtype]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            found[told].append(json.loads(done.stdout))
-        for told, turns in found.items():
+            found[case].append(json.loads(done.stdout))
+        for case, turns in found.items():
             seconds, peak = min(turn["seconds"] for turn in turns), max(turn["ratio"] for turn in turns)
-            print(f"{told}: {turns[0]['GB']:.2f} GB in {seconds:.1f} s, peak {peak:.2f} × the weights")
+            print(f"{case}: {turns[0]['GB']:.2f} GB in {seconds:.1f} s, peak {peak:.2f} × the weights")
 
 
 if __name__ == "__main__":

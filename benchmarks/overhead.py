@@ -1,13 +1,12 @@
-"""A training step with all that stands around it, against a bare loop over the same network and batch, in one run.
+"""A complete training step against a bare loop over the same network and batch, in one run.
 
     python -m benchmarks.overhead --config configs/digits.yaml
     python -m benchmarks.overhead --config configs/digits.yaml --turn 1 --turns 6 --network.width 1536 \
         --network.heads 24 --network.depth 2 --data.side 16 --data.batch_size 16
 
-Ours is `train.py fit`'s own trainer: Lightning, data, times, guard, averages, log, progress bar. The bare loop draws t
-and computes the loss of one batch that lies in memory, clips and steps, no more. The two take turns of a few steps, so
-that a noisy machine slows both alike. For a CPU and float32. Printed are the medians, and the median over turns of the
-ratio.
+Ours is the trainer of `train.py fit`: Lightning, data, times, guard, averages, log, progress bar. The bare loop draws
+t, computes the loss of one batch in memory, clips and steps. The two take turns of a few steps, so that a noisy machine
+slows both equally. For a CPU and float32. Printed are the medians, and the median over turns of the ratio.
 """
 
 import argparse
@@ -33,11 +32,11 @@ from training.generator import Generator
 
 
 class Turns(Callback):
-    """After every few steps of the training as many of the bare loop, both timed.
+    """After every few steps of the training runs as many of the bare loop, and times both.
 
     Args:
         steps: of a turn.
-        turns: of each, the first of which does not count.
+        turns: of each; the first does not count.
     """
 
     def __init__(self, steps: int, turns: int) -> None:
@@ -62,7 +61,7 @@ class Turns(Callback):
 
 
 def loop(module: Generator, batch: Any) -> Any:
-    """A generator that takes a step each time it is asked."""
+    """A generator that takes a step at each `next`."""
     network, objective = copy.deepcopy(module.network), module.objective
     groups = param_groups_weight_decay(network, module.optimization.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=True)
@@ -77,7 +76,7 @@ def loop(module: Generator, batch: Any) -> Any:
 
 
 def log_of(folder: str) -> list[str]:
-    """The log's lines; none before the first is due."""
+    """The log's lines; empty before the first."""
     log = Path(folder) / "log.jsonl"
     return log.read_text().splitlines() if log.exists() else []
 

@@ -3,10 +3,10 @@
     python benchmarks/picture.py
     python benchmarks/picture.py --case sd3 --device cuda --dtype bfloat16 --size 1024
 
-From noise to pixels by Euler's method with guidance; the texts are random and encoded before. The large networks are as
-wide as the released ones but have two blocks, and the VAE is small, so that the transformer is what counts. The two
-take turns, a picture each, so that a noisy machine slows both. Prints seconds a picture (median), the median over turns
-of the ratio, and the largest difference of the pixels, which in float32 must be below 1/255.
+From noise to pixels by Euler's method with guidance; the text vectors are random. The large networks are as wide as the
+released ones but have two blocks, and the VAE is small, so that the transformer takes most of the time. The two take
+turns, a picture each, so that a noisy machine slows both. Prints seconds a picture (median), the median over turns of
+the ratio, and the largest difference of the pixels, which in float32 must be below 1/255.
 """
 
 import argparse
@@ -58,10 +58,10 @@ CASES = {
 
 
 class Given(TextEncoder):
-    """Captions that were encoded before.
+    """A text encoder for captions that are encoded already.
 
     Args:
-        texts: caption → what it is encoded to.
+        texts: caption → its encoding.
     """
 
     def __init__(self, texts: dict[str, Text]) -> None:
@@ -72,14 +72,17 @@ class Given(TextEncoder):
         tokens, pooled = zip(*(self.texts[caption] for caption in captions), strict=True)
         return Text(torch.cat(tokens), torch.cat(pooled))
 
+    def mask(self, captions: Sequence[str]) -> Tensor:
+        return torch.ones(len(captions), next(iter(self.texts.values())).tokens.shape[1], dtype=torch.bool)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes nothing: there are no encoders, and the texts are drawn anew each time."""
+        """Does nothing: there are no encoders."""
 
     def to(self, device: torch.device | str) -> Self:
         return self
 
     def keep(self, kept: bool) -> None:
-        """There is nothing to keep."""
+        """Does nothing: there are no encoders."""
 
     def fingerprint(self) -> dict[str, Any]:
         return {"class": "Given", "captions": sorted(self.texts)}
@@ -89,14 +92,14 @@ class Given(TextEncoder):
 
 
 def stirred(module: Any, scale: float) -> Any:
-    """Adds noise of a standard deviation to every parameter, since some begin at zero or one."""
+    """Adds noise of standard deviation `scale` to every parameter, since some start at zero or one."""
     for parameter in module.parameters():
         parameter.data += scale * torch.randn_like(parameter)
     return module.eval().requires_grad_(False)
 
 
 def transformer(case: Case) -> Any:
-    """diffusers' network, random."""
+    """diffusers' network with random weights."""
     network = SD3Transformer2DModel(
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -181,9 +184,9 @@ def seconds(painter: Painter, device: str) -> float:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--case", choices=CASES, help="which network; none is all, one after the other")
-    p.add_argument("--steps", type=int, help="of the sampler; none is 28 for tiny, else 4")
-    p.add_argument("--size", type=int, help="side of the picture in pixels; none is 64 for tiny, else 256")
+    p.add_argument("--case", choices=CASES, help="which network; default: all, one after the other")
+    p.add_argument("--steps", type=int, help="of the sampler; default: 28 for tiny, else 4")
+    p.add_argument("--size", type=int, help="side of the picture in pixels; default: 64 for tiny, else 256")
     p.add_argument("--guidance", type=float, default=5.0, help="scale of classifier-free guidance")
     p.add_argument("--turns", type=int, default=7, help="pictures of each pipeline")
     p.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -1,10 +1,10 @@
-"""Does a training fit, and how long does it take? Memory, communication and time on GPUs that need not be there.
+"""Predicts whether a training fits into memory and how long it takes, on any GPUs.
 
     python -m benchmarks.plan --config configs/sd3/d24.yaml --gpus 256 --gpu h200
     python -m benchmarks.plan --check
 
-Reads an experiment's network, batch, strategy, averages and precision, and nothing from disk but the YAML. All of it is
-predicted (benchmarks/footprint.py says how); `--check` measures on this machine what can be measured.
+It reads an experiment's network, batch, strategy, averages and precision from the YAML. All numbers are predictions of
+benchmarks/footprint.py; `--check` compares them with measurements on this machine.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 from jsonargparse import Namespace
 from torch import nn
 
-from benchmarks.footprint import FRAGMENTED, MOVING, Job, Memory, Step, cure, memory, step
+from benchmarks.footprint import FRAGMENTED, MOVING, Job, Memory, Step, fastest_fit, memory, step
 from cli import fail, one_line_errors
 from engine.ema import Averages
 from engine.hardware import DEVICES
@@ -25,14 +25,14 @@ from engine.strategy import Strategy
 from mmdit.model import MMDiT
 from training.experiment import Parser, parser, plain
 
-PICTURES = 500_000 * 4096  # that Stable Diffusion 3 was trained on at 256² (Esser et al. 2024, §5.3)
+PICTURES = 500_000 * 4096  # of Stable Diffusion 3's training at 256² (Esser et al. 2024, §5.3)
 FACTOR = 8  # pixels to a latent's pixel, in SD3's VAE
 DAY = 86400
 
 
 @dataclass(frozen=True)
 class Bill:
-    """What a whole training takes."""
+    """The cost of a whole training."""
 
     pictures: int
     steps: int
@@ -44,9 +44,9 @@ class Bill:
 def arguments() -> Parser:
     """The experiment's own flags, and the machine's."""
     p = parser(__doc__ or "")
-    p.add_argument("--gpus", type=int | None, help="how many in all; default: run.devices × run.num_nodes")
-    p.add_argument("--gpu", default="h200", help=f"which: {', '.join(DEVICES)}")
-    p.add_argument("--gpus-per-node", type=int, default=8, help="of them linked to each other")
+    p.add_argument("--gpus", type=int | None, help="number in all; default: run.devices × run.num_nodes")
+    p.add_argument("--gpu", default="h200", help=f"kind: {', '.join(DEVICES)}")
+    p.add_argument("--gpus-per-node", type=int, default=8, help="number in a node")
     p.add_argument("--side", type=int, default=256, help="height and width of the pictures, in pixels")
     p.add_argument("--tokens", type=int, default=154, help="of a caption")
     p.add_argument("--batch_size", type=int | None, help="pictures of one step; default: data's")
@@ -58,15 +58,14 @@ def arguments() -> Parser:
 
 
 def shape_of(config: Namespace) -> MMDiT:
-    """The config's network, without numbers. ValueError if it is none whose memory can be told."""
+    """The config's network on the meta device. ValueError if it is not an MMDiT."""
     name = config.network.class_path
     if name.endswith("checkpoint.load"):
         raise ValueError(
-            "the network is read from disk: add the file that tells its shape, such as "
-            "--config configs/network/sd3-medium.yaml"
+            "the network is read from disk: add a file with its shape, such as --config configs/network/sd3-medium.yaml"
         )
     if name.rpartition(".")[2] != "MMDiT":
-        raise ValueError(f"only an MMDiT can be planned for, network is {name}")
+        raise ValueError(f"only an MMDiT can be planned, network is {name}: name an MMDiT")
     part = Parser(exit_on_error=False)
     part.add_subclass_arguments(nn.Module, "network", required=True)
     try:
@@ -78,7 +77,7 @@ def shape_of(config: Namespace) -> MMDiT:
 
 
 def job_of(config: Namespace) -> Job:
-    """What the flags and files ask for. ValueError where they are at odds."""
+    """The job of these flags and files. ValueError if they contradict each other."""
     if config.gpu not in DEVICES:
         raise ValueError(f"gpu must be one of {', '.join(DEVICES)}, got {config.gpu}")
     network = shape_of(config)
@@ -107,7 +106,7 @@ def job_of(config: Namespace) -> Job:
 
 
 def bills(job: Job, seconds: float, config: Namespace) -> list[Bill]:
-    """What `--steps` take; without it what the config's own do, and what it takes to see the paper's pictures."""
+    """The cost of `--steps`; without it that of run.steps, and of the paper's number of pictures."""
     counts = [config.steps] if config.steps else [config.run.steps, -(-PICTURES // job.batch)]
     found = []
     for steps in dict.fromkeys(counts):
@@ -120,19 +119,19 @@ def bills(job: Job, seconds: float, config: Namespace) -> list[Bill]:
 # ---- table
 
 
-def told(strategy: Strategy) -> str:
-    """The flags that ask for a strategy."""
+def flags_of(strategy: Strategy) -> str:
+    """The flags of a strategy."""
     flags = {name: value for name, value in asdict(strategy).items() if value != getattr(Strategy(), name)}
     return " ".join(f"--strategy.{name} {str(value).lower()}" for name, value in flags.items()) or "--strategy.kind ddp"
 
 
 def verdict(job: Job, needed: Memory) -> str:
-    """Whether it fits, and if not, with what it would."""
+    """Whether the job fits, and if not, the flags with which it does."""
     has = job.device.memory
     if needed.total <= has:
         return f"fits: {needed.total / has:.0%} of {has / 1e9:.0f} GB"
-    other = cure(job)
-    better = f"the fastest that does: {told(other)}" if other else "no strategy does: take more or larger GPUs"
+    other = fastest_fit(job)
+    better = f"the fastest that does: {flags_of(other)}" if other else "no strategy does: take more or larger GPUs"
     return f"does not fit in {has / 1e9:.0f} GB; {better}"
 
 
@@ -155,7 +154,7 @@ def heading(job: Job) -> list[str]:
 
 
 def aligned(title: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """A block of the table: names to the left, figures to the right, the last cell as it comes."""
+    """A block of the table: names left-aligned, figures right-aligned."""
     lines = [title]
     lines += [f"  {name:<34}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
     return ["", *(line.rstrip() for line in lines)]
@@ -224,7 +223,7 @@ def assumed(job: Job) -> list[str]:
 def as_json(job: Job, needed: Memory, taken: Step, trainings: list[Bill]) -> dict[str, Any]:
     """The same numbers, in bytes and seconds."""
     fits = needed.total <= job.device.memory
-    other = None if fits else cure(job)
+    other = None if fits else fastest_fit(job)
     return {
         "gpus": job.gpus,
         "gpu": asdict(job.device),
@@ -245,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     if "--check" in argv:
         if argv != ["--check"]:
             fail("--check takes no other flag")
-        from benchmarks.footprint_check import report  # it needs what planning does not
+        from benchmarks.footprint_check import report  # slow to import
 
         print(report())
         return

@@ -1,4 +1,4 @@
-"""How long a checkpoint holds up training, against a bare copy of the same numbers and against writing them.
+"""Time that a checkpoint delays training, against a bare copy of the same tensors and against writing them.
 
 python -m benchmarks.saving --parameters 100
 """

@@ -48,7 +48,7 @@ def seconds(step: Callable[[], None], times: int) -> float:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--config", type=Path, default=ROOT / "configs/digits.yaml", help="whose network and batch to time")
+    p.add_argument("--config", type=Path, default=ROOT / "configs/digits.yaml", help="config of network and batch")
     p.add_argument("--width", type=int, help="another width than the config's")
     p.add_argument("--batch", type=int, help="another batch than the config's")
     p.add_argument("--text-tokens", type=int, default=10, help="tokens of a caption")

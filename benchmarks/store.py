@@ -4,8 +4,8 @@
 
 Writes random latents of 512 × 512 pictures (16 × 64 × 64), pooled vectors (2048) and tokens (333 × 4096), all bfloat16,
 into both formats in a temporary folder: 2 × 2.9 MB a sample. Then all readers take turns at random batches of 32: with
-the files dropped from the page cache before each turn (cold) and with them in it (warm). Told are the medians over the
-turns, and how fast the disk reads one large cold file from end to end, which bounds what is cold. Linux only.
+the files dropped from the page cache before each turn (cold) and with them in it (warm). Printed are the medians over
+the turns, and the speed of the disk for one large cold file, which bounds the cold readers. Linux only.
 """
 
 import argparse
@@ -33,16 +33,16 @@ SHAPES = {"latents": (16, 64, 64), "pooled": (2048,), "tokens": (333, 4096)}
 BYTES = {name: 2 * int(np.prod(shape)) for name, shape in SHAPES.items()}
 PLAN = {"version": 1, "buckets": {"sizes": [[512, 512]]}, "factor": 8, "channels": 16}
 BATCH, PART = 32, 100
-NEEDED = 5 * 75  # samples a second: five times what one fast card trains on
+NEEDED = 5 * 75  # samples a second: five times the training speed of one fast GPU
 NULL = Text(torch.zeros(SHAPES["tokens"]), torch.zeros(SHAPES["pooled"]))
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--samples", type=int, default=2000, help="fewer are written where the disk is short")
+    p.add_argument("--samples", type=int, default=2000, help="fewer are written if the disk is too small")
     p.add_argument("--workers", type=int, default=2, help="of the loader, at least 1")
     p.add_argument("--turns", type=int, default=3, help="of each reader, cold and warm")
-    p.add_argument("--folder", type=Path, help="where both are kept for the next time; default: a temporary folder")
+    p.add_argument("--folder", type=Path, help="keeps both formats for the next run; default: a temporary folder")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = args.folder or Path(place)
@@ -76,7 +76,7 @@ def build(folder: Path, samples: int) -> None:
 
 
 class FromStore(torch.utils.data.Dataset):
-    """A batch of the store: latents, pooled and, if wanted, tokens."""
+    """Batches of the store: latents, pooled and, optionally, tokens."""
 
     def __init__(self, store: Store, tokens: bool) -> None:
         self.store, self.tokens = store, tokens
@@ -88,7 +88,7 @@ class FromStore(torch.utils.data.Dataset):
 
 
 class FromDataset(torch.utils.data.Dataset):
-    """The same of the dataset, with as few copies as it allows: Arrow takes the rows, torch looks at the result."""
+    """Batches of the dataset, with few copies: Arrow selects the rows, torch views the result."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset.with_format("arrow")
@@ -106,7 +106,7 @@ class FromDataset(torch.utils.data.Dataset):
 
 
 def compare(folder: Path, workers: int, turns: int) -> None:
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
     store = Store(folder / "store")
     dataset = concatenate_datasets([load_from_disk(part) for part in sorted((folder / "dataset").iterdir())])
     readers: dict[str, tuple[Callable[[], torch.utils.data.Dataset], int]] = {
@@ -132,8 +132,8 @@ def compare(folder: Path, workers: int, turns: int) -> None:
     print(f"{len(store)} samples, batches of {BATCH}, {workers} workers, medians of {turns} turns")
     for (name, state), found in rates.items():
         speed = statistics.median(found)
-        told = ", ".join(f"{value:.0f}" for value in sorted(found))
-        print(f"{name}, {state}: {speed:.0f} samples/s, {speed * readers[name][1] / 1e6:.0f} MB/s (turns: {told})")
+        each = ", ".join(f"{value:.0f}" for value in sorted(found))
+        print(f"{name}, {state}: {speed:.0f} samples/s, {speed * readers[name][1] / 1e6:.0f} MB/s (turns: {each})")
     print(f"the disk, one cold file from end to end: {statistics.median(disk):.0f} MB/s")
     print(f"needed: {NEEDED} samples/s, {NEEDED * sum(BYTES.values()) / 1e6:.0f} MB/s with tokens")
 

@@ -1,4 +1,4 @@
-"""The latent store: `python -m data info STORE` says what is in it, `python -m data verify STORE` checks every bit."""
+"""The latent store: `python -m data info STORE` lists its content, `python -m data verify STORE` checks every byte."""
 
 import json
 import sys
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     p = Parser(prog="python -m data", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, told in (
-        ("info", "samples, buckets, what was dropped, and with what it was encoded"),
+    for name, help in (
+        ("info", "list samples, buckets, dropped inputs and the encoders"),
         ("verify", "read everything and check every checksum; exit status 1 if there is a fault"),
     ):
-        command = commands.add_parser(name, help=told, description=told)
+        command = commands.add_parser(name, help=help, description=help)
         command.add_argument("store", help="a folder, or a URL as in s3://bucket/store")
     return p
 
@@ -33,15 +33,15 @@ def main(argv: list[str] | None = None) -> None:
             print(info(store))
         elif faults := store.verify():
             print(*faults, sep="\n")
-            print("a unit is repaired by removing its .parquet file and going on with encode.py,")
-            print("which makes it again and all later parts of its shard (the second number in a unit's name)")
+            print("to repair a unit, remove its .parquet file and run encode.py again:")
+            print("it makes it again and all later parts of its shard (the second number in a unit's name)")
             sys.exit(1)
         else:
             print(f"{args.store}: {len(store)} samples without a fault")
 
 
 def info(store: "Store") -> str:
-    """A short table of a store."""
+    """A short table of a store's content."""
     report = store.report
     rows = [
         ("samples", f"{report['kept']} of {report['inputs']} inputs, {report['captions']} captions"),
@@ -54,7 +54,7 @@ def info(store: "Store") -> str:
         ("bytes", f"{store.size():,}"),
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {told}" for name, told in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
 if __name__ == "__main__":

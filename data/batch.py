@@ -22,6 +22,9 @@ class Batch(NamedTuple):
     captions: list[str] | None = None  # to be encoded; text and pooled are then empty
     kept: Tensor | None = None  # (b, encoders) bool, false where an encoder is dropped; none keeps all
     sizes: Tensor | None = None  # (b, 6), as `data.sizes` has them; none tells the network nothing
+    mask: Tensor | None = None  # (b, N) bool, the captions' own tokens; none: padding is attended
+    picture: Tensor | None = None  # (b, C', H, W), the latents of a picture to work from
+    level: Tensor | None = None  # (b,), how much noise it was given
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with all its tensors on a device."""
@@ -30,8 +33,14 @@ class Batch(NamedTuple):
         }
         return self._replace(**moved)
 
+    def condition(self) -> dict[str, Any]:
+        """What the network is told besides z and t, by the names of `mmdit.network.Condition`."""
+        return {
+            "text": self.text, "pooled": self.pooled, "mask": self.mask, "picture": self.picture, "level": self.level,
+        }  # fmt: skip
 
-def complete(batch: Batch, encoder: TextEncoder, null: Text) -> Batch:
+
+def complete(batch: Batch, encoder: TextEncoder, null: Text, null_mask: Tensor | None = None) -> Batch:
     """The batch with its captions encoded, dropped encoders replaced and sizes told.
 
     Where an encoder is dropped, tokens and pooled vector alike become those of the null condition, so that a caption
@@ -41,18 +50,22 @@ def complete(batch: Batch, encoder: TextEncoder, null: Text) -> Batch:
         batch: on any device.
         encoder: of the captions.
         null: the null condition, (N, D) and (P).
+        null_mask: (N,) bool, its own tokens; needed for a batch with a mask.
     """
-    text, pooled = batch.text, batch.pooled
+    text, pooled, mask = batch.text, batch.pooled, batch.mask
     if batch.captions is not None:
         text, pooled = (part.to(batch.x0.device) for part in encoder.encode(batch.captions))
     if batch.kept is not None:
         text, pooled = text.clone(), pooled.clone()
         words, vector = null.tokens.to(text), null.pooled.to(pooled)
+        mask = None if mask is None else torch.zeros_like(mask)
         for slot, kept in zip(encoder.slots, batch.kept.unbind(1), strict=True):
             part = text[:, slot.rows, slot.columns]
             part.copy_(torch.where(kept[:, None, None], part, words[slot.rows, slot.columns]))
             part = pooled[:, slot.pooled]
             part.copy_(torch.where(kept[:, None], part, vector[slot.pooled]))
+            if mask is not None and batch.mask is not None and null_mask is not None:
+                mask[:, slot.rows] |= torch.where(kept[:, None], batch.mask[:, slot.rows], null_mask[slot.rows])
     if batch.sizes is not None:
         pooled = torch.cat([pooled.float(), size_features(batch.sizes)], dim=1)
-    return batch._replace(text=text, pooled=pooled, captions=None, kept=None, sizes=None)
+    return batch._replace(text=text, pooled=pooled, mask=mask, captions=None, kept=None, sizes=None)

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that ship inside scikit-learn, their fixed split, and captions for them.
+"""The 1,797 handwritten digits of scikit-learn, their fixed split, and captions for them.
 
 The pictures are the test part of E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
 Learning Repository, 1998: 8 × 8 grey values 0 … 16, white ink (16) on black (0).
@@ -32,6 +32,7 @@ HELD_OUT_TEMPLATES = (
     "an image of a handwritten {numeral}",
 )
 
+Split = Literal["train", "held_out"]
 TRAIN_SIZE = 1297
 SIDE = 8  # of a picture, in pixels
 
@@ -43,10 +44,10 @@ class Digits(NamedTuple):
     labels: Tensor
 
 
-def load(split: Literal["train", "held_out"]) -> Digits:
-    """Returns the 1,297 digits to train on or the 500 held out; ValueError for any other split.
+def load(split: Split) -> Digits:
+    """The 1,297 digits for training or the 500 held-out ones; ValueError for another split.
 
-    The order comes from numpy's legacy generator, whose stream numpy promises never to change.
+    The order comes from numpy's legacy generator, whose stream never changes.
     """
     order = np.random.RandomState(0).permutation(1797)
     parts = {"train": order[:TRAIN_SIZE], "held_out": order[TRAIN_SIZE:]}
@@ -61,17 +62,17 @@ def load(split: Literal["train", "held_out"]) -> Digits:
 
 
 def captions(label: int, templates: Iterable[str]) -> list[str]:
-    """Returns one caption of the digit `label` (0 … 9) for each template with a `{word}` or a `{numeral}` in it."""
+    """One caption of the digit `label` (0 … 9) for each template, which contains `{word}` or `{numeral}`."""
     return [template.format(word=WORDS[label], numeral=label) for template in templates]
 
 
 def enlarged(pixels: Tensor, side: int, channels: int) -> Tensor:
-    """Digits (N, 1, 8, 8) as (N, channels, side, side), smooth in between; side ≥ 8, at 8 just themselves."""
+    """Digits (N, 1, 8, 8) as (N, channels, side, side), side ≥ 8, by bicubic interpolation; unchanged for side 8."""
     if side != SIDE:
         pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False).clamp(0, 1)
     return pixels.expand(-1, channels, -1, -1)
 
 
 def reduced(pictures: Tensor) -> Tensor:
-    """Pictures (N, C, H, W) averaged over colours and pixels to the size of digits, (N, 1, 8, 8)."""
+    """Pictures (N, C, H, W) averaged over channels and pixels to the size of digits, (N, 1, 8, 8)."""
     return F.adaptive_avg_pool2d(pictures.mean(1, keepdim=True), SIDE)

@@ -1,7 +1,9 @@
 """The data sets that `evaluate.py` examines models on: what to ask for, what counts as right, and real pictures."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -12,28 +14,54 @@ from data import digits, shapes
 Half = Literal["train", "held_out"]
 
 
+class Verdict(NamedTuple):
+    """Whether a sample shows exactly what was asked for, and what it shows, as JSON holds it."""
+
+    right: bool
+    found: Any
+
+
 class Examined(ABC):
     """A data set, with prompts for some samples of a model.
 
     Attributes:
+        name: of the data set.
         features: the network of features unless the user names another, as `metrics.features.load_features` reads it.
         side: of a picture on the sheet, in pixels.
+        categories: the kinds of prompts that `by_category` gives.
+        by_rule: whether `verdicts` reads the pictures by rule; if not, it needs the classes that a network sees.
         prompts: of the samples.
         labels: `(N,)` int64, what the prompts ask for; samples that are asked for the same form a group.
-        real: pictures `(M, C, H, W)` in [0, 1] that models may have seen, and others that they have not.
         shown: which of the samples are on the sheet.
         settings: what to write down of all that.
         amount: how many real pictures `alike` gives, in words.
     """
 
+    name: ClassVar[str]
     features: ClassVar[str]
     side: ClassVar[int]
+    categories: ClassVar[tuple[str, ...]]
+    by_rule: ClassVar[bool]
     prompts: list[str]
     labels: Tensor
-    real: dict[Half, Tensor]
     shown: slice
     settings: dict[str, Any]
     amount: str
+
+    @classmethod
+    @abstractmethod
+    def held_out(cls, samples: int) -> Self:
+        """Prompts that no training uses, for as many samples. ValueError if there cannot be so many."""
+
+    @classmethod
+    @abstractmethod
+    def by_category(cls, each: int, seed: int) -> Self:
+        """Prompts for `each` samples of every category, category after category; the same for the same seed."""
+
+    @property
+    @abstractmethod
+    def real(self) -> dict[Half, Tensor]:
+        """Pictures `(M, C, H, W)` in [0, 1] that models may have seen, and others that they have not."""
 
     @abstractmethod
     def check(self, name: str, size: tuple[int, int], channels: int) -> None:
@@ -47,39 +75,62 @@ class Examined(ABC):
     def alike(self, half: Half) -> Tensor:
         """Real pictures of a half, as far as there are as many of each kind as there are samples."""
 
-    def accuracy(self, pictures: Tensor) -> float | None:
-        """The share of the samples that show what was asked for; None where the network of features tells it."""
-        return None
+    @abstractmethod
+    def verdicts(self, pictures: Tensor, classes: Sequence[int] = ()) -> list[Verdict]:
+        """What to say of each sample.
+
+        Args:
+            pictures: one for each prompt, as `compared` gives them.
+            classes: what a network takes each picture for; not used `by_rule`.
+        """
 
 
 class Digits(Examined):
-    """The digits of `data/digits.py`, asked for in words that no training uses; as many samples of each.
+    """The digits of `data/digits.py`, asked for in words that no training uses. Each digit is a category.
 
     Args:
-        samples: number of samples. ValueError unless it is a multiple of ten.
+        each: number of samples of each digit, at least 1.
     """
 
+    name = "digits"
     features = "judge:assets/digits/judge"
     side = 32
+    categories = digits.WORDS
+    by_rule = False
 
-    def __init__(self, samples: int) -> None:
-        if samples % 10:
-            raise ValueError(f"there are as many samples of each of ten digits, so no {samples}: take a multiple of 10")
-        self.halves = {"train": digits.load("train"), "held_out": digits.load("held_out")}
-        self.real = {"train": self.halves["train"].pixels, "held_out": self.halves["held_out"].pixels}
-        self.each = samples // 10
-        self.labels = torch.arange(10).repeat_interleave(self.each)
+    def __init__(self, each: int) -> None:
+        self.each = each
+        self.labels = torch.arange(10).repeat_interleave(each)
         templates = digits.HELD_OUT_TEMPLATES
         self.prompts = [
             digits.captions(int(label), templates)[i % len(templates)] for i, label in enumerate(self.labels)
         ]
-        self.shown = slice(None, None, self.each)  # one of each digit
-        self.settings = {"per_digit": self.each, "captions": list(templates)}
-        self.amount = f"digits, up to {self.each} of each"
+        self.shown = slice(None, None, each)  # one of each digit
+        self.settings = {"per_digit": each, "captions": list(templates)}
+        self.amount = f"digits, up to {each} of each"
+
+    @classmethod
+    def held_out(cls, samples: int) -> Self:
+        if samples % 10:
+            raise ValueError(f"{samples} samples cannot show ten digits equally often: take a multiple of 10")
+        return cls(samples // 10)
+
+    @classmethod
+    def by_category(cls, each: int, seed: int) -> Self:
+        return cls(each)
+
+    @cached_property
+    def halves(self) -> dict[Half, digits.Digits]:
+        """The real digits with their labels."""
+        return {"train": digits.load("train"), "held_out": digits.load("held_out")}
+
+    @cached_property
+    def real(self) -> dict[Half, Tensor]:
+        return {half: found.pixels for half, found in self.halves.items()}
 
     def check(self, name: str, size: tuple[int, int], channels: int) -> None:
         if any(side % digits.SIDE for side in size):
-            raise ValueError(f"{name} draws {size[0]}×{size[1]} pixels, which are no multiples of the digits' 8×8")
+            raise ValueError(f"{name} draws {size[0]}×{size[1]} pixels, but the digits need multiples of 8×8")
 
     def compared(self, pictures: Tensor) -> Tensor:
         return digits.reduced(pictures)
@@ -88,30 +139,48 @@ class Digits(Examined):
         pixels, labels = self.halves[half]
         return torch.cat([pixels[labels == label][: self.each] for label in range(10)])
 
+    def verdicts(self, pictures: Tensor, classes: Sequence[int] = ()) -> list[Verdict]:
+        return [Verdict(seen == asked, seen) for seen, asked in zip(classes, self.labels.tolist(), strict=True)]
+
 
 class Shapes(Examined):
     """The scenes of `data/shapes.py`. Held-out ones give both the prompts and the pictures to compare with.
 
-    A prompt is the caption that says everything of its scene. A sample is right if it shows exactly that. The labels
-    are all alike: no two scenes are asked for in the same words, so that the whole is one group.
+    A held-out prompt is the caption that says everything of its scene. The categories are GenEval's six (Ghosh et al.
+    2023), whose prompts leave some of it open. A sample is right if it shows exactly what was asked for and nothing
+    else. The labels are all alike: no two scenes are asked for in the same words, so that the whole is one group.
 
     Args:
-        samples: number of samples.
-        real: number of real pictures of each half: the first scenes of the training store's seed, and of another.
+        asked: what the samples should show.
+        scenes: number of real pictures of each half: the first scenes of the training store's seed, and of another.
     """
 
+    name = "shapes"
     features = "shapes:assets/shapes/judge"
     side = shapes.SIDE
+    categories = shapes.CATEGORIES
+    by_rule = True
     SEEDS: ClassVar[dict[Half, int]] = {"train": 0, "held_out": 4}  # the first as in configs/shapes.yaml
 
-    def __init__(self, samples: int, real: int = 1000) -> None:
-        self.real = {half: scenes(seed, real) for half, seed in self.SEEDS.items()}
-        self.asked = [shapes.scene(self.SEEDS["held_out"], i).request for i in range(samples)]
-        self.prompts = [request.caption() for request in self.asked]
-        self.labels = torch.zeros(samples, dtype=torch.int64)
+    def __init__(self, asked: Sequence[shapes.Request], scenes: int = 1000) -> None:
+        self.asked, self.scenes = asked, scenes
+        self.prompts = [request.caption() for request in asked]
+        self.labels = torch.zeros(len(asked), dtype=torch.int64)
         self.shown = slice(10)
-        self.settings = {"scenes": real, "seeds": self.SEEDS}
-        self.amount = f"scenes, {min(samples, real)} of them"
+        self.settings = {"scenes": scenes, "seeds": self.SEEDS}
+        self.amount = f"scenes, {min(len(asked), scenes)} of them"
+
+    @classmethod
+    def held_out(cls, samples: int, scenes: int = 1000) -> Self:
+        return cls([shapes.scene(cls.SEEDS["held_out"], i).request for i in range(samples)], scenes)
+
+    @classmethod
+    def by_category(cls, each: int, seed: int) -> Self:
+        return cls([request for category in cls.categories for request in shapes.requests(category, each, seed)])
+
+    @cached_property
+    def real(self) -> dict[Half, Tensor]:
+        return {half: scenes(seed, self.scenes) for half, seed in self.SEEDS.items()}
 
     def check(self, name: str, size: tuple[int, int], channels: int) -> None:
         if size != (shapes.SIDE, shapes.SIDE) or channels != 3:
@@ -124,9 +193,12 @@ class Shapes(Examined):
     def alike(self, half: Half) -> Tensor:
         return self.real[half][: len(self.prompts)]
 
-    def accuracy(self, pictures: Tensor) -> float:
+    def verdicts(self, pictures: Tensor, classes: Sequence[int] = ()) -> list[Verdict]:
         found = [shapes.read(picture.movedim(0, -1).double().cpu().numpy()) for picture in pictures]
-        return float(np.mean([shapes.fulfils(some, asked) for some, asked in zip(found, self.asked, strict=True)]))
+        return [
+            Verdict(shapes.fulfils(some, asked), [shape._asdict() for shape in some])
+            for some, asked in zip(found, self.asked, strict=True)
+        ]
 
 
 def scenes(seed: int, count: int) -> Tensor:
@@ -135,4 +207,4 @@ def scenes(seed: int, count: int) -> Tensor:
     return torch.from_numpy(drawn).movedim(-1, 1).contiguous() / 255
 
 
-DATA: dict[str, type[Digits] | type[Shapes]] = {"digits": Digits, "shapes": Shapes}
+DATA: dict[str, type[Examined]] = {examined.name: examined for examined in (Digits, Shapes)}

@@ -16,7 +16,7 @@ from storage import weights
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 PREFIX = "first_stage_model."  # of the VAE's tensors in a single file
-TILE = 1024  # pixels; the sample_size of SD3's VAE, which a single file does not tell
+TILE = 1024  # pixels; the sample_size of SD3's VAE, which a single file does not contain
 
 Shape = tuple[int, ...]
 
@@ -36,7 +36,7 @@ class Codec(ABC):
         """Latents of pixels."""
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents of pixels; ValueError if a picture has just one latent."""
+        """Mean and log-variance of the latents of pixels; ValueError if the codec is deterministic."""
         raise ValueError(f"{type(self).__name__} has no posterior to draw latents from: take their mean")
 
     @abstractmethod
@@ -45,19 +45,27 @@ class Codec(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes what `load_codec` needs."""
+        """Writes the files that `load_codec` reads."""
+
+    @abstractmethod
+    def index(self) -> list[str]:
+        """Library and class, as in diffusers' `model_index.json`."""
+
+    def original_state(self) -> dict[str, Tensor]:
+        """Its tensors as released single files name them; none for a codec that these cannot hold."""
+        return {}
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What its latents depend on besides the pixels, as JSON."""
+        """Everything that the latents depend on except the pixels, as JSON."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves its weights, of which pixels have none, to where it then computes and leaves its results."""
+        """Moves the weights, if any, to a device, on which it then computes and returns its results."""
         return self
 
 
 class Pixels(Codec):
-    """The picture is its own latent, but for shift and scale.
+    """The latent is the picture itself, shifted and scaled.
 
     Args:
         channels: 1 for grey, 3 for colour.
@@ -84,6 +92,9 @@ class Pixels(Codec):
     def save(self, folder: Path) -> None:
         weights.write_json({"_class_name": "Pixels"} | self._config, folder / CONFIG)
 
+    def index(self) -> list[str]:
+        return ["data.latents", "Pixels"]
+
     def fingerprint(self) -> dict[str, Any]:
         return {"class": "Pixels"} | self._config
 
@@ -95,19 +106,19 @@ class Pixels(Codec):
 class VAE(Codec):
     """Stable Diffusion's autoencoder (R. Rombach et al., 2022; SD3's has 16 channels), frozen, by diffusers.
 
-    The raw latent is the mean of the posterior of 2·pixels − 1. All is computed in `dtype`, as diffusers' pipelines do,
-    also inside autocast; the results are float32, without gradients, where the weights are.
+    The raw latent is the mean of the posterior of 2·pixels − 1. Everything is computed in `dtype`, as in diffusers'
+    pipelines, also inside autocast. Results are float32, without gradients, on the device of the weights.
 
     Args:
         path: a diffusers `vae/` folder, sharded or not, a model folder with a `vae/` in it, or an original single
             .safetensors file of SD3's kind.
-        dtype: of the weights in memory, whatever they are stored in; none is as stored.
+        dtype: of the weights in memory; None is the stored one.
     Attributes:
         vae: the network, diffusers' `AutoencoderKL`.
 
     Raises:
-        FileNotFoundError: if config or weights are missing.
-        ValueError: if they are damaged or of another kind, or do not fit each other. Nothing is half-loaded.
+        FileNotFoundError: config or weights are missing.
+        ValueError: they are damaged, of another kind, or do not fit each other.
     """
 
     def __init__(self, path: str | os.PathLike[str], dtype: weights.DType | None = "float32") -> None:
@@ -127,7 +138,7 @@ class VAE(Codec):
         self.vae = build(config, path if single else path / CONFIG)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.vae.state_dict().items()}
         layout = original_layout(shapes) if single else {name: (name, shape) for name, shape in shapes.items()}
-        weights.fit(stored, dict(layout.values()), "this VAE's config")
+        weights.check_tensors(stored, dict(layout.values()), "this VAE's config")
         kept = stored.dtype if dtype is None else weights.dtype_of(dtype)
         self.vae.load_state_dict(
             {name: stored[there].reshape(shapes[name]).to(kept, copy=True) for name, (there, _) in layout.items()},
@@ -144,21 +155,21 @@ class VAE(Codec):
         return self
 
     def save_memory(self, tiling: bool, slicing: bool) -> None:
-        """Less memory for more time, in encoding and decoding.
+        """Encodes and decodes with less memory, in more time.
 
         Args:
-            tiling: pictures larger than the config's `sample_size` go in overlapping tiles, blended, each of which sees
-                only itself, so that the result is another.
-            slicing: one picture of a batch after the other; the result is the same.
+            tiling: splits pictures larger than the config's `sample_size` into overlapping tiles and blends them. The
+                result changes, since a tile does not see the others.
+            slicing: one picture of a batch after the other; the result stays the same.
         """
         self.vae.use_tiling, self.vae.use_slicing = tiling, slicing
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Latents of pixels; ValueError if their size is no multiple of `factor`, and for numbers not finite."""
+        """Latents of pixels; ValueError if a side is not a multiple of `factor` or a number is not finite."""
         return self.posterior(pixels)[0]
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the normalised latents; the errors are those of `encode`."""
+        """Mean and log-variance of the normalised latents; errors as `encode`."""
         if pixels.shape[-2] % self.factor or pixels.shape[-1] % self.factor:
             raise ValueError(f"a picture's sides must be multiples of {self.factor}, got {tuple(pixels.shape[-2:])}")
 
@@ -170,7 +181,7 @@ class VAE(Codec):
         return mean, logvar
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels of latents, clamped to [0, 1]; ValueError for numbers not finite."""
+        """Pixels of latents, clamped to [0, 1]; ValueError if a number is not finite."""
         return self._run(lambda z: self.vae.decode(z / self.scale + self.shift).sample / 2 + 0.5, latents).clamp(0, 1)
 
     def _run(self, network: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
@@ -185,27 +196,31 @@ class VAE(Codec):
         return result.float()
 
     def save(self, folder: Path) -> None:
-        """Writes config and weights, in the dtype held, so that `AutoencoderKL.from_pretrained` reads them."""
+        """Writes config and weights, in their type in memory, as `AutoencoderKL.from_pretrained` reads them."""
         weights.write_json(self._config, folder / CONFIG)
         weights.write_tensors(self.vae.state_dict(), folder / f"{STEM}.safetensors")
 
+    def index(self) -> list[str]:
+        return ["diffusers", "AutoencoderKL"]
+
     def original_state(self) -> dict[str, Tensor]:
-        """The weights as they stand in a single file, prefix included. They are views of those held.
+        """The weights under the names of a single file, prefix included. They are views of the weights in memory.
 
         Raises:
-            ValueError: if the config is another than that which this format implies.
+            ValueError: the config is not the one that this format implies.
         """
         state = self.vae.state_dict()
         layout = original_layout({name: tuple(tensor.shape) for name, tensor in state.items()})
-        told = original_config(dict(layout.values())).items()
-        if other := [f"{key} is {self._config[key]}, not {value}" for key, value in told if self._config[key] != value]:
-            raise ValueError(f"a single file cannot tell this VAE's config: {', '.join(other)}")
+        implied = original_config(dict(layout.values())).items()
+        config = self._config
+        if other := [f"{key} is {config[key]}, not {value}" for key, value in implied if config[key] != value]:
+            raise ValueError(f"a single file cannot tell this VAE's config: {', '.join(other)}: save a folder instead")
         return {PREFIX + there: state[name].reshape(shape) for name, (there, shape) in layout.items()}
 
     def fingerprint(self) -> dict[str, Any]:
         dtype = str(self.vae.dtype).removeprefix("torch.")
-        aside = ("sample_size", "force_upcast")  # of no effect on what is computed here
-        config = {key: value for key, value in self._config.items() if key[0] != "_" and key not in aside}
+        unused = ("sample_size", "force_upcast")  # without effect on the results here
+        config = {key: value for key, value in self._config.items() if key[0] != "_" and key not in unused}
         return {
             "class": "VAE",
             "weights": weights.digest(self.vae.state_dict()),
@@ -220,19 +235,19 @@ class VAE(Codec):
 
 
 def build(config: Mapping[str, Any], source: Path) -> Any:
-    """An `AutoencoderKL` without weights, on the meta device. ValueError, naming the source, if there is none."""
+    """An `AutoencoderKL` without weights, on the meta device. ValueError, naming the source, if the config is wrong."""
     from diffusers import AutoencoderKL  # takes seconds
 
     try:
-        with torch.device("meta"):  # no time and no random numbers for weights that are replaced
+        with torch.device("meta"):  # takes no time and no random numbers
             vae = AutoencoderKL.from_config(dict(config))
         own = vae.config
         for factor in (own.scaling_factor, own.shift_factor or 0):
             if not isinstance(factor, int | float):
                 raise TypeError(f"{factor!r} is no number")
-    except Exception as error:  # a wrong value ends in whatever its first use raises
-        told = " ".join(str(error).split())
-        raise ValueError(f"{source} describes no AutoencoderKL that could be built: {told}") from None
+    except Exception as error:  # a wrong value may raise anything where it is used
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source} describes no AutoencoderKL that could be built: {reason}") from None
     if own.in_channels != own.out_channels or own.latents_mean or own.latents_std:
         raise ValueError(f"{source} asks for latents_mean, latents_std or unequal in_channels and out_channels")
     return vae
@@ -245,7 +260,7 @@ def original_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         shapes: original name, without prefix → shape.
 
     Raises:
-        LookupError: if a tensor that tells it is missing, or has too few dimensions.
+        LookupError: a tensor that determines the config is missing, or has too few dimensions.
     """
 
     def count(pattern: str) -> int:
@@ -299,7 +314,7 @@ def original_layout(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]
             name = name.replace(theirs, original)
         return name
 
-    # Attention's linear layers, the only matrices, are 1×1 convolutions there.
+    # The linear layers of attention, the only matrices, are 1×1 convolutions in the original.
     return {name: (renamed(name), (*shape, 1, 1) if len(shape) == 2 else shape) for name, shape in shapes.items()}
 
 
@@ -308,11 +323,10 @@ def load_codec(folder: Path, dtype: weights.DType | None = "float32") -> Codec:
 
     Args:
         folder: holds `config.json` and, for a VAE, its weights.
-        dtype: of a VAE's weights; none is as stored. Pixels have none.
+        dtype: of a VAE's weights; None is the stored one. Pixels have no weights.
 
     Raises:
-        ValueError, FileNotFoundError: in one line, if the folder holds no codec that this project knows, or a damaged
-            one.
+        ValueError, FileNotFoundError: in one line, if the folder holds no codec of this project, or a damaged one.
     """
     try:
         config = weights.read_json(folder / CONFIG)

@@ -5,17 +5,19 @@ import multiprocessing
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, NamedTuple, final
 
 import lightning as L
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from data import digits
 from data.batch import Batch, complete
+from data.degrade import Degrade, enlarged, noised
 from data.latents import Codec
 from data.order import GlobalBatches, Share, Stages, Stripes, Use, normal, stream
 from data.store import samples as stored
@@ -24,14 +26,22 @@ from data.store.reader import Store
 from data.text.encoder import Text, TextEncoder
 from storage.models import find_model, fingerprint
 
-PIXELS = 2**20  # encoded at once
-VALIDATED = 125  # samples at a time
+PIXELS = 2**20  # encoded in one batch
+VALIDATED = 125  # samples in a batch of validation
 
 
 class CaptionedDigits(Dataset[Batch]):
     """Latents and the encodings of all their captions in memory; an item is a whole share of a batch."""
 
-    def __init__(self, split: Literal["train", "held_out"], side: int, text: TextEncoder, codec: Codec) -> None:
+    def __init__(
+        self,
+        split: digits.Split,
+        side: int,
+        text: TextEncoder,
+        codec: Codec,
+        text_mask: bool = False,
+        degrade: Degrade | None = None,
+    ) -> None:
         pixels, labels = digits.load(split)
         templates = digits.TRAIN_TEMPLATES
         batches = tqdm(pixels.split(max(1, PIXELS // side**2)), desc="encoding pictures", disable=codec.factor == 1)
@@ -40,8 +50,13 @@ class CaptionedDigits(Dataset[Batch]):
         )
         self.labels = labels.numpy()
         self.templates = len(templates)
-        null, every = [""], [c for label in range(10) for c in digits.captions(label, templates)]
-        self.tokens, self.pooled = (part.cpu() for part in text.encode(null + every))  # row 0 is the null condition
+        captions = ["", *(c for label in range(10) for c in digits.captions(label, templates))]
+        self.tokens, self.pooled = (part.cpu() for part in text.encode(captions))  # row 0 is the null condition
+        self.mask = text.mask(captions) if text_mask else None
+        self.pictures = None
+        if degrade:
+            small = degrade.smaller(digits.enlarged(pixels, side, codec.pixel_channels))
+            self.pictures = codec.encode(enlarged(small, side, side)).cpu()
 
     def rows(self, samples: np.ndarray, choice: np.ndarray) -> np.ndarray:
         """The row of each sample's caption number `choice`, in the table of encodings."""
@@ -49,12 +64,14 @@ class CaptionedDigits(Dataset[Batch]):
 
     def batch(self, share: Share, rows: np.ndarray, noise: Tensor) -> Batch:
         return Batch(
-            share.step, share.positions, self.latents[share.samples], noise, self.tokens[rows], self.pooled[rows]
-        )
+            share.step, share.positions, self.latents[share.samples], noise, self.tokens[rows], self.pooled[rows],
+            mask=None if self.mask is None else self.mask[rows],
+            picture=None if self.pictures is None else self.pictures[share.samples],
+        )  # fmt: skip
 
 
 class TrainingDigits(CaptionedDigits):
-    """A share with captions drawn at random and dropped at a rate, and with fresh noise: functions of (seed, step)."""
+    """A share with random captions, some of them dropped, and fresh noise: functions of (seed, step)."""
 
     def __init__(
         self,
@@ -64,50 +81,80 @@ class TrainingDigits(CaptionedDigits):
         batch_size: int,
         caption_dropout: float,
         side: int = digits.SIDE,
+        text_mask: bool = False,
+        degrade: Degrade | None = None,
     ) -> None:
-        super().__init__("train", side, text, codec)
+        super().__init__("train", side, text, codec, text_mask, degrade)
         self.seed, self.batch_size, self.caption_dropout = seed, batch_size, caption_dropout
+        self.most = degrade.noise if degrade else 0.0  # noise of a picture
 
     def __getitem__(self, share: Share) -> Batch:
         drawn = stream(self.seed, Use.CAPTION, share.step).random((self.batch_size, 2))[share.positions]
         rows = self.rows(share.samples, (drawn[:, 0] * self.templates).astype(int))
         rows[drawn[:, 1] < self.caption_dropout] = 0
-        noise = normal(self.seed, Use.NOISE, share.step, share.positions, tuple(self.latents.shape[1:]))
-        return self.batch(share, rows, noise)
+        shape = tuple(self.latents.shape[1:])
+        batch = self.batch(share, rows, normal(self.seed, Use.NOISE, share.step, share.positions, shape))
+        if not self.most or batch.picture is None:
+            return batch
+        levels = self.most * stream(self.seed, Use.LEVEL, share.step).random(self.batch_size)[share.positions]
+        level = torch.from_numpy(levels).float()
+        noise = normal(self.seed, Use.DEGRADE, share.step, share.positions, shape)
+        return batch._replace(picture=noised(batch.picture, noise, level), level=level)
 
 
 class ValidationDigits(CaptionedDigits):
-    """Each held-out sample with one caption and one noise, the same in every run."""
+    """Each held-out sample with one caption and one noise, the same in every run, and its picture without noise."""
 
-    def __init__(self, text: TextEncoder, codec: Codec, side: int = digits.SIDE) -> None:
-        super().__init__("held_out", side, text, codec)
+    def __init__(
+        self,
+        text: TextEncoder,
+        codec: Codec,
+        side: int = digits.SIDE,
+        text_mask: bool = False,
+        degrade: Degrade | None = None,
+    ) -> None:
+        super().__init__("held_out", side, text, codec, text_mask, degrade)
+        self.leveled = bool(degrade and degrade.noise)
 
     def __getitem__(self, share: Share) -> Batch:
         rows = self.rows(share.samples, share.samples % self.templates)
         noise = normal(0, Use.VALIDATION, 0, share.samples, tuple(self.latents.shape[1:]))
-        return self.batch(share, rows, noise)
+        level = torch.zeros(len(rows)) if self.leveled else None
+        return self.batch(share, rows, noise)._replace(level=level)
+
+
+class Examples(NamedTuple):
+    """Held-out pictures to make samples of, one a caption."""
+
+    captions: list[str]
+    pictures: Tensor  # to work from, (n, C, h, w) in [0, 1]
+    real: Tensor  # what they come from, (n, C, H, W)
+
+    def enlarged(self) -> Tensor:
+        """The pictures to work from in the size of the real ones, pixel by pixel."""
+        return F.interpolate(self.pictures, size=self.real.shape[-2:], mode="nearest")
 
 
 def _whole(batch: Any) -> Any:
     return batch
 
 
-def deaf(worker: int) -> None:
-    """Lets a loader process live on while the training process answers a signal to both, and ends it in its time."""
+def ignore_signals(worker: int) -> None:
+    """Lets a loader process outlive a signal to the whole group: the training process saves, then ends it."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_loaders() -> None:
-    """Ends loader processes that are left, which are deaf to how Python would do it, and waited for."""
+    """Kills the loader processes that are left: they ignore SIGTERM, which Python would send and then wait for them."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
 class Data(L.LightningDataModule):
-    """Batches for training, without end from the trainer's step on, and for validation.
+    """Endless batches for training, from the trainer's step on, and batches for validation.
 
     Args:
         text: encodes captions.
@@ -116,31 +163,54 @@ class Data(L.LightningDataModule):
         batch_size: of the global batch, over all processes.
         side: of a square picture, in pixels.
         workers: loader processes; 0 loads in the training process.
-        sized: the pooled vector also tells sizes and crops.
+        sized: sizes and crops are part of the pooled vector.
+        text_mask: padding of the captions is masked.
 
     Attributes:
-        sizes: height and width of all pictures that may come, in pixels.
+        sizes: (height, width) of all pictures that may occur, in pixels.
+        picture_channels: of the pictures to work from, in latents; 0 is none.
+        level_embeds: these have noise of different levels.
     """
 
+    picture_channels: int = 0
+    level_embeds: bool = False
+
     def __init__(
-        self, text: TextEncoder, codec: Codec, seed: int, batch_size: int, side: int, workers: int, sized: bool = False
+        self,
+        text: TextEncoder,
+        codec: Codec,
+        seed: int,
+        batch_size: int,
+        side: int,
+        workers: int,
+        sized: bool = False,
+        text_mask: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or workers < 0:
             raise ValueError(f"data needs batch_size >= 1 and workers >= 0, got {batch_size} and {workers}")
         self.text, self.codec, self.seed = text, codec, seed
-        self.batch_size, self.side, self.workers, self.sized = batch_size, side, workers, sized
+        self.batch_size, self.side, self.workers, self.sized, self.text_mask = (
+            batch_size, side, workers, sized, text_mask,
+        )  # fmt: skip
         self.sizes: tuple[tuple[int, int], ...] = ((side, side),)
 
     def setup(self, stage: str) -> None:
-        """Text and pictures are encoded where the training runs."""
+        """Moves the encoders of text and pictures to the device of the training."""
         if self.trainer:
             self.codec.to(self.trainer.strategy.root_device)
             self.text.to(self.trainer.strategy.root_device)
 
     def identity(self) -> dict[str, str]:
-        """What tells these data from others in the same place: where they lie → a hash. Empty if nothing can change."""
+        """Path of the data → hash of their content. Empty for data that cannot change."""
         return {}
+
+    def check(self, world: int) -> None:
+        """ValueError if so many processes cannot share the data."""
+
+    def examples(self, count: int) -> Examples | None:
+        """Pictures for samples to be made of; none for networks that work from noise alone."""
+        return None
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
@@ -149,7 +219,7 @@ class Data(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _start(self) -> tuple[int, int]:
-        """The step to begin with, and the parts of each share."""
+        """The first step, and the micro-batches of each share."""
         return (self.trainer.global_step, self.trainer.accumulate_grad_batches) if self.trainer else (0, 1)
 
     def _loader(self, data: Dataset[Batch], shares: Sampler[Share]) -> DataLoader:
@@ -159,7 +229,7 @@ class Data(L.LightningDataModule):
             batch_size=None,
             collate_fn=_whole,
             num_workers=self.workers,
-            worker_init_fn=deaf,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -170,12 +240,14 @@ class Digits(Data):
 
     Args:
         text: encodes the captions.
-        codec: encodes the pictures, in grey or in three equal colours.
+        codec: encodes the pictures, as grey or as RGB with three equal channels.
         seed: of the order, the captions and the noise.
         batch_size: of the global batch, over all processes.
-        caption_dropout: share of captions replaced by the empty one, which is the null condition of guidance.
-        side: of a picture, in pixels, to which the digits of 8 × 8 are enlarged.
+        caption_dropout: share of captions replaced by the empty caption, the null condition of guidance.
+        side: of a picture, in pixels; the digits of 8 × 8 are enlarged to it.
         workers: loader processes; 0 loads in the training process.
+        text_mask: padding of the captions is masked, in training as in sampling.
+        degrade: also gives the network a smaller picture of each digit, to be enlarged (super-resolution).
     """
 
     def __init__(
@@ -187,17 +259,34 @@ class Digits(Data):
         caption_dropout: float = 0.1,
         side: int = digits.SIDE,
         workers: int = 0,
+        text_mask: bool = False,
+        degrade: Degrade | None = None,
     ) -> None:
-        super().__init__(text, codec, seed, batch_size, side, workers)
+        super().__init__(text, codec, seed, batch_size, side, workers, text_mask=text_mask)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout must be from 0 to 1, got {caption_dropout}")
         if side < digits.SIDE or side % codec.factor:
             raise ValueError(f"data.side must be a multiple of {codec.factor} and at least 8, got {side}")
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.degrade = caption_dropout, degrade
+        if degrade:
+            degrade.smaller(torch.empty(1, 1, side, side))  # a factor that does not fit should fail now
+            self.picture_channels, self.level_embeds = codec.channels, degrade.noise > 0
+
+    def examples(self, count: int) -> Examples | None:
+        """The first held-out digits, made smaller."""
+        if not self.degrade:
+            return None
+        pixels, labels = (part[:count] for part in digits.load("held_out"))
+        real = digits.enlarged(pixels, self.side, self.codec.pixel_channels)
+        captions = [digits.captions(int(label), digits.TRAIN_TEMPLATES[:1])[0] for label in labels]
+        return Examples(captions, self.degrade.smaller(real), real)
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._place()
-        data = TrainingDigits(self.text, self.codec, self.seed, self.batch_size, self.caption_dropout, self.side)
+        data = TrainingDigits(
+            self.text, self.codec, self.seed, self.batch_size, self.caption_dropout, self.side, self.text_mask,
+            self.degrade,
+        )  # fmt: skip
         start, parts = self._start()
         pool = [np.arange(len(data.latents))]
         return self._loader(data, GlobalBatches(pool, self.batch_size, self.seed, start, rank, world, parts))
@@ -205,17 +294,17 @@ class Digits(Data):
     def val_dataloader(self) -> DataLoader:
         """The 500 held-out digits, once each."""
         rank, world = self._place()
-        data = ValidationDigits(self.text, self.codec, self.side)
+        data = ValidationDigits(self.text, self.codec, self.side, self.text_mask, self.degrade)
         return self._loader(data, Stripes([np.arange(len(data.latents))], VALIDATED, rank, world))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A store that is trained on before the main one.
+    """A store that training uses before the main one.
 
     Args:
         store: a folder or a URL.
-        steps: for how many steps.
+        steps: number of steps.
     """
 
     store: str
@@ -231,20 +320,21 @@ class Stored(Data):
     """Pictures and captions from a store that `encode.py` wrote.
 
     Args:
-        text: the encoders that the store was written with.
-        codec: likewise.
+        text: the text encoders that the store was written with.
+        codec: the codec that it was written with.
         seed: of the order, the captions and the noise.
         store: a folder, or a URL whose files are fetched as they are needed.
         batch_size: of the global batch, over all processes.
-        caption_dropout: share of captions replaced by the null condition, all encoders together.
-        encoder_dropout: share of captions of which an encoder is dropped, each encoder by itself; SD3's is 0.464, with
-            no caption_dropout.
-        held_out: samples that validation uses and training does not, the same ones in every stage.
-        before: stores that come first, such as one of smaller pictures.
-        teacher: the model folder whose pairs the main store holds; none for a store of anything else.
-        size_conditioning: the pooled vector also tells the original size and the crop (SDXL, §2.2); the network's
-            pooled_dim is then larger by 1,536.
+        caption_dropout: share of captions replaced by the null condition, for all encoders together.
+        encoder_dropout: share of captions replaced by the null condition for one encoder, independently for each; SD3
+            uses 0.464 and no caption_dropout.
+        held_out: number of samples that only validation uses, the same in every stage.
+        before: stores that training uses first, such as one of smaller pictures.
+        teacher: the model folder that made the pairs in the main store; None if it holds no pairs.
+        size_conditioning: original size and crop are part of the pooled vector (SDXL, §2.2), whose pooled_dim in the
+            network is then larger by 1,536.
         workers: loader processes; 0 loads in the training process.
+        text_mask: padding of the captions is masked, in training as in sampling.
 
     Raises:
         ValueError: a store is damaged, or was written with another codec or text encoder.
@@ -265,19 +355,21 @@ class Stored(Data):
         teacher: str | None = None,
         size_conditioning: bool = False,
         workers: int = 0,
+        text_mask: bool = False,
     ) -> None:
         if not (0 <= caption_dropout <= 1 and 0 <= encoder_dropout <= 1):
             raise ValueError(f"dropouts must be from 0 to 1, got {caption_dropout} and {encoder_dropout}")
         self.stores = [Store(path) for path in (*(stage.store for stage in before), store)]
         for opened in self.stores:
-            told = {"text": text.fingerprint()} if opened.has_tokens else {}
-            opened.expect(version=VERSION, codec=codec.fingerprint(), **told)
+            sections = {"text": text.fingerprint()} if opened.has_tokens else {}
+            opened.expect(version=VERSION, codec=codec.fingerprint(), **sections)
         main = self.stores[-1]
         if teacher is not None:
             main.expect(latents=stored.PAIR, teacher=fingerprint(find_model(Path(teacher))))
         elif main.plan.get("latents") == stored.PAIR:
-            raise ValueError(f"{main.source} holds pairs: name the model that made them as data.teacher")
-        super().__init__(text, codec, seed, batch_size, main.plan["buckets"]["side"], workers, size_conditioning)
+            raise ValueError(f"{main.source} holds pairs: set data.teacher to the model folder that made them")
+        side = main.plan["buckets"]["side"]
+        super().__init__(text, codec, seed, batch_size, side, workers, size_conditioning, text_mask)
         if not 1 <= held_out < len(main):
             raise ValueError(f"data.held_out must be from 1 to below the store's {len(main)} samples, got {held_out}")
         self.caption_dropout, self.encoder_dropout, self.before = caption_dropout, encoder_dropout, before
@@ -285,11 +377,18 @@ class Stored(Data):
         self.pools = [stored.divided(opened, self.apart, False) for opened in self.stores]
         for opened, pool in zip(self.stores, self.pools, strict=True):
             if not any(map(len, pool)):
-                raise ValueError(f"no sample of {opened.source} is left to train on: all are held out")
+                raise ValueError(
+                    f"no sample of {opened.source} is left to train on: all are held out; lower data.held_out"
+                )
         self.sizes = tuple(
             size for opened in self.stores for bucket, size in enumerate(opened.buckets) if len(opened.members(bucket))
         )
         self.null: Text | None = None
+        self.null_mask: Tensor | None = None
+
+    def check(self, world: int) -> None:
+        if len(self.apart) < world:
+            raise ValueError(f"data.held_out must be at least the {world} processes, got {len(self.apart)}")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -301,8 +400,8 @@ class Stored(Data):
     def train_dataloader(self) -> DataLoader:
         rank, world = self._place()
         data = stored.TrainingSamples(
-            self.stores, len(self.text.slots), self.sized, self.seed, self.batch_size, self.caption_dropout,
-            self.encoder_dropout,
+            self.stores, len(self.text.slots), self.sized, self._mask(), self.seed, self.batch_size,
+            self.caption_dropout, self.encoder_dropout,
         )  # fmt: skip
         lengths = [*(stage.steps for stage in self.before), None]
         batches = [GlobalBatches(pool, self.batch_size, self.seed, 0, rank, world) for pool in self.pools]
@@ -311,15 +410,19 @@ class Stored(Data):
     def val_dataloader(self) -> DataLoader:
         """The held-out samples of the main store, once each."""
         rank, world = self._place()
-        data = stored.ValidationSamples(self.stores[-1:], len(self.text.slots), self.sized)
+        data = stored.ValidationSamples(self.stores[-1:], len(self.text.slots), self.sized, self._mask())
         return self._loader(data, Stripes(stored.divided(self.stores[-1], self.apart, True), VALIDATED, rank, world))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Encodes captions that the store holds unencoded, and completes the condition."""
+        """Encodes captions if the store has no tokens, and completes the condition."""
         if self.null is None:
             kept = self.stores[-1].null
             if kept is None:
                 tokens, pooled = self.text.encode([""])
                 kept = Text(tokens[0], pooled[0])
             self.null = Text(*(part.to(batch.x0.device) for part in kept))
-        return complete(batch, self.text, self.null)
+            self.null_mask = self.text.mask([""])[0].to(batch.x0.device) if self.text_mask else None
+        return complete(batch, self.text, self.null, self.null_mask)
+
+    def _mask(self) -> stored.Mask | None:
+        return self.text.mask if self.text_mask else None

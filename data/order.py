@@ -1,7 +1,7 @@
 """Which samples make up global batch k, and every random number that belongs to them: pure functions of (seed, k).
 
-Philox is counter-based: a stream is named by its key and counter and needs no history (Salmon et al. 2011), so a run
-that stopped after k batches goes on with batch k, on any number of ranks and loader workers.
+Philox is counter-based: key and counter determine a stream, without history (Salmon et al. 2011). So a run that stopped
+after k batches resumes with batch k, on any number of ranks and loader workers.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 
 
 class Use(IntEnum):
-    """What a random stream is for. Streams of different uses never meet."""
+    """The purpose of a random stream. Streams of different purposes are independent."""
 
     ORDER = 0
     CAPTION = 1
@@ -29,51 +29,53 @@ class Use(IntEnum):
     POSTERIOR = 7
     BUCKET = 8
     PAIR = 9
+    LEVEL = 10
+    DEGRADE = 11
 
 
 def stream(seed: int, use: Use, step: int = 0, sample: int = 0) -> np.random.Generator:
-    """A random generator of its own for each (seed, use, step, sample); all at least 0 and below 2⁶⁴."""
+    """The random generator of (seed, use, step, sample), each from 0 to 2⁶⁴ − 1."""
     key = np.array([seed, use], dtype=np.uint64)
     counter = np.array([0, 0, step, sample], dtype=np.uint64)  # the low words count the numbers drawn
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def normal(seed: int, use: Use, step: int, samples: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal noise, sample i's from its own stream whatever else is in the batch: (len(samples), *shape)."""
+    """Standard normal noise (len(samples), *shape). Each sample has its own stream, independent of the batch."""
     out = np.empty((len(samples), *shape), dtype=np.float32)
     generator = stream(seed, use, step)
     start = generator.bit_generator.state
     for row, sample in zip(out, samples, strict=True):
-        start["state"]["counter"][3] = sample  # as `stream` does, without a new generator for each
+        start["state"]["counter"][3] = sample  # as `stream`, without a new generator for each sample
         generator.bit_generator.state = start
         generator.standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)
 
 
 def order(seed: int, size: int, epoch: int, bucket: int = 0) -> np.ndarray:
-    """A bucket's permutation of range(size) in an epoch. By argsort of raw Philox output, which numpy keeps stable."""
+    """A bucket's permutation of range(size) in an epoch: argsort of raw Philox output, which numpy keeps stable."""
     return np.argsort(stream(seed, Use.ORDER, epoch, bucket).bit_generator.random_raw(size), kind="stable")
 
 
-NOT_COUNTED = -1  # the step of a share that a rank computes only to keep the others company
+NOT_COUNTED = -1  # the step of a repeated share, which a rank computes only because all ranks must take part
 
 
 class Share(NamedTuple):
-    """One rank's part of a global batch, or a part of that."""
+    """One rank's share of a global batch, or one micro-batch of it."""
 
     step: int  # k, the number of global batches before this one
-    positions: np.ndarray  # where in the global batch, (b,)
-    samples: np.ndarray  # which samples of the data set, (b,)
-    bucket: int = 0  # that all of them are from
+    positions: np.ndarray  # of the samples in the global batch, (b,)
+    samples: np.ndarray  # their numbers in the data set, (b,)
+    bucket: int = 0  # of all of them
     stage: int = 0  # of the curriculum
 
 
 class Shares(Sampler[Share], ABC):
-    """This rank's shares of global batches start, start + 1, … without end, each cut into equal parts.
+    """This rank's shares of the global batches start, start + 1, …, without end, each split into equal parts.
 
     Args:
-        start: the first batch.
-        parts: of a share, which come one after another.
+        start: number of the first batch.
+        parts: micro-batches of a share, one after another.
     """
 
     def __init__(self, start: int, parts: int = 1) -> None:
@@ -81,7 +83,7 @@ class Shares(Sampler[Share], ABC):
 
     @abstractmethod
     def share(self, step: int) -> Share:
-        """This rank's share of global batch `step`, whatever was asked for before."""
+        """This rank's share of global batch `step`, independent of earlier calls."""
 
     def __iter__(self) -> Iterator[Share]:
         for share in map(self.share, count(self.start)):
@@ -91,17 +93,17 @@ class Shares(Sampler[Share], ABC):
 
 
 class Lane:
-    """The endless sequence of a bucket's samples: a permutation of them for each epoch, laid end to end.
+    """The endless sequence of a bucket's samples: one permutation for each epoch, one after another.
 
     Args:
-        samples: the bucket's, (n,).
-        seed: names the order.
+        samples: of the bucket, (n,).
+        seed: of the order.
         bucket: the bucket's number.
     """
 
     def __init__(self, samples: np.ndarray, seed: int, bucket: int) -> None:
         self.samples, self.seed, self.bucket = samples, seed, bucket
-        self.latest: tuple[int, np.ndarray] | None = None  # an epoch and its order, which takes long to make
+        self.latest: tuple[int, np.ndarray] | None = None  # an epoch and its order, which is slow to make
 
     def at(self, places: np.ndarray) -> np.ndarray:
         """The samples at ascending places of the sequence, (b,)."""
@@ -118,33 +120,33 @@ class Lane:
 class Plan(NamedTuple):
     """The global batches of an epoch, in their order."""
 
-    first: int  # number of the first of them
+    first: int  # number of the first batch
     buckets: np.ndarray  # the bucket of each, (batches,)
-    places: np.ndarray  # how many batches of that bucket came before it, in this and all earlier epochs, (batches,)
+    places: np.ndarray  # number of earlier batches of its bucket, in all epochs, (batches,)
 
 
 class GlobalBatches(Shares):
-    """This rank's shares of endless global batches, each from one bucket: samples that can stand in one batch.
+    """This rank's shares of endless global batches. All samples of a batch are from one bucket, so of one size.
 
-    Each bucket's permutations, one an epoch, are laid end to end and cut into batches, so no sample is dropped: what
-    is left of a bucket at the end of an epoch begins its next batch, in a later epoch. Up to epoch e a bucket of n
-    samples has given ⌊n·e / batch_size⌋ batches; those of an epoch are shuffled between the buckets. Every sample is
-    thus seen equally often, in large buckets and in those that are smaller than a batch.
+    The permutations of a bucket, one for each epoch, form one sequence that is cut into batches. No sample is dropped:
+    the rest of a bucket at the end of an epoch starts its next batch, in a later epoch. Before epoch e a bucket of n
+    samples has given ⌊n·e / batch_size⌋ batches; the batches of an epoch are shuffled across buckets. So every sample
+    is seen equally often, also in a bucket smaller than a batch.
 
     Args:
-        buckets: the numbers of each one's samples, each (n,); some may be empty. One bucket is an ordinary data set.
-        batch_size: of the global batch, over all ranks; a multiple of `world`.
-        seed: names the order.
-        start: the first batch.
-        rank: this process.
+        buckets: the numbers of the samples of each bucket, (n,) each; may be empty. A plain data set is one bucket.
+        batch_size: of the global batch, over all ranks; a multiple of `world` × `parts`.
+        seed: of the order.
+        start: number of the first batch.
+        rank: of this process.
         world: number of processes.
-        parts: that each rank's share is cut into.
+        parts: micro-batches of each rank's share.
 
     Raises:
-        ValueError: if there are no samples, or batch_size is no multiple of `world` × `parts`.
+        ValueError: there are no samples, or batch_size is not a multiple of `world` × `parts`.
 
     Attributes:
-        sizes: samples of each bucket; their sum / batch_size is the mean number of batches an epoch.
+        sizes: number of samples of each bucket; their sum / batch_size is the mean number of batches an epoch.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class GlobalBatches(Shares):
             )
         self.sizes = np.array([len(samples) for samples in buckets], dtype=np.int64)
         if not self.sizes.sum():
-            raise ValueError(f"batches need samples, and there are none in {len(buckets)} buckets")
+            raise ValueError(f"there are no samples in {len(buckets)} buckets: batches need at least one")
         self.lanes = [Lane(samples, seed, bucket) for bucket, samples in enumerate(buckets)]
         self.batch_size, self.seed = batch_size, seed
         self.positions = np.arange(batch_size)[rank * (batch_size // world) : (rank + 1) * (batch_size // world)]
@@ -177,12 +179,12 @@ class GlobalBatches(Shares):
         return Share(step, self.positions, self.lanes[bucket].at(place * self.batch_size + self.positions), bucket)
 
     def _given(self, epoch: int) -> np.ndarray:
-        """How many batches each bucket has given before an epoch, (buckets,)."""
+        """Number of batches that each bucket has given before an epoch, (buckets,)."""
         return self.sizes * epoch // self.batch_size
 
     def _epoch(self, step: int) -> int:
-        """The epoch of a global batch, the last before which there are no more than `step` batches."""
-        # Σ⌊n·e / B⌋ > step once Σn·e / B > step + buckets, since each bucket keeps back less than a batch.
+        """The epoch of global batch `step`: the last epoch with at most `step` batches before it."""
+        # Σ⌊n·e / B⌋ > step once Σn·e / B > step + buckets, since each bucket holds back less than one batch.
         enough = (step + len(self.sizes)) * self.batch_size // int(self.sizes.sum()) + 1
         return bisect_right(range(enough + 1), step, key=lambda epoch: int(self._given(epoch).sum())) - 1
 
@@ -199,16 +201,16 @@ class GlobalBatches(Shares):
 
 
 class Stages(Shares):
-    """A curriculum: global batches of one kind for so many steps, then of another, each kind from its own batch 0.
+    """A curriculum: some steps with the global batches of one kind, then of the next, each kind from its batch 0.
 
     Args:
-        kinds: how many steps each stage lasts, none for the last, which has no end; and its batches. Stages over
-            buckets of the same sizes go through them in the same order unless their seeds differ.
-        start: the first batch; that of the kinds does not count.
-        parts: that each rank's share is cut into; likewise.
+        kinds: (steps, batches) of each stage; steps is None for the last stage, which has no end. Stages over buckets
+            of the same sizes have the same order unless their seeds differ.
+        start: number of the first batch; `start` of the kinds is ignored.
+        parts: micro-batches of each rank's share; `parts` of the kinds is ignored.
 
     Raises:
-        ValueError: if a stage does not last for a step or more, or the last has an end.
+        ValueError: a stage has less than one step, or the last stage has an end.
     """
 
     def __init__(self, kinds: Sequence[tuple[int | None, GlobalBatches]], start: int = 0, parts: int = 1) -> None:
@@ -216,7 +218,7 @@ class Stages(Shares):
         lengths = [length for length, _ in kinds]
         lasting = [length for length in lengths[:-1] if length is not None and length > 0]
         if not lengths or lengths[-1] is not None or len(lasting) != len(lengths) - 1:
-            raise ValueError(f"stages must last for a step or more, the last without an end (none), got {lengths}")
+            raise ValueError(f"stages need at least 1 step each, and None for the last, got {lengths}")
         self.begins = [0, *accumulate(lasting)]
         self.kinds = [batches for _, batches in kinds]
 
@@ -226,26 +228,28 @@ class Stages(Shares):
 
 
 class Stripes(Sampler[Share]):
-    """Every sample once, in order, for validation: batches of one bucket each, dealt out to the ranks in turn.
+    """Every sample once, in order, for validation: batches of one bucket each, distributed over the ranks in turn.
 
-    No batch is padded: the last one of a bucket may be smaller. All ranks have equally many, since divided weights are
-    gathered by all together: a rank that lacks one repeats its last, whose step says that it is NOT_COUNTED.
+    No batch is padded; the last batch of a bucket may be smaller. All ranks have the same number of batches, since they
+    gather sharded weights together: a rank with one batch less repeats its last, with the step NOT_COUNTED.
 
     Args:
-        buckets: the numbers of each one's samples, each (n,).
-        batch_size: of one batch on one rank, at most.
-        rank: this process.
+        buckets: the numbers of the samples of each bucket, (n,) each.
+        batch_size: largest batch on one rank.
+        rank: of this process.
         world: number of processes.
 
     Raises:
-        ValueError: if there are fewer samples than processes.
+        ValueError: there are fewer samples than processes.
     """
 
     def __init__(self, buckets: Sequence[np.ndarray], batch_size: int, rank: int = 0, world: int = 1) -> None:
         samples = sum(map(len, buckets))
         size = min(batch_size, samples // world)
         if size < 1:
-            raise ValueError(f"validation needs a sample for each of the {world} processes, got {samples}")
+            raise ValueError(
+                f"validation needs a sample for each of the {world} processes, got {samples}: hold out more"
+            )
         shares = [
             Share(0, ids, ids, bucket)
             for bucket, members in enumerate(buckets)

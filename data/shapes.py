@@ -1,4 +1,4 @@
-"""Drawn scenes of coloured shapes with captions, without end, and a judge that reads a picture back by rule.
+"""An endless sequence of drawn scenes of coloured shapes with captions, and a judge that reads a picture by rules.
 
 A proving ground for text-to-image models in the manner of GenEval (Ghosh et al. 2023): pictures of 64 × 64 pixels,
 captions over objects, colours, counts, positions and the binding of attributes ("two small red circles above a large
@@ -20,7 +20,7 @@ from data.order import Use, stream
 from data.raw.base import UNIT, Raw, Source
 
 SIDE = 64  # of a picture, in pixels
-FINER = 4  # times that the pictures are drawn larger, for smooth edges
+FINER = 4  # supersampling factor of the drawing, for smooth edges
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
     "red": (215, 35, 35),
@@ -37,13 +37,13 @@ NUMBERS = ("no", "one", "two", "three", "four")
 RELATIONS = {"above": (1, 0), "below": (-1, 0), "to the left of": (0, 1), "to the right of": (0, -1)}  # (down, right)
 OPENINGS = ("", "a picture of ", "a drawing of ", "an image of ")
 CATEGORIES = ("one object", "two objects", "counting", "colours", "position", "binding")
-STEP = 4  # pixels; boxes begin at multiples of it, and stay so far from each other and from the edge
+STEP = 4  # pixels: the grid of boxes, and the least distance between them and to the edge
 BACKGROUND = (240, 240, 240)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Equal shapes; a size or colour of none is one that nobody asked for."""
+    """A number of equal shapes; a size or colour of None was not asked for."""
 
     count: int
     shape: str
@@ -51,7 +51,7 @@ class Group:
     size: str | None = None
 
     def words(self) -> str:
-        """The group in words: "two small red circles"."""
+        """The group in words, as "two small red circles"."""
         described = " ".join(filter(None, (self.size, self.colour, self.shape)))
         if self.count == 1:
             return f"{'an' if described[0] in 'aeiou' else 'a'} {described}"
@@ -60,12 +60,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Request:
-    """What a caption asks for: exactly these shapes and no others.
+    """The shapes that a caption asks for, exactly these and no others.
 
     Args:
-        groups: one, or two of different shapes.
-        relation: of the first to the second, a key of RELATIONS, or none.
-        opening: words before it.
+        groups: one group, or two of different shapes.
+        relation: of the first to the second group, a key of RELATIONS, or None.
+        opening: words at the start of the caption.
     """
 
     groups: tuple[Group, ...]
@@ -77,7 +77,7 @@ class Request:
 
 
 class Placed(NamedTuple):
-    """A shape in its place; pixels from the top left corner of the picture to that of its box."""
+    """A shape with its position: top and left of its box in the picture, in pixels."""
 
     shape: str
     colour: str
@@ -87,14 +87,14 @@ class Placed(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A picture before it is drawn, with all that can be said of it."""
+    """The content of a picture, with the request that describes it in full."""
 
     request: Request
     objects: tuple[Placed, ...]
 
 
 def request(draw: Generator, category: str | None = None) -> Request:
-    """A random request, of a category or, for none, one in which everything is said."""
+    """A random request of a category; for None, one with all sizes and colours."""
 
     def one(words: Sequence[str]) -> str:
         return words[int(draw.integers(len(words)))]
@@ -141,13 +141,13 @@ def scene(seed: int, number: int) -> Scene:
 
 
 def place(asked: Request, draw: Generator) -> tuple[Placed, ...] | None:
-    """The shapes at random places that keep the relation and do not touch; none where chance left no room."""
+    """The shapes at random positions that fulfil the relation and do not touch; None if there was no room."""
     objects: list[Placed] = []
-    line = int(draw.integers(SIDE * 3 // 8, SIDE * 5 // 8)) // STEP * STEP  # parts the two groups, if they are related
+    line = int(draw.integers(SIDE * 3 // 8, SIDE * 5 // 8)) // STEP * STEP  # between two groups with a relation
     down, right = RELATIONS[asked.relation] if asked.relation else (0, 0)
     for sign, group in zip((1, -1), asked.groups, strict=False):
         side = SIZES[group.size or "large"]
-        spans = []  # in which the box may begin, rows and columns
+        spans = []  # allowed rows and columns of the box's top left corner
         for way in (sign * down, sign * right):
             first, last = line if way < 0 else STEP, line if way > 0 else SIDE - STEP
             spans.append(range(first, last - side + 1, STEP))
@@ -165,7 +165,7 @@ def place(asked: Request, draw: Generator) -> tuple[Placed, ...] | None:
 
 
 def apart(first: int, length: int, other: int, its_length: int) -> bool:
-    """Whether two intervals, given by start and length, have a gap of STEP or more between them."""
+    """Whether two intervals, given by start and length, are at least STEP apart."""
     return first + length + STEP <= other or other + its_length + STEP <= first
 
 
@@ -194,9 +194,9 @@ def trace(pen: ImageDraw.ImageDraw, shape: str, top: float, left: float, side: f
 
 
 def captions(drawn: Scene, draw: Generator) -> tuple[str, str]:
-    """All that can be said of a scene, and a shorter caption that leaves some of it out."""
+    """The full caption of a scene, and a shorter caption that leaves some of it out."""
     asked = drawn.request
-    said = draw.random(3) < 0.5  # sizes, colours, the relation
+    said = draw.random(3) < 0.5  # whether the short caption has sizes, colours, the relation
     short = tuple(
         replace(group, size=group.size if said[0] and said[1] else None, colour=group.colour if said[1] else None)
         for group in asked.groups
@@ -209,8 +209,8 @@ class Shapes(Source):
     """Scenes as a source of captioned pictures; each has a long and a short caption, equally often used.
 
     Args:
-        count: of scenes.
-        seed: of the sequence that they are the start of.
+        count: number of scenes.
+        seed: of the sequence; the scenes are its start.
     """
 
     UNIT = UNIT  # scenes in a shard
@@ -226,18 +226,18 @@ class Shapes(Source):
             raise ValueError(f"there are shards 0 to {self.shards - 1}, not {shard} from input {start} on")
         for number in range(shard * self.UNIT + start, min((shard + 1) * self.UNIT, self.count)):
             drawn = scene(self.seed, number)
-            told = dict.fromkeys(captions(drawn, stream(self.seed, Use.CAPTION, 0, number)))
-            yield Raw(f"{self.seed}-{number:08d}", picture(drawn), tuple(told), (1.0,) * len(told))
+            texts = tuple(dict.fromkeys(captions(drawn, stream(self.seed, Use.CAPTION, 0, number))))
+            yield Raw(f"{self.seed}-{number:08d}", picture(drawn), texts, (1.0,) * len(texts))
 
     def describe(self) -> dict[str, Any]:
         first = (scene(self.seed, number) for number in range(16))
         content = b"".join(picture(drawn).tobytes() + drawn.request.caption().encode() for drawn in first)
-        looks = hashlib.sha256(content).hexdigest()  # so that another way of drawing is another source
+        looks = hashlib.sha256(content).hexdigest()  # so that the source changes if the drawing does
         return {"kind": "Shapes", "count": self.count, "seed": self.seed, "looks": looks}
 
 
 class Found(NamedTuple):
-    """A shape in a picture; none where it cannot be told."""
+    """A shape found in a picture; None for what cannot be recognised."""
 
     shape: str | None
     colour: str | None
@@ -246,7 +246,7 @@ class Found(NamedTuple):
 
 
 def read(pixels: np.ndarray) -> list[Found]:
-    """The shapes in a picture (SIDE, SIDE, 3) of numbers in [0, 1], from what stands out of the colour of its edge."""
+    """The shapes in a picture (SIDE, SIDE, 3) in [0, 1]: regions that differ from the colour of its edge."""
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     distance = np.abs(pixels - np.median(edge, axis=0)).max(-1)
     labels, count = ndimage.label(distance > 0.2)
@@ -272,7 +272,7 @@ def read(pixels: np.ndarray) -> list[Found]:
 
 
 def shape_of(mask: np.ndarray) -> str | None:
-    """The shape that covers a mask best, which fills its box; none if no shape does well or the box is no square."""
+    """The shape with the best overlap with a mask that fills its box; None if none is good or the box is not square."""
     height, width = mask.shape
     if not 0.75 < height / width < 1.33:
         return None
@@ -296,7 +296,7 @@ def silhouettes(height: int, width: int) -> dict[str, np.ndarray]:
 
 
 def colour_of(pixels: np.ndarray) -> str | None:
-    """The colour that most of the pixels (N, 3) are nearest to; none if there is no such."""
+    """The colour that at least 70 % of the pixels (N, 3) are nearest to; None if there is none."""
     table = np.array(list(COLOURS.values())) / 255
     distances = np.linalg.norm(pixels[:, None] - table, axis=-1)
     votes = np.bincount(distances.argmin(1)[distances.min(1) < 0.35], minlength=len(table))
@@ -305,7 +305,7 @@ def colour_of(pixels: np.ndarray) -> str | None:
 
 
 def fulfils(found: Sequence[Found], asked: Request) -> bool:
-    """Whether the shapes are exactly those asked for, each in the relation asked for."""
+    """Whether the shapes are exactly those of the request, each in its relation."""
     members = [[f for f in found if belongs(f, group)] for group in asked.groups]
     if len(found) != sum(group.count for group in asked.groups):
         return False

@@ -1,1 +1,1 @@
-"""What any training needs: averages, checkpoints, log, progress. Knows no pictures, noise or networks."""
+"""What any training needs: averages, checkpoints, log, progress. It knows nothing of pictures, noise or networks."""

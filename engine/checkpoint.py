@@ -1,8 +1,8 @@
-"""Checkpoints on disk: everything that a run needs to go on, written whole or not at all, divided or in one piece.
+"""Checkpoints on disk: everything that a run needs to resume, written atomically, sharded or in one file.
 
-A checkpoint is a folder of one or more parts. Each is a safetensors file with rows of the run's tensors, and a mark of
-the same name that is written after it: its size and hash, which rows of what it holds, and a hash of all that. A
-checkpoint is there once all its marks are. Any number of processes may read it, however they divide the tensors.
+A checkpoint is a folder of one or more parts. A part is a safetensors file with rows of the run's tensors and, written
+after it, a JSON file of the same name, its mark: size and hash of the file, the rows in it, and a hash of the mark. A
+checkpoint is complete once all its marks exist. Any number of processes may read it, however they shard the tensors.
 """
 
 import json
@@ -23,15 +23,15 @@ from torch.distributed.tensor import DTensor, Shard
 
 from engine.strategy import local, whole
 from storage.files import commit_json, file_checksum, sync
-from storage.weights import misfit, read_json, write_tensors
+from storage.weights import mismatch, read_json, write_tensors
 
-KEPT = 2  # whole checkpoints, so that there is one before the newest
+KEPT = 2  # complete checkpoints, so that one is left if the newest is damaged
 FORMAT = 1
 T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
-    """Checkpoints that cannot be used: in one line, what is wrong with them."""
+    """No checkpoint can be used; the message says why, in one line."""
 
 
 class Rows(NamedTuple):
@@ -52,63 +52,66 @@ class Part(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that is whole: all its marks are there."""
+    """A complete checkpoint: all its marks exist."""
 
     folder: Path
     step: int
-    numbers: dict[str, Any]  # what is no tensor
+    numbers: dict[str, Any]  # everything that is not a tensor
     parts: list[Part]
 
     def intact(self, part: Part) -> bool:
-        """Whether a part has the size and hash that its mark tells."""
+        """Whether a part has the size and hash that its mark states."""
         return part.file.is_file() and part.file.stat().st_size == part.bytes and file_checksum(part.file) == part.hash
 
-    def compare(self, shapes: Mapping[str, Sequence[int]], under: str = "") -> None:
+    def compare(self, shapes: Mapping[str, Sequence[int]], prefix: str = "") -> None:
         """Checks that the checkpoint holds these tensors and no others.
 
         Args:
-            shapes: of each by its name.
-            under: only those are looked at whose names start so.
+            shapes: name → shape.
+            prefix: compares only tensors whose names start with it.
 
         Raises:
             CheckpointError: in one line, naming what differs.
         """
         rows = [(name, rows) for part in self.parts for name, rows in part.rows.items()]
-        found = {name: held.shape for name, held in rows if name.startswith(under)}
-        if told := misfit(found, shapes):
-            raise CheckpointError(f"{self.folder} is a checkpoint of another network or training: {told}")
+        found = {name: held.shape for name, held in rows if name.startswith(prefix)}
+        if fault := mismatch(found, shapes):
+            raise CheckpointError(
+                f"{self.folder} is a checkpoint of another network or training: {fault}; use its config, or another "
+                "run.folder"
+            )
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies into tensors what the checkpoint holds under their names; of divided ones, what this process has."""
+        """Copies the checkpoint's values into tensors of the same names; of a sharded one, the rows of this process."""
         with ExitStack() as stack, torch.no_grad():
             files = [(part, stack.enter_context(safe_open(part.file, framework="pt"))) for part in self.parts]
             for name, tensor in tensors.items():
                 mine, target = rows_of(tensor), local(tensor)
-                for there, file in ((part.rows[name], file) for part, file in files if name in part.rows):
-                    first = max(mine.first, there.first)
-                    last = min(mine.first + mine.held, there.first + there.held)
+                for stored, file in ((part.rows[name], file) for part, file in files if name in part.rows):
+                    first = max(mine.first, stored.first)
+                    last = min(mine.first + mine.held, stored.first + stored.held)
                     if tensor.ndim == 0:
                         target.copy_(file.get_tensor(name))
                     elif first < last:
-                        rows = file.get_slice(name)[first - there.first : last - there.first]
+                        rows = file.get_slice(name)[first - stored.first : last - stored.first]
                         target[first - mine.first : last - mine.first].copy_(rows)
 
 
 def rows_of(tensor: Tensor) -> Rows:
-    """The rows that this process holds. FSDP2 divides as `torch.chunk` does: the last processes may hold fewer."""
+    """The rows that this process holds. FSDP2 splits like `torch.chunk`: the last processes may hold fewer."""
     total = tensor.shape[0] if tensor.ndim else 1
     if isinstance(tensor, DTensor):
         for dimension, placement in enumerate(tensor.placements):
             if isinstance(placement, Shard):
-                assert placement.dim == 0, "`Strategy.shard` divides along rows"
+                assert placement.dim == 0, "`Strategy.shard` splits along rows"
                 size = -(-total // tensor.device_mesh.size(dimension))
                 first = min(tensor.device_mesh.get_local_rank(dimension) * size, total)
                 return Rows(first, min(size, total - first), list(tensor.shape))
     return Rows(0, total, list(tensor.shape))
 
 
-def writes(tensor: Tensor) -> bool:
-    """Whether this process is the one, of all that hold these rows, that writes them into a divided checkpoint."""
+def is_writer(tensor: Tensor) -> bool:
+    """Whether this process, of all that hold these rows, writes them into a sharded checkpoint."""
     if not isinstance(tensor, DTensor):
         return rank() == 0
     copies = [i for i, placement in enumerate(tensor.placements) if not isinstance(placement, Shard)]
@@ -123,19 +126,19 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def signed(mark: Mapping[str, Any]) -> str:
-    """xxh3 of a mark's content."""
+def mark_hash(mark: Mapping[str, Any]) -> str:
+    """The xxh3 hash of a mark's content."""
     return xxhash.xxh3_64_hexdigest(json.dumps(mark, sort_keys=True).encode())
 
 
 class Checkpoints:
-    """The checkpoints of a run: `folder/step-0001000` and so on, of which the newest KEPT stay.
+    """The checkpoints of a run, `folder/step-0001000` and so on; the newest KEPT are kept.
 
-    A save returns when the numbers are copied to this machine's memory; they are written meanwhile. A fault while
-    writing is raised by the next `save` or by `wait`.
+    `save` returns once the tensors are copied to host memory; a thread writes them to disk. An error while writing is
+    raised by the next `save` or `wait`.
 
     Args:
-        folder: of them all.
+        folder: of all checkpoints.
         sharded: every process writes what it holds; else the first process gathers and writes everything.
     """
 
@@ -145,23 +148,23 @@ class Checkpoints:
         self.writing: Future[None] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Begins to write a checkpoint. All processes must call it. Left-overs of the step must be gone (`forget`).
+        """Starts to write a checkpoint. All processes must call it, after `remove_after` has removed an incomplete one.
 
         Args:
-            step: names it.
-            tensors: any of which may be divided among the processes along its rows.
-            numbers: what else to keep, as JSON has it.
+            step: names the checkpoint.
+            tensors: may be sharded among the processes along their rows.
+            numbers: everything else, as JSON.
 
         Raises:
-            OSError: if the previous one could not be written; those before it stay.
+            OSError: the previous checkpoint could not be written; older ones are kept.
         """
         self.wait()
-        place, divided = self._place(step), self.sharded and world() > 1
+        folder, divided = self._folder(step), self.sharded and world() > 1
         kept: dict[str, tuple[Rows, Tensor]] = {}
         for name, tensor in tensors.items():
             if divided:
                 mine = rows_of(tensor)
-                if writes(tensor) and mine.held:
+                if is_writer(tensor) and mine.held:
                     kept[name] = mine, local(tensor).to("cpu", copy=True)
             else:
                 full = whole(tensor)
@@ -169,119 +172,119 @@ class Checkpoints:
                     kept[name] = rows_of(full), full.to("cpu", copy=True)
         if divided or rank() == 0:
             number, parts = (rank(), world()) if divided else (0, 1)
-            self.writing = self.writer.submit(self._write, place, step, number, parts, kept, dict(numbers))
+            self.writing = self.writer.submit(self._write, folder, step, number, parts, kept, dict(numbers))
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is written. OSError if it could not be."""
+        """Waits until the last checkpoint is written. OSError if it could not be written."""
         if self.writing is not None:
             writing, self.writing = self.writing, None
             writing.result()
 
     def _write(
         self,
-        place: Path,
+        folder: Path,
         step: int,
         number: int,
         parts: int,
         kept: dict[str, tuple[Rows, Tensor]],
         numbers: dict[str, Any],
     ) -> None:
-        file = place / f"part-{number:05d}-of-{parts:05d}.safetensors"
-        place.mkdir(parents=True, exist_ok=True)
+        file = folder / f"part-{number:05d}-of-{parts:05d}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
         write_tensors({name: tensor for name, (_, tensor) in kept.items()}, file)
         mark = {
             "format": FORMAT, "step": step, "numbers": numbers,
             "bytes": file.stat().st_size, "hash": file_checksum(file),
             "rows": {name: rows for name, (rows, _) in kept.items()},
         }  # fmt: skip
-        commit_json(file.with_suffix(".json"), {"mark": mark, "hash": signed(mark)})
+        commit_json(file.with_suffix(".json"), {"mark": mark, "hash": mark_hash(mark)})
         sync(self.folder)
         if number == 0:
             self._prune()
 
-    def forget(self, step: int) -> None:
-        """Removes those after a step, which are damaged or not whole if it is that of the one found."""
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints after a step: after the step of `find`, these are damaged or incomplete."""
         if rank() == 0:
             for later in self._steps():
                 if later > step:
-                    shutil.rmtree(self._place(later), ignore_errors=True)
+                    shutil.rmtree(self._folder(later), ignore_errors=True)
 
     def _prune(self) -> None:
-        """Removes what is older than the newest KEPT that are whole."""
+        """Removes everything older than the newest KEPT complete checkpoints."""
         steps = self._steps()
-        whole_ones = [step for step in steps if opened(self._place(step)) is not None]
-        for step in steps if len(whole_ones) >= KEPT else []:
-            if step < whole_ones[KEPT - 1]:
-                shutil.rmtree(self._place(step), ignore_errors=True)
+        complete = [step for step in steps if read_checkpoint(self._folder(step)) is not None]
+        for step in steps if len(complete) >= KEPT else []:
+            if step < complete[KEPT - 1]:
+                shutil.rmtree(self._folder(step), ignore_errors=True)
 
-    def _place(self, step: int) -> Path:
+    def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
 
     def _steps(self) -> list[int]:
-        """The newest first, whole or not."""
-        names = (place.name.removeprefix("step-") for place in self.folder.glob("step-*") if place.is_dir())
+        """The newest first, complete or not."""
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir())
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest that is whole by its marks; its tensors are not read."""
-        return next((found for step in self._steps() if (found := opened(self._place(step)))), None)
+        """The newest complete checkpoint, by its marks; its tensors are not read."""
+        return next((found for step in self._steps() if (found := read_checkpoint(self._folder(step)))), None)
 
     def find(self) -> Checkpoint | None:
-        """The newest that is whole and undamaged, with a warning for each that is damaged; none before the first save.
+        """The newest complete and undamaged checkpoint; None before the first save. Warns of each that it skips.
 
         All processes must call it: each reads some of the parts.
 
         Raises:
-            CheckpointError: if there are checkpoints, but all are damaged.
+            CheckpointError: all checkpoints are damaged, or not all processes see them.
         """
         damaged = False
-        for step in first_says(self._steps()):
-            found = opened(self._place(step))
-            seen = everyone(found is not None)
+        for step in from_first(self._steps()):
+            found = read_checkpoint(self._folder(step))
+            seen = gather(found is not None)
             if any(seen) and not all(seen):
                 raise CheckpointError(f"{self.folder} must be on a file system that all machines share")
-            if found and all(everyone(all(found.intact(part) for part in found.parts[rank() :: world()]))):
+            if found and all(gather(all(found.intact(part) for part in found.parts[rank() :: world()]))):
                 return found
             damaged = damaged or found is not None
             if rank() == 0:
-                fault = "damaged" if found else "not whole"
-                warnings.warn(f"{self._place(step)} is {fault}; the one before it is used", stacklevel=2)
+                fault = "damaged" if found else "incomplete"
+                warnings.warn(f"{self._folder(step)} is {fault}; the one before it is used", stacklevel=2)
         if damaged:
-            raise CheckpointError(f"all checkpoints in {self.folder} are damaged; remove it to begin anew")
+            raise CheckpointError(f"all checkpoints in {self.folder} are damaged; remove it to start again")
         return None
 
 
-def first_says(value: T) -> T:
-    """The first process's value, in all of them."""
-    said = [value]
+def from_first(value: T) -> T:
+    """The first process's value, on all processes."""
+    values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(said, src=0)
-    return said[0]
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def everyone(here: bool) -> list[bool]:
-    """What holds in each process."""
+def gather(here: bool) -> list[bool]:
+    """The values of all processes, in the order of their ranks."""
     answers = [here] * world()
     if dist.is_initialized():
         dist.all_gather_object(answers, here)
     return answers
 
 
-def opened(folder: Path) -> Checkpoint | None:
-    """The checkpoint in a folder by its marks; none if one is missing or unreadable."""
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a folder, by its marks; None if one is missing or unreadable."""
     worlds = {file.stem.rpartition("-")[2] for file in folder.glob("part-*-of-*.json")}
     for parts in sorted(worlds):
         files = [folder / f"part-{number:05d}-of-{parts}.json" for number in range(int(parts))]
         try:
-            told = [read_json(file) for file in files]
-            marks = [one["mark"] for one in told]
-            if all(one["hash"] == signed(one["mark"]) and one["mark"]["format"] == FORMAT for one in told):
+            contents = [read_json(file) for file in files]
+            marks = [content["mark"] for content in contents]
+            if all(c["hash"] == mark_hash(c["mark"]) and c["mark"]["format"] == FORMAT for c in contents):
                 rows = [{name: Rows(*numbers) for name, numbers in mark["rows"].items()} for mark in marks]
                 found = [
                     Part(file.with_suffix(".safetensors"), mark["bytes"], mark["hash"], held)
                     for file, mark, held in zip(files, marks, rows, strict=True)
                 ]
                 return Checkpoint(folder, marks[0]["step"], marks[0]["numbers"], found)
-        except (ValueError, KeyError, TypeError, FileNotFoundError):  # not written yet, or cut short
+        except (ValueError, KeyError, TypeError, FileNotFoundError):  # not written yet, or truncated
             continue
     return None

@@ -1,4 +1,4 @@
-"""Averages of the weights, in float32 and divided among the processes as the weights are."""
+"""Averages of the weights, in float32, sharded as the weights are."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class Averages:
     Args:
         decay: of the exponential average that validation, samples and the model folder use; 0.999 remembers about the
             last 1,000 steps.
-        more: decays of further ones.
+        more: decays of further exponential averages.
         widths: relative widths σ_rel of power-function averages (Karras et al. 2024b, §3.1), of which
             `train.py average` makes one of any width afterwards; 0.05 and 0.10 are the paper's.
-        snapshot_every: steps between two snapshots of these; none without widths.
+        snapshot_every: steps between two snapshots of the averages with widths; None if there are none.
     """
 
     decay: float = 0.9999
@@ -34,22 +34,24 @@ class Averages:
 
     def __post_init__(self) -> None:
         if not all(0 <= decay < 1 for decay in (self.decay, *self.more)):
-            told = ", ".join(map(str, (self.decay, *self.more)))
-            raise ValueError(f"ema.decay and ema.more must be at least 0 and below 1, got {told}")
+            given = ", ".join(map(str, (self.decay, *self.more)))
+            raise ValueError(f"ema.decay and ema.more must be at least 0 and below 1, got {given}")
         for width in self.widths:
             posthoc.exponent(width)
-        if bool(self.widths) != (self.snapshot_every is not None and self.snapshot_every >= 1):
-            raise ValueError("ema.widths need an ema.snapshot_every of at least 1, and it them")
+        if self.widths and (self.snapshot_every or 0) < 1:
+            raise ValueError(f"ema.widths needs ema.snapshot_every: set it to at least 1, got {self.snapshot_every}")
+        if (self.snapshot_every or 0) >= 1 and not self.widths:
+            raise ValueError("ema.snapshot_every needs ema.widths: name at least one width, or remove snapshot_every")
 
     def decays(self) -> Mapping[str, Callable[[int], float]]:
-        """How much of each average is kept in a step, counted from 1, by the average's name; the main one is first."""
-        exponential = {f"decay-{d}": partial(warmed, d) for d in dict.fromkeys((self.decay, *self.more))}
+        """Average's name → its decay as a function of the step, counted from 1; the main average is first."""
+        exponential = {f"decay-{d}": partial(warmup_decay, d) for d in dict.fromkeys((self.decay, *self.more))}
         powers = {f"width-{w}": partial(posthoc.decay, exponent=posthoc.exponent(w)) for w in self.widths}
         return exponential | powers
 
 
-def warmed(decay: float, step: int) -> float:
-    """min(decay, (1 + k)/(10 + k)) after k steps, so that the start is soon forgotten."""
+def warmup_decay(decay: float, step: int) -> float:
+    """min(decay, (1 + k)/(10 + k)) after k steps, so that the first weights are soon forgotten."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -57,9 +59,9 @@ class EMA(nn.Module, Generic[N]):
     """Networks whose weights are averages: θ̄ ← d·θ̄ + (1 − d)·θ after every step, for each with its own d.
 
     Args:
-        averages: which ones.
-        copies: a network for each, in their order, on its device and divided as the one that learns.
-        network: the one that learns. Parameters that do not learn are as in it and are left alone.
+        averages: which averages.
+        copies: one network for each average, in their order, on the device of `network` and sharded like it.
+        network: the network that is trained. Its frozen parameters are copied once and not averaged.
     """
 
     def __init__(self, averages: Averages, copies: list[N], network: nn.Module) -> None:
@@ -67,21 +69,21 @@ class EMA(nn.Module, Generic[N]):
         self.decays = averages.decays()
         self.copies = nn.ModuleList(copies)
         self.learning = [name for name, p in network.named_parameters() if p.requires_grad]
-        self.pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # of average and weights, made when first needed
+        self.pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # (average, weights), made at the first update
         with torch.no_grad():
             held = dict(network.named_buffers()) | network.state_dict()
             for copied in copies:
-                for name, tensor in (*copied.state_dict().items(), *copied.named_buffers()):  # some are no state
+                for name, tensor in (*copied.state_dict().items(), *copied.named_buffers()):  # also those not in state
                     local(tensor).copy_(local(held[name]))
 
     @property
     def main(self) -> N:
-        """The network that stands for the model: the first average."""
+        """The network that validation, samples and the model folder use: the first average."""
         return self.copies[0]  # type: ignore[return-value]
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Takes in the weights after step number `step`, counted from 1."""
+        """Updates all averages with the weights after step number `step`, counted from 1."""
         if not self.pairs:
             weights, *averages = (dict(one.named_parameters()) for one in (network, *self.copies))
             here = [local(weights[name]) for name in self.learning]
@@ -90,7 +92,7 @@ class EMA(nn.Module, Generic[N]):
             torch._foreach_lerp_(average, now, 1 - decay(step))
 
     def named(self) -> dict[str, Tensor]:
-        """Every number of every average under the average's name, as the checkpoint holds it."""
+        """All averaged tensors as the checkpoint holds them: "AVERAGE.PARAMETER" → tensor."""
         found: dict[str, Tensor] = {}
         for name, copied in zip(self.decays, self.copies, strict=True):
             state: Mapping[str, Tensor] = copied.state_dict()

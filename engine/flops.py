@@ -1,4 +1,4 @@
-"""How much arithmetic a network's forward pass is."""
+"""Floating point operations of a network's forward pass."""
 
 import dataclasses
 from typing import Any
@@ -14,16 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 def forward_flops(network: nn.Module, *inputs: Any) -> int:
     """Floating point operations of one forward pass at these inputs, a multiply-add counted as two.
 
-    Matrix products, convolutions and attention are counted, attention in full whatever its mask; what works element
-    by element is not. Only shapes matter: nothing is computed, no memory is taken, and the network is left as it is.
+    Matrix products, convolutions and attention are counted, attention in full whatever its mask; element-wise
+    operations are not. Only shapes matter: nothing is computed or allocated, and the network is not changed.
 
     Args:
-        network: on any device, meta too. It must be whole: before its weights are sharded over processes.
-        inputs: tensors on any device, alone or inside of tuples, lists, dicts and dataclasses; the rest is passed on.
+        network: on any device, also meta. Its weights must not be sharded yet.
+        inputs: tensors on any device, alone or in tuples, lists, dicts and dataclasses; other values are passed on.
     """
     state = {name: x.to("meta") for name, x in (*network.named_parameters(), *network.named_buffers())}
     counter = FlopCounterMode(display=False)
-    # Attention as plain products: fused kernels pad heads and differ between machines, and so would their counts.
+    # Attention as plain matrix products: fused kernels pad heads, and their counts would differ between machines.
     plain = sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), plain, counter:
         functional_call(network, state, tree_map(_to_meta, inputs))

@@ -1,19 +1,19 @@
-"""Steps that must not be taken, and gradients that are worth a look."""
+"""Steps whose loss or gradient is not finite are skipped; gradients that are unusually large are counted."""
 
 import torch
 from torch import Tensor, nn
 
-SPIKE = 5.0  # times the usual norm
-MEMORY = 0.99  # of the usual norm: about the last 100 steps
+SPIKE = 5.0  # a gradient is a spike above this multiple of the usual norm
+MEMORY = 0.99  # decay of the usual norm: about the last 100 steps
 
 
 class Guard(nn.Module):
-    """Judges every step by the norm of its gradient, on the device, without waiting for it.
+    """Checks every step by the norm of its gradient, on the device, without synchronising with it.
 
     Attributes:
-        counts: non-finite steps in a row; the most of these since they were asked for; non-finite steps of the whole
-            run; spikes since they were asked for; (4,).
-        usual: a moving mean of the norm, 0 before the first step.
+        counts: non-finite steps in a row; the longest such row since the last `skipped_steps`; non-finite steps of the
+            whole run; spikes since the last `spikes`; (4,).
+        usual: moving mean of the norm, 0 before the first step.
     """
 
     def __init__(self) -> None:
@@ -25,8 +25,8 @@ class Guard(nn.Module):
     usual: Tensor
 
     @torch.no_grad()
-    def judge(self, norm: Tensor) -> Tensor:
-        """1 where the norm is not finite and the step must be left out, else 0: a scalar on the device."""
+    def check(self, norm: Tensor) -> Tensor:
+        """1 if the norm is not finite and the step must be skipped, else 0: a scalar on the device."""
         fine = norm.isfinite().float()
         bad = 1 - fine
         spike = fine * (norm > SPIKE * self.usual) * (self.usual > 0)
@@ -37,24 +37,24 @@ class Guard(nn.Module):
         self.usual.copy_(torch.where(fine > 0, self.usual.lerp(norm, share), self.usual))
         return bad
 
-    def told(self) -> tuple[int, int]:
-        """The most non-finite steps in a row since the last call, and all of the run. The device is waited for."""
+    def skipped_steps(self) -> tuple[int, int]:
+        """The most skipped steps in a row since the last call, and all of the run. Synchronises with the device."""
         row, longest, total, _ = self.counts.tolist()
         self.counts[1] = row
         return int(longest), int(total)
 
-    def spiked(self) -> int:
-        """The spikes since the last call."""
+    def spikes(self) -> int:
+        """The number of spikes since the last call."""
         spikes = int(self.counts[3])
         self.counts[3] = 0
         return spikes
 
-    def forgive(self, most: int) -> None:
-        """Lets a run go on that was saved within more non-finite steps in a row than it may have."""
-        if self.counts[1] > most:
+    def reset(self, limit: int) -> None:
+        """Sets the count of steps in a row to 0 if it exceeds the limit, so that a resumed run does not end at once."""
+        if self.counts[1] > limit:
             self.counts[:2] = 0
 
 
-def poisoned(loss: Tensor) -> Tensor:
-    """The loss, but one that is not finite makes all gradients NaN, so that all processes see it after their sum."""
+def spread_nonfinite(loss: Tensor) -> Tensor:
+    """The same loss; if it is not finite, all its gradients are NaN, so that every process sees it in their sum."""
     return loss * (1 + 0 * loss.detach())

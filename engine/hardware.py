@@ -1,9 +1,9 @@
-"""What GPUs can do.
+"""Peak speeds, memory and links of GPUs.
 
-The figures are NVIDIA's, dense where there are some for sparse weights, too: the data sheets of the H200 (SXM), H100
-(SXM), A100 (SXM), L40S and HGX B200, and the white paper on the Ada architecture for the RTX 4090. The network is no
-part of a GPU: 400 Gbit/s for each in HGX and DGX machines from the H100 on, 200 in DGX A100, 100 in OVX machines of the
-L40S, and as much is assumed for the RTX 4090, which has no such machine.
+The figures are NVIDIA's for dense weights: the data sheets of the H200 (SXM), H100 (SXM), A100 (SXM), L40S and HGX
+B200, and the white paper on the Ada architecture for the RTX 4090. The network between nodes belongs to the machine:
+400 Gbit/s for each GPU in HGX and DGX machines from the H100 on, 200 in DGX A100, 100 in OVX machines of the L40S. The
+RTX 4090 has no such machine; 100 are assumed.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, and how it is joined to others.
+    """One GPU and its links to others.
 
     Args:
-        name: as people call it.
-        bf16: peak FLOP/s of bfloat16 matrix products that are summed in float32.
+        name: the common name.
+        bf16: peak FLOP/s of bfloat16 matrix products with float32 accumulation.
         fp32: peak FLOP/s of float32 matrix products without TF32.
         memory: bytes.
         bandwidth: of that memory, bytes/s.
-        link: to the other GPUs of its node, bytes/s in one direction: NVLink, or PCIe where there is none.
+        link: to the other GPUs of its node, bytes/s in one direction: NVLink, or else PCIe.
         network: between nodes, bytes/s for each GPU in one direction.
     """
 
@@ -49,7 +49,7 @@ DEVICES: dict[str, Device] = {
     "b200": Device("NVIDIA B200 SXM", 2.25e15, 75e12, 180e9, 8e12, 900e9, 50e9),
 }
 
-# By the driver. Whole names, since PCIe, NVL, laptop and partitioned devices are slower and have names of their own.
+# The driver's names in full: PCIe, NVL, laptop and partitioned devices are slower and have other names.
 REPORTED = {
     "H200": "h200",
     "H100 80GB HBM3": "h100",
@@ -63,6 +63,6 @@ REPORTED = {
 
 
 def find(name: str) -> Device | None:
-    """The device of a name that `torch.cuda.get_device_name()` gives; none if it is not one of these exactly."""
+    """The device that `torch.cuda.get_device_name()` names; None if the name is not exactly one of REPORTED."""
     key = REPORTED.get(name.strip().removeprefix("NVIDIA "))
     return DEVICES[key] if key else None

@@ -1,4 +1,4 @@
-"""The local log: one JSON object a line, only ever appended to."""
+"""The local log: one JSON object a line; lines are only appended."""
 
 import json
 from math import isfinite
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class JSONLinesLogger(Logger):
-    """Appends metrics to a file; a resumed run goes on in the same file, where the last line for a step counts.
+    """Appends metrics to a file. A resumed run appends to the same file; the last line of a step counts.
 
     Args:
         file: the log.
@@ -34,15 +34,15 @@ class JSONLinesLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends one line: the step and the metrics, null where not finite, without Lightning's meaningless epoch."""
+        """Appends one line: the step and the metrics, null if not finite. Lightning's epoch is left out."""
         values = {name: value if isfinite(value) else None for name, value in metrics.items() if name != "epoch"}
         if values:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a+b") as out:
-                if out.tell() and (out.seek(-1, 2), out.read(1))[1] != b"\n":  # a line that a full disk cut short
+                if out.tell() and (out.seek(-1, 2), out.read(1))[1] != b"\n":  # a full disk cut the last line short
                     out.write(b"\n")
                 out.write((json.dumps({"step": step} | values, allow_nan=False) + "\n").encode())
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any) -> None:
-        """Does nothing: the resolved config lies beside the log."""
+        """Does nothing: the resolved config is beside the log."""

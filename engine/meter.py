@@ -1,4 +1,4 @@
-"""How fast a training goes, and what holds it up."""
+"""Speed of a training, use of the device, and time spent waiting for data."""
 
 import re
 import resource
@@ -19,35 +19,34 @@ FETCH = "[_TrainingEpochLoop].train_dataloader_next"  # Lightning's name for wai
 
 
 class Cost(NamedTuple):
-    """What one rank's micro-batch is; also a sum of several."""
+    """Size of one rank's micro-batch, or the sum of several."""
 
     images: int
     tokens: int
-    flops: int  # of forward and backward pass, without what is computed again to save memory
+    flops: int  # of forward and backward pass, without recomputation to save memory
 
 
 class Meter(Callback):
     """Logs speed, use of the device, waiting and memory, in the line of the log that holds the loss.
 
-    A line is about the steps since the one before; the first of a run also has what starts only once, like the
-    data loader's processes. Time is counted from step to step with all that Lightning and callbacks do in between, but
-    without validations, the samples and models made in them, and checkpoints: from the moment that the device has
-    finished the steps before to the next fetch of data. The device is waited for at these and at lines of the log,
-    never at another step.
+    A line covers the steps since the line before; the first of a run includes the start of the data loader's processes.
+    Time includes everything that Lightning and callbacks do between steps, except validations (with their samples and
+    models) and checkpoints: these count from the end of the device's work to the next fetch of data. The meter
+    synchronises with the device there and at lines of the log, and at no other step.
 
-    - `perf/images_per_s`, `perf/tokens_per_s`, `perf/tflops_per_s`: of all ranks together.
-    - `perf/mfu`: these FLOP/s over the peak of all devices. Only where `training.hardware` knows the device, and for
-      float32 only without TF32.
-    - `perf/data_wait`: share of the time in which the loop waits for data, a mean over ranks. A device with steps
-      still queued works on meanwhile, so it is at most this idle for want of data.
-    - `perf/step_s`: seconds an optimizer step, a mean over ranks.
-    - `perf/memory_gb`: of the rank with the most, 10⁹ bytes at their peak since the process began: allocated by torch
-      on CUDA, the resident set elsewhere.
+    - `perf/images_per_s`, `perf/tokens_per_s`, `perf/tflops_per_s`: sums over ranks.
+    - `perf/mfu`: these FLOP/s over the peak of all devices. Only if `engine.hardware` knows the device, and in float32
+      only without TF32.
+    - `perf/data_wait`: share of the time that the loop waits for data, mean over ranks. The device may still work on
+      queued steps meanwhile, so this is an upper bound of its idle time.
+    - `perf/step_s`: seconds an optimizer step, mean over ranks.
+    - `perf/memory_gb`: peak since the process began, of the rank with the most, in 10⁹ bytes: allocated by torch on
+      CUDA, the resident set elsewhere.
 
     Args:
         log_every: optimizer steps between two lines; the trainer's `log_every_n_steps` must be the same.
-        cost: of a batch as the training step is given it. It must not wait for the device; its own time is left out.
-        precision: of the trainer, for `perf/mfu`.
+        cost: of a batch as the training step gets it. It must not synchronise with the device. Its time is not counted.
+        precision: the trainer's, for `perf/mfu`.
     """
 
     def __init__(self, log_every: int, cost: Callable[[Any], Cost], precision: str) -> None:
@@ -56,25 +55,25 @@ class Meter(Callback):
         self.log_every, self.cost, self.precision = log_every, cost, precision
         self.device = torch.device("cpu")
         self.peak: float | None = None
-        self.profiler: Profiler | None = None  # the trainer's own, while it fits
-        self.since: float | None = None  # time is counted from then on; none while paused
+        self.profiler: Profiler | None = None  # the trainer's own, during fit
+        self.since: float | None = None  # start of the time that is counted; None while paused
         self._open(step=0)
 
     def _open(self, step: int) -> None:
-        """Begins a window after this optimizer step."""
+        """Starts a window after this optimizer step."""
         self.step, self.sums, self.seconds, self.waited = step, Cost(0, 0, 0), 0.0, 0.0
 
     def pause(self) -> None:
-        """Leaves out the time from now, when the device has finished, to the next fetch of data.
+        """Stops counting time, once the device has finished, until the next fetch of data.
 
-        Validations are noticed without; what writes files between steps calls this.
+        Whatever writes files between steps calls this. Validations are detected without it.
         """
         if self.since is not None:
             self.seconds += self._now() - self.since
             self.since = None
 
     def resume(self) -> None:
-        """Counts time again, if it was paused."""
+        """Starts to count time again, if it was paused."""
         if self.since is None:
             self.since = perf_counter()
 
@@ -96,7 +95,7 @@ class Meter(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.resume()  # after a checkpoint that another callback has just saved
+        self.resume()  # if another callback has just saved a checkpoint
         began = perf_counter()
         cost = self.cost(batch)
         self.sums = Cost(*(a + b for a, b in zip(self.sums, cost, strict=True)))
@@ -106,16 +105,16 @@ class Meter(Callback):
             module.log_dict(self._close(trainer))
 
     def _close(self, trainer: L.Trainer) -> dict[str, float]:
-        """The values of this window, the same on all ranks; opens the next."""
+        """The values of this window, the same on all ranks; starts the next window."""
         self.pause()
         numbers: list[float] = [*self.sums, self.seconds, self.waited]
         steps = trainer.global_step - self.step
         self._open(trainer.global_step)
-        self.resume()  # here: to wait for the other ranks is part of the next window
+        self.resume()  # here, so that waiting for other ranks counts in the next window
 
-        def over_ranks(mine: list[float], how: str) -> list[float]:
+        def over_ranks(mine: list[float], operation: str) -> list[float]:
             tensor = torch.tensor(mine, dtype=torch.float64, device=self.device)
-            return trainer.strategy.reduce(tensor, reduce_op=how).tolist()
+            return trainer.strategy.reduce(tensor, reduce_op=operation).tolist()
 
         images, tokens, flops, *times = over_ranks(numbers, "sum")
         seconds, waited = (time / trainer.world_size for time in times)
@@ -148,11 +147,11 @@ class Meter(Callback):
 
 
 class Watch(Profiler):
-    """Tells a meter what callbacks are not told: when data are fetched, and when a validation sets in.
+    """Informs a meter of events that callbacks do not see: a fetch of data and the start of a validation.
 
     Args:
-        meter: to be told.
-        profiler: the trainer's own, which is told everything.
+        meter: is informed of these.
+        profiler: the trainer's own; every event is passed on to it.
     """
 
     def __init__(self, meter: Meter, profiler: Profiler) -> None:
@@ -165,7 +164,7 @@ class Watch(Profiler):
             self.meter.resume()
             self.fetching = perf_counter()
         elif action_name.endswith(".on_validation_model_zero_grad"):
-            self.meter.pause()  # which the loop does first; on_validation_start comes after the loaders
+            self.meter.pause()  # the loop does this first; on_validation_start comes after the loaders
         self.profiler.start(action_name)
 
     def stop(self, action_name: str) -> None:
@@ -175,7 +174,7 @@ class Watch(Profiler):
 
 
 def peak(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of a device at one of Lightning's precisions; none where it is not known."""
+    """Peak FLOP/s of a device at one of Lightning's precisions; None if it is not known."""
     known = find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if known is None or (precision == "32-true" and torch.get_float32_matmul_precision() != "highest"):
         return None
@@ -183,10 +182,10 @@ def peak(device: torch.device, precision: str) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes at a time since the process began: allocated by torch on CUDA, the resident set elsewhere."""
+    """Peak bytes since the process began: allocated by torch on CUDA, the resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # Linux; there getrusage also remembers the process that started this one
+    status = Path("/proc/self/status")  # Linux, where getrusage includes the parent process's peak
     if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""How far the run is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a run: a bar on a terminal, elsewhere a line every 15 seconds."""
 
 import sys
 from typing import Any
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class StepProgress(Callback):
-    """Steps done of all steps with speed, time left, loss and validation loss; right after a resume, too."""
+    """Shows steps done, speed, time left, loss and validation loss; a resumed run starts at its step."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -42,7 +42,7 @@ class StepProgress(Callback):
         self.close()
 
     def close(self) -> None:
-        """Leaves the bar as it is, so that what follows starts on a line of its own."""
+        """Ends the bar, so that later output starts on a new line."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -23,7 +23,12 @@ class Density(ABC):
 
 
 class Uniform(Density):
-    """t = u."""
+    """t = u.
+
+    Example:
+        >>> Uniform()(torch.tensor([0.25, 0.5]))
+        tensor([0.2500, 0.5000])
+    """
 
     def __call__(self, u: Tensor) -> Tensor:
         return u
@@ -38,6 +43,12 @@ class LogitNormal(Density):
     Args:
         mean: a positive one moves mass toward the noise.
         std: width on the logit scale, > 0.
+
+    Example:
+        >>> print(f"{LogitNormal(mean=1.0)(torch.tensor(0.5)):.4f}")  # the median is sigmoid(mean)
+        0.7311
+        >>> print(f"{LogitNormal().pdf(torch.tensor(0.5)):.4f}")  # 4 / √(2π)
+        1.5958
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
@@ -58,6 +69,11 @@ class Mode(Density):
 
     Args:
         scale: s between −1 and 2/(π − 2) ≈ 1.75, outside of which the map is not monotonic. Positive favours t = ½.
+
+    Example:
+        >>> t = Mode(scale=1.29)(torch.tensor([0.0, 0.5, 1.0]))  # falls from 1 to 0
+        >>> torch.allclose(t, torch.tensor([1.0, 0.5, 0.0]), atol=1e-6)
+        True
     """
 
     def __init__(self, scale: float = 1.29) -> None:
@@ -77,7 +93,12 @@ class Mode(Density):
 
 
 class CosMap(Density):
-    """t = 1 − 1/(tan(πu/2) + 1): the cosine schedule's log-SNR on the straight path (Esser et al. 2024, eq. 21)."""
+    """t = 1 − 1/(tan(πu/2) + 1): the cosine schedule's log-SNR on the straight path (Esser et al. 2024, eq. 21).
+
+    Example:
+        >>> print(f"{CosMap().pdf(torch.tensor(0.5)):.4f}")  # 4/π
+        1.2732
+    """
 
     def __call__(self, u: Tensor) -> Tensor:
         return 1 - 1 / (torch.tan(math.pi * u / 2) + 1)
@@ -93,6 +114,12 @@ class UShaped(Density):
 
     Args:
         a: > 0; near 0 it is uniform. Theirs is 4.
+
+    Example:
+        >>> density = UShaped(a=4.0)
+        >>> ends, middle = density.pdf(torch.tensor(0.0)), density.pdf(torch.tensor(0.5))
+        >>> print(f"{ends / middle:.4f}")  # cosh(a/2)
+        3.7622
     """
 
     def __init__(self, a: float = 4.0) -> None:
@@ -114,6 +141,10 @@ class Steps(Density):
 
     Args:
         k: number of steps.
+
+    Example:
+        >>> Steps(k=4)(torch.tensor([0.1, 0.3, 0.6, 0.9]))
+        tensor([0.2500, 0.5000, 0.7500, 1.0000])
     """
 
     def __init__(self, k: int = 1) -> None:
@@ -134,6 +165,11 @@ def stratified(count: int, generator: torch.Generator) -> Tensor:
     """Uniform numbers, one in each of `count` equal cells of [0, 1), in random order: (count,) float64.
 
     Each number alone is uniform; together they cover the interval, which lowers the variance of a batch's mean loss.
+
+    Example:
+        >>> u = stratified(4, torch.Generator().manual_seed(0))
+        >>> (u.sort().values * 4).floor()  # one number in each quarter
+        tensor([0., 1., 2., 3.], dtype=torch.float64)
     """
     cell = torch.randperm(count, generator=generator)
     return (cell + torch.rand(count, dtype=torch.float64, generator=generator)) / count
@@ -145,5 +181,9 @@ def shift(t: Tensor, alpha: float) -> Tensor:
     Args:
         t: times in [0, 1].
         alpha: √(tokens / base tokens); 1 changes nothing, more moves times toward the noise.
+
+    Example:
+        >>> shift(torch.tensor([0.0, 0.5, 1.0]), alpha=3.0)
+        tensor([0.0000, 0.7500, 1.0000])
     """
     return alpha * t / (1 + (alpha - 1) * t)

@@ -13,6 +13,12 @@ def trailing(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
     """Equal steps from t = 1, shifted once (`flow.density.shift`): for a chain n = T, T − T/steps, … rounded.
 
     Lin et al. 2024, table 2, "trailing".
+
+    Example:
+        >>> trailing(RectifiedFlow(), 4)
+        tensor([1.0000, 0.7500, 0.5000, 0.2500, 0.0000], dtype=torch.float64)
+        >>> trailing(RectifiedFlow(), 2, alpha=3.0)
+        tensor([1.0000, 0.7500, 0.0000], dtype=torch.float64)
     """
     _count(path, steps)
     _positive(alpha)
@@ -27,6 +33,10 @@ def flow_match(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
 
     The last noisy time is so shifted twice. Pictures of other tools come out the same only on these times (diffusers'
     `FlowMatchEulerDiscreteScheduler`, to the bit in float32).
+
+    Example:
+        >>> flow_match(RectifiedFlow(), 4)
+        tensor([1.0000, 0.6670, 0.3340, 0.0010, 0.0000], dtype=torch.float64)
     """
     _count(path, steps)
     _positive(alpha)
@@ -41,13 +51,24 @@ def leading(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
     """n = i·⌊T/steps⌋ + 1 for i = steps − 1 … 0: DDIM's, which never looks at the noisiest times of a chain.
 
     Song et al. 2020, appendix D.2, "linear"; Lin et al. 2024, table 2, "leading".
+
+    Example:
+        >>> from flow.path import DDPMLinear
+        >>> leading(DDPMLinear(), 4)  # n = 751, 501, 251, 1 of 1000
+        tensor([0.7510, 0.5010, 0.2510, 0.0010, 0.0000], dtype=torch.float64)
     """
     T = _chain(path, steps, alpha, "leading")
     return torch.cat([torch.arange(steps - 1, -1, -1) * (T // steps) + 1, torch.zeros(1)]).double() / T
 
 
 def linspace(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
-    """From n = T to n = 1 in equal parts, rounded, then 0: improved DDPM's (Nichol & Dhariwal 2021, §4)."""
+    """From n = T to n = 1 in equal parts, rounded, then 0: improved DDPM's (Nichol & Dhariwal 2021, §4).
+
+    Example:
+        >>> from flow.path import DDPMLinear
+        >>> linspace(DDPMLinear(), 4)  # n = 1000, 667, 334, 1 of 1000
+        tensor([1.0000, 0.6670, 0.3340, 0.0010, 0.0000], dtype=torch.float64)
+    """
     T = _chain(path, steps, alpha, "linspace")
     return torch.cat([torch.linspace(T - 1, 0, steps, dtype=torch.float64).round() + 1, torch.zeros(1)]).double() / T
 
@@ -58,6 +79,11 @@ def karras(
     """σ_i = (σ_max^(1/ρ) + i/(n−1)·(σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ, then 0 (Karras et al. 2022, eq. 5).
 
     On any continuous path, with σ = b/a. It starts at σ_max, not at pure noise.
+
+    Example:
+        >>> a, b = RectifiedFlow()(karras(RectifiedFlow(), 3, sigma_min=1.0, sigma_max=9.0, rho=1.0))
+        >>> b / a  # σ in equal steps, as rho is 1
+        tensor([9.0000, 5.0000, 1.0000, 0.0000], dtype=torch.float64)
     """
     _count(path, steps)
     if isinstance(path, Discrete):
@@ -82,6 +108,10 @@ def given(path: Path, steps: int, alpha: float = 1.0, *, times: str = "") -> Ten
 
     Args:
         times: as many as steps, falling, above 0 and at most 1, with a slash between them.
+
+    Example:
+        >>> given(RectifiedFlow(), 2, times="1/0.4")
+        tensor([1.0000, 0.4000, 0.0000], dtype=torch.float64)
     """
     _count(path, steps)
     try:

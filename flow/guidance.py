@@ -28,7 +28,7 @@ class ClassifierFree:
     Args:
         model: the model to guide.
         null: what to move away from: the null condition or a negative prompt's. A named tuple of the condition's own
-            type, whose tensors have its batch size or 1.
+            type, whose tensors have its batch size or 1. It has the condition's parts, no more and no fewer.
         scale: 1 + w of the paper: 0 gives the null branch, 1 the conditional one, more goes beyond it; for all
             pictures, or (B, 1, …) for each.
         rescale: φ, the share in which y is given back the conditional branch's standard deviation, picture by picture,

@@ -1,37 +1,78 @@
 """MeanFlow: the average velocity over an interval, in place of the velocity at its beginning (Geng et al. 2025)."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flow.density import Density
+from flow.objective import Field, Model, Objective, output
 from flow.path import expand_as
+from flow.penalty import Penalty
+from flow.weight import Weight
 
-TwoTimes = Callable[[Tensor, Tensor, Any, Tensor], Tensor]  # (z (B, …), t (B,), condition, end (B,)) → u (B, …)
 
-
-class MeanFlow:
-    """Which intervals (end, t) a network of average velocities learns.
+class MeanFlow(Objective):
+    """Learns the average velocity of rectified flow over intervals (end, t), with a network of two times.
 
     Args:
+        density: where in t training looks for the two ends of an interval.
+        weight: an extra factor on the loss at t; none means 1.
+        shift: α of the resolution shift.
+        shift_area: height × width of the latents that `shift` is for; none: one α for all.
+        penalty: of each picture's error; none is its mean square.
         share: of the pictures whose interval has a length; the others learn the velocity at t.
+
+    Example:
+        >>> import torch
+        >>> objective = MeanFlow(share=1.0)
+        >>> t, end = objective.times(torch.tensor([[0.1], [0.9], [0.0]]), area=64)
+        >>> bool(end < t)
+        True
     """
 
-    def __init__(self, share: float = 0.25) -> None:
+    two_times: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        density: Density | None = None,
+        weight: Weight | None = None,
+        shift: float = 1.0,
+        shift_area: int | None = None,
+        penalty: Penalty | None = None,
+        share: float = 0.25,
+    ) -> None:
+        super().__init__(None, None, density, weight, shift, shift_area, penalty)
         if not 0 < share <= 1:
             raise ValueError(f"MeanFlow needs 0 < share <= 1, got {share}")
         self.share = share
+        self.extra_passes = 2 * share  # the derivative counts as two
 
-    def interval(self, first: Tensor, second: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(t, end) of two drawn times (B,): the later and the earlier one where u < share, else the first twice."""
-        second = torch.where(u < self.share, second, first)
+    def times(self, u: Tensor, area: int) -> tuple[Tensor, Tensor]:
+        """(t, end), each (B,), for uniform u (3, B): two drawn times where u[2] < share, else the first one twice."""
+        first, second = self.time(u[0], area), self.time(u[1], area)
+        second = torch.where(u[2] < self.share, second, first)
         return torch.maximum(first, second), torch.minimum(first, second)
+
+    def loss(
+        self,
+        model: Model,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        condition: Any,
+        end: Tensor | None = None,
+        field: Field | None = None,
+    ) -> Tensor:
+        """As `Objective.loss`, of the average velocity from t to `end`; none is t itself, the velocity there."""
+        z, v = self.pair(x0, noise, t, condition, field)
+        u = v if end is None else average_velocity(model, z, t, end, v, condition)
+        return self.error(output(model, z, t, condition, end), u, t)
 
 
 @torch.no_grad()
-def average_velocity(model: TwoTimes, z: Tensor, t: Tensor, end: Tensor, v: Tensor, condition: Any) -> Tensor:
+def average_velocity(model: Model, z: Tensor, t: Tensor, end: Tensor, v: Tensor, condition: Any) -> Tensor:
     """What the average velocity u(z, t, end) should be, given the velocity v at (z, t): v − (t − end)·du/dt.
 
     The MeanFlow identity (Geng et al. 2025). du/dt = v·∂_z u + ∂_t u is the derivative along the path: one

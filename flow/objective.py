@@ -1,18 +1,21 @@
-"""The objective: path + target + density + weight, as one loss for training and validation and one denoiser."""
+"""The objective: path + target + density + weight, as one loss for training and validation and one denoiser.
+
+Three objectives that learn something else stand beside it, each with the same three methods `times`, `loss` and
+`denoise`: `flow.variance.LearnedVariance`, `flow.meanflow.MeanFlow` and `flow.stepmap.StepMap`.
+"""
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast, final
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flow.density import Density, LogitNormal, Steps, shift
-from flow.meanflow import MeanFlow, average_velocity
-from flow.path import Discrete, Path, RectifiedFlow, expand_as
+from flow.density import Density, LogitNormal, shift
+from flow.describe import describe
+from flow.path import Path, RectifiedFlow, expand_as
 from flow.penalty import Penalty
 from flow.target import Target, Velocity, solve
-from flow.variance import LearnedVariance
 from flow.weight import Weight
 
 Model = Callable[..., Tensor]  # (z (B, …), t (B,), condition) → y (B, …); of two times, with end (B,) as well
@@ -27,7 +30,6 @@ class Estimate(NamedTuple):
     variance: Tensor | None = None  # the output that says where between β̃ and β the step's variance lies, (B, …)
 
 
-@final
 class Objective:
     """What the network learns, and how its output is read.
 
@@ -39,10 +41,29 @@ class Objective:
         shift: α of the resolution shift, applied to the drawn t here and to the sampler's time grid, once each.
         shift_area: height × width of the latents that `shift` is for; others have α·√(area / shift_area) (Esser et al.
             2024, §5.3.2). None: one α for all.
-        variance: also learns the reverse step's variance, on a discrete path: the network then has twice the channels.
         penalty: of each picture's error; none is its mean square.
-        average: learns the average velocity over intervals of rectified flow, with a network of two times.
+
+    Attributes:
+        outputs: channels of the network's output for each channel of the latent.
+        two_times: whether the network is also given the time at which a step ends.
+        extra_passes: forward passes of the network for each picture, besides the usual one.
+
+    Example:
+        A model that knows the answer has no loss:
+
+        >>> import torch
+        >>> objective = Objective()  # rectified flow, velocity, logit-normal(0, 1)
+        >>> x0, noise = torch.zeros(4, 3, 8, 8), torch.ones(4, 3, 8, 8)
+        >>> t, _ = objective.times(torch.full((3, 4), 0.5), area=64)
+        >>> t
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+        >>> objective.loss(lambda z, t, condition: noise - x0, x0, noise, t, None)
+        tensor([0., 0., 0., 0.])
     """
+
+    outputs: ClassVar[int] = 1
+    two_times: ClassVar[bool] = False
+    extra_passes: float = 0.0
 
     def __init__(
         self,
@@ -51,10 +72,8 @@ class Objective:
         density: Density | None = None,
         weight: Weight | None = None,
         shift: float = 1.0,
-        variance: LearnedVariance | None = None,
         shift_area: int | None = None,
         penalty: Penalty | None = None,
-        average: MeanFlow | None = None,
     ) -> None:
         for name, value in (("shift", shift), ("shift_area", shift_area)):
             if value is not None and value <= 0:
@@ -62,15 +81,8 @@ class Objective:
         self.path = path or RectifiedFlow()
         self.target = target or Velocity()
         self.density = density or LogitNormal()
-        self.weight = weight
+        self.weight, self.penalty = weight, penalty
         self.shift, self.shift_area = shift, shift_area
-        self.variance, self.penalty, self.average = variance, penalty, average
-        if average and not (isinstance(self.path, RectifiedFlow) and isinstance(self.target, Velocity)):
-            raise ValueError("average needs the path RectifiedFlow and the target Velocity")
-        if variance and not isinstance(self.path, Discrete):
-            raise ValueError(f"a learned variance needs a discrete path, got {type(self.path).__name__}")
-        if isinstance(self.density, Steps) and (weight or isinstance(self.path, Discrete)):
-            raise ValueError("density Steps looks at t = 1 itself: it needs a continuous path and takes no weight")
         half = torch.tensor([0.5])
         self.target.row(self.path, half)  # a target or weight that the path does not have should fail now
         if weight:
@@ -85,13 +97,12 @@ class Objective:
         return self.path.cell(shift(self.density(u), self.alpha(area))).float()
 
     def cell(self, t: Tensor, area: int) -> Tensor:
-        """The time that stands for t in validation: t itself, or one of those at which alone it learns."""
-        return self.time(t, area) if isinstance(self.density, Steps) else self.path.cell(t)
+        """The nearest time to t that training may draw, for validation: t itself on a continuous path."""
+        return self.path.cell(t)
 
     def times(self, u: Tensor, area: int) -> tuple[Tensor, Tensor | None]:
-        """Training times for uniform u (3, B), and where the intervals from them end if it learns averages."""
-        first, second = (self.time(row, area) for row in u[:2])
-        return (first, None) if self.average is None else self.average.interval(first, second, u[2])
+        """Training times (B,) for uniform u (3, B), and where the intervals from them end; none here has an end."""
+        return self.time(u[0], area), None
 
     def loss(
         self,
@@ -103,44 +114,44 @@ class Objective:
         end: Tensor | None = None,
         field: Field | None = None,
     ) -> Tensor:
-        """w(t)·ρ(mean((model(z_t, t) − y)²)) for each image, plus the learned variance's own loss.
-
-        Three things may be other than usual: which noise x0 comes with (reflow), what y is at z (a teacher's output),
-        and over which interval it is averaged (MeanFlow).
+        """w(t)·ρ(mean((model(z_t, t) − y)²)) for each picture, z_t = a·x0 + b·ε and y = p·x0 + q·ε.
 
         Everything around the network is float32, under any autocast: bfloat16 would round t by up to 4/1000.
 
         Args:
+            model: the network, or what wraps it.
             x0: pictures or latents, (B, …).
-            noise: standard normal, (B, …).
+            noise: standard normal, (B, …); with other pairs of noise and picture this is reflow (Liu et al. 2022).
             t: times in [0, 1], (B,) float32.
             condition: passed on to the model unread.
             end: where the intervals from t end, (B,) float32; none for a model of one time.
-            field: gives y in the place of the pair's own p·x0 + q·ε; no gradient flows through it.
+            field: gives y in the place of p·x0 + q·ε, such as a teacher's output; no gradient flows through it.
 
         Returns:
             (B,) float32.
         """
+        z, y = self.pair(x0, noise, t, condition, field)
+        return self.error(output(model, z, t, condition, end), y, t)
+
+    def pair(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Any, field: Field | None) -> tuple[Tensor, Tensor]:
+        """The point z_t on the path and what the network should say there, each (B, …) float32."""
         if t.dtype != torch.float32:
             raise TypeError(f"t must be float32, got {t.dtype}")
         x0, noise = x0.float(), noise.float()
         a, b, p, q = (expand_as(c, x0) for c in (*self.path(t), *self.target.row(self.path, t)))
-        z = a * x0 + b * noise
-        truth = p * x0 + q * noise
+        z, y = a * x0 + b * noise, p * x0 + q * noise
         if field:
             with torch.no_grad():
-                truth = field(z, t, condition, truth).float()
-        if end is not None:
-            truth = average_velocity(model, z, t, end, truth, condition)
-        y, v = self._split(self._output(model, z, t, condition, end))
-        loss = (y - truth).square().flatten(1).mean(1)
+                y = field(z, t, condition, y).float()
+        return z, y
+
+    def error(self, found: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        """w(t)·ρ(mean((found − y)²)), (B,)."""
+        loss = (found - y).square().flatten(1).mean(1)
         if self.penalty:
             loss = self.penalty(loss, t)
         if self.weight is not None:
             loss = self.weight(self.path, self.target, t) * loss
-        if self.variance and v is not None:
-            estimate, _ = solve(self.path, self.target, z, y, t)
-            loss = loss + self.variance.loss(cast(Discrete, self.path), x0, estimate, v, t)
         return loss
 
     def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Estimate:
@@ -148,18 +159,23 @@ class Objective:
 
         With `end` (B,), an average velocity's: what z would be at t on the straight line that leads to the same place.
         """
-        y, v = self._split(self._output(model, z, t.float(), condition, None if end is None else end.float()))
-        return Estimate(*solve(self.path, self.target, z, y, t), v)
+        y = output(model, z, t.float(), condition, None if end is None else end.float())
+        return Estimate(*solve(self.path, self.target, z, y, t))
 
-    @staticmethod
-    def _output(model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None) -> Tensor:
-        return (model(z, t, condition) if end is None else model(z, t, condition, end)).float()
+    def described(self) -> dict[str, Any]:
+        """What a model folder keeps of it: how the output is read and which times are looked at, as a JSON object."""
+        return {
+            "shift": self.shift,
+            "shift_area": self.shift_area,
+            "path": describe(self.path),
+            "target": describe(self.target),
+            "variance": None,
+        }
 
-    def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.variance is None:
-            return output, None
-        y, v = output.chunk(2, dim=1)
-        return y, v
+
+def output(model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Tensor:
+    """What the model says, (B, …) float32; a model of one time is not given an end."""
+    return (model(z, t, condition) if end is None else model(z, t, condition, end)).float()
 
 
 class TimeBins:

@@ -44,7 +44,12 @@ class Path(ABC):
 
 
 class RectifiedFlow(Path):
-    """The straight line z_t = (1 − t)·x0 + t·ε (Liu et al. 2022; Esser et al. 2024, eq. 13)."""
+    """The straight line z_t = (1 − t)·x0 + t·ε (Liu et al. 2022; Esser et al. 2024, eq. 13).
+
+    Example:
+        >>> RectifiedFlow()(torch.tensor(0.25))  # a = 1 − t and b = t
+        (tensor(0.7500), tensor(0.2500))
+    """
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
@@ -57,7 +62,13 @@ class RectifiedFlow(Path):
 
 
 class Cosine(Path):
-    """The quarter circle z_t = cos(πt/2)·x0 + sin(πt/2)·ε (Esser et al. 2024, §3.1, after Nichol & Dhariwal 2021)."""
+    """The quarter circle z_t = cos(πt/2)·x0 + sin(πt/2)·ε (Esser et al. 2024, §3.1, after Nichol & Dhariwal 2021).
+
+    Example:
+        >>> a, b = Cosine()(torch.tensor(1 / 3))  # cos 30° = √3/2 and sin 30° = ½
+        >>> print(f"{a:.4f} {b:.4f}")
+        0.8660 0.5000
+    """
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)  # a is exactly 0 at t = 1
@@ -80,6 +91,11 @@ class EDM(Path):
         mean: P_m.
         std: P_s, > 0.
         sigma_data: σ_d, the standard deviation of the data.
+
+    Example:
+        >>> a, b = EDM(mean=-1.2)(torch.tensor(0.5))
+        >>> print(f"{torch.log(b / a):.4f}")  # the median of ln σ is P_m
+        -1.2000
     """
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, sigma_data: float = 0.5) -> None:
@@ -113,6 +129,12 @@ class Discrete(Path):
 
     Args:
         alphas_cumprod: ᾱ_1 … ᾱ_T, (T,) float64, falling.
+
+    Example:
+        >>> path = Discrete(torch.tensor([0.64, 0.36]))  # ᾱ of a chain of two steps
+        >>> a, b = path(torch.tensor([0.0, 0.5, 1.0]))
+        >>> print(a, b)
+        tensor([1.0000, 0.8000, 0.6000]) tensor([0.0000, 0.6000, 0.8000])
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
@@ -146,21 +168,36 @@ def _cumulated(betas: Tensor) -> Tensor:
 
 
 class DDPMLinear(Discrete):
-    """β linear from 1e-4 to 0.02 over 1000 steps (Ho et al. 2020, §4)."""
+    """β linear from 1e-4 to 0.02 over 1000 steps (Ho et al. 2020, §4).
+
+    Example:
+        >>> print(f"{DDPMLinear()(torch.tensor(1.0))[0]:.6f}")  # √ᾱ_T as in Lin et al. 2024, table 1
+        0.006353
+    """
 
     def __init__(self) -> None:
         super().__init__(_cumulated(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)))
 
 
 class LDMLinear(Discrete):
-    """√β linear, β from 0.00085 to 0.012 over 1000 steps (Rombach et al. 2022, in their code)."""
+    """√β linear, β from 0.00085 to 0.012 over 1000 steps (Rombach et al. 2022, in their code).
+
+    Example:
+        >>> print(f"{LDMLinear()(torch.tensor(1.0))[0]:.6f}")  # √ᾱ_T as in Lin et al. 2024, table 1
+        0.068265
+    """
 
     def __init__(self) -> None:
         super().__init__(_cumulated(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2))
 
 
 class ImprovedCosine(Discrete):
-    """ᾱ(t) = cos²((t + s)/(1 + s)·π/2), s = 0.008, β at most 0.999, 1000 steps (Nichol & Dhariwal 2021, eq. 17)."""
+    """ᾱ(t) = cos²((t + s)/(1 + s)·π/2), s = 0.008, β at most 0.999, 1000 steps (Nichol & Dhariwal 2021, eq. 17).
+
+    Example:
+        >>> print(f"{ImprovedCosine()(torch.tensor(1.0))[0]:.3e}")  # √ᾱ_T as in Lin et al. 2024, table 1
+        4.928e-05
+    """
 
     def __init__(self) -> None:
         n = torch.arange(1001, dtype=torch.float64) / 1000
@@ -176,6 +213,10 @@ class ZeroTerminalSNR(Discrete):
 
     Args:
         path: the chain to rescale.
+
+    Example:
+        >>> ZeroTerminalSNR(DDPMLinear())(torch.tensor(1.0))  # pure noise at t = 1
+        (tensor(0.), tensor(1.))
     """
 
     def __init__(self, path: Discrete) -> None:

@@ -21,21 +21,39 @@ class Target(ABC):
 
 
 class Epsilon(Target):
-    """The noise: y = ε (Ho et al. 2020, eq. 14). Cannot be solved where a = 0."""
+    """The noise: y = ε (Ho et al. 2020, eq. 14). Cannot be solved where a = 0.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> Epsilon().row(RectifiedFlow(), torch.tensor(0.25))  # y = 0·x0 + 1·ε
+        (tensor(0.), tensor(1.))
+    """
 
     def row(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(t), torch.ones_like(t)
 
 
 class X0(Target):
-    """The picture: y = x0. Cannot be solved where b = 0."""
+    """The picture: y = x0. Cannot be solved where b = 0.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> X0().row(RectifiedFlow(), torch.tensor(0.25))  # y = 1·x0 + 0·ε
+        (tensor(1.), tensor(0.))
+    """
 
     def row(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), torch.zeros_like(t)
 
 
 class V(Target):
-    """v-prediction: y = a·ε − b·x0 (Salimans & Ho 2022, appendix D)."""
+    """v-prediction: y = a·ε − b·x0 (Salimans & Ho 2022, appendix D).
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> V().row(RectifiedFlow(), torch.tensor(0.25))  # y = −b·x0 + a·ε
+        (tensor(-0.2500), tensor(0.7500))
+    """
 
     def row(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         a, b = path(t)
@@ -43,7 +61,13 @@ class V(Target):
 
 
 class Velocity(Target):
-    """The path's time derivative: y = ȧ·x0 + ḃ·ε, which is ε − x0 on the straight line (Esser et al. 2024, eq. 5)."""
+    """The path's time derivative: y = ȧ·x0 + ḃ·ε, which is ε − x0 on the straight line (Esser et al. 2024, eq. 5).
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> Velocity().row(RectifiedFlow(), torch.tensor(0.25))  # y = ε − x0, at every t
+        (tensor(-1.), tensor(1.))
+    """
 
     def row(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
         return path.rate(t)
@@ -56,6 +80,12 @@ class Preconditioned(Target):
 
     Args:
         sigma_data: σ_d, the standard deviation of the data.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> path, t = RectifiedFlow(), torch.tensor([0.0, 0.5, 1.0])
+        >>> Preconditioned(sigma_data=0.5).row(path, t)  # y = −ε at the data and x0/σ_d at the noise
+        (tensor([0.0000, 1.7889, 2.0000]), tensor([-1.0000, -0.4472, -0.0000]))
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:
@@ -70,7 +100,13 @@ class Preconditioned(Target):
 
 
 def determinant(path: Path, target: Target, t: Tensor) -> Tensor:
-    """a·q − b·p, of t's shape: zero where z and y do not determine picture and noise."""
+    """a·q − b·p, of t's shape: zero where z and y do not determine picture and noise.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> determinant(RectifiedFlow(), Epsilon(), torch.tensor([0.0, 0.5, 1.0]))  # a: 0 at the noise
+        tensor([1.0000, 0.5000, 0.0000])
+    """
     (a, b), (p, q) = path(t), target.row(path, t)
     return a * q - b * p
 
@@ -87,6 +123,12 @@ def solve(path: Path, target: Target, z: Tensor, y: Tensor, t: Tensor) -> tuple[
 
     Returns:
         (x0, ε), both (B, …). Infinite or NaN where det = 0 (Epsilon at a = 0, X0 at b = 0).
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> x0, noise, t = torch.tensor([2.0]), torch.tensor([-1.0]), torch.tensor([0.25])
+        >>> solve(RectifiedFlow(), Velocity(), z=0.75 * x0 + 0.25 * noise, y=noise - x0, t=t)
+        (tensor([2.]), tensor([-1.]))
     """
     a, b, p, q = (expand_as(c, z) for c in (*path(t), *target.row(path, t)))
     det = a * q - b * p

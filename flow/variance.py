@@ -1,12 +1,17 @@
 """The reverse step of a noising chain: its exact posterior, and a variance that the network learns."""
 
 import math
-from typing import NamedTuple, final
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flow.density import Density
+from flow.objective import Estimate, Field, Model, Objective, output
 from flow.path import Discrete, Path, expand_as
+from flow.penalty import Penalty
+from flow.target import Target, solve
+from flow.weight import Weight
 
 
 class Posterior(NamedTuple):
@@ -37,43 +42,99 @@ def interpolated(posterior: Posterior, output: Tensor) -> Tensor:
     return v * high + (1 - v) * low
 
 
-@final
-class LearnedVariance:
-    """Trains the second half of the network's output: λ·L_vlb, with the mean held fixed (Nichol & Dhariwal 2021, §3.1).
+class LearnedVariance(Objective):
+    """Also learns the reverse step's variance, with the second half of the output: L_simple + λ·L_vlb.
+
+    The mean is held fixed in the second term (Nichol & Dhariwal 2021, §3.1). The network has twice the channels.
 
     Args:
-        weight: λ, of the whole chain's variational bound in bits per dimension, on top of the mean's own loss.
+        path: a chain.
+        target: what the first half of the output predicts.
+        density: where in t training looks.
+        weight: an extra factor on the loss of the first half at t; none means 1.
+        shift: α of the resolution shift.
+        shift_area: height × width of the latents that `shift` is for; none: one α for all.
+        penalty: of each picture's error in the first half; none is its mean square.
+        vlb_weight: λ, of the whole chain's variational bound in bits per dimension.
+
+    Example:
+        >>> from flow.path import DDPMLinear
+        >>> from flow.target import Epsilon
+        >>> LearnedVariance(DDPMLinear(), Epsilon()).outputs
+        2
     """
 
-    def __init__(self, weight: float = 1e-3) -> None:
-        if weight <= 0:
-            raise ValueError(f"LearnedVariance needs weight > 0, got {weight}")
-        self.weight = weight
+    outputs: ClassVar[int] = 2
+    path: Discrete
 
-    def loss(self, path: Discrete, x0: Tensor, estimate: Tensor, output: Tensor, t: Tensor) -> Tensor:
+    def __init__(
+        self,
+        path: Path,
+        target: Target | None = None,
+        density: Density | None = None,
+        weight: Weight | None = None,
+        shift: float = 1.0,
+        shift_area: int | None = None,
+        penalty: Penalty | None = None,
+        vlb_weight: float = 1e-3,
+    ) -> None:
+        if not isinstance(path, Discrete):
+            raise ValueError(
+                f"LearnedVariance needs a discrete path, such as ImprovedCosine, got {type(path).__name__}"
+            )
+        super().__init__(path, target, density, weight, shift, shift_area, penalty)
+        if vlb_weight <= 0:
+            raise ValueError(f"LearnedVariance needs vlb_weight > 0, got {vlb_weight}")
+        self.vlb_weight = vlb_weight
+
+    def loss(
+        self,
+        model: Model,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        condition: Any,
+        end: Tensor | None = None,
+        field: Field | None = None,
+    ) -> Tensor:
+        """As `Objective.loss`, plus the variance's own loss."""
+        z, truth = self.pair(x0, noise, t, condition, field)
+        y, v = output(model, z, t, condition, end).chunk(2, dim=1)
+        estimate, _ = solve(self.path, self.target, z, y, t)
+        return self.error(y, truth, t) + self.bound(x0.float(), estimate, v, t)
+
+    def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Estimate:
+        """As `Objective.denoise`, with the output that tells the variance."""
+        y, v = output(model, z, t.float(), condition, None if end is None else end.float()).chunk(2, dim=1)
+        return Estimate(*solve(self.path, self.target, z, y, t), v)
+
+    def described(self) -> dict[str, Any]:
+        """As `Objective.described`."""
+        return super().described() | {"variance": {"class": "LearnedVariance", "weight": self.vlb_weight}}
+
+    def bound(self, x0: Tensor, estimate: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """λ·T times step n's term of the bound: KL of the posteriors, or −ln N(x0; x̂0, Σ) at n = 1.
 
         β̃ is zero at n = 1; as in their code that of n = 2 bounds the variance there.
 
         Args:
-            path: the chain, of T steps.
             x0: pictures, (B, …).
             estimate: x̂0, (B, …); no gradient flows into it.
-            output: the network's second half, (B, …).
+            v: the second half of the output, (B, …).
             t: times n/T with n ≥ 1, (B,).
 
         Returns:
             (B,), in bits per dimension.
         """
-        steps = path.steps
+        steps = self.path.steps
         n = (t.double() * steps).round()
-        exact = posterior(path, n / steps, (n - 1) / steps)
+        exact = posterior(self.path, n / steps, (n - 1) / steps)
         second = torch.full_like(n, 2 / steps)
-        bound = torch.where(n == 1, posterior(path, second, second / 2).small, exact.small)
-        log_variance = interpolated(exact._replace(small=bound), output)
+        least = torch.where(n == 1, posterior(self.path, second, second / 2).small, exact.small)
+        log_variance = interpolated(exact._replace(small=least), v)
         error = expand_as(exact.gain, x0) * (x0 - estimate.detach())
-        log_true = expand_as(bound.log(), x0)
+        log_true = expand_as(least.log(), x0)
         kl = (log_variance - log_true - 1 + (log_true - log_variance).exp() + error**2 * (-log_variance).exp()) / 2
         nll = (math.log(2 * math.pi) + log_variance + error**2 * (-log_variance).exp()) / 2
         term = torch.where(expand_as(n == 1, x0).bool(), nll, kl)
-        return self.weight * steps / math.log(2) * term.flatten(1).mean(1)
+        return self.vlb_weight * steps / math.log(2) * term.flatten(1).mean(1)

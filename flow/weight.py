@@ -28,6 +28,14 @@ class DensityWeight(Weight):
 
     Args:
         density: π.
+
+    Example:
+        >>> from flow.density import LogitNormal
+        >>> from flow.path import RectifiedFlow
+        >>> from flow.target import Velocity
+        >>> weight = DensityWeight(LogitNormal())
+        >>> print(f"{weight(RectifiedFlow(), Velocity(), torch.tensor(0.5)):.4f}")  # 4 / √(2π)
+        1.5958
     """
 
     def __init__(self, density: Density) -> None:
@@ -38,13 +46,26 @@ class DensityWeight(Weight):
 
 
 def from_epsilon(path: Path, target: Target, t: Tensor) -> Tensor:
-    """(a / det)²: turns a weight of the ε-loss into one of the target's loss."""
+    """(a / det)²: turns a weight of the ε-loss into one of the target's loss.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> from flow.target import X0
+        >>> from_epsilon(RectifiedFlow(), X0(), torch.tensor(0.25))  # of the x0-loss: SNR = 3²
+        tensor(9.)
+    """
     a, _ = path(t)
     return (a / determinant(path, target, t)) ** 2
 
 
 def log_snr_rate(path: Path, t: Tensor) -> Tensor:
-    """−dλ/dt, with λ = ln(a²/b²): positive."""
+    """−dλ/dt, with λ = ln(a²/b²): positive.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> log_snr_rate(RectifiedFlow(), torch.tensor(0.5))  # 2 / (t·(1 − t))
+        tensor(8.)
+    """
     (a, b), (da, db) = path(t), path.rate(t)
     return 2 * (db / b - da / a)
 
@@ -53,6 +74,12 @@ def implied_weight(path: Path, target: Target, t: Tensor) -> Tensor:
     """The paper's w_t = (det/a)² / (−λ̇/2): the unweighted loss on a target is ½E[w_t·(−λ̇)·‖ε̂ − ε‖²].
 
     Esser et al. 2024, eqs. 8–9 and §3.1: t/(1 − t) for rectified flow.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> from flow.target import Velocity
+        >>> implied_weight(RectifiedFlow(), Velocity(), torch.tensor(0.75))  # t / (1 − t)
+        tensor(3.)
     """
     return 1 / (from_epsilon(path, target, t) * log_snr_rate(path, t) / 2)
 
@@ -62,6 +89,12 @@ class MinSNR(Weight):
 
     Args:
         gamma: γ, where the weight stops to grow toward the data.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> from flow.target import X0
+        >>> MinSNR(gamma=5.0)(RectifiedFlow(), X0(), torch.tensor([0.25, 0.5]))  # SNR = 9 and 1
+        tensor([5., 1.])
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
@@ -80,6 +113,12 @@ class P2(Weight):
     Args:
         k: keeps the weight finite at the noise.
         gamma: γ, how strongly the data end is played down; 0 changes nothing.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> from flow.target import Epsilon
+        >>> P2(k=1.0, gamma=1.0)(RectifiedFlow(), Epsilon(), torch.tensor([0.25, 0.5]))  # SNR = 9 and 1
+        tensor([0.1000, 0.5000])
     """
 
     def __init__(self, k: float = 1.0, gamma: float = 1.0) -> None:
@@ -108,14 +147,30 @@ class LogSNRWeight(Weight):
 
 
 class ExponentialWeight(LogSNRWeight):
-    """w = e^(−λ/2): rectified flow's velocity and the cosine path's v, up to a constant."""
+    """w = e^(−λ/2): rectified flow's velocity and the cosine path's v, up to a constant.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> from flow.target import Velocity
+        >>> weight = ExponentialWeight()(RectifiedFlow(), Velocity(), torch.tensor([0.25, 0.5]))
+        >>> torch.allclose(weight, torch.ones(2))  # the plain loss has this weight already
+        True
+    """
 
     def of(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-log_snr / 2)
 
 
 class SechWeight(LogSNRWeight):
-    """w = sech(λ/2): the cosine path's ε, up to a constant (Esser et al. 2024, §3.1)."""
+    """w = sech(λ/2): the cosine path's ε, up to a constant (Esser et al. 2024, §3.1).
+
+    Example:
+        >>> from flow.path import Cosine
+        >>> from flow.target import Epsilon
+        >>> weight = SechWeight()(Cosine(), Epsilon(), torch.tensor([0.25, 0.5]))
+        >>> torch.allclose(weight[0], weight[1])  # the plain loss has this weight already
+        True
+    """
 
     def of(self, log_snr: Tensor) -> Tensor:
         return 1 / torch.cosh(log_snr / 2)
@@ -128,6 +183,13 @@ class EDMWeight(LogSNRWeight):
         mean: P_m.
         std: P_s, > 0.
         sigma_data: σ_d.
+
+    Example:
+        >>> from flow.path import EDM
+        >>> from flow.target import Preconditioned
+        >>> weight = EDMWeight()(EDM(), Preconditioned(), torch.tensor([0.25, 0.5]))
+        >>> torch.allclose(weight[0], weight[1])  # the plain loss has this weight already
+        True
     """
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, sigma_data: float = 0.5) -> None:

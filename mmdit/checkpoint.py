@@ -19,19 +19,23 @@ from mmdit.model import MMDiT
 from storage.weights import (
     DType,
     Weights,
+    check_tensors,
     dtype_of,
-    few,
-    fit,
     open_file,
     open_folder,
     read_json,
+    shorten,
     write_json,
     write_tensors,
 )
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 THEIRS, OWN = "SD3Transformer2DModel", "MMDiT"
-BEYOND = {"time_scale": TIME_SCALE, "two_times": False, "guidance_embeds": False}  # MMDiT's, which diffusers has not
+BEYOND = {  # MMDiT's, which diffusers has not
+    "time_scale": TIME_SCALE, "two_times": False, "guidance_embeds": False, "picture_channels": 0,
+    "level_embeds": False, "text_mask": False,
+}  # fmt: skip
+UNSEEN = ("time_scale", "picture_channels", "text_mask")  # of these, what names and shapes do not tell
 PREFIX = "model.diffusion_model."  # of the network's names in a single file
 Naming: TypeAlias = Literal["diffusers", "original"]
 
@@ -47,6 +51,8 @@ OUTSIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "span.fc2": (("time_text_embed.span_embedder.linear_2",), ("span_embedder.mlp.2",)),
     "guidance.fc1": (("time_text_embed.guidance_embedder.linear_1",), ("guidance_embedder.mlp.0",)),
     "guidance.fc2": (("time_text_embed.guidance_embedder.linear_2",), ("guidance_embedder.mlp.2",)),
+    "level.fc1": (("time_text_embed.level_embedder.linear_1",), ("level_embedder.mlp.0",)),
+    "level.fc2": (("time_text_embed.level_embedder.linear_2",), ("level_embedder.mlp.2",)),
     "final.modulation": (("norm_out.linear",), ("final_layer.adaLN_modulation.1",)),
     "final.linear": (("proj_out",), ("final_layer.linear",)),
 }
@@ -126,7 +132,7 @@ def layout(network: MMDiT, naming: Naming) -> dict[str, list[Piece]]:
             continue
         tail = tuple(tensor.shape[1:])
         if ours == "patch.weight":  # a convolution there
-            tail = (network.in_channels, network.patch_size, network.patch_size)
+            tail = (network.in_channels + network.picture_channels, network.patch_size, network.patch_size)
         table[ours] = [
             Piece(f"{name}.{kind}", (rows, *tail), swapped)
             for name, rows, swapped in parts(network, module, len(tensor), naming)
@@ -159,7 +165,7 @@ def read(network: MMDiT, weights: Weights, naming: Naming, dtype: torch.dtype, d
         ValueError: naming every missing, left-over or mis-shaped tensor, before anything is read.
     """
     table = layout(network, naming)
-    fit(weights, {p.name: p.shape for pieces in table.values() for p in pieces}, "this transformer's config")
+    check_tensors(weights, {p.name: p.shape for pieces in table.values() for p in pieces}, "this transformer's config")
     state = {}
     for ours, tensor in network.state_dict().items():
         state[ours] = torch.empty(tensor.shape, dtype=dtype, device=device)
@@ -212,6 +218,7 @@ def infer(weights: Weights) -> tuple[Naming, dict[str, Any]]:
         "dual_attention_layers": tuple(i for i in range(depth) if shape("dual.qkv", block=i)),
         "two_times": shape("span.fc1") is not None,
         "guidance_embeds": shape("guidance.fc1") is not None,
+        "level_embeds": shape("level.fc1") is not None,
     }
 
 
@@ -221,6 +228,9 @@ def load(
     device: torch.device | str = "cpu",
     two_times: bool = False,
     guidance_embeds: bool = False,
+    picture_channels: int = 0,
+    level_embeds: bool = False,
+    text_mask: bool = False,
 ) -> MMDiT:
     """Reads a transformer, ours or a released one, streaming: peak memory is that of the network.
 
@@ -232,6 +242,9 @@ def load(
         device: where they go.
         two_times: let the network be told where a step ends, from now on if it was not.
         guidance_embeds: likewise the scale of guidance.
+        picture_channels: likewise let it work from a picture of so many channels.
+        level_embeds: likewise how much noise that picture was given.
+        text_mask: from now on its padding is masked.
 
     Raises:
         FileNotFoundError, ValueError: in one line, if anything is missing, truncated, foreign or does not fit. Nothing
@@ -254,9 +267,7 @@ def load(
     except TypeError as error:
         raise ValueError(f"{path} has a config with a value of the wrong type: {error}") from None
     network = read(network, weights, naming, dtype_of(dtype), device)
-    for number, wanted in (("two_times", two_times), ("guidance_embeds", guidance_embeds)):
-        if wanted:
-            network.add(number)
+    network.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask)
     return network.to(device, dtype_of(dtype)).eval()
 
 
@@ -296,10 +307,11 @@ def single_file(network: MMDiT) -> dict[str, Tensor]:
     """The network's tensors as a released single file names them.
 
     Raises:
-        ValueError: if the file could not tell the network's heads, which only the norms of q and k do, or time_scale.
+        ValueError: if the file could not tell what the network is.
     """
-    if network.time_scale != TIME_SCALE:
-        raise ValueError(f"a single file cannot tell the time_scale {network.time_scale:g}: write a folder")
+    if unseen := {name: value for name, value in beyond(network).items() if name in UNSEEN}:
+        named = ", ".join(f"{name} {value:g}" for name, value in unseen.items())
+        raise ValueError(f"a single file cannot tell {named}: write a folder")
     if not network.qk_norm and network.heads != max(network.width // 64, 1):
         raise ValueError(
             f"a single file cannot hold a network without qk_norm whose heads have "
@@ -352,7 +364,7 @@ def _guess(weights: Weights) -> str:
     ):
         if any(name.startswith(start) for name in weights):
             return f"; it seems to be {kind}"
-    return f": its tensors are {few(sorted(weights)[:3])}, …" if weights else ": it is empty"
+    return f": its tensors are {shorten(sorted(weights)[:3])}, …" if weights else ": it is empty"
 
 
 def swap(tensor: Tensor) -> Tensor:

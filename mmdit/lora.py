@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoint import parts, swap
 from mmdit.model import MMDiT
-from storage.weights import Weights, few, open_file, write_json, write_tensors
+from storage.weights import Weights, open_file, shorten, write_json, write_tensors
 
 FILE, CONFIG, PREFIX = "pytorch_lora_weights.safetensors", "adapter_config.json", "transformer."
 
@@ -48,7 +48,7 @@ def add(network: MMDiT, lora: LoRA) -> None:
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     for target in lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
-            raise ValueError(f"lora.targets: no linear layer's name ends in {target!r}; there are {few(linear)}")
+            raise ValueError(f"lora.targets: no linear layer's name ends in {target!r}; there are {shorten(linear)}")
     if any(name.startswith("patch") and f".{name}".endswith(f".{t}") for name in linear for t in lora.targets):
         raise ValueError("lora.targets: the patch embedding is a convolution in other tools and cannot be a target")
     alpha = lora.rank if lora.alpha is None else lora.alpha
@@ -154,8 +154,8 @@ def read(network: MMDiT, weights: Weights) -> dict[str, list[Update]]:
                 misfits.append(f"{part.name}, which is not finite,")
             updates.setdefault(name, []).append(Update(rows, weights[keys[0]], swap(up) if part.swapped else up))
     if left or misfits or not updates:
-        told = [f"{len(left)} left over ({few(sorted(left))})"] * bool(left)
-        told += [f"{len(misfits)} damaged ({few(misfits)})"] * bool(misfits)
+        told = [f"{len(left)} left over ({shorten(sorted(left))})"] * bool(left)
+        told += [f"{len(misfits)} damaged ({shorten(misfits)})"] * bool(misfits)
         raise ValueError(f"{weights.source} is no LoRA of this network: {', '.join(told) or 'it is empty'}")
     return updates
 

@@ -1,7 +1,6 @@
 """MMDiT: the multimodal diffusion transformer of Stable Diffusion 3 (Esser et al. 2024, §4 and figure 2)."""
 
 from collections.abc import Collection
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +17,13 @@ from mmdit.embed import (
     unpatchify,
 )
 from mmdit.layers import FinalLayer, JointBlock
+from mmdit.network import Condition, HiddenStates, Network
 
 TIME_FEATURES = 256
-NUMBERS = {"two_times": "span", "guidance_embeds": "guidance"}  # what it may be told besides t: the embeddings
+EMBEDDINGS = {"two_times": "span", "guidance_embeds": "guidance", "level_embeds": "level"}  # of numbers besides t
 
 
-class Condition(NamedTuple):
-    """What the network is told besides z and t."""
-
-    text: Tensor  # (B, N, text_dim) token features
-    pooled: Tensor  # (B, pooled_dim) one vector for the whole caption
-    mask: Tensor | None = None  # (B, N) bool, true for real tokens; none: padding is attended, as in released models
-    guidance: Tensor | None = None  # (B,) scale of the guidance that a network with guidance_embeds has learned
-
-
-class MMDiT(nn.Module):
+class MMDiT(Network):
     """The network: model(z, t, condition) → y, of z's shape; with two times, model(z, t, condition, end) → y.
 
     Args:
@@ -52,15 +43,24 @@ class MMDiT(nn.Module):
             from a derivative by t, to which fast features are noise: 10 serves it better from nothing.
         two_times: it is also told where a step ends, as an average velocity is of a step (Geng et al. 2025).
         guidance_embeds: it is also told the scale of the guidance that its output is to have (Meng et al. 2023, §3.1).
+        picture_channels: channels of a picture that it works from, which is laid beside z (Saharia et al. 2021, §2.1).
+        level_embeds: it is also told how much noise that picture was given (Ho et al. 2021, §4.2).
+        text_mask: its text has a mask, and padding is not attended to.
 
-    Attributes:
-        unit: height and width of a latent are multiples of it.
-        largest: height or width of the largest latent.
+    Example:
+        >>> import torch
+        >>> network = MMDiT(in_channels=4, depth=2, text_dim=8, pooled_dim=8, sample_size=8, pos_embed_max_size=4)
+        >>> condition = Condition(text=torch.randn(1, 5, 8), pooled=torch.randn(1, 8))
+        >>> y = network(torch.randn(1, 4, 8, 8), torch.tensor([0.5]), condition)
+        >>> y.shape, bool((y == 0).all())  # zero gates and a zero output: the network starts at y = 0
+        (torch.Size([1, 4, 8, 8]), True)
     """
 
+    largest: int
     positions: Tensor
     span: VectorEmbedding
     guidance: VectorEmbedding
+    level: VectorEmbedding
 
     def __init__(
         self,
@@ -79,6 +79,9 @@ class MMDiT(nn.Module):
         time_scale: float = TIME_SCALE,
         two_times: bool = False,
         guidance_embeds: bool = False,
+        picture_channels: int = 0,
+        level_embeds: bool = False,
+        text_mask: bool = False,
     ) -> None:
         super().__init__()
         width = 64 * depth if width is None else width
@@ -107,7 +110,8 @@ class MMDiT(nn.Module):
         self.sample_size, self.pos_embed_max_size, self.out_channels = sample_size, pos_embed_max_size, out_channels
         if time_scale <= 0:
             raise ValueError(f"time_scale must be > 0, got {time_scale}")
-        self.time_scale, self.two_times, self.guidance_embeds = time_scale, False, False
+        self.time_scale = time_scale
+        self.skippable = depth
         self.unit, self.largest = patch_size, pos_embed_max_size * patch_size
 
         self.patch = nn.Linear(in_channels * patch_size**2, width)
@@ -121,9 +125,7 @@ class MMDiT(nn.Module):
         spacing = sample_size / patch_size / pos_embed_max_size
         self.register_buffer("positions", sincos_2d(pos_embed_max_size, width, spacing))
         self.init_weights()
-        for number, given in (("two_times", two_times), ("guidance_embeds", guidance_embeds)):
-            if given:
-                self.add(number)
+        self.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask)
 
     def init_weights(self) -> None:
         """Xavier for linears, N(0, 0.02) for the vector embeddings, zero for every modulation and the output.
@@ -142,20 +144,42 @@ class MMDiT(nn.Module):
                 nn.init.zeros_(module.modulation.weight)
         nn.init.zeros_(self.final.linear.weight)
 
-    def add(self, number: str) -> None:
-        """Lets the network be told `two_times` or `guidance_embeds`, if it is not yet: at first it makes no difference.
+    def grow(
+        self,
+        two_times: bool = False,
+        guidance_embeds: bool = False,
+        picture_channels: int = 0,
+        level_embeds: bool = False,
+        text_mask: bool = False,
+    ) -> None:
+        """Lets the network be told more, where it is not yet. New weights start at zero: the function stays the same.
 
-        So a student starts as its teacher.
+        So a student starts as its teacher. The arguments are those of the constructor; only the mask makes a difference
+        at once.
+
+        Raises:
+            ValueError: it works from a picture already, of other channels.
         """
-        if not getattr(self, number):
+        numbers = {"two_times": two_times, "guidance_embeds": guidance_embeds, "level_embeds": level_embeds}
+        for name in (name for name, wanted in numbers.items() if wanted and not getattr(self, name)):
             embedding = VectorEmbedding(TIME_FEATURES, self.width)
             nn.init.normal_(embedding.fc1.weight, std=0.02)
             nn.init.zeros_(embedding.fc2.weight)
             for layer in (embedding.fc1, embedding.fc2):
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
-            self.add_module(NUMBERS[number], embedding)
-            setattr(self, number, True)
+            self.add_module(EMBEDDINGS[name], embedding)
+            setattr(self, name, True)
+        if picture_channels and self.picture_channels not in (0, picture_channels):
+            raise ValueError(
+                f"this network has picture_channels {self.picture_channels} and cannot have {picture_channels}"
+            )
+        if picture_channels and not self.picture_channels:
+            new = self.patch.weight.new_zeros(self.width, picture_channels * self.patch_size**2)
+            self.patch.weight = nn.Parameter(torch.cat([self.patch.weight.detach(), new], dim=1))
+            self.patch.in_features = self.patch.weight.shape[1]
+            self.picture_channels = picture_channels
+        self.text_mask = self.text_mask or text_mask
 
     def forward(
         self,
@@ -164,6 +188,7 @@ class MMDiT(nn.Module):
         condition: Condition,
         end: Tensor | None = None,
         skip_layers: Collection[int] = (),
+        hidden_states: HiddenStates | None = None,
     ) -> Tensor:
         """The network's output at (z, t). Numbers are cast to the type of its weights on the way in, but for t.
 
@@ -173,25 +198,26 @@ class MMDiT(nn.Module):
             condition: text of the same batch size.
             end: where the step from t ends, (B,) float32; none is t itself, where y is the velocity at t.
             skip_layers: blocks that are left out, which makes the network a worse one to be guided away from.
+            hidden_states: is filled with the image tokens after the blocks that it names.
 
         Returns:
             (B, out_channels, H, W).
 
         Raises:
             ValueError: if H or W is no multiple of the patch, or more patches than the positional table holds; if the
-                network has one time and is given two, or learned guidance and is given no scale, or the reverse.
+                network is not told a part of the condition that it needs, or one that it has no use for.
         """
         if end is not None and not self.two_times:
             raise ValueError("this network has one time and was given two: it needs two_times")
-        if (condition.guidance is not None) != self.guidance_embeds:
-            told = "learned guidance and needs its scale" if self.guidance_embeds else "no guidance_embeds for a scale"
-            raise ValueError(f"this network has {told}")
+        self.check(condition)
         height, rest_h = divmod(z.shape[-2], self.patch_size)
         width, rest_w = divmod(z.shape[-1], self.patch_size)
         if rest_h or rest_w:
             raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is no multiple of the patch {self.patch_size}")
         dtype = self.positions.dtype
 
+        if condition.picture is not None:
+            z = torch.cat([z, condition.picture.to(z.dtype)], dim=1)
         image = self.patch(patchify(z.to(dtype), self.patch_size)) + crop_centre(self.positions, height, width)
         text = self.context(condition.text.to(dtype)).to(image.dtype)  # b n width
         features = timestep_features(t, TIME_FEATURES, self.time_scale).to(dtype)
@@ -201,6 +227,8 @@ class MMDiT(nn.Module):
             vector = vector + self.span(timestep_features(span, TIME_FEATURES, SPAN_SCALE).to(dtype))
         if condition.guidance is not None:
             vector = vector + self.guidance(timestep_features(condition.guidance, TIME_FEATURES, 1.0).to(dtype))
+        if condition.level is not None:
+            vector = vector + self.level(timestep_features(condition.level, TIME_FEATURES).to(dtype))
         vector = F.silu(vector)  # b width
         mask = None
         if condition.mask is not None:
@@ -208,4 +236,6 @@ class MMDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i not in skip_layers:
                 text, image = block(text, image, vector, mask)
+                if hidden_states is not None:
+                    hidden_states.add(i, image)
         return unpatchify(self.final(image, vector), height, width, self.patch_size)  # b c h w

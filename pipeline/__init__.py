@@ -1,6 +1,7 @@
 """Pipeline: network, process, codec and text joined for inference."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -9,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.degrade import enlarged, noised
 from data.latents import Codec
 from data.sizes import SIZE_FEATURES, size_features
 from data.text.encoder import TextEncoder
 from flow.guidance import ClassifierFree, Weak, known
 from flow.objective import Estimate, Model, Objective
-from flow.sampler import Callback, Denoiser
-from mmdit.model import Condition, MMDiT
+from flow.sampler import Callback, Denoiser, Noise
+from mmdit.network import Condition, Network
 from pipeline import folder as disk
-from pipeline.folder import Network, Parts, Reading
+from pipeline.folder import Parts, Reading
 from pipeline.sampling import Sampling, Walk, random_normals
+from storage.models import find_model
 
 TOKENS = 4096  # of pictures at a time
 
@@ -33,31 +36,41 @@ class Pipeline:
         text: prompts to conditions.
         sampling: defaults for `__call__`.
 
-    Attributes:
-        sized: the network is told of sizes and crops, as its longer pooled vector says (`data.sizes`).
-        knows_guidance: the network has learned to be guided and is told the scale, at one evaluation a step.
-
     Raises:
         ValueError: if the network's channels are not those of codec, text and objective, or the objective cannot be
             sampled as `sampling` says.
+
+    Example:
+        Of the digits' text encoder, with a network that has learned nothing:
+
+        >>> from data.latents import Pixels
+        >>> from data.text.clip import CLIPText
+        >>> from mmdit.model import MMDiT
+        >>> text = CLIPText("assets/digits/text")
+        >>> network = MMDiT(in_channels=1, depth=1, text_dim=64, pooled_dim=64, sample_size=8, pos_embed_max_size=4)
+        >>> pipe = Pipeline(network, Objective(), Pixels(1), text, Sampling(steps=2, guidance=1.0))
+        >>> pipe(["a handwritten seven"], seeds=[0]).shape
+        torch.Size([1, 1, 8, 8])
     """
 
     def __init__(
         self, network: Network, objective: Objective, codec: Codec, text: TextEncoder, sampling: Sampling | None = None
     ) -> None:
-        outputs = codec.channels * (2 if objective.variance else 1)
-        self.sized = getattr(network, "pooled_dim", None) == text.pooled_dim + SIZE_FEATURES
+        self.network, self.objective, self.codec, self.text = network, objective, codec, text
         for key, needed in (
             ("in_channels", codec.channels),
-            ("out_channels", outputs),
+            ("out_channels", codec.channels * objective.outputs),
             ("text_dim", text.tokens_dim),
             ("pooled_dim", text.pooled_dim + (SIZE_FEATURES if self.sized else 0)),
         ):
             given = getattr(network, key, None)
             if given != needed:
                 raise ValueError(f"the network's {key} is {given}, but codec, text and objective need {needed}")
-        self.knows_guidance = getattr(network, "guidance_embeds", False)
-        self.network, self.objective, self.codec, self.text = network, objective, codec, text
+        if objective.two_times and not network.two_times:
+            raise ValueError(f"{type(objective).__name__} needs a network of two times: set network.two_times")
+        if network.picture_channels not in (0, codec.channels):
+            raise ValueError(f"the network's picture_channels are {network.picture_channels}, and a picture has "
+                             f"{codec.channels} channels of latents")  # fmt: skip
         self.sampling = sampling or Sampling()
         self.sampling.walk(objective)
 
@@ -65,6 +78,11 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.network.parameters()).device
+
+    @property
+    def sized(self) -> bool:
+        """Whether the network is told of sizes and crops, as its longer pooled vector says (`data.sizes`)."""
+        return self.network.pooled_dim == self.text.pooled_dim + SIZE_FEATURES
 
     def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Condition:
         """The prompts' condition, on the network's device. The empty prompt's is the null condition.
@@ -79,7 +97,21 @@ class Pipeline:
             h, w = (side * self.codec.factor for side in self.latent_size(height, width))
             whole = torch.tensor([h, w, 0, 0, h, w]).expand(len(pooled), -1)  # not cropped
             pooled = torch.cat([pooled.float(), size_features(whole).to(pooled.device)], dim=-1)
-        return Condition(text.to(self.device), pooled.to(self.device))
+        mask = self.text.mask(prompts).to(self.device) if self.network.text_mask else None
+        return Condition(text.to(self.device), pooled.to(self.device), mask)
+
+    def shown(self, picture: Tensor, latent: tuple[int, int], level: float, draw: Noise) -> Tensor:
+        """The latents (B, C, *latent) of a picture to work from, enlarged to the size of what is drawn.
+
+        Args:
+            picture: pixels in [0, 1], (B, pixel_channels, h, w).
+            latent: height and width of the latents.
+            level: how much noise it is given, 0 to 1.
+            draw: gives the noise, (B, C, *latent).
+        """
+        height, width = (side * self.codec.factor for side in latent)
+        latents = self.codec.encode(enlarged(picture.to(self.device), height, width))
+        return noised(latents, draw(), level) if level else latents
 
     @torch.inference_mode()
     def __call__(
@@ -94,6 +126,8 @@ class Pipeline:
         image: Tensor | None = None,
         strength: float = 0.6,
         mask: Tensor | None = None,
+        picture: Tensor | None = None,
+        level: float = 0.0,
         callback: Callback | None = None,
     ) -> Tensor:
         """One picture for each prompt.
@@ -113,6 +147,9 @@ class Pipeline:
                 it but for what the mask keeps.
             mask: 1 where the image is to be made anew and 0 where it stays, (B or 1, 1, height, width); a latent pixel
                 with any 1 in it is made anew. None makes all anew.
+            picture: what a network with picture_channels works from, such as a small picture to enlarge: pixels in
+                [0, 1], (B or 1, C, h, w).
+            level: how much noise that picture is given, 0 to 1, for a network with level_embeds.
             callback: called with (steps done, z, x̂0), first with (0, z, z) and then after each step.
 
         Returns:
@@ -129,9 +166,10 @@ class Pipeline:
             raise ValueError("a mask needs an image")
         latent, walk, times = self.plan(sampling, shift, height, width, 1.0 if image is None else strength)
         draw = random_normals(seeds, (self.network.in_channels, *latent), self.device)
-        estimate = self.denoiser(prompts, negative, sampling, times, height, width)
-        a, b = self.objective.path(times[0])
         noise = draw()
+        told = self._told(len(prompts), latent, picture, level, draw)
+        estimate = self.denoiser(prompts, negative, sampling, times, height, width, told)
+        a, b = self.objective.path(times[0])
         if image is None:
             x0 = torch.zeros_like(noise)
             z = self.scale_at(times[0]) * noise
@@ -184,6 +222,24 @@ class Pipeline:
         a, b = self.objective.path(t)
         return a if t == 0 else (a**2 + b**2).sqrt()
 
+    def _told(
+        self, count: int, latent: tuple[int, int], picture: Tensor | None, level: float, draw: Noise
+    ) -> dict[str, Tensor]:
+        """The parts of the condition that come from a picture. ValueError where network and picture do not fit."""
+        network = self.network
+        if (picture is not None) != bool(network.picture_channels):
+            raise ValueError("this network works from a picture: give one" if picture is None else
+                             "this network works from no picture: leave it out")  # fmt: skip
+        if not 0 <= level <= 1 or (level and not network.level_embeds):
+            raise ValueError(f"level must be from 0 to 1, and 0 for a network without level_embeds, got {level}")
+        if picture is None:
+            return {}
+        if picture.shape[1] != self.codec.pixel_channels or len(picture) not in (1, count):
+            wanted = f"(1 or {count}, {self.codec.pixel_channels}, …)"
+            raise ValueError(f"the picture must be {wanted}, got {tuple(picture.shape)}")
+        told = {"picture": self.shown(picture.expand(count, -1, -1, -1), latent, level, draw)}
+        return told | ({"level": torch.full((count,), level, device=self.device)} if network.level_embeds else {})
+
     def denoiser(
         self,
         prompts: Sequence[str],
@@ -192,15 +248,26 @@ class Pipeline:
         times: Tensor,
         height: int | None = None,
         width: int | None = None,
+        told: Mapping[str, Tensor] | None = None,
     ) -> Denoiser:
-        """The estimate of the network, guided as told, for these prompts."""
-        condition = self.condition(prompts, height, width)
-        if self.knows_guidance:
+        """The network's estimate for these prompts, guided as `sampling` says.
+
+        Args:
+            prompts: B texts.
+            negative: what guidance moves away from.
+            sampling: the guidance.
+            times: of the walk.
+            height: of the pictures in pixels; none takes the training's.
+            width: likewise.
+            told: further parts of the condition, by name.
+        """
+        condition = self.condition(prompts, height, width)._replace(**(told or {}))
+        if self.network.guidance_embeds:
             if negative:
                 raise ValueError("a network that has learned its guidance cannot be told what to move away from")
             scales = torch.full((len(prompts),), float(sampling.guidance), device=self.device)
             condition = condition._replace(guidance=scales)
-        model = self._guided(sampling, lambda: self.condition([negative], height, width), times)
+        model = self._guided(sampling, lambda: condition.null(self.condition([negative], height, width)), times)
 
         def estimate(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
             return self.objective.denoise(model, z, t, condition, end)
@@ -208,8 +275,8 @@ class Pipeline:
         return estimate
 
     def _guided(self, sampling: Sampling, negative: Callable[[], Condition], times: Tensor) -> Model:
-        """The network, guided as told."""
-        if sampling.guidance == 1 or self.knows_guidance:
+        """The network, guided as `sampling` says."""
+        if sampling.guidance == 1 or self.network.guidance_embeds:
             return self.network
         weak = None
         if interval := sampling.skipping(times):
@@ -220,7 +287,7 @@ class Pipeline:
             sampling.guidance,
             sampling.rescale,
             sampling.interval,
-            self.codec.channels if self.objective.variance else None,
+            None if self.objective.outputs == 1 else self.codec.channels,
             weak,
         )
 
@@ -246,12 +313,11 @@ class Pipeline:
             ValueError: in one line, if there is no such size, or the sampling does not fit process or network.
         """
         latent = self.latent_size(height, width)
-        blocks = range(self.network.depth if isinstance(self.network, MMDiT) else 0)
-        if not set(sampling.skip_layers) <= set(blocks):
+        if not set(sampling.skip_layers) <= set(range(self.network.skippable)):
             raise ValueError(f"skip_layers must be blocks of an MMDiT, got {sampling.skip_layers}")
-        if sampling.method == "meanflow" and not getattr(self.network, "two_times", False):
+        if sampling.method == "meanflow" and not self.network.two_times:
             raise ValueError("sampler meanflow needs a network of two times, and this one has one: use euler")
-        if self.knows_guidance and (sampling.rescale or sampling.skip_layers or sampling.interval != (0, 1)):
+        if self.network.guidance_embeds and (sampling.rescale or sampling.skip_layers or sampling.interval != (0, 1)):
             raise ValueError(
                 "this network has learned its guidance: rescale, interval and skip_layers cannot change it"
             )
@@ -296,6 +362,6 @@ class Pipeline:
         disk.write(self.parts, folder)
 
     @classmethod
-    def load(cls, path: Path, how: Reading | None = None) -> Self:
-        """Reads a model folder, a single file or a LoRA's folder (`pipeline.folder.read`)."""
-        return cls(*disk.read(path, how))
+    def load(cls, path: str | os.PathLike[str], how: Reading | None = None) -> Self:
+        """Reads a model folder, a run's folder, a single file or a LoRA's folder (`pipeline.folder.read`)."""
+        return cls(*disk.read(find_model(Path(path)), how))

@@ -6,13 +6,12 @@ from typing import Any
 
 import yaml
 
-from baselines.dit import DiffusionTransformer
-from data.latents import VAE
-from data.text.sd3 import SD3Text
+from data.latents import PREFIX as VAE_PREFIX
 from mmdit import checkpoint
-from mmdit.model import MMDiT
+from mmdit.checkpoint import PREFIX
 from pipeline import Pipeline
-from pipeline.folder import describe_process, replace_folder, single_file, write
+from pipeline.folder import opens_in_diffusers, replace_folder, single_file, write
+from pipeline.networks import format_of
 from storage.weights import read_json, write_tensors
 
 DIFFUSERS = """```python
@@ -43,17 +42,16 @@ def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
     Raises:
         OSError: if it cannot be written; nothing is then left.
     """
-    whole = opens_in_diffusers(pipe)
-    theirs = isinstance(pipe.network, MMDiT) and not checkpoint.beyond(pipe.network)
-    network = TRANSFORMER if theirs else ""
-    usage = "\n\n".join(filter(None, (FOLDER, DIFFUSERS if whole else network)))
+    whole = opens_in_diffusers(pipe.parts)
+    library, kind = format_of(pipe.network).listed(pipe.network)
+    transformer = TRANSFORMER if kind == checkpoint.THEIRS else ""
+    usage = "\n\n".join(filter(None, (FOLDER, DIFFUSERS if whole else transformer)))
     write(pipe.parts, out, {"README.md": card(pipe, run, name, usage)})
     if whole:
         return "opens in diffusers' StableDiffusion3Pipeline"
-    if isinstance(pipe.network, MMDiT | DiffusionTransformer) and not theirs:
-        return f"is for sample.py: diffusers has no {type(pipe.network).__name__} of this kind"
-    kind = checkpoint.THEIRS if theirs else "UNet2DConditionModel"
-    what = f"the {'transformer' if theirs else 'network'} opens in diffusers' {kind}"
+    if library != "diffusers":
+        return f"is for sample.py: diffusers has no {kind} of this kind"
+    what = f"the {'transformer' if transformer else 'network'} opens in diffusers' {kind}"
     return f"{what}; the whole is for sample.py, since codec, text or process are not Stable Diffusion 3's"
 
 
@@ -72,25 +70,9 @@ def as_file(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
         (new / "README.md").write_text(readme, encoding="utf-8")
 
     replace_folder(out, fill)
-    held = [
-        "the network",
-        *["the VAE"] * isinstance(pipe.codec, VAE),
-        *["text encoders"] * isinstance(pipe.text, SD3Text),
-    ]
+    kinds = {PREFIX: "the network", VAE_PREFIX: "the VAE", "text_encoders.": "text encoders"}
+    held = [kind for prefix, kind in kinds.items() if any(name.startswith(prefix) for name in tensors)]
     return f"holds {' and '.join(held)}"
-
-
-def opens_in_diffusers(pipe: Pipeline) -> bool:
-    """Whether diffusers has all parts of the model."""
-    process = describe_process(pipe.objective, pipe.sampling)["_class_name"] == "FlowMatchEulerDiscreteScheduler"
-    own = isinstance(pipe.network, MMDiT) and checkpoint.beyond(pipe.network)
-    return (
-        process
-        and not own
-        and all(
-            isinstance(part, kind) for part, kind in ((pipe.network, MMDiT), (pipe.codec, VAE), (pipe.text, SD3Text))
-        )
-    )
 
 
 def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
@@ -106,7 +88,7 @@ def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
     network, s = pipe.network, pipe.sampling
     count = sum(p.numel() for p in network.parameters())
     kind = type(network).__name__
-    if isinstance(network, MMDiT | DiffusionTransformer):
+    if network.depth:
         kind += f", {network.depth} blocks of width {network.width}"
     side = network.sample_size * pipe.codec.factor
     config = _config(run)

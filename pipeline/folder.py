@@ -1,17 +1,15 @@
 """The model on disk: a folder in diffusers' SD3 layout, a released single file, or a LoRA on top of either."""
 
-import inspect
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from baselines.dit import KINDS, DiffusionTransformer
 from data.latents import PREFIX as VAE_PREFIX
 from data.latents import VAE, Codec, load_codec
 from data.sizes import SIZE_FEATURES
@@ -19,17 +17,17 @@ from data.text.clip import CLIPText
 from data.text.encoder import TextEncoder
 from data.text.sd3 import SD3Text
 from flow import path as paths
+from flow.describe import restore
 from flow.objective import Objective
-from flow.path import RectifiedFlow
-from flow.target import Target, Velocity
+from flow.target import Target
 from flow.variance import LearnedVariance
 from mmdit import checkpoint, lora
 from mmdit.model import MMDiT
+from mmdit.network import Network
+from pipeline import networks
+from pipeline.networks import format_of
 from pipeline.sampling import Sampling
-from storage.weights import DType, dtype_of, open_file, open_folder, read_json, write_json
-
-if TYPE_CHECKING:
-    from baselines.unet import UNet  # diffusers is slow to import
+from storage.weights import DType, open_file, read_json, write_json
 
 INDEX = "model_index.json"
 SIZED = "size_conditioning"  # in the index, if the network's pooled vector also tells sizes
@@ -39,11 +37,8 @@ OTHER_GRIDS = (
     "use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
     "stochastic_sampling", "shift_terminal",
 )  # fmt: skip
+FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
 RELEASED_SHIFT = 3.0  # of all released models; a single file does not tell it
-
-# A network has: in_channels, out_channels, text_dim, pooled_dim; sample_size, the side of the latents in its training;
-# unit, of which a latent's height and width are multiples; largest, the most that they can be, or none.
-Network: TypeAlias = "MMDiT | DiffusionTransformer | UNet"
 
 
 class Parts(NamedTuple):
@@ -54,6 +49,11 @@ class Parts(NamedTuple):
     codec: Codec
     text: TextEncoder
     sampling: Sampling
+
+    @property
+    def sized(self) -> bool:
+        """Whether the network is told of sizes and crops, as its longer pooled vector says (`data.sizes`)."""
+        return self.network.pooled_dim == self.text.pooled_dim + SIZE_FEATURES
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _read_folder(folder: Path, how: Reading) -> Parts:
     if how.parts:
         raise ValueError(f"--parts is for single files, and {folder} is a model folder")
     objective, sampling = read_process(folder / SCHEDULER)
-    network, dtype = _read_network(folder, how)
+    network, dtype = networks.load(folder, how.device, how.dtype_of)
     codec = load_codec(folder / "vae", None if how.dtype == "stored" else dtype).to(how.device)
     text: TextEncoder
     if "text_encoder_3" in index:  # with null where it is absent; two CLIPs alone are another model's
@@ -144,28 +144,12 @@ def _read_folder(folder: Path, how: Reading) -> Parts:
     return Parts(network, objective, codec, text, sampling)
 
 
-def _read_network(folder: Path, how: Reading) -> tuple[Network, DType]:
-    """The network of a model folder and the type of its weights; what the codec's are to be, too."""
-    if (folder / "unet").is_dir():
-        from baselines.unet import UNet
-
-        if how.dtype not in (None, "stored", "float32"):
-            raise ValueError(f"{folder} holds a UNet, which is read in float32 only")
-        return UNet.load(folder / "unet").to(how.device), "float32"
-    place = folder / "transformer"
-    dtype = how.dtype_of(open_folder(place, checkpoint.STEM).dtype)
-    kind = read_json(place / checkpoint.CONFIG).get("_class_name")
-    if isinstance(kind, str) and kind in KINDS:
-        return KINDS[kind].load(place).to(how.device, dtype_of(dtype)), dtype
-    return checkpoint.load(place, dtype, how.device), dtype
-
-
 def read_network(folder: Path, how: Reading) -> tuple[Network, Objective, Codec]:
     """A model folder without its text encoders: for one that works with those of another. Errors as `read`'s."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is no model folder: it has no {INDEX}")
     objective, _ = read_process(folder / SCHEDULER)
-    return _read_network(folder, how)[0], objective, load_codec(folder / "vae")
+    return networks.load(folder, how.device, how.dtype_of)[0], objective, load_codec(folder / "vae")
 
 
 def _read_file(file: Path, how: Reading) -> Parts:
@@ -206,7 +190,7 @@ def read_process(file: Path) -> tuple[Objective, Sampling]:
         ValueError, FileNotFoundError: in one line, if it says what cannot be done here.
     """
     config = read_json(file)
-    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler" and "path" not in config:
+    if config.get("_class_name") == FLOW_MATCH and "path" not in config:
         beyond = [key for key in OTHER_GRIDS if config.get(key)]
         if config.get("num_train_timesteps", 1000) != 1000:
             beyond.append("num_train_timesteps other than 1000")
@@ -217,15 +201,15 @@ def read_process(file: Path) -> tuple[Objective, Sampling]:
     if missing := sorted(OURS - config.keys()):
         raise ValueError(f"{file} lacks {', '.join(missing)}: another program or version wrote it")
     try:
-        objective = Objective(
-            restore(paths.Path, config["path"]),
-            restore(Target, config["target"]),
-            shift=config["shift"],
-            shift_area=config.get("shift_area"),
-            variance=config["variance"] and restore(LearnedVariance, config["variance"]),
-        )
+        path, target = restore(paths.Path, config["path"]), restore(Target, config["target"])
+        shifts = {"shift": config["shift"], "shift_area": config.get("shift_area")}
+        objective = Objective(path, target, **shifts)
+        if variance := config["variance"]:
+            if variance.get("class") != LearnedVariance.__name__:
+                raise ValueError(f"there is no learned variance {variance}")
+            objective = LearnedVariance(path, target, vlb_weight=variance["weight"], **shifts)
         return objective, Sampling(**config["sampling"])
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
@@ -241,34 +225,22 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
     """
 
     def fill(new: Path) -> None:
-        network = parts.network
-        if isinstance(network, MMDiT):
-            checkpoint.save(network, new / "transformer")
-            theirs = not checkpoint.beyond(network)
-            kind = ["diffusers", checkpoint.THEIRS] if theirs else ["mmdit.model", checkpoint.OWN]
-            index: dict[str, Any] = {"transformer": kind}
-        elif isinstance(network, DiffusionTransformer):
-            network.save(new / "transformer")
-            index = {"transformer": ["baselines.dit", type(network).__name__]}
-        else:
-            network.save(new / "unet")
-            index = {"unet": ["diffusers", "UNet2DConditionModel"]}
+        form = format_of(parts.network)
+        form.save(parts.network, new / form.subfolder)
         parts.codec.save(new / "vae")
         parts.text.save(new)
         scheduler = describe_process(parts.objective, parts.sampling)
         write_json(scheduler, new / SCHEDULER)
-        flow_match = scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
-        vae = isinstance(parts.codec, VAE)
-        sized = network.pooled_dim != parts.text.pooled_dim
-        whole = flow_match and vae and isinstance(parts.text, SD3Text) and not sized
-        whole = whole and isinstance(network, MMDiT) and theirs
-        index |= {
-            "scheduler": ["diffusers" if flow_match else "flow.objective", scheduler["_class_name"]],
-            "vae": ["diffusers", "AutoencoderKL"] if vae else ["data.latents", type(parts.codec).__name__],
+        ours = scheduler["_class_name"] == "Objective"
+        index: dict[str, Any] = {
+            form.subfolder: form.listed(parts.network),
+            "scheduler": ["flow.objective" if ours else "diffusers", scheduler["_class_name"]],
+            "vae": parts.codec.index(),
             **parts.text.index(),
         }
-        if sized:
+        if parts.sized:
             index[SIZED] = True
+        whole = opens_in_diffusers(parts)
         if whole:
             index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}  # diffusers asks for them
         write_json({"_class_name": "StableDiffusion3Pipeline" if whole else "Pipeline", **index}, new / INDEX)
@@ -278,17 +250,26 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
     replace_folder(folder, fill)
 
 
+def opens_in_diffusers(parts: Parts) -> bool:
+    """Whether diffusers' StableDiffusion3Pipeline has all parts of the model."""
+    process = describe_process(parts.objective, parts.sampling)["_class_name"]
+    return (
+        process == FLOW_MATCH
+        and format_of(parts.network).listed(parts.network) == ["diffusers", checkpoint.THEIRS]
+        and parts.codec.index()[0] == "diffusers"
+        and "text_encoder_3" in parts.text.index()
+        and not parts.sized
+    )
+
+
 def describe_process(objective: Objective, sampling: Sampling) -> dict[str, Any]:
     """The scheduler's config, which diffusers reads, too, if the process is rectified flow."""
-    flow_match = isinstance(objective.path, RectifiedFlow) and isinstance(objective.target, Velocity)
+    described = objective.described()
+    theirs = (described["path"], described["target"]) == ({"class": "RectifiedFlow"}, {"class": "Velocity"})
     return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler" if flow_match else "Objective",
+        "_class_name": FLOW_MATCH if theirs else "Objective",
         "num_train_timesteps": 1000,
-        "shift": objective.shift,
-        "shift_area": objective.shift_area,
-        "path": describe(objective.path),
-        "target": describe(objective.target),
-        "variance": objective.variance and describe(objective.variance),
+        **described,
         "sampling": asdict(sampling),
     }
 
@@ -299,14 +280,10 @@ def single_file(parts: Parts) -> dict[str, Tensor]:
     Raises:
         ValueError: if the format could not tell what the network or the VAE is.
     """
-    if not isinstance(parts.network, MMDiT):
-        raise ValueError(f"the single-file format holds an MMDiT, not a {type(parts.network).__name__}")
-    tensors = checkpoint.single_file(parts.network)
-    if isinstance(parts.codec, VAE):
-        tensors |= parts.codec.original_state()
-    if isinstance(parts.text, SD3Text):
-        tensors |= parts.text.original_state()
-    return tensors
+    network = parts.network
+    if not isinstance(network, MMDiT):
+        raise ValueError(f"the single-file format holds an MMDiT, not a {type(network).__name__}: write a folder")
+    return checkpoint.single_file(network) | parts.codec.original_state() | parts.text.original_state()
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -328,23 +305,3 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def describe(thing: Any) -> dict[str, Any]:
-    """A path or target as its class and its constructor's arguments, which it must keep under their own names."""
-    names = list(inspect.signature(type(thing)).parameters)
-    values = {name: getattr(thing, name) for name in names}
-    nested = {name: describe(v) if isinstance(v, paths.Path) else v for name, v in values.items()}
-    return {"class": type(thing).__name__} | nested
-
-
-def restore(base: type, described: Any) -> Any:
-    """What `describe` described, if it is a `base`; ValueError or TypeError otherwise."""
-    known, found = [base], {}
-    while known:
-        found[known[0].__name__] = known[0]
-        known = [*known[1:], *known[0].__subclasses__()]
-    if not isinstance(described, dict) or described.get("class") not in found:
-        raise ValueError(f"there is no {base.__name__} {described}")
-    values = {k: restore(paths.Path, v) if isinstance(v, dict) else v for k, v in described.items() if k != "class"}
-    return found[described["class"]](**values)

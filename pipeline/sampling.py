@@ -128,7 +128,7 @@ class Sampling:
         def probe(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
             if not determinant(objective.path, objective.target, t).abs() > 1e-9:  # zero or NaN
                 raise ValueError(f"at t = {t[0]:g} {target} does not tell picture from noise; train on V, say")
-            return Estimate(z, z, z if objective.variance else None)
+            return Estimate(z, z, z if objective.outputs == 2 else None)
 
         try:  # one pixel and no network: whatever does not fit shows before any work
             walk(probe, pixel, lambda: pixel)

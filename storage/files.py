@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, after a crash, too."""
+"""Files written atomically: after a crash a file is complete or absent."""
 
 import json
 import os
@@ -13,13 +13,13 @@ TRIES = 100
 
 
 def commit(file: Path, write: Callable[[BinaryIO], object]) -> int:
-    """Writes a file under another name and renames it, so that it is there whole or not at all, after a crash, too.
+    """Writes a file under another name and renames it, so that it is complete or absent, also after a crash.
 
     Returns:
-        Its bytes.
+        Its size in bytes.
 
     Raises:
-        OSError: naming the file that could not be written; what was there stays.
+        OSError: naming the file that could not be written; an older file stays.
     """
     for _ in range(TRIES):
         part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
@@ -31,7 +31,7 @@ def commit(file: Path, write: Callable[[BinaryIO], object]) -> int:
                 size = os.fstat(out.fileno()).st_size
             try:
                 part.replace(file)
-            except FileNotFoundError:  # a writer that started meanwhile took it for a left-over
+            except FileNotFoundError:  # a writer that started meanwhile removed it as a left-over
                 continue
             sync(file.parent)
             return size
@@ -41,21 +41,21 @@ def commit(file: Path, write: Callable[[BinaryIO], object]) -> int:
             raise OSError(f"could not write {file}: {error.strerror or error}") from error
         finally:
             part.unlink(missing_ok=True)
-    raise OSError(f"could not write {file}: its temporary file is removed again and again")
+    raise OSError(f"could not write {file}: another process keeps removing its temporary file: stop that process")
 
 
 def commit_bytes(file: Path, content: bytes) -> None:
-    """Writes these bytes likewise."""
+    """Writes bytes atomically, as `commit`."""
     commit(file, lambda out: out.write(content))
 
 
 def commit_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object likewise."""
+    """Writes a JSON object atomically, as `commit`."""
     commit_bytes(file, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def sync(folder: Path) -> None:
-    """Makes the names in a folder last."""
+    """Flushes a folder's entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,7 +64,7 @@ def sync(folder: Path) -> None:
 
 
 def file_checksum(file: Path) -> str:
-    """Of a whole file, as 16 hexadecimal digits."""
+    """The xxh3 hash of a file, as 16 hexadecimal digits."""
     digest, block = xxh3_64(), bytearray(2**20)
     with file.open("rb", buffering=0) as opened:
         while count := opened.readinto(block):

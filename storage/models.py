@@ -1,4 +1,4 @@
-"""Where a model lies on disk, and what tells it from another."""
+"""Finds a model on disk, and identifies it by a hash."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from storage.weights import digest, open_file, open_folder
 
 
 def find_model(path: Path) -> Path:
-    """A single file, a model folder or, in a run's folder, its model or LoRA. FileNotFoundError if there is none."""
+    """The single file, the model folder, or a run folder's model or LoRA. FileNotFoundError if there is none."""
     if path.is_file() and path.suffix not in (".json", ".yaml"):
         return path
-    for folder in (path, path / "model", path / "model.old"):  # the last where a kill came between two renames
+    for folder in (path, path / "model", path / "model.old"):  # model.old: a run was killed between two renames
         if (folder / "model_index.json").is_file():
             return folder
     for folder in (path, path / "lora", path / "lora.old"):
@@ -19,14 +19,14 @@ def find_model(path: Path) -> Path:
 
 
 def fingerprint(model: Path) -> str:
-    """A hash of the network's weights in a model folder or single file, as it was read or written.
+    """A hash of the network's weights in a model folder or single file.
 
     Raises:
         FileNotFoundError, ValueError: there is no network, or it is damaged.
     """
     if model.is_file():
         return digest(open_file(model))
-    place = next((model / part for part in ("transformer", "unet") if (model / part).is_dir()), None)
-    if place is None:
+    folder = next((model / part for part in ("transformer", "unet") if (model / part).is_dir()), None)
+    if folder is None:
         raise FileNotFoundError(f"{model} is no model folder: it has neither transformer/ nor unet/")
-    return digest(open_folder(place, "diffusion_pytorch_model"))
+    return digest(open_folder(folder, "diffusion_pytorch_model"))

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files, read tensor by tensor, refused as a whole if anything does not fit."""
+"""Weights on disk: safetensors files, read tensor by tensor, and refused if any tensor does not fit."""
 
 import hashlib
 import json
@@ -20,13 +20,12 @@ STORED = {  # of weights on disk
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-
-SAMPLE = 1024  # numbers at each of three places of a tensor that go into a digest
+PICKLE = "which can run code when it is opened: convert it to safetensors first"
+SAMPLE = 1024  # numbers at each of three places of a tensor that a digest reads
 
 
 class Place(NamedTuple):
-    """Where a tensor lies."""
+    """Where a tensor is stored."""
 
     file: Path
     name: str
@@ -35,13 +34,13 @@ class Place(NamedTuple):
 
 
 class Weights(Mapping[str, Tensor]):
-    """Names → tensors of one or more safetensors files. A tensor is mapped into memory anew each time it is asked for,
-    so that what has been copied and let go no longer counts against the machine's memory.
+    """Names → tensors of one or more safetensors files. Each access maps the tensor into memory again, so that a tensor
+    that was copied and released takes no memory.
 
     Attributes:
         source: the file or folder, for messages.
-        places: where each tensor lies.
-        metadata: what a single file says about itself.
+        places: name → where the tensor is stored.
+        metadata: the header's metadata of a single file.
     """
 
     def __init__(self, source: Path, places: dict[str, Place], metadata: dict[str, str] | None = None) -> None:
@@ -64,18 +63,18 @@ class Weights(Mapping[str, Tensor]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that most numbers are stored in."""
+        """The type of most of the numbers."""
         sizes: dict[torch.dtype, int] = {}
         for place in self.places.values():
             sizes[place.dtype] = sizes.get(place.dtype, 0) + math.prod(place.shape)
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def under(self, prefix: str) -> "Weights":
-        """Those whose names start with a prefix, without it."""
+        """The tensors whose names start with a prefix, under the rest of their names."""
         return self.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
 
     def renamed(self, rename: Callable[[str], str | None]) -> "Weights":
-        """The same tensors under other names; a name of none leaves a tensor out."""
+        """The same tensors under other names; a tensor whose new name is None is left out."""
         names = ((rename(name), place) for name, place in self.places.items())
         return Weights(self.source, {name: place for name, place in names if name is not None}, self.metadata)
 
@@ -84,8 +83,8 @@ def open_file(file: Path) -> Weights:
     """The tensors of one file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: in one line, for a pickle, a truncated file or anything else that is no safetensors file.
+        FileNotFoundError: there is no such file.
+        ValueError: in one line, for a pickle, a truncated file or another file that is not safetensors.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no weights at {file}")
@@ -95,11 +94,10 @@ def open_file(file: Path) -> Weights:
             places = {n: Place(file, n, tuple(s.get_shape()), STORED[s.get_dtype()]) for n, s in slices.items()}
             return Weights(file, places, opened.metadata())
     except SafetensorError as error:
-        with file.open("rb") as start:  # only now: the length with which a safetensors file starts may look the same
+        with file.open("rb") as start:  # only now: a safetensors file's first bytes may look the same
             magic = start.read(2)
         if magic in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            told = "is a pickle, which can run code when it is opened: convert it to safetensors first"
-            raise ValueError(f"{file} {told}") from None
+            raise ValueError(f"{file} is a pickle, {PICKLE}") from None
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
     except KeyError as error:
         raise ValueError(f"{file} holds tensors of type {error}, which is not one of {', '.join(STORED)}") from None
@@ -108,12 +106,12 @@ def open_file(file: Path) -> Weights:
 def open_folder(folder: Path, stem: str) -> Weights:
     """The tensors of `stem.safetensors`, or of the shards that `stem.safetensors.index.json` names.
 
-    Where there is neither, of their half-precision variant `stem.fp16…`, which released folders hold beside them.
+    If there is neither, those of the half-precision variant `stem.fp16…`, which released folders have beside them.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_file`'s; also if a shard lacks what the index promises.
+        FileNotFoundError, ValueError: as `open_file`; also if a shard lacks a tensor that the index names.
     """
-    idle: Path | None = None  # an index none of whose files was downloaded may lie beside a variant that was
+    idle: Path | None = None  # an index without downloaded shards, perhaps beside a variant that has them
     for variant in ("", ".fp16"):
         whole = folder / f"{stem}{variant}.safetensors"
         if whole.is_file():
@@ -127,16 +125,15 @@ def open_folder(folder: Path, stem: str) -> Weights:
         return _open_shards(idle)
     pickles = [file.name for kind in ("*.bin", "*.pt", "*.ckpt", "*.pth") for file in folder.glob(kind)]
     if pickles:
-        raise ValueError(f"{folder} holds only a pickle, {pickles[0]}, which can run code when it is opened: "
-                         "convert it to safetensors first")  # fmt: skip
+        raise ValueError(f"{folder} holds only a pickle, {pickles[0]}, {PICKLE}")
     raise FileNotFoundError(f"no weights at {folder / f'{stem}.safetensors'}")
 
 
 def _shards(index: Path) -> dict[str, str]:
-    """The file of each tensor."""
+    """Tensor's name → file."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
-        raise ValueError(f"{index} has no weight_map of names and files")
+        raise ValueError(f"{index} has no weight_map of names and files: download it again")
     return table
 
 
@@ -145,56 +142,56 @@ def _open_shards(index: Path) -> Weights:
     shards = {name: open_file(index.parent / name) for name in sorted(set(table.values()))}
     absent = [name for name, shard in table.items() if name not in shards[shard]]
     if absent:
-        raise ValueError(f"{index} promises {len(absent)} tensors that its files lack ({few(absent)})")
+        raise ValueError(f"{index} promises {len(absent)} tensors that its files lack ({shorten(absent)})")
     return Weights(index.parent, {name: shards[shard].places[name] for name, shard in table.items()})
 
 
-def fit(weights: Weights, wanted: Mapping[str, tuple[int, ...]], owner: str) -> None:
-    """Checks that the weights are those of a module.
+def check_tensors(weights: Weights, expected: Mapping[str, tuple[int, ...]], owner: str) -> None:
+    """Checks that the weights have the names and shapes of a module's tensors.
 
     Args:
-        weights: what there is.
-        wanted: name → shape of what there should be.
-        owner: what it is for, in the message.
+        weights: the tensors on disk.
+        expected: name → shape.
+        owner: the module, for the message.
 
     Raises:
         ValueError: naming what is missing, left over or mis-shaped.
     """
-    if told := misfit({name: weights.shape(name) for name in weights}, wanted):
-        raise ValueError(f"{weights.source}: the weights do not fit {owner}: {told}")
+    if fault := mismatch({name: weights.shape(name) for name in weights}, expected):
+        raise ValueError(f"{weights.source}: the weights do not fit {owner}: {fault}")
 
 
-def misfit(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> str:
-    """What differs between tensors that there are and that there should be, name → shape; empty if nothing does."""
+def mismatch(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> str:
+    """How found and expected tensors differ, both name → shape; empty if they do not."""
     faults = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "left over": sorted(found.keys() - wanted.keys()),
+        "missing": sorted(expected.keys() - found.keys()),
+        "left over": sorted(found.keys() - expected.keys()),
         "mis-shaped": [
             f"{name} {tuple(found[name])} instead of {tuple(shape)}"
-            for name, shape in sorted(wanted.items())
+            for name, shape in sorted(expected.items())
             if name in found and tuple(found[name]) != tuple(shape)
         ],
     }
-    return ", ".join(f"{len(names)} {fault} ({few(names)})" for fault, names in faults.items() if names)
+    return ", ".join(f"{len(names)} {fault} ({shorten(names)})" for fault, names in faults.items() if names)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of each tensor's name, type, shape, beginning, middle and end; of the last three SAMPLE numbers each."""
-    told = hashlib.sha256()
+    """A hash of each tensor's name, type and shape, and of SAMPLE numbers at its start, middle and end."""
+    content = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         flat = tensor.flatten()
-        told.update(f"{name} {tuple(tensor.shape)} {flat.dtype}".encode())
+        content.update(f"{name} {tuple(tensor.shape)} {flat.dtype}".encode())
         for start in (0, len(flat) // 2, max(0, len(flat) - SAMPLE)):
-            told.update(flat[start : start + SAMPLE].cpu().view(torch.uint8).numpy().tobytes())
-    return told.hexdigest()
+            content.update(flat[start : start + SAMPLE].cpu().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes one safetensors file beside its place and renames it. The tensors may be views that do not overlap.
+    """Writes one safetensors file under another name and renames it. The tensors may be views that do not overlap.
 
     Raises:
-        OSError: if it cannot be written whole; what was there stays.
+        OSError: it cannot be written; an older file stays.
     """
     part = file.with_name(f".{file.name}.part")
     try:
@@ -203,9 +200,9 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
             os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        part.chmod(0o666 & ~umask)  # the library makes a file that only its owner can read
+        part.chmod(0o666 & ~umask)  # safetensors makes the file readable by its owner only
         part.replace(file)
-    except (SafetensorError, OSError) as error:  # the library hides a full disk in an error of its own
+    except (SafetensorError, OSError) as error:  # safetensors raises its own error if the disk is full
         part.unlink(missing_ok=True)
         raise OSError(f"could not write {file}: {error}") from error
 
@@ -224,27 +221,27 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(content: Mapping[str, Any], file: Path) -> None:
-    """Writes a JSON object, and the folder for it."""
+    """Writes a JSON object, and makes its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def few(names: list[str]) -> str:
-    """Names for a message, those that differ in their first number only told together; at most eight kinds."""
+def shorten(names: list[str]) -> str:
+    """Names for a message: those that differ only in their first number in one pattern; at most eight patterns."""
     groups: dict[str, list[int]] = {}
     for name in names:
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
         pattern = f"{name[: number.start()]}{{}}{name[number.end() :]}" if number else name
         groups.setdefault(pattern, []).extend([int(number[0])] if number else [])
-    told = [
+    patterns = [
         pattern.replace("{}", str(found[0]) if len(found) == 1 else f"{{{','.join(map(str, sorted(found)))}}}", 1)
         for pattern, found in groups.items()
     ]
-    return ", ".join(told[:8]) + (f" and {len(told) - 8} kinds more" if len(told) > 8 else "")
+    return ", ".join(patterns[:8]) + (f" and {len(patterns) - 8} kinds more" if len(patterns) > 8 else "")
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The type of that name; ValueError unless weights can be kept in it."""
+    """The torch type of a name; ValueError if weights cannot be kept in it."""
     if name not in get_args(DType):
         raise ValueError(f"dtype must be one of {', '.join(get_args(DType))}, got {name}")
     return getattr(torch, name)

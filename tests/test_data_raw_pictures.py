@@ -149,11 +149,11 @@ def test_a_large_jpeg_is_reduced_but_stays_large_enough(orientation: int) -> Non
     photo = Image.fromarray(PHOTOS[0]).resize((1600, 1000), Image.Resampling.LANCZOS)
     content = coded(photo, "JPEG", quality=95, exif=exif)
     wanted = (200, 320) if orientation == 1 else (320, 200)
-    full, reduced = open_picture(content, 3), open_picture(content, 3, wanted=wanted)
+    full, reduced = open_picture(content, 3), open_picture(content, 3, needed=wanted)
     assert reduced.size == (full.width // 2, full.height // 2)  # 1/4 would be less than twice as large as wanted
     a, b = (np.asarray(cover(image, *wanted)[0]).astype(int) for image in (full, reduced))
     assert np.abs(a - b).mean() < 1
-    assert open_picture(content, 3, wanted=(full.height, full.width)).size == full.size
+    assert open_picture(content, 3, needed=(full.height, full.width)).size == full.size
     assert size_of(content) == (full.height, full.width)
 
 

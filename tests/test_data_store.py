@@ -168,9 +168,9 @@ def test_a_report_that_lacks_something_does_not_open(folder: Path) -> None:
     for name in report:
         for change in ({}, {name: None}):
             (folder / "report.json").write_text(json.dumps({k: v for k, v in report.items() if k != name} | change))
-            refused(f"is damaged: its report.json does not tell {name}$", Store, folder)
+            refused(f"is damaged: its report.json lacks {name};", Store, folder)
     (folder / "report.json").write_text(json.dumps({"kept": KEPT}))
-    refused("tell inputs, dropped, buckets, captions, index$", Store, folder)
+    refused("lacks inputs, dropped, buckets, captions, index;", Store, folder)
 
 
 def test_verify_finds_latents_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,7 @@ def test_the_commands(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: 
     (folder / "report.json").write_text('{"kept": 14}')
     with pytest.raises(SystemExit, match="2"):
         run("info", folder)
-    assert capsys.readouterr().err.startswith(f"error: {folder} is damaged: its report.json does not tell inputs")
+    assert capsys.readouterr().err.startswith(f"error: {folder} is damaged: its report.json lacks inputs")
     with pytest.raises(SystemExit, match="2"):
         run("verify", folder / "units")
     told = capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_a_writer_killed_at_any_sync_leaves_no_trace(straight: Path, tmp_path: P
         if (folder / "report.json").exists():
             assert Store(folder).verify(progress=False) == []
         else:
-            refused("not finished: go on with encode.py|there is no store at", Store, folder)
+            refused("not finished: run encode.py again|there is no store at", Store, folder)
         found = sum(name.endswith((".json", ".parquet", "null.safetensors")) for name in contents(folder))
         stage, moment, kills = found, moment + 1 if found == stage else 0, kills + 1
         assert moment < 20

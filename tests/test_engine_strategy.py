@@ -34,7 +34,7 @@ from trials import (
 )
 
 from data.batch import Batch
-from engine.checkpoint import Checkpoints, local, opened, rows_of, writes
+from engine.checkpoint import Checkpoints, is_writer, local, read_checkpoint, rows_of
 from engine.strategy import Strategy
 from training.generator import Generator
 
@@ -118,7 +118,7 @@ def test_processes_draw_different_parts_of_a_batch(runs: dict[str, Path], name: 
 def test_a_divided_checkpoint_holds_everything_once(runs: dict[str, Path]) -> None:
     """Each row of each tensor is in one part, and neither part has all."""
     for name, whole in (("sharded", 2), ("hsdp", 1)):
-        found = opened(runs[name] / "checkpoints/step-0000006")
+        found = read_checkpoint(runs[name] / "checkpoints/step-0000006")
         assert found
         held = [sum(tensor.numel() for tensor in load_file(part.file).values()) for part in found.parts]
         total = sum(tensor.numel() for tensor in state(runs["one"])["tensors"].values())
@@ -202,7 +202,7 @@ def divided(rank: int, port: str, folder: Path) -> None:
             first, held, shape = rows_of(parameter)
             assert shape == list(wanted[name].shape)
             assert torch.equal(local(parameter), wanted[name][first : first + held]), (name, replicas)
-            assert writes(parameter) == (replicas == 1 or rank == 0)
+            assert is_writer(parameter) == (replicas == 1 or rank == 0)
         tensors = dict(network.named_parameters()) | {"scalar": torch.tensor(7.0), "list": torch.arange(3.0)}
         checkpoints = Checkpoints(folder / str(replicas), sharded=True)
         checkpoints.save(replicas, tensors, {})

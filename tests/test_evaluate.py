@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 import evaluate
+from data.examined import Digits
 from flow.objective import Objective
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
+from studies.measure import Setting, draw, labels
 
 ROOT = Path(__file__).parents[1]
 JUDGE = ["--features", f"judge:{ROOT / 'assets/digits/judge'}"]
@@ -65,7 +67,7 @@ def test_the_pictures_do_not_depend_on_the_batch_and_references_differ(model: Pa
     ],
 )
 def test_models_are_named_by_what_tells_them_apart(paths: list[str], expected: list[str]) -> None:
-    assert evaluate.labels([Path(p) for p in paths]) == expected
+    assert labels([Path(p) for p in paths]) == expected
 
 
 @pytest.mark.parametrize(
@@ -113,9 +115,10 @@ def test_larger_pictures_are_averaged_to_digits(pipe: Pipeline, tmp_path: Path) 
     (tmp_path / "model/transformer/config.json").write_text(json.dumps(config | {"sample_size": 16}))
     large = Pipeline.load(tmp_path / "model")
     sampling = replace(pipe.sampling, steps=1)
-    drawn = evaluate.draw(large, sampling, ["the digit 3"], [0], 1).pictures
-    whole = large(["the digit 3"], [0], sampling=sampling)
-    assert whole.shape == (1, 1, 16, 16)
+    examined = Digits.held_out(10)
+    drawn = draw(Setting("m", "m", large, sampling), examined, first_seed=3, batch_size=10).pictures
+    whole = large(examined.prompts, range(3, 13), sampling=sampling)
+    assert whole.shape == (10, 1, 16, 16)
     expected = whole.unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean((3, 5))
     torch.testing.assert_close(drawn, expected, atol=0.51 / 255, rtol=0)
 
@@ -165,9 +168,9 @@ def test_bad_input_of_shapes_ends_in_one_line(
 ) -> None:
     places = {"DIGITS": str(model), "SHAPES": str(drawer)}
     features = [] if "--features" in argv else ["--features", f"shapes:{ROOT / 'assets/shapes/judge'}"]
-    told = [places.get(arg, arg) for arg in argv]
+    given = [places.get(arg, arg) for arg in argv]
     with pytest.raises(SystemExit) as end:
-        evaluate.main(["--data", "shapes", *features, *told, "--out", str(tmp_path / "out")])
+        evaluate.main(["--data", "shapes", *features, *given, "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert len(lines) == 1

@@ -105,7 +105,7 @@ def test_it_is_the_plain_loop_over_a_network_of_two_times(two: Pipeline, steps: 
 
 
 def test_learned_guidance_takes_one_evaluation_a_step(pipe: Pipeline, taught: Pipeline) -> None:
-    assert (pipe.knows_guidance, taught.knows_guidance) == (False, True)
+    assert (pipe.network.guidance_embeds, taught.network.guidance_embeds) == (False, True)
     for guidance in (1.0, 4.0):
         with evaluations(taught) as counts:
             taught(PROMPTS, SEEDS, sampling=way(taught, guidance=guidance))
@@ -155,7 +155,7 @@ def test_the_model_folder_gives_the_same_pictures(text: CLIPText, tmp_path: Path
     some.save(tmp_path / "model")
     back = Pipeline.load(tmp_path / "model")
     how = way(some, steps=2, sampler="meanflow" if some.network.two_times else "euler")
-    assert back.knows_guidance == some.knows_guidance
+    assert back.network.guidance_embeds == some.network.guidance_embeds
     assert torch.equal(back(PROMPTS, SEEDS, sampling=how), some(PROMPTS, SEEDS, sampling=how))
 
 

@@ -10,8 +10,8 @@ from gaussians import MEAN, STD, average, flow_map, some_intervals, velocity
 from networks import inputs, plain, relative, stirred
 from torch import Tensor, nn
 
-from flow.meanflow import MeanFlow, TwoTimes, average_velocity
-from flow.objective import Objective
+from flow.meanflow import MeanFlow, average_velocity
+from flow.objective import Model
 from flow.path import expand_as
 
 
@@ -37,7 +37,7 @@ def test_the_average_velocity_satisfies_its_identity() -> None:
     ],
     ids=["velocity", "off", "beyond the end"],
 )
-def test_another_average_does_not(wrong: TwoTimes) -> None:
+def test_another_average_does_not(wrong: Model) -> None:
     z, t, end = some_intervals()
     target = average_velocity(wrong, z, t, end, velocity(z, t), None)
     far = t - end > 0.3
@@ -52,7 +52,7 @@ def test_with_the_pair_s_own_velocity_the_target_is_right_in_the_mean() -> None:
     t, end = torch.full((count,), 0.8, dtype=torch.float64), torch.full((count,), 0.15, dtype=torch.float64)
     z = 0.2 * x0 + 0.8 * noise
 
-    def deviations(u: TwoTimes) -> Tensor:
+    def deviations(u: Model) -> Tensor:
         off = average_velocity(u, z, t, end, noise - x0, None) - u(z, t, None, end)
         products = off * torch.cat([torch.ones_like(z), z, z**2, torch.sin(3 * z)], 1)
         return products.mean(0) / (products.std(0) / math.sqrt(count))
@@ -164,7 +164,7 @@ def test_no_gradient_flows_through_the_target() -> None:
     target = average_velocity(network, x0, t, end, noise, None)
     assert not target.requires_grad
     assert torch.is_grad_enabled()
-    Objective(average=MeanFlow()).loss(network, x0, noise, t, None, end).mean().backward()
+    MeanFlow().loss(network, x0, noise, t, None, end).mean().backward()
     found = [p.grad.clone() for p in network.parameters()]
     network.zero_grad()
     z = expand_as(1 - t, x0) * x0 + expand_as(t, x0) * noise

@@ -1,5 +1,7 @@
 """The objective of average velocities: its intervals, its loss and its denoiser."""
 
+from inspect import signature
+
 import pytest
 import torch
 from gaussians import average, flow_map
@@ -8,32 +10,29 @@ from networks import linear
 from flow.density import stratified
 from flow.meanflow import MeanFlow
 from flow.objective import Objective
-from flow.path import Cosine, DDPMLinear, RectifiedFlow
-from flow.path import Path as Line
+from flow.path import RectifiedFlow
 from flow.penalty import Penalty
-from flow.target import X0, Epsilon, Target, V, Velocity
+from flow.target import Velocity
 from flow.weight import SechWeight
 
 
-@pytest.mark.parametrize(
-    ("path", "target"), [(Cosine(), Velocity()), (DDPMLinear(), V()), (RectifiedFlow(), Epsilon()), (None, X0())]
-)
-def test_averages_are_of_velocities_on_rectified_flow(path: Line | None, target: Target) -> None:
-    with pytest.raises(ValueError, match="average needs the path RectifiedFlow and the target Velocity"):
-        Objective(path, target, average=MeanFlow())
+def test_averages_are_of_velocities_on_rectified_flow() -> None:
+    objective = MeanFlow()
+    assert (type(objective.path), type(objective.target)) == (RectifiedFlow, Velocity)
+    assert not {"path", "target"} & signature(MeanFlow).parameters.keys()  # there is nothing else to choose
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01])
 def test_impossible_shares_are_refused(share: float) -> None:
     with pytest.raises(ValueError, match="0 < share <= 1"):
-        MeanFlow(share)
+        MeanFlow(share=share)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 1.0])
 def test_a_share_of_the_times_begins_an_interval(share: float) -> None:
     count, draw = 1000, torch.Generator().manual_seed(0)
     u = torch.stack([stratified(count, draw) for _ in range(3)])
-    objective = Objective(shift=2.0, average=MeanFlow(share))
+    objective = MeanFlow(shift=2.0, share=share)
     t, end = objective.times(u, 64)
     first, second = (objective.time(row, 64) for row in u[:2])
     assert (t.dtype, end.dtype, t.shape, end.shape) == (torch.float32, torch.float32, (count,), (count,))
@@ -58,7 +57,7 @@ def test_without_averages_times_are_what_they_were() -> None:
 def test_an_interval_without_length_has_the_plain_loss(options: dict) -> None:
     x0, noise = torch.randn(2, 6, 3, 4, 4)
     t = torch.linspace(0.05, 0.95, 6)
-    objective = Objective(average=MeanFlow(), **options)
+    objective = MeanFlow(**options)
     assert torch.equal(objective.loss(linear, x0, noise, t, None, t), objective.loss(linear, x0, noise, t, None))
 
 

@@ -1,12 +1,14 @@
 """Paths: coefficients, their derivatives, ends and inverses."""
 
+from functools import partial
+
 import pytest
 import torch
 from processes import CONTINUOUS, ENDS, PATHS, TIMES, name
 from torch.distributions import Normal
 
-from flow.path import EDM, Discrete, Path, RectifiedFlow
-from flow.target import Preconditioned
+from flow.path import EDM, DDPMLinear, Discrete, Path, RectifiedFlow
+from flow.target import Epsilon, Preconditioned
 from flow.variance import LearnedVariance
 from flow.weight import P2, EDMWeight, MinSNR
 
@@ -81,7 +83,7 @@ def test_snap_goes_to_the_nearest_time(path: Path) -> None:
         (EDM, {"std": 0.0}),
         (EDM, {"sigma_data": -1.0}),
         (Preconditioned, {"sigma_data": 0.0}),
-        (LearnedVariance, {"weight": 0.0}),
+        (partial(LearnedVariance, DDPMLinear(), Epsilon()), {"vlb_weight": 0.0}),
         (MinSNR, {"gamma": 0.0}),
         (P2, {"k": 0.0}),
         (P2, {"gamma": -1.0}),

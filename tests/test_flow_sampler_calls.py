@@ -9,7 +9,7 @@ from torch import Tensor
 from walks import name, numbers
 
 from flow.grid import karras, trailing
-from flow.objective import Estimate, Objective
+from flow.objective import Estimate
 from flow.path import EDM, DDPMLinear, LDMLinear, Path, RectifiedFlow
 from flow.sampler import ddim, ddpm, dpmpp_2m, edm, euler, heun, langevin, midpoint
 from flow.target import Epsilon
@@ -120,7 +120,7 @@ def test_samplers_refuse_what_they_cannot_do(walk: Callable, path: Path, options
 
 def test_a_learned_variance_reaches_the_sampler() -> None:
     path = DDPMLinear()
-    objective = Objective(path, Epsilon(), variance=LearnedVariance())
+    objective = LearnedVariance(path, Epsilon())
     z = torch.randn(2, 3, 4)
     ends = []
     for output in (-1.0, 1.0):

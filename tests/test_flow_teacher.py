@@ -40,7 +40,7 @@ def test_a_field_s_average_is_learned_over_intervals() -> None:
     x0, noise = MEAN + STD * torch.randn(64, 3), torch.randn(64, 3)
     t = 0.4 + 0.6 * torch.rand(64)
     end = t * torch.rand(64) * 0.5
-    objective = Objective(average=MeanFlow())
+    objective = MeanFlow()
     field = lambda z, t, condition, y: velocity(z, t)  # noqa: E731
     assert objective.loss(average, x0, noise, t, None, end, field).max() < 1e-10
     other = objective.loss(lambda z, t, condition, end: velocity(z, t), x0, noise, t, None, end, field)

@@ -16,8 +16,8 @@ from flow.variance import LearnedVariance, interpolated, posterior
 
 @pytest.mark.parametrize("path", CONTINUOUS, ids=name)
 def test_a_learned_variance_needs_a_chain(path: Path) -> None:
-    with pytest.raises(ValueError, match="a learned variance needs a discrete path"):
-        Objective(path, V(), variance=LearnedVariance())
+    with pytest.raises(ValueError, match="LearnedVariance needs a discrete path, such as ImprovedCosine"):
+        LearnedVariance(path, V())
 
 
 LEAPS = [(n, s) for n in (1, 2, 3, 500, 999, 1000) for s in (0, 1, 2, 400, 998, 999) if s < n]
@@ -80,7 +80,7 @@ def test_learned_variance_is_the_bound_in_bits(path: Discrete) -> None:
     n = torch.tensor([1, 2, 3, 500, 999, 1000])
     x0, estimate = torch.randn(2, 6, 2, 4, 4, dtype=torch.float64)
     output = torch.rand(6, 2, 4, 4, dtype=torch.float64) * 2 - 1
-    found = LearnedVariance(0.25).loss(path, x0, estimate, output, (n / 1000).float())
+    found = LearnedVariance(path, V(), vlb_weight=0.25).bound(x0, estimate, output, (n / 1000).float())
     bar = torch.cat([torch.ones(1, dtype=torch.float64), path.alphas_cumprod])
     beta = (1 - bar[n] / bar[n - 1])[:, None, None, None]
     before, after = ((1 - bar[k])[:, None, None, None] for k in (n - 1, n))
@@ -100,24 +100,25 @@ def test_learned_variance_is_the_bound_in_bits(path: Discrete) -> None:
 def test_the_bound_is_zero_for_the_true_step(path: Discrete) -> None:
     n = torch.arange(2, 1001)
     x0 = torch.randn(999, 4, dtype=torch.float64)
-    bound = LearnedVariance(1.0).loss(path, x0, x0, torch.full_like(x0, -1), n / 1000)
+    bound = LearnedVariance(path, V(), vlb_weight=1.0).bound(x0, x0, torch.full_like(x0, -1), n / 1000)
     torch.testing.assert_close(bound, torch.zeros_like(bound), atol=1e-9, rtol=0)
-    worse = LearnedVariance(1.0).loss(path, x0, x0, torch.full_like(x0, -0.5), n / 1000)
+    worse = LearnedVariance(path, V(), vlb_weight=1.0).bound(x0, x0, torch.full_like(x0, -0.5), n / 1000)
     assert bool((worse > 0).all())
 
 
 @pytest.mark.parametrize("target", [Epsilon(), X0(), V()], ids=name)
 def test_hybrid_loss_adds_the_bound_and_holds_the_mean(target: Target) -> None:
-    path, part = DDPMLinear(), LearnedVariance()
+    path = DDPMLinear()
+    objective = LearnedVariance(path, target)
     x0, noise = torch.randn(2, 4, 3, 2, 2)
     t = torch.tensor([0.001, 0.01, 0.5, 0.9])
     output = torch.randn(4, 6, 2, 2, requires_grad=True)
     y, v = output.chunk(2, 1)
-    both = Objective(path, target, variance=part).loss(lambda *_: output, x0, noise, t, None)
+    both = objective.loss(lambda *_: output, x0, noise, t, None)
     simple = Objective(path, target).loss(lambda *_: y, x0, noise, t, None)
     a, b = (expand_as(c, x0) for c in path(t))
     estimate, _ = solve(path, target, a * x0 + b * noise, y, t)
-    bound = part.loss(path, x0, estimate, v, t)
+    bound = objective.bound(x0, estimate, v, t)
     torch.testing.assert_close(both, simple + bound.float())
     (of_both,) = torch.autograd.grad(both.sum(), output, retain_graph=True)
     (of_simple,) = torch.autograd.grad(simple.sum(), output, retain_graph=True)
@@ -130,7 +131,7 @@ def test_hybrid_loss_adds_the_bound_and_holds_the_mean(target: Target) -> None:
 def test_denoise_hands_on_the_learned_variance() -> None:
     z, output = torch.randn(4, 3, 2, 2), torch.randn(4, 6, 2, 2)
     t = torch.full((4,), 0.5)
-    estimate = Objective(LDMLinear(), Epsilon(), variance=LearnedVariance()).denoise(lambda *_: output, z, t, None)
+    estimate = LearnedVariance(LDMLinear(), Epsilon()).denoise(lambda *_: output, z, t, None)
     assert torch.equal(estimate.variance, output[:, 3:])
     torch.testing.assert_close(estimate.noise, output[:, :3])
     torch.testing.assert_close(estimate[:2], solve(LDMLinear(), Epsilon(), z, output[:, :3], t))

@@ -12,15 +12,17 @@ from torch import Tensor
 from flow.meanflow import MeanFlow
 from flow.objective import Objective
 from mmdit import checkpoint
-from mmdit.model import NUMBERS, Condition, MMDiT
+from mmdit.model import EMBEDDINGS, Condition, MMDiT
 from storage.weights import open_file, read_json, write_tensors
 
-TOLD = [("two_times",), ("guidance_embeds",), ("two_times", "guidance_embeds")]
+TOLD = [("two_times",), ("guidance_embeds",), ("level_embeds",), ("two_times", "guidance_embeds")]
 
 
 def fully_told(network: MMDiT, t: Tensor, condition: Condition) -> tuple[Condition, Tensor | None]:
     if network.guidance_embeds:
         condition = condition._replace(guidance=torch.linspace(1, 7, len(t)))
+    if network.level_embeds:
+        condition = condition._replace(level=torch.linspace(0, 1, len(t)))
     return condition, t / 3 if network.two_times else None
 
 
@@ -33,9 +35,9 @@ def test_a_network_that_is_told_more_is_at_first_the_same(numbers: tuple[str, ..
     checkpoint.save(network, tmp_path)
     loaded = checkpoint.load(tmp_path, **dict.fromkeys(numbers, True))
     for number in numbers:
-        network.add(number)
+        network.grow(**{number: True})
     for some in (network, loaded):
-        assert [number for number in NUMBERS if getattr(some, number)] == list(numbers)
+        assert [number for number in EMBEDDINGS if getattr(some, number)] == list(numbers)
         more, end = fully_told(some, t, condition)
         assert torch.equal(some(z, t, more, end), before)
     half = checkpoint.load(tmp_path, "bfloat16", **dict.fromkeys(numbers, True))
@@ -44,10 +46,10 @@ def test_a_network_that_is_told_more_is_at_first_the_same(numbers: tuple[str, ..
 
 @torch.no_grad()
 def test_adding_again_changes_nothing() -> None:
-    network = stirred(plain(two_times=True, guidance_embeds=True))
+    network = stirred(plain(**dict.fromkeys(EMBEDDINGS, True)))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    for number in NUMBERS:
-        network.add(number)
+    for number in EMBEDDINGS:
+        network.grow(**{number: True})
     after = network.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -57,7 +59,7 @@ def test_adding_again_changes_nothing() -> None:
 def test_a_learned_embedding_makes_the_output_depend_on_it() -> None:
     z, t, condition = inputs()
     network = stirred(plain())
-    network.add("two_times")
+    network.grow(two_times=True)
     network.span.fc2.weight.normal_(std=0.1)
     out = network(z, t, condition)
     assert torch.equal(network(z, t, condition, t), out)  # none is t itself
@@ -66,7 +68,7 @@ def test_a_learned_embedding_makes_the_output_depend_on_it() -> None:
     assert relative(ends[0], ends[1]) > 1e-3
 
     network = stirred(plain())
-    network.add("guidance_embeds")
+    network.grow(guidance_embeds=True)
     network.guidance.fc2.weight.normal_(std=0.1)
     outs = [network(z, t, condition._replace(guidance=torch.full((4,), scale))) for scale in (1.0, 1.2, 4.0, 7.0)]
     assert all(relative(a, b) > 1e-3 for a, b in pairwise(outs))
@@ -81,9 +83,9 @@ def test_a_network_that_is_told_too_much_or_too_little_refuses() -> None:
     for network, told_it, end, said in (
         (plain(), condition, t, "has one time and was given two: it needs two_times"),
         (plain(guidance_embeds=True), scaled, t, "has one time and was given two: it needs two_times"),
-        (plain(guidance_embeds=True), condition, None, "learned guidance and needs its scale"),
-        (plain(), scaled, None, "no guidance_embeds for a scale"),
-        (plain(two_times=True), scaled, t, "no guidance_embeds for a scale"),
+        (plain(guidance_embeds=True), condition, None, "has guidance_embeds and needs a condition with guidance"),
+        (plain(), scaled, None, "no guidance_embeds: leave guidance out"),
+        (plain(two_times=True), scaled, t, "no guidance_embeds: leave guidance out"),
     ):
         with pytest.raises(ValueError, match=said) as refusal:
             network(z, t, told_it, end)
@@ -102,10 +104,10 @@ def test_what_a_network_is_told_comes_back_from_a_folder_and_a_single_file(
     write_tensors(checkpoint.single_file(network), tmp_path / "one.safetensors")
     naming, arguments = checkpoint.infer(open_file(tmp_path / "one.safetensors").under(checkpoint.PREFIX))
     assert naming == "original"
-    assert [number for number in NUMBERS if arguments[number]] == list(numbers)
+    assert [number for number in EMBEDDINGS if arguments[number]] == list(numbers)
     for place in ("folder", "one.safetensors"):
         back = checkpoint.load(tmp_path / place)
-        assert [number for number in NUMBERS if getattr(back, number)] == list(numbers)
+        assert [number for number in EMBEDDINGS if getattr(back, number)] == list(numbers)
         state = network.state_dict()
         assert back.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in back.state_dict().items())
@@ -119,14 +121,14 @@ def test_what_a_network_is_told_comes_back_from_a_folder_and_a_single_file(
 def test_only_a_plain_network_goes_by_diffusers_name(tmp_path: Path) -> None:
     checkpoint.save(plain(), tmp_path / "plain")
     assert read_json(tmp_path / "plain" / "config.json")["_class_name"] == "SD3Transformer2DModel"
-    assert not {"time_scale", *NUMBERS} & read_json(tmp_path / "plain" / "config.json").keys()
+    assert not {"time_scale", *EMBEDDINGS} & read_json(tmp_path / "plain" / "config.json").keys()
     assert isinstance(AutoModel.from_pretrained(str(tmp_path / "plain")), SD3Transformer2DModel)
     for numbers in TOLD:
         folder = tmp_path / "+".join(numbers)
         checkpoint.save(plain(**dict.fromkeys(numbers, True)), folder)
         config = read_json(folder / "config.json")
         assert config["_class_name"] == "MMDiT"
-        assert dict.fromkeys(numbers, True) == {n: config[n] for n in NUMBERS if n in config}
+        assert dict.fromkeys(numbers, True) == {n: config[n] for n in EMBEDDINGS if n in config}
         with pytest.raises(ValueError, match="MMDiT"):
             AutoModel.from_pretrained(str(folder))
 
@@ -143,7 +145,7 @@ def test_the_time_scale_is_a_factor_on_t_and_comes_back(tmp_path: Path) -> None:
     assert read_json(tmp_path / "config.json")["_class_name"] == "MMDiT"
     back = checkpoint.load(tmp_path)
     assert torch.equal(back(z, t, condition, t / 3), slow(z, t, condition, t / 3))
-    with pytest.raises(ValueError, match="cannot tell the time_scale 10: write a folder"):
+    with pytest.raises(ValueError, match="cannot tell time_scale 10: write a folder"):
         checkpoint.single_file(slow)
     with pytest.raises(ValueError, match="time_scale must be > 0, got 0"):
         plain(time_scale=0)
@@ -169,7 +171,7 @@ def test_every_parameter_learns_after_the_first_steps(numbers: tuple[str, ...]) 
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     z, t, condition = inputs()
     condition, end = fully_told(network, t, condition)
-    objective = Objective(average=MeanFlow() if network.two_times else None)
+    objective = MeanFlow() if network.two_times else Objective()
     for _ in range(5):  # zero output, gates and the last layer of what is told hold the gradient back for a step each
         optimizer.zero_grad()
         objective.loss(network, z, z.flip(0), t, condition, end).mean().backward()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import footprint_check as check
-from benchmarks.footprint import Job, activation_bytes, collective, communication, cure, flops, memory, step
+from benchmarks.footprint import Job, activation_bytes, collective, communication, fastest_fit, flops, memory, step
 from benchmarks.plan import arguments, job_of, main, shape_of
 from engine.hardware import DEVICES
 from engine.strategy import Strategy
@@ -154,12 +154,12 @@ def test_cure(medium: MMDiT, forward: int) -> None:
     """What does not fit is told the fastest strategy with which it does; a GPU that is too small has none."""
     job = planned(medium, 8, 4096)
     assert memory(job).total > H200.memory
-    found = cure(job)
+    found = fastest_fit(job)
     assert found is not None
     assert memory(replace(job, strategy=found)).total <= H200.memory
     slower = replace(found, activation_checkpointing="full")
     assert step(replace(job, strategy=found), forward).total <= step(replace(job, strategy=slower), forward).total
-    assert cure(replace(job, gpus=1, device=DEVICES["rtx4090"])) is None
+    assert fastest_fit(replace(job, gpus=1, device=DEVICES["rtx4090"])) is None
 
 
 # ---- presets and the command

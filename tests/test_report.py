@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metrics import report
+from metrics import figures, report, table
 
 VOID = {"meta", "link", "img", "br"}
 NAN = float("nan")
@@ -70,7 +70,7 @@ def size(content: bytes) -> tuple[int, int]:
 
 def test_files_hold_the_record(tmp_path: Path) -> None:
     found = record(row(accuracy=NAN, distance=math.inf, clip_score=None), row(steps=50, recall=0.5))
-    sheet = report.sheet_image({("runs/rf", 8): torch.rand(2, 1, 8, 8)}, ["runs/rf"], [8, 50], 16)
+    sheet = figures.sheet_image({("runs/rf", 8): torch.rand(2, 1, 8, 8)}, ["runs/rf"], [8, 50], 16)
     report.write(found, sheet, tmp_path / "new")
 
     names = {"results.json", "results.csv", "quality.png", "sheet.png", "report.html"}
@@ -143,9 +143,9 @@ def test_page_asks_for_nothing_and_escapes() -> None:
     head, first, second = page.rows
     assert head[:2] == ["model", "sampler"]
     assert (first[0], second[0]) == ("<b>&x", "</script>")
-    assert second[head.index("accuracy")] == report.MISSING
+    assert second[head.index("accuracy")] == table.MISSING
     assert second[head.index("note")] == '"q" & <i>'
-    assert first[head.index("note")] == report.MISSING
+    assert first[head.index("note")] == table.MISSING
     assert "CLIP score" not in head  # nobody has one
     assert not page.bold
     assert all(source.startswith("data:") for source in page.sources)
@@ -161,7 +161,7 @@ def test_bold_marks_the_best_of_equal_steps() -> None:
         row("a", 8, accuracy=0.7, distance_ratio=9.0, duplicates=0),
     ]
     both = {(0, "accuracy"), (2, "accuracy")}  # 90.0% each
-    assert report.best(rows) == both | {(1, "distance_ratio")}
+    assert table.best(rows) == both | {(1, "distance_ratio")}
     page = Page(report.page(record(*rows), {}))
     head = page.rows[0]
     assert [(i - 1, head[j]) for i, j in page.bold] == [(0, "accuracy"), (1, "FD ratio"), (2, "accuracy")]
@@ -174,7 +174,7 @@ def test_markdown_table() -> None:
         row("d", distance=71.0, precision=0.5, duplicates=1234, kernel_distance=-158.2, evaluations=26.43),
     ]
     columns = ["model", "samples", "evaluations", "accuracy", "precision", "distance", "distance_ratio"]
-    assert report.table(rows, [*columns, "kernel_distance", "duplicates", "clip_score", "other"]) == (
+    assert table.table(rows, [*columns, "kernel_distance", "duplicates", "clip_score", "other"]) == (
         "| model | samples | evaluations | accuracy | precision | FD | FD ratio | KD | repeats | CLIP score | other |\n"
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
         "| a\\|b | 1000 | 8 | 98.1% | – | 2.72 | 0.95 | – | 0 | – | – |\n"
@@ -187,7 +187,7 @@ def test_markdown_table() -> None:
 def test_sheet_shows_the_pictures_enlarged(channels: int) -> None:
     pictures = torch.randint(0, 256, (7, channels, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
     cells = {("one", 4): pictures, ("one", 50): pictures.flip(0), ("the other", 50): pictures[:5]}
-    sheet = report.sheet_image(cells, ["one", "the other"], [4, 50], 32)
+    sheet = figures.sheet_image(cells, ["one", "the other"], [4, 50], 32)
     pixels = torch.from_numpy(np.array(sheet)).movedim(-1, 0)
     large = (pictures * 255).round().byte().repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
 
@@ -212,7 +212,7 @@ def test_sheet_shows_the_pictures_enlarged(channels: int) -> None:
 
 def test_sheet_fits_odd_sizes_and_refuses_what_is_no_picture() -> None:
     def sheet(picture: torch.Tensor, side: int) -> Image.Image:
-        return report.sheet_image({("m", 1): picture[None]}, ["m"], [1], side)
+        return figures.sheet_image({("m", 1): picture[None]}, ["m"], [1], side)
 
     assert sheet(torch.zeros(3, 4, 9), 100).size == sheet(torch.zeros(1, 40, 90), 100).size
     grey = np.array(sheet(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]).repeat(1, 32, 32), 32))
@@ -225,13 +225,13 @@ def test_sheet_fits_odd_sizes_and_refuses_what_is_no_picture() -> None:
         with pytest.raises(ValueError, match=message):
             sheet(bad, 32)
     with pytest.raises(ValueError, match="no pictures"):
-        report.sheet_image({("m", 1): torch.zeros(1, 1, 4, 4)}, ["m"], [2], 32)
+        figures.sheet_image({("m", 1): torch.zeros(1, 1, 4, 4)}, ["m"], [2], 32)
 
 
 def test_plot_has_a_second_panel_only_for_what_was_measured() -> None:
     def width(*rows: dict, floor: float | None = 0.66) -> int:
         out = io.BytesIO()
-        report.plot(record(*rows) | {"floor": floor}, out)
+        figures.plot(record(*rows) | {"floor": floor}, out)
         assert b"http" not in out.getvalue()
         return size(out.getvalue())[0]
 
@@ -244,7 +244,7 @@ def test_plot_has_a_second_panel_only_for_what_was_measured() -> None:
 
 def test_lines_of_the_plot() -> None:
     rows = [row("a", 1), row("a", 2), row("b", 2), row("b", 2, sampler="heun"), row("b", 2, guidance=2.0)]
-    found = report.lines(rows)
+    found = figures.lines(rows)
     labels = ["a, euler", "b, euler, guidance 1", "b, heun", "b, euler, guidance 2"]
     assert [line.look["label"] for line in found] == labels
     assert [len(line.rows) for line in found] == [2, 1, 1, 1]
@@ -256,7 +256,7 @@ def test_lines_of_the_plot() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0.6, 30), (0.001, 1e4), (1e-9, 1e9), (0.85, 1.1), (0.5, 1.6)])
 def test_ticks_are_few_and_in_range(low: float, high: float) -> None:
-    ticks = report.log_ticks(low, high)
+    ticks = figures.log_ticks(low, high)
     assert 2 <= len(ticks) <= 9
     assert low <= ticks[0]
     assert ticks[-1] <= high
@@ -264,5 +264,5 @@ def test_ticks_are_few_and_in_range(low: float, high: float) -> None:
 
 def test_points_are_sorted_and_leave_out_what_is_missing() -> None:
     rows = [row(steps=8, recall=0.5), row(steps=2, recall=0.0), row(steps=4), row(steps=1, recall=NAN)]
-    assert report.points(rows, "recall", False) == ([2, 8], [0.0, 0.5])
-    assert report.points(rows, "recall", True) == ([8], [0.5])
+    assert figures.points(rows, "recall", False) == ([2, 8], [0.0, 0.5])
+    assert figures.points(rows, "recall", True) == ([8], [0.5])

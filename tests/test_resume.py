@@ -39,7 +39,7 @@ from trials import (
     under,
 )  # fmt: skip
 
-from engine.checkpoint import Checkpoints, opened
+from engine.checkpoint import Checkpoints, read_checkpoint
 from pipeline import Pipeline
 
 STEPS, EVERY, VALIDATED = 60, 5, 30
@@ -100,7 +100,7 @@ def newest(run: Path) -> int:
 def unfinished(run: Path) -> bool:
     """Whether a save was under way: a checkpoint without its mark, or older ones that were to go."""
     places = list((run / "checkpoints").glob("*"))
-    return len(places) > 2 or not all(map(opened, places))
+    return len(places) > 2 or not all(map(read_checkpoint, places))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(
     damage(half, how, 32)
     capsys.readouterr()
 
-    with pytest.warns(UserWarning, match="step-0000032 is (damaged|not whole); the one before it is used"):
+    with pytest.warns(UserWarning, match="step-0000032 is (damaged|incomplete); the one before it is used"):
         go_on(config, half)
     assert "error" not in capsys.readouterr().err
     assert_equal(half, straight)

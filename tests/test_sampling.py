@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused_in_one_line_before_any_model(
         (Objective(Cosine(), Epsilon()), {"spacing": "karras"}),
         (Objective(target=X0()), {}),
         (Objective(target=X0()), {"sampler": "heun"}),
-        (Objective(DDPMLinear(), Epsilon(), variance=LearnedVariance()), {"sampler": "ddpm:variance=learned"}),
+        (LearnedVariance(DDPMLinear(), Epsilon()), {"sampler": "ddpm:variance=learned"}),
         (Objective(ZeroTerminalSNR(LDMLinear()), V()), {}),
         (Objective(ZeroTerminalSNR(LDMLinear()), Epsilon()), {"spacing": "leading"}),
     ],
@@ -175,7 +175,7 @@ def test_what_fits_walks_to_a_finite_picture(objective: Objective, options: dict
     assert len(times) == 4
 
     def model(z: Tensor, t: Tensor, condition: object) -> Tensor:
-        return torch.cat([z / 2, z], 1) if objective.variance else z / 2
+        return torch.cat([z / 2, z], 1) if objective.outputs == 2 else z / 2
 
     z = torch.randn(2, 1, 2, 2)
     seen, told = [], []

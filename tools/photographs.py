@@ -1,4 +1,4 @@
-"""Writes the photographs that ship with scikit-learn and scikit-image, with captions, as a data set to try things on.
+"""Writes the photographs of scikit-learn and scikit-image, with captions, as a small data set for trials.
 
 python -m tools.photographs pictures            # a folder: NAME.jpg and NAME.txt
 python -m tools.photographs shards --tar        # the same as two WebDataset tars, as img2dataset writes them
@@ -42,12 +42,12 @@ CAPTIONS = {
 
 
 def photographs() -> Iterator[tuple[str, Image.Image]]:
-    """Those of the table that are on this machine: some versions of scikit-image fetch a part from the network."""
+    """The photographs that are on this machine; some versions of scikit-image download a part of them."""
     for name in CAPTIONS:
         try:
             pixels = load_sample_image(f"{name}.jpg") if name in ("china", "flower") else getattr(skimage_data, name)()
-        except Exception as error:  # pooch raises whatever its download raises
-            print(f"{name} is not here: {type(error).__name__}")
+        except Exception as error:  # pooch raises any error of its download
+            print(f"{name} is not on this machine: {type(error).__name__}")
             continue
         pixels = np.asarray(pixels)
         pixels = (pixels * 255).astype(np.uint8) if pixels.dtype == bool else pixels

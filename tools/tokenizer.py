@@ -9,27 +9,27 @@ from transformers import CLIPTokenizer
 
 
 def train_tokenizer(words: Iterable[str], length: int) -> CLIPTokenizer:
-    """Returns a byte-level BPE tokenizer with CLIP's layout of the vocabulary, in which each of the words is one token.
+    """A byte-level BPE tokenizer with CLIP's layout of the vocabulary, in which each of the words is one token.
 
-    That is: the 256 bytes, the 256 bytes at the end of a word, the merges, start, end (A. Radford et al., "Learning
+    The layout: 256 bytes, 256 bytes at the end of a word, merges, start, end (A. Radford et al., "Learning
     Transferable Visual Models From Natural Language Supervision", 2021, section 2.4).
 
     Args:
-        words: that become one token; others fall apart into letters.
+        words: become one token each; other words are split, down to letters.
         length: tokens per caption, start and end included.
     """
     letters = sorted(ByteLevel.alphabet())
     letters += [letter + "</w>" for letter in letters]
     backend = CLIPTokenizer().backend_tokenizer
-    # Among equally frequent pairs the trainer takes the lowest numbers, which it gives out in random order unless the
-    # letters are named as special tokens.
+    # Among equally frequent pairs the trainer prefers low token numbers. It numbers the letters in random order unless
+    # they are special tokens.
     trainer = BpeTrainer(vocab_size=10_000, special_tokens=letters, end_of_word_suffix="</w>", show_progress=False)
     backend.train_from_iterator(sorted(set(words)), trainer)
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
     entries = [*letters, *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={entry: i for i, entry in enumerate(entries)},
-        merges=merges,  # type: ignore[arg-type]  # declared as a list of strings, but pairs are what it takes
+        merges=merges,  # type: ignore[arg-type]  # declared as strings, but it takes pairs
         model_max_length=length,
         padding_side="right",
     )

@@ -2,8 +2,8 @@
 
     python -m tools.train_digits_judge
 
-The same command writes the same bytes again on the same machine. The pictures are shifted, turned, scaled and sheared
-a little at random; the held-out pictures serve for nothing but the accuracy printed at the end.
+The command writes the same bytes each time on the same machine. The pictures are shifted, rotated, scaled and sheared a
+little at random. The held-out pictures are used only for the accuracy printed at the end.
 """
 
 import math
@@ -22,7 +22,7 @@ STEPS, BATCH, RATE = 2000, 128, 3e-3
 
 
 def jitter(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns `(B, 1, 8, 8)` shifted by σ = 0.4 pixels, turned by σ = 6°, scaled and sheared by σ = 6 %."""
+    """Pictures `(B, 1, 8, 8)` shifted by σ = 0.4 pixels, rotated by σ = 6°, scaled and sheared by σ = 6 %."""
     shape = (len(pixels), 2, 3)
     sigma = torch.tensor([[0.06, math.radians(6), 0.1], [math.radians(6), 0.06, 0.1]])  # 2 units of the grid = 8 pixels
     move = torch.eye(2, 3) + sigma * torch.randn(shape, generator=generator)

@@ -3,16 +3,16 @@
     python -m tools.train_digits_text
 
 The tower learns from the training pictures with the training templates only, against a small convolutional image tower
-that is thrown away. The loss is CLIP's with soft targets: a batch holds many pictures of each digit, and every caption
-of a digit is a right one for every picture of it (UniCL, J. Yang et al., "Unified Contrastive Learning in
-Image-Text-Label Space", 2022). A caption that names no digit fits all pictures alike; the empty caption is
-one of these, so that the null condition is a vector of its own, between the digits.
+that is not kept. The loss is CLIP's with soft targets: a batch has many pictures of each digit, and every caption of a
+digit is right for every picture of it (UniCL, J. Yang et al., "Unified Contrastive Learning in Image-Text-Label Space",
+2022). A caption without a digit fits all pictures equally; so does the empty caption, so that the null condition is a
+vector between the digits.
 
-So that the tower finds the digit in sentences that it has never seen, the other words of the training captions are at
-random replaced, or joined, by entries drawn from the whole vocabulary, digits excepted.
+Other words of the training captions are randomly replaced, or extended, by entries of the whole vocabulary except
+digits, so that the tower finds the digit in new sentences.
 
-The same command writes the same bytes again on the same machine. At the end it prints how often a caption leads to the
-right pictures, with the templates and the pictures that were held out as well.
+The command writes the same bytes each time on the same machine. At the end it prints how often a caption leads to the
+right pictures, also for held-out templates and pictures.
 """
 
 import random
@@ -34,7 +34,7 @@ LENGTH = 10  # tokens per caption: eight words between the start and the end
 WIDTH, LAYERS, PROJECTION = 64, 3, 64
 STEPS, BATCH, RATE = 700, 256, 2e-3
 BLANK = 0.15  # share of captions that name no digit; half of them are empty
-# Words that people write about pictures: each becomes one token, where other words fall apart into letters.
+# Words that people write about pictures. Each becomes one token; unknown words are split into letters.
 PROMPT_WORDS = """
 an and art as at big black bold by careful clean clear dark digit draw drawing drawn figure for from grey hand image in
 ink is it large light like line make me neat nice number numeral old on paper pen pencil photo photograph picture please
@@ -43,7 +43,7 @@ scan shape show simple single sketch small style symbol that thick thin this whi
 
 
 class Captions:
-    """Draws rows of token numbers `(B, LENGTH)` for labels, and says which of the rows name their digit."""
+    """Draws rows of token numbers `(B, LENGTH)` for labels, and whether each row names its digit, `(B,)`."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self.start, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -88,7 +88,7 @@ def image_tower() -> nn.Module:
 
 
 def contrastive_loss(similarity: Tensor, labels: Tensor, named: Tensor) -> Tensor:
-    """Returns the mean of both directions' cross-entropies; `similarity (B, B)` has captions down, pictures across."""
+    """The mean of both directions' cross-entropies; `similarity (B, B)` has a row per caption, a column per picture."""
     same = (rearrange(labels, "b -> b 1") == labels) & rearrange(named, "b -> b 1")
     to_pictures = (same | ~rearrange(named, "b -> b 1")).float()  # a caption without a digit fits every picture
     to_captions = same.float().T
@@ -100,7 +100,7 @@ def contrastive_loss(similarity: Tensor, labels: Tensor, named: Tensor) -> Tenso
 
 
 def report(text: CLIPText, image: nn.Module) -> None:
-    """Prints how often a picture leads to its digit's caption, and how well a caption's own vectors tell its digit."""
+    """Prints how often a picture leads to its digit's caption, and how often a caption's vectors identify its digit."""
     with torch.no_grad():
         for split in ("train", "held_out"):
             pixels, labels = digits.load(split)
@@ -137,8 +137,8 @@ def main() -> None:
     torch.manual_seed(0)
     rng = random.Random(0)
     pixels, labels = digits.load("train")
-    told = " ".join(caption for d in range(10) for caption in digits.captions(d, digits.TRAIN_TEMPLATES))
-    tokenizer = train_tokenizer([*PROMPT_WORDS.split(), *told.replace(",", "").split()], LENGTH)
+    texts = " ".join(caption for d in range(10) for caption in digits.captions(d, digits.TRAIN_TEMPLATES))
+    tokenizer = train_tokenizer([*PROMPT_WORDS.split(), *texts.replace(",", "").split()], LENGTH)
     captions = Captions(tokenizer)
     encoder = CLIPTextModelWithProjection(
         CLIPTextConfig(

@@ -2,13 +2,13 @@
 
     python -m tools.train_shapes_judge
 
-The same command writes the same bytes again on the same machine. From 64 features and one linear layer the network has
-to tell how many shapes there are of each kind, and in which part of the picture there is which shape and which colour.
-So the features know what there is, how often, in what colour and size, and where. They have only seen pictures without
-fault, and tell others from them.
+The command writes the same bytes each time on the same machine. From 64 features and one linear layer the network
+predicts how many shapes there are of each kind, and which shapes and colours there are in each part of the picture. So
+the features encode shape, number, colour, size and position. They have only seen faultless pictures, and differ on
+others.
 
-At the end it prints how often the counts are right in scenes that it has not seen. On one core it takes some four
-minutes. The weights are kept in half precision.
+At the end it prints how often the counts are right in unseen scenes. It takes about four minutes on one core. The
+weights are stored in half precision.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ MARKS = len(shapes.SHAPES) + len(COLOURS)  # of a part
 
 
 def counts(drawn: shapes.Scene) -> np.ndarray:
-    """How many shapes there are of each kind, (KINDS,) int64."""
+    """Number of shapes of each kind, (KINDS,) int64."""
     found = np.zeros((len(shapes.SHAPES), len(COLOURS), len(SIZES)), dtype=np.int64)
     for placed in drawn.objects:
         found[shapes.SHAPES.index(placed.shape), COLOURS.index(placed.colour), SIZES.index(placed.side)] += 1
@@ -42,7 +42,7 @@ def counts(drawn: shapes.Scene) -> np.ndarray:
 
 
 def places(drawn: shapes.Scene) -> np.ndarray:
-    """Which shapes and which colours have a middle in each part of the picture, (GRID · GRID · MARKS,) 0 or 1."""
+    """Shapes and colours whose centre is in each part of the picture, (GRID · GRID · MARKS,) of 0 and 1."""
     found = np.zeros((GRID, GRID, MARKS), dtype=np.float32)
     for placed in drawn.objects:
         row, column = ((start + placed.side // 2) * GRID // shapes.SIDE for start in (placed.top, placed.left))
@@ -52,32 +52,32 @@ def places(drawn: shapes.Scene) -> np.ndarray:
 
 
 def examples(first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (count, 3, 64, 64) in [0, 1], and what is in them: `counts` and `places`."""
+    """Pictures (count, 3, 64, 64) in [0, 1] with their `counts` and `places`."""
     drawn = [shapes.scene(SEED, i) for i in range(first, first + count)]
     pixels = torch.from_numpy(np.stack([np.asarray(shapes.picture(scene)) for scene in drawn]))
-    many, where = (torch.from_numpy(np.stack([tell(scene) for scene in drawn])) for tell in (counts, places))
+    many, where = (torch.from_numpy(np.stack([labels(scene) for scene in drawn])) for labels in (counts, places))
     return rearrange(pixels, "b h w c -> b c h w") / 255, many, where
 
 
 def split(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """What the judge says of counts (B, COUNTS, KINDS) and of places (B, GRID · GRID · MARKS)."""
+    """The judge's logits of counts (B, COUNTS, KINDS) and of places (B, GRID · GRID · MARKS)."""
     return rearrange(logits[:, : COUNTS * KINDS], "b (n k) -> b n k", n=COUNTS), logits[:, COUNTS * KINDS :]
 
 
 def loss_of(logits: Tensor, many: Tensor, where: Tensor) -> Tensor:
-    """The cross-entropy of all that is told of a picture, in nats."""
-    said_counts, said_places = split(logits)
-    there = binary_cross_entropy_with_logits(said_places, where, reduction="sum")
-    return (cross_entropy(said_counts, many, reduction="sum") + there) / len(logits)
+    """The sum of the cross-entropies of counts and places, per picture, in nats."""
+    count_logits, place_logits = split(logits)
+    places_loss = binary_cross_entropy_with_logits(place_logits, where, reduction="sum")
+    return (cross_entropy(count_logits, many, reduction="sum") + places_loss) / len(logits)
 
 
 @torch.no_grad()
 def report(judge: Judge) -> None:
-    """Prints how much the judge knows of scenes that it has not seen."""
+    """Prints the judge's accuracy on unseen scenes."""
     pixels, many, where = examples(STEPS * BATCH, UNSEEN)
-    said_counts, said_places = split(torch.cat([judge.logits(part) for part in pixels.split(100)]))
-    right = (said_counts.argmax(1) == many).all(1).double().mean()
-    placed = ((said_places > 0) == (where > 0)).all(1).double().mean()
+    count_logits, place_logits = split(torch.cat([judge.logits(part) for part in pixels.split(100)]))
+    right = (count_logits.argmax(1) == many).all(1).double().mean()
+    placed = ((place_logits > 0) == (where > 0)).all(1).double().mean()
     print(f"shapes' judge, unseen scenes: all counts right in {right:.1%}, all places in {placed:.1%}")
 
 

@@ -3,12 +3,11 @@
     python -m tools.train_shapes_text
 
 Both learn from scenes drawn for them, each by CLIP's loss (A. Radford et al., "Learning Transferable Visual Models
-From Natural Language Supervision", 2021) against one convolutional image tower that is thrown away. As on the web, a
-short caption may fit more pictures of a batch than its own. The second tower is the wider one, as in Stable Diffusion
-3.
+From Natural Language Supervision", 2021) against one convolutional image tower that is not kept. As on the web, a short
+caption may fit several pictures of a batch. The second tower is the wider one, as in Stable Diffusion 3.
 
-At the end it prints how often a caption that says everything leads to its own scene among 256 that it has not seen.
-The weights are kept in half precision. On one core it takes some eight minutes.
+At the end it prints how often a full caption leads to its own scene among 256 unseen ones. The weights are stored in
+half precision. It takes about eight minutes on one core.
 """
 
 from itertools import pairwise
@@ -32,14 +31,14 @@ LENGTH = 20  # tokens per caption: 18 words between the start and the end
 WIDTHS, LAYERS, PROJECTION = (64, 96), 3, 64
 SCENES, SEED = 20_000, 2  # a seed that no store of examples uses
 STEPS, BATCH, RATE = 1000, 128, 2e-3
-# Besides the words of the captions: what people write about such pictures.
+# More words that people write about such pictures.
 MORE_WORDS = (
     "the and of big little tiny one on over under left right top bottom side with shape shapes photo show me draw"
 )
 
 
 def words() -> list[str]:
-    """Every word of the scenes' captions, and some more."""
+    """The words of the scenes' captions, and MORE_WORDS."""
     drawn = (shapes.captions(shapes.scene(SEED, i), stream(SEED, Use.CAPTION, 0, i)) for i in range(2000))
     return [*MORE_WORDS.split(), *" ".join(caption for pair in drawn for caption in pair).split()]
 
@@ -63,7 +62,7 @@ def text_tower(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProject
 
 
 def image_tower() -> nn.Module:
-    """Pictures (B, 3, 64, 64) to (B, PROJECTION); what stands where is kept up to its last layer."""
+    """Pictures (B, 3, 64, 64) to (B, PROJECTION), without pooling, so that positions are kept."""
     sizes = (3, 32, 64, 64, 64)
     layers = [
         layer
@@ -75,40 +74,40 @@ def image_tower() -> nn.Module:
 
 
 def contrastive_loss(similarity: Tensor) -> Tensor:
-    """The mean of both directions' cross-entropies; `similarity (B, B)` has captions down, pictures across."""
+    """The mean of both directions' cross-entropies; `similarity (B, B)` has a row per caption."""
     own = torch.arange(len(similarity))
     return (cross_entropy(similarity, own) + cross_entropy(similarity.T, own)) / 2
 
 
 def scenes(first: int, count: int) -> tuple[Tensor, list[tuple[str, str]]]:
-    """Pictures (count, 3, 64, 64) uint8, and each one's long and short caption."""
+    """Pictures (count, 3, 64, 64) uint8, and the long and the short caption of each."""
     drawn = [shapes.scene(SEED, i) for i in range(first, first + count)]
     pixels = torch.from_numpy(np.stack([np.asarray(shapes.picture(scene)) for scene in drawn]))
-    told = [shapes.captions(scene, stream(SEED, Use.CAPTION, 0, first + i)) for i, scene in enumerate(drawn)]
-    return rearrange(pixels, "b h w c -> b c h w").contiguous(), told
+    captions = [shapes.captions(scene, stream(SEED, Use.CAPTION, 0, first + i)) for i, scene in enumerate(drawn)]
+    return rearrange(pixels, "b h w c -> b c h w").contiguous(), captions
 
 
 def report(text: CLIPText, image: nn.Module) -> None:
-    """Prints how often a long caption leads to its own among unseen scenes."""
-    pixels, told = scenes(SCENES, 256)
+    """Prints how often a long caption leads to its own scene among unseen ones."""
+    pixels, captions = scenes(SCENES, 256)
     with torch.no_grad():
         pictures = normalize(image(pixels / 255), dim=-1)
-        pooled = text.encode([long for long, _ in told]).pooled
+        pooled = text.encode([long for long, _ in captions]).pooled
         for slot in text.slots:
             scores = normalize(pooled[:, slot.pooled], dim=-1) @ pictures.T
-            right = (scores.argmax(dim=1) == torch.arange(len(told))).double().mean()
+            right = (scores.argmax(dim=1) == torch.arange(len(captions))).double().mean()
             print(f"{slot.name}: {right:.1%} of 256 captions lead to their scene")
 
 
 def main() -> None:
     torch.set_num_threads(1)  # a sum's order, hence its last bits, depends on the number of threads
     torch.manual_seed(0)
-    pixels, told = scenes(0, SCENES)
+    pixels, captions = scenes(0, SCENES)
     tokenizer = train_tokenizer(words(), LENGTH)
     ids = torch.stack(
         [
             tokenizer(
-                [pair[i] for pair in told], padding="max_length", max_length=LENGTH, return_tensors="pt"
+                [pair[i] for pair in captions], padding="max_length", max_length=LENGTH, return_tensors="pt"
             ).input_ids
             for i in (0, 1)
         ]

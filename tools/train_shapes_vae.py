@@ -3,13 +3,12 @@
     python -m tools.train_shapes_vae
 
 diffusers' `AutoencoderKL` with SD3's compression (8 × 8 pixels to 16 numbers), narrow enough for a CPU, on scenes
-drawn for it. The loss is the sum over the picture of |error| plus a weighted Kullback-Leibler divergence to N(0, 1)
-(Rombach et al. 2022, appendix G), whose weight rises linearly over the first fifth. The weight is far above Stable
-Diffusion's, so that latents are noisy while training: what decodes well then also does so for latents that a
-generator misses a little.
+drawn for it. The loss is the sum of |error| over the picture plus a weighted Kullback-Leibler divergence to N(0, 1)
+(Rombach et al. 2022, appendix G), whose weight rises linearly over the first fifth of the training. The weight is much
+larger than Stable Diffusion's: latents are noisy in training, so that the decoder tolerates a generator's small errors.
 
-At the end it sets shift and scale to those that normalise the latents, and prints how well scenes come back that it
-has not seen. On one core it takes some ten minutes. The weights are kept in half precision.
+At the end it sets shift and scale so that latents are normalised, and prints the quality of decoded unseen scenes. It
+takes about ten minutes on one core. The weights are stored in half precision.
 """
 
 from pathlib import Path
@@ -50,7 +49,7 @@ def pictures(first: int, count: int) -> Tensor:
 
 
 def report(vae: VAE, unseen: Tensor) -> None:
-    """Prints the error of scenes that come back, and in how many of them the judge sees what was drawn."""
+    """Prints the error of decoded scenes, and the share in which the judge finds what was drawn."""
     back = torch.cat([vae.decode(vae.encode(part / 255)) for part in unseen.split(100)])
     error = (back - unseen / 255).square().mean((1, 2, 3))
     right = [

@@ -1,13 +1,14 @@
 """An experiment's YAML file: its sections, and how they are read. `encode.py` and `train.py` work on the same file."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
-from torch import nn
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
 from cli import fail
 from data.latents import Codec
@@ -16,63 +17,95 @@ from data.store.encoding import Encoding
 from data.text.encoder import TextEncoder
 from engine.ema import Averages
 from engine.strategy import Strategy
+from flow import meanflow, stepmap, variance  # noqa: F401  so that YAML files may name their classes
 from flow.objective import Objective
 from mmdit.lora import LoRA
+from mmdit.network import Network
 from pipeline.sampling import Sampling
-from training.generator import Grid, Optimization, Teacher
+from training.generator import Grid
+from training.optimization import Optimization
+from training.run_folder import Run
+from training.teacher import Teacher
+from training.terms import LossTerm
 
-
-@dataclass(frozen=True)
-class Run:
-    """The run as a whole.
-
-    Args:
-        folder: everything that the run writes.
-        seed: of initial weights, order, captions, noise and times.
-        steps: optimizer steps.
-        validate_every: steps between validations, samples and, where the loss is the best so far, model folders.
-        checkpoint_every: steps between checkpoints.
-        log_every: steps between lines of the log.
-        accelerator: as Lightning's.
-        devices: processes on each machine.
-        num_nodes: machines.
-        precision: as Lightning's.
-        wandb: also log to Weights & Biases; offline needs no account and no network.
-    """
-
-    folder: Path
-    seed: int = 0
-    steps: int = 100_000
-    validate_every: int = 1000
-    checkpoint_every: int = 1000
-    log_every: int = 50
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int = 1
-    num_nodes: int = 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    wandb: Literal["off", "offline", "online"] = "off"
-
-    def __post_init__(self) -> None:
-        counts = (self.steps, self.validate_every, self.checkpoint_every, self.log_every, self.devices, self.num_nodes)
-        if min(counts) < 1 or self.steps % self.validate_every:
-            raise ValueError(
-                "run.steps, validate_every, checkpoint_every, log_every, devices and num_nodes must be at least 1, and "
-                f"steps a multiple of validate_every; got {', '.join(map(str, counts))}"
-            )
-
-    @property
-    def world(self) -> int:
-        """Processes of the whole training."""
-        return self.devices * self.num_nodes
+RENAMED = {  # classes that YAML files name
+    "data.text.CLIPText": "data.text.clip.CLIPText",
+    "data.sd3_text.SD3Text": "data.text.sd3.SD3Text",
+    "data.sources.Pictures": "data.raw.sources.Pictures",
+    "data.encoding.Encoding": "data.store.encoding.Encoding",
+}
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, with errors in one line."""
+    """jsonargparse's parser, with errors in one line. It also reads what earlier versions wrote."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:  # type: ignore[override]
+        """As jsonargparse's; a --config file with names of before is read with those of today."""
+        given = list(sys.argv[1:] if args is None else args)
+        for i, (flag, value) in enumerate(pairwise(given)):
+            name, content = flag, value
+            if name == "--config" and Path(content).is_file():
+                tree = _yaml(Path(content))
+                new = upgraded(tree)
+                if new != tree:
+                    print(f"warning: {content} has names of an earlier version: see CHANGELOG.md", file=sys.stderr)
+                    given[i + 1] = yaml.safe_dump(new, sort_keys=False)
+        return super().parse_args(given, *rest, **more)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
         fail(plain(message))
+
+
+def resolve(tree: Any) -> str:
+    """A whole config as YAML, with the names and defaults of today. ValueError if it cannot be read so."""
+    p = parser("", exit_on_error=False)
+    try:
+        return p.dump(p.parse_object(upgraded(tree)), skip_validation=True)
+    except (ArgumentError, TypeError, KeyError) as error:
+        cause = " ".join(plain(str(error)).split())
+        raise ValueError(f"another version of this project wrote the run's config: {cause}") from None
+
+
+def upgraded(tree: Any) -> Any:
+    """A config, or a part of one, with the names of today for those of earlier versions."""
+    if isinstance(tree, list):
+        return [upgraded(branch) for branch in tree]
+    if not isinstance(tree, dict):
+        return tree
+    new = {name: upgraded(branch) for name, branch in tree.items()}
+    if new.get("class_path") in RENAMED:
+        new["class_path"] = RENAMED[new["class_path"]]
+    if isinstance(objective := new.get("objective"), dict) and "class_path" not in objective:
+        new["objective"] = _objective(objective)
+    return new
+
+
+def _objective(old: dict[str, Any]) -> dict[str, Any]:
+    """Before, one class learned all there is to learn, as its arguments said."""
+    rest = {name: value for name, value in old.items() if name not in ("average", "variance")}
+    shared = {name: rest[name] for name in ("shift", "shift_area", "penalty") if name in rest}
+    density = rest.get("density")
+    if average := old.get("average"):
+        named = {name: rest[name] for name in ("density", "weight") if name in rest}
+        return {"class_path": "flow.meanflow.MeanFlow", "init_args": named | shared | average}
+    if old.get("variance"):
+        return {
+            "class_path": "flow.variance.LearnedVariance",
+            "init_args": rest | {"vlb_weight": old["variance"]["weight"]},
+        }
+    if isinstance(density, dict) and str(density.get("class_path")).rpartition(".")[2] == "Steps":
+        ends = {name: rest[name] for name in ("path", "target") if name in rest}
+        return {"class_path": "flow.stepmap.StepMap", "init_args": ends | shared | density.get("init_args", {})}
+    return rest
+
+
+def _yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):  # the parser tells it
+        return None
 
 
 def plain(message: str) -> str:
@@ -82,19 +115,22 @@ def plain(message: str) -> str:
     return f"{where[1]}{cause[1]}" if where and cause else message
 
 
-def parser(description: str) -> Parser:
+def parser(description: str, exit_on_error: bool = True) -> Parser:
     """Every key of the YAML file is a constructor's argument, documented there."""
-    p = Parser(description=description)
-    p.add_argument("--config", action="config", required=True, help="a YAML file; later ones and flags override it")
+    p = Parser(description=description, exit_on_error=exit_on_error)
+    p.add_argument(
+        "--config", action="config", required=exit_on_error, help="a YAML file; later ones and flags override it"
+    )
     p.add_class_arguments(Run, "run")
     p.add_subclass_arguments(TextEncoder, "text", required=True)
     p.add_subclass_arguments(Codec, "codec", required=True)
     p.add_argument("--encode", type=Encoding | None, help="what encode.py makes a store of")
     p.add_argument("--data", type=Callable[[TextEncoder, Codec, int], Data], required=True)
-    p.add_subclass_arguments(nn.Module, "network", required=True)
+    p.add_subclass_arguments(Network, "network", required=True)
     p.add_argument("--lora", type=LoRA | None, help="train low-rank updates of a network that is read from disk")
     p.add_argument("--teacher", type=Teacher | None, help="learn from a model's output")
-    p.add_class_arguments(Objective, "objective")
+    p.add_subclass_arguments(Objective, "objective", default={"class_path": "flow.objective.Objective"})
+    p.add_argument("--terms", type=list[LossTerm], default=[], help="losses on hidden states beside the objective")
     p.add_class_arguments(Optimization, "optimization")
     p.add_class_arguments(Averages, "ema")
     p.add_class_arguments(Strategy, "strategy")

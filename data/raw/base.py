@@ -1,4 +1,4 @@
-"""Captioned pictures as they were found: an input, what reads inputs, and which of them are used."""
+"""Captioned pictures before encoding: an input, a source of inputs, and filters."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image
 
-UNIT = 1024  # inputs in a shard, where rows are found by their number
-NAMES = ("text", "caption", "captions", "prompt", "txt")  # of captions, the likeliest first
+UNIT = 1024  # inputs in a shard of a source with numbered rows
+NAMES = ("text", "caption", "captions", "prompt", "txt")  # of caption columns, the most likely first
 LIKELY = NAMES + tuple(f"json.{name}" for name in NAMES)
 EXTENSIONS = frozenset([
     "avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg",
@@ -19,16 +19,16 @@ EXTENSIONS = frozenset([
 
 
 class Raw(NamedTuple):
-    """An input as it was found, its picture not decoded."""
+    """An input whose picture is not decoded yet."""
 
-    id: str  # independent of where the data lie; the same one twice if the data name it twice
+    id: str  # independent of the path of the data; repeated if the data repeat it
     picture: bytes | Path | Image.Image
-    captions: tuple[str, ...]  # those that are there, stripped, none of them empty
+    captions: tuple[str, ...]  # stripped, none empty
     weights: tuple[float, ...]  # of the captions
 
 
 class Fault(NamedTuple):
-    """An input that could not be read at all, or the rest of a shard that could not.
+    """An input, or the rest of a shard, that could not be read.
 
     The reasons are "no picture", "several pictures", "no caption", "unreadable caption", "unreadable row" of metadata,
     "truncated shard" and "damaged shard".
@@ -43,25 +43,25 @@ Input: TypeAlias = Raw | Fault
 
 
 class Source(ABC):
-    """Inputs in shards, which any process can read in any order.
+    """Inputs in shards, which processes can read independently and in any order.
 
     Attributes:
-        shards: how many there are.
+        shards: their number.
     """
 
     shards: int
 
     @abstractmethod
     def read(self, shard: int, start: int = 0) -> Iterator[Input]:
-        """The inputs of a shard from number `start` on, faults counted, always in the same order.
+        """The inputs of a shard from number `start` on (faults count), always in the same order.
 
         Raises:
-            ValueError: there is no such shard, or it cannot be read on.
+            ValueError: there is no such shard, or it cannot be read.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What this is, for JSON: equal for equal data, and another for data of other names, sizes or number."""
+        """A description of the data, as JSON. It changes if names, sizes or number of the files change."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Filters:
     """Which inputs are used.
 
     Args:
-        min_side: least length of a picture's shorter side, before any scaling, in pixels.
-        max_aspect: largest quotient of its longer and its shorter side, at least 1; none for no limit.
-        min_caption: least length of a caption, in characters.
-        max_caption: largest length of a caption, in characters; none for no limit.
+        min_side: smallest length of a picture's shorter side, before scaling, in pixels.
+        max_aspect: largest ratio of its longer to its shorter side, at least 1; None for no limit.
+        min_caption: smallest length of a caption, in characters.
+        max_caption: largest length of a caption, in characters; None for no limit.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -96,16 +96,16 @@ class Filters:
         return self.min_caption <= len(caption) and (self.max_caption is None or len(caption) <= self.max_caption)
 
     def trimmed(self, raw: Raw) -> Raw:
-        """The input with those of its captions that fit."""
+        """The input with only the captions that fit."""
         kept = [(c, w) for c, w in zip(raw.captions, raw.weights, strict=True) if self.fits(c)]
         return raw._replace(captions=tuple(c for c, _ in kept), weights=tuple(w for _, w in kept))
 
     def reason(self, size: tuple[int, int], captions: Collection[str]) -> tuple[str, str] | None:
-        """Why an input is dropped, as (reason, detail): too small, aspect ratio or caption length; none if it is used.
+        """Why an input is dropped, as (reason, detail): too small, aspect ratio or caption length; None if it is used.
 
         Args:
-            size: height and width of the picture as it was found, in pixels.
-            captions: all of it; one that fits is enough.
+            size: height and width of the picture before scaling, in pixels.
+            captions: all captions; one that fits is enough.
         """
         height, width = size
         if min(size) < self.min_side:
@@ -119,37 +119,37 @@ class Filters:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that are nearly the same for pictures that look the same: imagehash's phash."""
+    """The 64-bit perceptual hash of imagehash (phash): similar pictures have similar hashes."""
     import imagehash
 
     return int(str(imagehash.phash(image)), 16)
 
 
 class Place(NamedTuple):
-    """What was found on disk."""
+    """The files of a source on disk."""
 
     kind: str  # pictures, parquet or tar
     root: Path
-    files: list[str]  # relative to it, sorted; of pictures, all files that there are
+    files: list[str]  # relative to root, sorted; for pictures, all files of the folder
 
     def sizes(self) -> list[tuple[str, int]]:
-        """Names and lengths in bytes; a link to nothing has -1."""
+        """Names and sizes in bytes; -1 for a broken link."""
         files = [(name, self.root / name) for name in self.files]
         return [(name, file.stat().st_size if file.exists() else -1) for name, file in files]
 
 
-def choose_captions(captions: dict[str, float] | None, there: Collection[str], where: str) -> dict[str, float]:
-    """The caption columns; ValueError if one of them is not there, or if none is known and none is likely."""
+def choose_captions(captions: dict[str, float] | None, columns: Collection[str], where: str) -> dict[str, float]:
+    """The caption columns → weights: those given, or else the most likely one; ValueError if a column is missing."""
     if captions is None:
-        captions = dict.fromkeys(islice((name for name in LIKELY if name in there), 1), 1.0)
-    if not captions or not captions.keys() <= set(there):
-        absent = ", ".join(captions.keys() - set(there)) or f"named one of {', '.join(NAMES)}"
-        raise ValueError(f"{where} has no caption column {absent}; there are: {', '.join(sorted(there)) or 'none'}")
+        captions = dict.fromkeys(islice((name for name in LIKELY if name in columns), 1), 1.0)
+    if not captions or not captions.keys() <= set(columns):
+        absent = ", ".join(captions.keys() - set(columns)) or f"named one of {', '.join(NAMES)}"
+        raise ValueError(f"{where} has no caption column {absent}; there are: {', '.join(sorted(columns)) or 'none'}")
     return captions
 
 
 def to_input(name: str, picture: bytes | Path | None, row: Mapping[str, Any], captions: dict[str, float]) -> Input:
-    """The input of that id, with the captions that its row has."""
+    """The input with this id and the captions of its row; a Fault if picture or captions are missing."""
     if picture is None:
         return Fault(name, "no picture", f"there is none beside {', '.join(key for key in row) or 'nothing'}")
     texts: list[str] = []
@@ -170,5 +170,5 @@ def to_input(name: str, picture: bytes | Path | None, row: Mapping[str, Any], ca
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line; its type if it says nothing."""
+    """An error's message in one line; its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

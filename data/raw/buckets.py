@@ -1,4 +1,4 @@
-"""Which sizes pictures of other shapes than a square are cropped to."""
+"""The sizes to which pictures of different aspect ratios are cropped."""
 
 from fractions import Fraction
 from typing import final
@@ -6,17 +6,17 @@ from typing import final
 
 @final
 class Buckets:
-    """A grid of sizes of nearly as many pixels, from tall to wide (bucketed sampling: P. Esser et al., 2024).
+    """A list of sizes with nearly the same number of pixels, from wide to tall (bucketed sampling: Esser et al. 2024).
 
     A size is a height and a width, multiples of `step`, with height × width ≤ side² and the longer side at most
-    `max_aspect` times the shorter one. Of all these, the grid holds those that no other one contains: the largest
-    width for its height and the largest height for its width. So every height and every width comes once, no two
-    buckets differ only in pixels given away, the transpose of a bucket is one, too, and the square is always there.
+    `max_aspect` times the shorter one. The list holds the sizes that fit into no other such size: the largest width for
+    their height and the largest height for their width. So every height and every width occurs once, the transpose of
+    a bucket is a bucket, and the square is always one.
 
     Args:
-        side: of the square, in pixels; a multiple of `step`. At side = step the square is all there is.
-        step: what heights and widths are multiples of, in pixels: the codec's factor times the network's patch or more.
-        max_aspect: longest permitted side over the shorter one, at least 1.
+        side: of the square, in pixels; a multiple of `step`. With side = step the square is the only bucket.
+        step: heights and widths are multiples of it, in pixels: a multiple of codec factor × patch size.
+        max_aspect: largest ratio of the longer to the shorter side, at least 1.
 
     Attributes:
         sizes: (height, width) in pixels, heights ascending.
@@ -41,15 +41,15 @@ class Buckets:
         self.sizes = tuple(reversed(sizes))
 
     def of(self, height: int, width: int) -> int:
-        """The number of the bucket whose aspect ratio is nearest on a logarithmic scale, of equals the first.
+        """The number of the bucket with the nearest aspect ratio on a logarithmic scale; of equal ones the first.
 
         Raises:
-            ValueError: the size is not above 0.
+            ValueError: a side is not above 0.
         """
         if min(height, width) < 1:
             raise ValueError(f"a picture's sides must be above 0 pixels, got {height}×{width}")
 
-        def factor(size: tuple[int, int]) -> Fraction:  # by which one of the ratios is the larger one, without rounding
+        def factor(size: tuple[int, int]) -> Fraction:  # larger ratio over the smaller one, without rounding
             ratio = Fraction(height * size[1], width * size[0])
             return max(ratio, 1 / ratio)
 

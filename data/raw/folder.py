@@ -1,4 +1,4 @@
-"""Captioned pictures in a folder, with metadata files or texts beside them."""
+"""Captioned pictures in a folder, with captions in metadata files or text files."""
 
 import csv
 import json
@@ -72,10 +72,10 @@ class Folder(Source):
         return to_input(name, file, row, self.captions)
 
     def describe(self) -> dict[str, Any]:
-        """As every source's; metadata and captions count by their content, pictures by name and size alone."""
+        """As `Source.describe`; depends on the content of metadata and captions and on names and sizes of pictures."""
         digest = xxh3_128(json.dumps(self.place.sizes()).encode())
         for name in (*self.metadata, *self.texts):
-            with suppress(OSError):  # one that cannot be read is a fault of its own picture
+            with suppress(OSError):  # a file that cannot be read is reported with its picture
                 digest.update((self.place.root / name).read_bytes())
         return {
             "kind": "pictures",
@@ -86,7 +86,7 @@ class Folder(Source):
 
 
 def read_metadata(file: Path) -> Iterator[dict[str, Any] | str]:
-    """The rows of a metadata file, and what is wrong with those that are none; ValueError if the file is none."""
+    """The rows of a metadata file; of a damaged row, the fault. ValueError if the file cannot be read."""
     try:
         if file.suffix == ".parquet":
             yield from pq.read_table(file).to_pylist()

@@ -1,4 +1,4 @@
-"""Pictures on disk and side by side."""
+"""Reading, cropping and writing pictures, and sheets of pictures."""
 
 import math
 import warnings
@@ -15,19 +15,19 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
 
-# Those that say what they are in their first bytes and that Pillow decodes without another program.
+# Formats with a signature in their first bytes that Pillow decodes without another program.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 LARGEST = 2**27  # pixels, 0.5 GB in Pillow's four bytes a pixel
-GAP = 2  # how much larger than wanted a JPEG must stay when its decoder reduces it
+GAP = 2  # a JPEG that is decoded at reduced size stays this much larger than needed
 
-# The limit here is `largest`. Once for all, since a filter within a thread would be that of all threads.
+# The limit here is `largest`. Set globally, since a filter set in a thread would hold for all threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 PictureSource: TypeAlias = Path | bytes | Image.Image
 
 
 class PictureError(ValueError):
-    """A picture that is not used, with a one-line message.
+    """A picture that cannot be used, with a one-line message.
 
     Attributes:
         reason: why, for counting: unreadable, animated, too large or empty file.
@@ -38,7 +38,7 @@ class PictureError(ValueError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["PictureError"], tuple[str, str]]:
-        return type(self), (self.reason, str(self))  # the default forgets the reason between processes
+        return type(self), (self.reason, str(self))  # the default loses the reason when pickled
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -55,14 +55,14 @@ def sheet(pictures: Tensor, columns: int, side: int = 64) -> Image.Image:
 
 
 def save_png(image: Image.Image, file: Path) -> None:
-    """Writes a PNG, making its folder."""
+    """Writes a PNG, and makes its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     image.save(file, format="PNG")
 
 
 @contextmanager
 def _opened(source: PictureSource, largest: int) -> Iterator[Image.Image]:
-    """The picture with its header read and checked; whatever goes wrong until the end is a PictureError."""
+    """The picture with its header read and checked. Errors in the with block become PictureErrors."""
     try:
         with ExitStack() as stack:
             if isinstance(source, Image.Image):
@@ -76,7 +76,7 @@ def _opened(source: PictureSource, largest: int) -> Iterator[Image.Image]:
                 image = stack.enter_context(Image.open(stream, formats=FORMATS))
             if image.width * image.height > largest:
                 raise PictureError("too large", f"it has {image.width}×{image.height} pixels, more than {largest}")
-            # The second picture of an MPO is what a camera adds to its photograph: a preview, a depth map.
+            # The second picture of an MPO is added by the camera: a preview or a depth map.
             if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
                 raise PictureError("animated", f"it has {frames} frames")
             yield image
@@ -86,51 +86,51 @@ def _opened(source: PictureSource, largest: int) -> Iterator[Image.Image]:
         raise PictureError("too large", " ".join(str(error).split())) from None
     except UnidentifiedImageError:
         raise PictureError("unreadable", f"it is of none of the formats {', '.join(FORMATS)}") from None
-    except Exception as error:  # damaged data make Pillow's decoders raise errors of any kind
+    except Exception as error:  # Pillow's decoders may raise anything for damaged data
         raise PictureError("unreadable", " ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _sideways(image: Image.Image) -> bool:
-    """Whether upright, its width and height are exchanged."""
+    """Whether the EXIF orientation exchanges width and height."""
     return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
 
 
 def size_of(source: PictureSource, largest: int = LARGEST) -> tuple[int, int]:
-    """Height and width in pixels of the upright picture, by its header; PictureError as `open_picture`."""
+    """Height and width of the upright picture in pixels, from its header; PictureError as `open_picture`."""
     with _opened(source, largest) as image:
         return image.size if _sideways(image) else (image.height, image.width)
 
 
 def open_picture(
-    source: PictureSource, channels: int, largest: int = LARGEST, wanted: tuple[int, int] | None = None
+    source: PictureSource, channels: int, largest: int = LARGEST, needed: tuple[int, int] | None = None
 ) -> Image.Image:
     """A picture, upright as its EXIF says, in 8-bit grey ("L") or colour ("RGB").
 
-    16 bits are scaled to 8, what is transparent becomes black, CMYK is converted by Pillow's formula; colour profiles
-    are ignored.
+    16 bits are scaled to 8, transparent pixels become black, CMYK is converted by Pillow's formula; colour profiles are
+    ignored.
 
     Args:
         source: a file, its content, or a picture of Pillow's; AVIF, BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF or WebP.
         channels: 1 for grey, 3 for colour.
-        largest: most pixels that are decoded, width × height. Pillow's own limit of 179 million stays, too.
-        wanted: height and width that will be needed of the upright picture. A JPEG of more than twice as much in both
-            is decoded at 1/2, 1/4 or 1/8 of its size, and stays at least twice as large as wanted.
+        largest: largest width × height that is decoded. Pillow's own limit of 179 million pixels also holds.
+        needed: height and width that the upright picture is needed in. A JPEG of more than twice these is decoded at
+            1/2, 1/4 or 1/8 of its size, and stays at least twice as large.
 
     Raises:
         PictureError: it is unreadable, animated (or has several pages), too large, or an empty file.
     """
     with _opened(source, largest) as image:
-        if wanted and image.format == "JPEG":
-            sides = wanted if _sideways(image) else wanted[::-1]
+        if needed and image.format == "JPEG":
+            sides = needed if _sideways(image) else needed[::-1]
             image.draft(None, (GAP * sides[0], GAP * sides[1]))
         image = _eight_bit(ImageOps.exif_transpose(image))
-        if image.has_transparency_data:  # what is not there is black
+        if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
         return image.convert("L" if channels == 1 else "RGB")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as 8, which Pillow would clip instead of scaling; other pictures as they are."""
+    """16-bit grey scaled to 8 bits, which Pillow would clip; other pictures unchanged."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose white is not known")
     if not image.mode.startswith("I"):
@@ -139,16 +139,16 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode == "I" and (levels.min() < 0 or levels.max() > 65535):
         raise ValueError("its pixels are integers of more than 16 bits, whose white is not known")
     grey = ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if "transparency" in image.info:  # the one level that stands for a hole
+    if "transparency" in image.info:  # the level of transparent pixels
         grey[levels == image.info["transparency"]] = 0
     return Image.fromarray(grey)
 
 
 def cover(image: Image.Image, height: int, width: int) -> tuple[Image.Image, int, int]:
-    """The centre of a picture that is scaled by one factor so that it just covers height × width.
+    """The centre of a picture, scaled by one factor so that it just covers height × width.
 
-    Both directions have the same factor to floating point: where the scaled picture is no whole number of pixels, it is
-    the box that is taken from the original that ends between pixels.
+    The factor is the same in both directions to floating-point precision: the box that is taken from the original may
+    end between pixels.
 
     Args:
         image: "L" or "RGB", of any size; enlarged if it is smaller.
@@ -156,13 +156,13 @@ def cover(image: Image.Image, height: int, width: int) -> tuple[Image.Image, int
         width: likewise.
 
     Returns:
-        The picture, and the top and left of this crop, in whole pixels of the scaled picture.
+        The picture, and top and left of the crop in the scaled picture, in whole pixels.
     """
     scale = max(height / image.height, width / image.width)
     top, left = (round(image.height * scale) - height) // 2, (round(image.width * scale) - width) // 2
     right, bottom = min((left + width) / scale, image.width), min((top + height) / scale, image.height)
     box = (left / scale, top / scale, right, bottom)
-    # From three times the size on, whole blocks of pixels are averaged first.
+    # From three times the size on, Pillow first averages blocks of pixels.
     return image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0), top, left
 
 
@@ -172,13 +172,13 @@ def load_picture(file: Path, channels: int, height: int | None, width: int | Non
     Args:
         file: as for `open_picture`.
         channels: 1 for grey, 3 for colour.
-        height: in pixels; the picture is scaled to cover height × width and cropped about its centre. None is its own,
-            cropped to a multiple of `unit`.
+        height: in pixels; the picture is scaled to cover height × width and cropped about its centre. None is the
+            picture's own, cropped to a multiple of `unit`.
         width: likewise.
-        unit: what height and width are multiples of.
+        unit: height and width are multiples of it.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, if there is none, `open_picture` refuses it, or it is too small.
+        FileNotFoundError, ValueError: in one line, if the file is missing, unreadable or too small.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no picture {file}")

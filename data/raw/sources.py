@@ -1,4 +1,4 @@
-"""Captioned pictures as users have them: folders, Parquet files, WebDataset tars, data sets of Hugging Face's hub."""
+"""Captioned pictures in folders, Parquet files, WebDataset tars and data sets of Hugging Face's hub."""
 
 import glob
 import math
@@ -20,31 +20,31 @@ SPLIT = re.compile(r"(?<![a-z])(train|training|validation|valid|val|dev|test|tes
 
 @final
 class Pictures(Source):
-    """Captioned pictures of any kind that users have.
+    """Captioned pictures in one of these formats.
 
-    - A folder of pictures at any depth. Captions are columns of a `metadata.jsonl`, `.csv` or `.parquet` beside or
-      above them, whose `file_name` is relative to it, as for Hugging Face's imagefolder; or column `txt`, which is
-      `NAME.txt` beside `NAME.jpg`. Every picture is an input, whether or not a row names it, and every row is.
-    - A folder, glob or file of `.parquet`: an input a row.
-    - A folder, glob or file of `.tar`, in WebDataset's layout: members that share their path up to the base name's
-      first dot are an input, the rest of the name is a field.
+    - A folder of pictures, at any depth. Captions are columns of a `metadata.jsonl`, `.csv` or `.parquet` beside or
+      above them, whose `file_name` is relative to it, as in Hugging Face's imagefolder; or column `txt`, which is the
+      file `NAME.txt` beside `NAME.jpg`. Every picture and every row is an input.
+    - A folder, glob or file of `.parquet`: each row is an input.
+    - A folder, glob or file of `.tar`, in WebDataset's layout: members with the same path up to the first dot of the
+      base name are an input; the rest of the name is a field.
     - The name of a data set on Hugging Face's hub, as "user/name".
 
-    What img2dataset adds to its pictures or tars (Parquet tables and statistics beside them) is left alone, and so are
-    names that start with a dot.
+    Names that start with a dot are ignored, and files that img2dataset adds to its pictures or tars (Parquet tables and
+    statistics).
 
     Args:
-        path: as above.
-        captions: column (in a tar a field, such as `txt`, or a value in a JSON member, such as `json.caption`) → weight
-            above 0. A column of lists holds several captions that share its weight. None takes the first of text,
-            caption, captions, prompt and txt that is there.
-        image: the column or field of the picture; none if there is only one that can be it.
-        split: of a hub's data set, or of a folder whose `.parquet` or `.tar` names speak of several splits.
-        streaming: reads `.parquet` and hub in the order of their files, one shard each, instead of first copying them
-            into the cache of `datasets`. Tars are always read so, folders never.
+        path: one of the above.
+        captions: column (in a tar a field, as `txt`, or a value in a JSON member, as `json.caption`) → weight above 0.
+            A column of lists holds several captions that share its weight. None takes the first of text, caption,
+            captions, prompt and txt that exists.
+        image: the column or field of the picture; None if there is only one candidate.
+        split: of a hub's data set, or of a folder whose `.parquet` or `.tar` files have names of several splits.
+        streaming: reads `.parquet` and hub in the order of their files, one shard per file, and does not copy them into
+            the cache of `datasets`. Tars are always read so, folders never.
 
     Raises:
-        FileNotFoundError: there is nothing at that path.
+        FileNotFoundError: there is nothing at this path.
         ValueError: it is empty or ambiguous, lacks the columns, or cannot be read.
     """
 
@@ -59,7 +59,7 @@ class Pictures(Source):
         if captions is not None and (not captions or not all(0 < w < math.inf for w in captions.values())):
             raise ValueError(f"captions must be columns with finite weights above 0, got {captions}")
         place = locate(path, split)
-        # On disk, neither says what the data are: the same ones may be moved, or lie under another mount point.
+        # Not for files on disk: the same data may be moved, or mounted elsewhere.
         self.given = {"path": path, "split": split} if place is None else {}
         self.source: Source
         if place is None:
@@ -75,7 +75,7 @@ class Pictures(Source):
     def read(self, shard: int, start: int = 0) -> Iterator[Input]:
         if not 0 <= shard < self.shards or start < 0:
             raise ValueError(f"there are shards 0 to {self.shards - 1}, not {shard} from input {start} on")
-        # Names that are no Unicode come as lone surrogates, which no file could hold.
+        # Names that are not Unicode contain lone surrogates, which UTF-8 cannot encode.
         for entry in self.source.read(shard, start):
             if isinstance(entry, Fault):
                 entry = entry._replace(detail=" ".join(writable(entry.detail).split()))
@@ -86,12 +86,12 @@ class Pictures(Source):
 
 
 def writable(text: str) -> str:
-    """The text with what UTF-8 cannot hold in words."""
+    """The text with backslash escapes for what UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def locate(path: str, split: str) -> Place | None:
-    """What is at a path; none if it looks like a hub's name. The errors are those of `Pictures`."""
+    """The files at a path; None if it looks like a hub's name. Errors as `Pictures`."""
     if Path(path).is_dir():
         return classify(Path(path), split)
     if not os.path.lexists(path) and not glob.has_magic(path):
@@ -113,7 +113,7 @@ def locate(path: str, split: str) -> Place | None:
 
 
 def classify(root: Path, split: str) -> Place:
-    """Of what kind the data in a folder are."""
+    """The files of a folder with their kind. Errors as `Pictures`."""
     files = walk(root)
     by_kind: dict[str, list[str]] = {"pictures": [], "parquet": [], "tar": []}
     for name in files:
@@ -145,7 +145,7 @@ def classify(root: Path, split: str) -> Place:
 
 
 def of_split(files: list[str], split: str, root: Path) -> list[str]:
-    """Those files that belong to a split by the last such word in their names; all of them if there is one split."""
+    """The files of a split, by the last name of a split in their names; all files if there is only one split."""
     words = [SPLIT.findall(name.lower()) for name in files]
     named = [SPLITS.get(found[-1], found[-1]) if found else None for found in words]
     splits = sorted({name for name in named if name})
@@ -160,9 +160,9 @@ def of_split(files: list[str], split: str, root: Path) -> list[str]:
 
 
 def walk(root: Path) -> list[str]:
-    """All files below a folder, relative to it, sorted, without hidden ones; links are followed, but only once."""
+    """All files below a folder, relative to it, sorted, without hidden ones. Links are followed, each folder once."""
 
-    def refuse(error: OSError) -> None:  # else what lies below would be left out without a word
+    def refuse(error: OSError) -> None:  # otherwise os.walk skips the folder silently
         raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}")
 
     found: list[str] = []

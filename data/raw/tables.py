@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from data.raw.base import EXTENSIONS, UNIT, Input, Place, Source, choose_captions, one_line, to_input
 
-BATCH = 64  # rows of Parquet at once, which are whole pictures
+BATCH = 64  # rows of Parquet in memory; a row is a whole picture
 
 
 @final
@@ -33,7 +33,7 @@ class Table(Source):
         import datasets
 
         self.path, self.place, self.split, self.streaming = path, place, split, streaming
-        self.data: Any = None  # a Dataset or an IterableDataset, once it is needed
+        self.data: Any = None  # a Dataset or an IterableDataset, opened when needed
         headers = [header(place.root / name) for name in place.files] if place else []
         self.starts = [0, *accumulate(rows for rows, _ in headers)]
         schemas = [datasets.Features.from_arrow_schema(schema) for _, schema in headers]
@@ -71,7 +71,7 @@ class Table(Source):
                 datasets.enable_progress_bars()
 
     def _parquet(self, place: Place) -> Any:
-        """The columns that are used, of one kind in all files."""
+        """The used columns, with the same types in all files."""
         import datasets
 
         text = datasets.Value("string")
@@ -93,7 +93,7 @@ class Table(Source):
         return data
 
     def _hub(self) -> Any:
-        """All columns, in which no picture is decoded."""
+        """All columns, with pictures not decoded."""
         import datasets
 
         with self._library():
@@ -127,7 +127,7 @@ class Table(Source):
             raise ValueError(f"shard {shard} of {self.path} cannot be read: {one_line(error)}") from None
 
     def _name(self, shard: int, number: int) -> str:
-        """FILE/ROW in Parquet, streamed or not; else the row's number, streamed after the shard's."""
+        """FILE/ROW for Parquet; else SHARD/ROW if streamed, or ROW."""
         if self.place is None:
             return f"{shard}/{number}" if self.streaming else str(number)
         file = shard if self.streaming else bisect_right(self.starts, number) - 1
@@ -141,17 +141,17 @@ class Table(Source):
         return value
 
     def describe(self) -> dict[str, Any]:
-        told = {"kind": "parquet" if self.place else "hub", "captions": self.captions, "image": self.image}
+        common = {"kind": "parquet" if self.place else "hub", "captions": self.captions, "image": self.image}
         if self.place:
-            return {**told, "streaming": self.streaming, "inputs": self.starts[-1], "files": self.place.sizes()}
+            return {**common, "streaming": self.streaming, "inputs": self.starts[-1], "files": self.place.sizes()}
         if self.streaming:
-            return {**told, "shards": self.shards}
+            return {**common, "shards": self.shards}
         revision = Path(self._open().cache_files[0]["filename"]).parent.name  # a hash of what was downloaded
-        return {**told, "inputs": len(self._open()), "revision": revision}
+        return {**common, "inputs": len(self._open()), "revision": revision}
 
 
 def header(file: Path) -> tuple[int, pa.Schema]:
-    """Number of rows and columns of a Parquet file; ValueError if it is none or truncated."""
+    """Number of rows and schema of a Parquet file; ValueError if it is truncated or no Parquet."""
     try:
         with pq.ParquetFile(file) as opened:
             return opened.metadata.num_rows, opened.schema_arrow
@@ -170,7 +170,7 @@ def is_text(kind: Any) -> bool:
 
 
 def is_picture(kind: Any, named: bool) -> bool:
-    """Whether a column of `datasets` holds pictures; bytes are some if they are named so."""
+    """Whether a column of `datasets` holds pictures; bytes only if `named` like a picture."""
     if isinstance(kind, dict):
         return "bytes" in kind and kind.keys() <= {"bytes", "path"}
     dtype = getattr(kind, "dtype", None)
@@ -178,17 +178,17 @@ def is_picture(kind: Any, named: bool) -> bool:
 
 
 def is_like(kind: Any, first: Any) -> bool:
-    """Whether a column can be read as that of the first file, as one that has no value can."""
+    """Whether a column can be read like that of the first file; a column without values can."""
     if getattr(kind, "dtype", None) == "null":
         return True
     return (is_picture(kind, True) and is_picture(first, True)) or (is_text(kind) and is_list(kind) == is_list(first))
 
 
 def choose_image(image: str | None, features: Mapping[str, Any], where: str) -> str:
-    """The picture's column among those of `datasets`; ValueError if there is none or it is not clear."""
+    """The picture's column among those of `datasets`; ValueError if there is none or several."""
     names = {image, "image", "img", *EXTENSIONS}
     likely = [name for name, kind in features.items() if is_picture(kind, name in names)]
     if image in likely or (image is None and len(likely) == 1):
         return image or likely[0]
-    told = f"column {image} with pictures" if image else "one column with pictures: name it with image"
-    raise ValueError(f"{where} has no {told}; there are: {', '.join(f'{n}: {k}' for n, k in features.items())}")
+    missing = f"column {image} with pictures" if image else "one column with pictures: name it with image"
+    raise ValueError(f"{where} has no {missing}; there are: {', '.join(f'{n}: {k}' for n, k in features.items())}")

@@ -11,13 +11,13 @@ from typing import Any, BinaryIO, NamedTuple, final
 
 from data.raw.base import EXTENSIONS, LIKELY, Fault, Input, Place, Source, choose_captions, one_line, to_input
 
-SCANNED = 100  # inputs of each of as many tars at most that are looked at for the names of their fields
-MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # key and field, as WebDataset divides a name
+SCANNED = 100  # inputs of a tar, and tars, that are searched at most for the names of fields
+MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # key and field, as WebDataset splits a name
 
 
 @final
 class Tars(Source):
-    """WebDataset tars, by Python's tarfile: a member is never unpickled, whatever it is called."""
+    """WebDataset tars, read by Python's tarfile; no member is ever unpickled."""
 
     def __init__(self, place: Place, captions: dict[str, float] | None, image: str | None) -> None:
         self.place, self.image = place, image
@@ -31,7 +31,7 @@ class Tars(Source):
             if not there.isdisjoint(captions or LIKELY):
                 break
         if captions and there & captions.keys():
-            there |= captions.keys()  # a rare field need not be among the first inputs
+            there |= captions.keys()  # a rare field may be absent from the first inputs
         self.captions = choose_captions(captions, there, str(place.root))
         self.shards = len(place.files)
 
@@ -75,14 +75,14 @@ class Member(NamedTuple):
     info: tarfile.TarInfo
 
     def read(self) -> bytes:
-        """Its content; ValueError if it has none."""
+        """Its content; ValueError for a link."""
         stream = self.tar.extractfile(self.info) if self.info.isreg() else None
         if stream is None:
             raise ValueError(f"{self.info.name} is a link, not a file")
         return stream.read()
 
     def parse(self) -> dict[str, Any]:
-        """Its JSON object; ValueError if it is none."""
+        """Its content as a JSON object; ValueError if it is something else."""
         try:
             content = json.loads(self.read())
         except RecursionError:
@@ -93,7 +93,7 @@ class Member(NamedTuple):
 
 
 def groups(file: Path) -> Iterator[tuple[str, dict[str, Member]] | Fault]:
-    """The inputs of a tar as (key, field → member); a tar that is not whole ends with a Fault without an id."""
+    """The inputs of a tar as (key, field → member); a truncated or damaged tar ends with a Fault without an id."""
     size = file.stat().st_size
     key, members = "", dict[str, Member]()
     tar: tarfile.TarFile | None = None
@@ -106,7 +106,7 @@ def groups(file: Path) -> Iterator[tuple[str, dict[str, Member]] | Fault]:
                     yield key, members
                     members = {}
                 if info.isreg() and not info.issparse() and info.offset_data + info.size > size:
-                    if members and not found:  # an input one of whose members is cut off is none
+                    if members and not found:  # an input with a truncated member is left out
                         yield key, members
                     yield Fault("", "truncated shard", f"{file.name} ends within {info.name}")
                     return
@@ -114,7 +114,7 @@ def groups(file: Path) -> Iterator[tuple[str, dict[str, Member]] | Fault]:
                     key = found[1]
                     members[found[2].lower()] = Member(tar, info)
             fault = ending(stream, tar.offset)
-        except Exception as error:  # damaged headers make tarfile raise errors of any kind
+        except Exception as error:  # tarfile may raise anything for damaged headers
             cut = (tar.offset if tar else 0) + tarfile.BLOCKSIZE > size
             fault = Fault("", "truncated shard" if cut else "damaged shard", f"{file.name}: {one_line(error)}")
         if members:
@@ -124,7 +124,7 @@ def groups(file: Path) -> Iterator[tuple[str, dict[str, Member]] | Fault]:
 
 
 def ending(stream: BinaryIO, offset: int) -> Fault | None:
-    """What is wrong with the end of a tar, at which tarfile stops without a word: zeros are all that may follow."""
+    """The fault at the end of a tar, at which tarfile stops silently: only zeros may follow."""
     stream.seek(offset)
     block = stream.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:

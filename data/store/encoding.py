@@ -1,4 +1,4 @@
-"""Pictures and captions to a store: bucket, cover and crop, latents, text."""
+"""Encodes pictures and captions into a store: bucket, scale and crop, latents, text."""
 
 import sys
 import warnings
@@ -25,32 +25,32 @@ from data.store.reader import Drop, Sample, Writer
 from data.text.encoder import CutCaptions, Text, TextEncoder
 
 VERSION = 1  # of the plan
-AHEAD = 4  # batches of pictures that are decoded while another is encoded
+AHEAD = 4  # batches of pictures that are decoded in advance
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is encoded, how, and where to.
+    """The source, the store and the settings of an encoding.
 
     Args:
         source: the captioned pictures.
         store: the folder of the store.
-        side: of a square picture, in pixels; others have as many pixels at most (`data.buckets`).
-        step: what heights and widths are multiples of.
-        max_aspect: of the most oblong bucket, its longer side over its shorter one.
-        latents: the mean of the VAE's posterior; one draw from it; or mean and log-variance, twice as large, from which
-            each visit in training draws anew.
-        text: the encoders' token and pooled vectors; or captions alone, which are encoded in training. Tokens take the
-            most room: at SD3's size ten times that of the latents.
-        filters: which inputs are left out.
-        duplicates: pictures whose perceptual hashes differ in so many of 64 bits or fewer are taken once, 0 to 8; none
-            keeps all.
-        batch_size: pictures that are encoded at once.
+        side: of a square picture, in pixels; other buckets have at most as many pixels (`data.raw.buckets`).
+        step: heights and widths are multiples of it.
+        max_aspect: largest ratio of a bucket's longer side to its shorter side.
+        latents: mean of the VAE's posterior; draw: one draw from it; posterior: mean and log-variance, twice as large,
+            from which training draws each time.
+        text: encoded: token and pooled vectors; captions: only captions, which training encodes. Tokens take the most
+            space: at SD3's size ten times that of the latents.
+        filters: which inputs are used.
+        duplicates: of pictures whose perceptual hashes differ in at most so many of 64 bits, 0 to 8, only the first is
+            used; None keeps all.
+        batch_size: of pictures.
         threads: that read and decode pictures.
         seed: of the draws.
-        device: where codec and text encoders compute; none is a GPU where there is one.
+        device: of codec and text encoders; None is a GPU if there is one.
     """
 
     source: Source
@@ -87,46 +87,48 @@ class Picture(NamedTuple):
 
 
 class StoreEncoder:
-    """Fills a store, one rank's shards of it; what is there already is not done again.
+    """Encodes one rank's shards of a store. Finished parts are not encoded again.
 
     Args:
-        how: what to do.
+        settings: of the encoding.
         codec: encodes pictures.
         text: encodes captions.
 
     Raises:
-        ValueError: sizes do not fit the codec, or the store there holds something else.
+        ValueError: sizes do not fit the codec, or the folder holds a store of another plan.
     """
 
-    def __init__(self, how: Encoding, codec: Codec, text: TextEncoder) -> None:
-        self.how, self.codec, self.text = how, codec, text
-        self.buckets = Buckets(how.side, how.step, how.max_aspect)
-        if how.step % codec.factor:
-            raise ValueError(f"encode.step must be a multiple of {codec.factor}, the codec's factor, got {how.step}")
-        if how.latents != "mean":
-            codec.posterior(torch.zeros(1, codec.pixel_channels, how.step, how.step))  # a codec without it
-        self.with_text = how.text == "encoded"
-        self.cut = 0  # captions whose tails no encoder read
+    def __init__(self, settings: Encoding, codec: Codec, text: TextEncoder) -> None:
+        self.settings, self.codec, self.text = settings, codec, text
+        self.buckets = Buckets(settings.side, settings.step, settings.max_aspect)
+        if settings.step % codec.factor:
+            raise ValueError(
+                f"encode.step must be a multiple of {codec.factor}, the codec's factor, got {settings.step}"
+            )
+        if settings.latents != "mean":  # raises for a codec without a posterior
+            codec.posterior(torch.zeros(1, codec.pixel_channels, settings.step, settings.step))
+        self.with_text = settings.text == "encoded"
+        self.cut = 0  # number of captions that were cut
         null = None
         text.keep(True)
         if self.with_text:
             tokens, pooled = text.encode([""])
             null = Text(tokens[0].cpu(), pooled[0].cpu())
-        self.writer = Writer(how.store, self.plan(), null)
+        self.writer = Writer(settings.store, self.plan(), null)
 
     def plan(self) -> dict[str, Any]:
-        """All that the content of the store depends on."""
-        how, buckets = self.how, self.buckets
-        filters = {name: getattr(how.filters, name) for name in Filters.__dataclass_fields__}
+        """Everything that the content of the store depends on."""
+        settings, buckets = self.settings, self.buckets
+        filters = {name: getattr(settings.filters, name) for name in Filters.__dataclass_fields__}
         return {
             "version": VERSION,
             "codec": self.codec.fingerprint(),
             "text": self.text.fingerprint() if self.with_text else None,
             "tokens": self.with_text,
-            "latents": how.latents,
-            "seed": how.seed if how.latents == "draw" else None,
+            "latents": settings.latents,
+            "seed": settings.seed if settings.latents == "draw" else None,
             "factor": self.codec.factor,
-            "channels": self.codec.channels * (2 if how.latents == "posterior" else 1),
+            "channels": self.codec.channels * (2 if settings.latents == "posterior" else 1),
             "buckets": {
                 "side": buckets.side,
                 "step": buckets.step,
@@ -134,17 +136,17 @@ class StoreEncoder:
                 "sizes": [list(size) for size in buckets.sizes],
             },
             "crop": "cover, centre",
-            "source": how.source.describe(),
+            "source": settings.source.describe(),
             "filters": filters,
-            "duplicates": how.duplicates,
+            "duplicates": settings.duplicates,
         }
 
     def run(self, rank: int = 0, world: int = 1) -> dict[str, Any] | None:
-        """Encodes this rank's shards; the report, if no shard of any rank is left to do."""
-        own = range(rank, self.how.source.shards, world)
-        done = inputs = 0  # finished shards, and the inputs in them
+        """Encodes this rank's shards. Returns the report, or None if a shard of another rank is not finished."""
+        own = range(rank, self.settings.source.shards, world)
+        done = inputs = 0  # number of finished shards, and of their inputs
         with (
-            ThreadPoolExecutor(self.how.threads) as pool,
+            ThreadPoolExecutor(self.settings.threads) as pool,
             tqdm(
                 desc="encoding",
                 unit="picture",
@@ -158,24 +160,23 @@ class StoreEncoder:
                 for count in self._shard(shard, pool):
                     bar.update(count)
                 done, inputs = done + 1, inputs + self.writer.position(shard)[1]
-                bar.total = round(inputs / done * len(own))  # for the time left: the others are taken to be alike
+                bar.total = round(inputs / done * len(own))  # for the time left: assumes that all shards are alike
         if self.cut:
-            told = f"{self.cut} times a caption was longer than a text encoder reads: its tail was cut"
-            warnings.warn(told, stacklevel=2)
-        return self.writer.finish(self.how.source.shards, self.how.duplicates)
+            warnings.warn(f"{self.cut} times a caption was too long for a text encoder: its tail was cut", stacklevel=2)
+        return self.writer.finish(self.settings.source.shards, self.settings.duplicates)
 
     def _shard(self, shard: int, pool: ThreadPoolExecutor) -> Iterator[int]:
-        """Encodes what is left of a shard, unit by unit, telling now and then how many inputs more are done."""
+        """Encodes the rest of a shard, unit by unit; yields the number of inputs done since the last yield."""
         _, start, finished = self.writer.position(shard)
         if finished:
             return
-        found = self.how.source.read(shard, start)
-        ready = ahead(pool, self.prepare, found, AHEAD * self.how.batch_size)
+        found = self.settings.source.read(shard, start)
+        ready = ahead(pool, self.prepare, found, AHEAD * self.settings.batch_size)
         following = next(ready, None)
         while True:
             samples: dict[int, Sample] = {}
             drops: list[Drop] = []
-            waiting: dict[int, list[tuple[int, Picture]]] = {}  # by bucket, until they make a batch
+            waiting: dict[int, list[tuple[int, Picture]]] = {}  # by bucket, until there is a batch
             count = 0
             while following is not None and count < UNIT:
                 if isinstance(following, Drop):
@@ -183,7 +184,7 @@ class StoreEncoder:
                 else:
                     queue = waiting.setdefault(following.bucket, [])
                     queue.append((count, following))
-                    if len(queue) == self.how.batch_size:
+                    if len(queue) == self.settings.batch_size:
                         samples |= self._encode(shard, start, waiting.pop(following.bucket))
                 following, count = next(ready, None), count + 1
                 yield 1
@@ -196,35 +197,35 @@ class StoreEncoder:
                 return
 
     def prepare(self, found: Raw | Fault) -> Picture | Drop:
-        """An input, read, filtered, scaled and cropped; or why it is left out."""
+        """Reads, filters, scales and crops an input; or says why it is dropped."""
         if isinstance(found, Fault):
             return Drop(*found)
         try:
             size = size_of(found.picture)
-            if reason := self.how.filters.reason(size, found.captions):
+            if reason := self.settings.filters.reason(size, found.captions):
                 return Drop(found.id, *reason)
             bucket = self.buckets.of(*size)
             height, width = self.buckets.sizes[bucket]
-            image = open_picture(found.picture, self.codec.pixel_channels, wanted=(height, width))
-            phash = perceptual_hash(image) if self.how.duplicates is not None else 0
+            image = open_picture(found.picture, self.codec.pixel_channels, needed=(height, width))
+            phash = perceptual_hash(image) if self.settings.duplicates is not None else 0
             image, top, left = cover(image, height, width)
         except PictureError as error:
             return Drop(found.id, error.reason, str(error))
         pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
-        raw = self.how.filters.trimmed(found)
+        raw = self.settings.filters.trimmed(found)
         return Picture(raw, bucket, torch.from_numpy(pixels.copy()), size, (top, left), phash)
 
     def _encode(self, shard: int, start: int, batch: list[tuple[int, Picture]]) -> dict[int, Sample]:
-        """Samples of pictures of one bucket, by their number in the unit."""
+        """Samples of pictures of one bucket: number in the unit → sample."""
         pictures = [picture for _, picture in batch]
         pixels = torch.stack([picture.pixels for picture in pictures]).to(torch.float32).div(255)
-        if self.how.latents == "mean":
+        if self.settings.latents == "mean":
             latents = self.codec.encode(pixels)
         else:
             mean, logvar = self.codec.posterior(pixels)
-            if self.how.latents == "draw":
+            if self.settings.latents == "draw":
                 numbers = np.array([start + i for i, _ in batch])
-                noise = normal(self.how.seed, Use.POSTERIOR, shard, numbers, tuple(mean.shape[1:]))
+                noise = normal(self.settings.seed, Use.POSTERIOR, shard, numbers, tuple(mean.shape[1:]))
                 latents = mean + (logvar / 2).exp() * noise.to(mean)
             else:
                 latents = torch.cat([mean, logvar], dim=1)
@@ -232,10 +233,10 @@ class StoreEncoder:
         pooled: list[Any] = [None] * len(batch)
         tokens: list[Any] = [None] * len(batch)
         if self.with_text:
-            with warnings.catch_warnings(record=True) as told:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", CutCaptions)
                 text = self.text.encode([caption for picture in pictures for caption in picture.raw.captions])
-            self.cut += sum(warning.message.count for warning in told if isinstance(warning.message, CutCaptions))
+            self.cut += sum(warning.message.count for warning in caught if isinstance(warning.message, CutCaptions))
             tokens, pooled = (list(part.to(torch.bfloat16).cpu().split(counts)) for part in text)
         rows = zip(batch, latents.to(torch.bfloat16).cpu(), pooled, tokens, strict=True)
         return {
@@ -247,7 +248,7 @@ class StoreEncoder:
 def ahead(
     pool: ThreadPoolExecutor, function: Callable[[Item], Made], items: Iterable[Item], depth: int
 ) -> Iterator[Made]:
-    """What the function makes of the items, in order, with up to `depth` of them under way."""
+    """The function's results for the items, in order, with up to `depth` calls in progress."""
     source = iter(items)
     waiting: deque[Future[Made]] = deque(pool.submit(function, item) for item in islice(source, depth))
     while waiting:

@@ -1,6 +1,6 @@
-"""Samples of stores as batches: latents, a choice among captions, which encoders are dropped, noise."""
+"""Samples of stores as batches: latents, one caption each, dropped encoders, noise."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -11,50 +11,52 @@ from data.batch import Batch
 from data.order import Share, Use, normal, stream
 from data.store.reader import Store
 
-PAIR = "pair"  # what a plan calls latents that are a picture's and, in as many channels more, those of its noise
+Mask = Callable[[Sequence[str]], torch.Tensor]
+PAIR = "pair"  # the plan's word for latents of twice the channels: a picture and the noise that it was made from
 
 
 def held_out(store: Store, count: int) -> set[str]:
-    """The ids of the `count` samples whose ids have the lowest hashes: a function of the ids alone."""
+    """The ids of the `count` samples whose ids have the lowest hashes; depends only on the ids."""
     ids = store.ids().to_pylist()
     return set(sorted(ids, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode()), name))[:count])
 
 
 def divided(store: Store, apart: Collection[str], within: bool) -> list[np.ndarray]:
-    """The numbers of a store's samples, bucket by bucket: those whose ids are in `apart`, or all the others."""
+    """The numbers of a store's samples in each bucket: those with ids in `apart` if `within`, else all others."""
     inside = np.array([name in apart for name in store.ids().to_pylist()], dtype=bool)
     return [rows[inside[rows] == within] for rows in map(store.members, range(len(store.buckets)))]
 
 
 class StoredSamples(Dataset[Batch]):
-    """An item is a whole share of a batch, from the store of its stage.
+    """An item is a whole share of a batch, from the store of the share's stage.
 
     Args:
         stores: one for each stage.
         encoders: number of text encoders.
-        sized: tell sizes and crops.
+        sized: batches have sizes and crops.
+        mask: captions → (b, N) bool, their own tokens; none: there is no mask.
     """
 
-    def __init__(self, stores: Sequence[Store], encoders: int, sized: bool) -> None:
-        self.stores, self.encoders, self.sized = stores, encoders, sized
+    def __init__(self, stores: Sequence[Store], encoders: int, sized: bool, mask: Mask | None) -> None:
+        self.stores, self.encoders, self.sized, self.mask = stores, encoders, sized, mask
 
     def batch(
         self, share: Share, choice: np.ndarray, kept: np.ndarray | None, draw: int | None, use: Use, seed: int
     ) -> Batch:
-        """The samples with the captions of those numbers (b,), and noise of the stream (seed, use) or of the store.
+        """The samples of a share as a batch, with the noise of the stream (seed, use), or of the store if it has pairs.
 
         Args:
             share: which samples.
-            choice: of each one's captions.
-            kept: (b, encoders), or none to keep all.
-            draw: seed of the draw from the posterior, where the store holds one; none takes its mean.
-            use: what the noise is for.
+            choice: the number of each sample's caption, (b,).
+            kept: which encoders are kept, (b, encoders); None keeps all.
+            draw: seed of the draw from the posterior, if the store has one; None takes its mean.
+            use: purpose of the noise.
             seed: of the noise.
         """
         store, rows = self.stores[share.stage], share.samples
         x0 = store.latents(rows)
         numbers = share.positions
-        own = None  # noise
+        own = None  # noise of the store
         if store.plan["latents"] == PAIR:
             x0, own = x0.float().chunk(2, dim=1)
         if store.plan["latents"] == "posterior":
@@ -63,34 +65,37 @@ class StoredSamples(Dataset[Batch]):
             if draw is not None:
                 noise = normal(draw, Use.POSTERIOR, share.step, numbers, tuple(mean.shape[1:]))
                 x0 = mean + (logvar / 2).exp() * noise
-        captions, text, pooled = None, torch.empty(0), torch.empty(0)
-        if store.has_tokens:
-            text, pooled = store.text(rows, choice)
-        else:
+        captions, mask, text, pooled = None, None, torch.empty(0), torch.empty(0)
+        if self.mask or not store.has_tokens:
             captions = [store.captions(int(row))[i] for row, i in zip(rows, choice, strict=True)]
+        if self.mask and captions:
+            mask = self.mask(captions)
+        if store.has_tokens:
+            (text, pooled), captions = store.text(rows, choice), None
         sizes = None
         if self.sized:
             after = np.broadcast_to(store.buckets[share.bucket], (len(rows), 2))
             sizes = torch.from_numpy(np.concatenate([store.sizes(rows), after], axis=1).astype(np.int64))
         noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:])) if own is None else own
         kept_here = None if kept is None else torch.from_numpy(kept)
-        return Batch(share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes)
+        return Batch(share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask)
 
 
 class TrainingSamples(StoredSamples):
-    """Captions by weight, dropped at a rate, encoders each by itself too, fresh noise: functions of (seed, step)."""
+    """Random captions by weight, dropped captions and encoders, fresh noise: functions of (seed, step)."""
 
     def __init__(
         self,
         stores: Sequence[Store],
         encoders: int,
         sized: bool,
+        mask: Mask | None,
         seed: int,
         batch_size: int,
         caption_dropout: float,
         encoder_dropout: float,
     ) -> None:
-        super().__init__(stores, encoders, sized)
+        super().__init__(stores, encoders, sized, mask)
         self.seed, self.batch_size = seed, batch_size
         self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
 
@@ -115,6 +120,6 @@ class ValidationSamples(StoredSamples):
 
 
 def chosen(weights: Sequence[float], u: float) -> int:
-    """A number from 0 on, with probabilities in proportion to the weights, for uniform u in [0, 1)."""
+    """An index, with probabilities proportional to the weights, for uniform u in [0, 1)."""
     ends = np.cumsum(weights)
     return min(int(np.searchsorted(ends, u * ends[-1], side="right")), len(ends) - 1)

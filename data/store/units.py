@@ -1,4 +1,4 @@
-"""The files of a latent store, `data/store.py`: how they are written whole, laid out, read and checked."""
+"""The files of a latent store (`data.store.reader`): their layout, and how they are written, read and checked."""
 
 import json
 import math
@@ -32,9 +32,8 @@ SCHEMA = pa.schema(
 )
 LISTS = ("weights", "pooled_checksum", "tokens_checksum")  # the columns of one number per caption
 HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
-IOVECS = 1024  # buffers that one preadv takes
-TRIES = 100
-LONG_RUN = 32  # values that are compared as a table of their own
+IOVECS = 1024  # largest number of buffers of one preadv
+LONG_RUN = 32  # runs of more equal values are compared one run at a time
 
 
 def unit_name(shard: int, part: int) -> str:
@@ -42,17 +41,17 @@ def unit_name(shard: int, part: int) -> str:
 
 
 def bfloat16(tensor: Tensor) -> Tensor:
-    """The tensor as it is stored."""
+    """The tensor as it is stored: bfloat16, contiguous, on the CPU."""
     return tensor.detach().to("cpu", torch.bfloat16).contiguous()
 
 
 def checksum(tensor: Tensor) -> int:
-    """Of the bytes of a stored tensor."""
+    """xxh3_64 of the bytes of a stored tensor."""
     return xxh3_64_intdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def safetensors(tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[Any]:
-    """The bytes of a safetensors file in pieces, so that no second copy of a unit is ever in memory.
+    """The bytes of a safetensors file in pieces, so that memory never holds a unit twice.
 
     Args:
         tensors: name → pieces (n_i, …) of each tensor along its first dimension, bfloat16.
@@ -62,23 +61,23 @@ def safetensors(tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[Any]:
         start, end = end, end + sum(piece.numel() for piece in pieces) * 2
         shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    told = json.dumps(header, separators=(",", ":")).encode()
-    told += b" " * (-len(told) % 8)
-    yield len(told).to_bytes(8, "little") + told
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    yield len(head).to_bytes(8, "little") + head
     for pieces in tensors.values():
         for piece in pieces:
             yield piece.reshape(-1).view(torch.uint8).numpy().data
 
 
 class Unit:
-    """One safetensors file, open for reads at any place from any process. Closed when it is let go.
+    """One open safetensors file, for reads of rows from any process. Closed when the object is deleted.
 
     Attributes:
         shapes: of its tensors.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: its header does not describe the file, as when it is truncated.
+        FileNotFoundError: the file is missing.
+        ValueError: its header does not fit its size, as in a truncated file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -104,7 +103,7 @@ class Unit:
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{file} is damaged or truncated: its header does not describe its {size} bytes") from None
-        if hasattr(os, "posix_fadvise"):  # else each read brings the neighbourhood along, up to 25 times the bytes
+        if hasattr(os, "posix_fadvise"):  # without it each read fetches its surroundings, up to 25 times the bytes
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
@@ -112,7 +111,7 @@ class Unit:
             os.close(self._fd)
 
     def read(self, tensor: str, first: int, lines: Sequence[memoryview]) -> bool:
-        """Reads rows first, first + 1, … of a tensor into buffers of a row's bytes each; False if the file ends."""
+        """Reads rows first, first + 1, … of a tensor into buffers of one row each; False if the file ends before."""
         offset = self._starts[tensor] + first * 2 * math.prod(self.shapes[tensor][1:])
         done = 0
         rest = list(lines)
@@ -136,10 +135,10 @@ class Unit:
 
 
 def read_sidecar(file: Path, columns: list[str] | None = None) -> pa.Table:
-    """The samples of a unit; all columns or some.
+    """The samples of a unit, with all columns or some.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, if it is missing or damaged.
+        FileNotFoundError, ValueError: in one line, if the file is missing or damaged.
     """
     try:
         schema = pa.schema([SCHEMA.field(name) for name in columns]) if columns else SCHEMA
@@ -156,16 +155,16 @@ def read_sidecar(file: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def read_notes(file: Path) -> dict[str, Any]:
-    """What a unit's sidecar says besides its samples: drops [(id, reason, detail)], inputs, last. ValueError if not."""
+    """A sidecar's notes: drops [(id, reason, detail)], inputs, last. ValueError if they are missing."""
     try:
         notes = json.loads(pq.read_schema(file).metadata[b"unit"])
         return {name: notes[name] for name in ("drops", "inputs", "last")}
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is damaged: remove it, and its unit is encoded again") from None
+        raise ValueError(f"{file} is damaged: remove it and run encode.py, which encodes its unit again") from None
 
 
 def latent_shapes(plan: Mapping[str, Any], source: str) -> list[tuple[int, int, int]]:
-    """(C, h, w) of each bucket's latents. ValueError, naming the source, if the plan does not say."""
+    """(C, h, w) of each bucket's latents. ValueError, naming the source, if the plan is incomplete."""
     try:
         factor, channels = plan["factor"], plan["channels"]
         sizes = [(height, width) for height, width in plan["buckets"]["sizes"]]
@@ -173,22 +172,22 @@ def latent_shapes(plan: Mapping[str, Any], source: str) -> list[tuple[int, int, 
             raise ValueError
         return [(channels, height // factor, width // factor) for height, width in sizes]
     except (KeyError, TypeError, ValueError):
-        told = "channels, factor and buckets.sizes, a list of [height, width] in multiples of factor"
-        raise ValueError(f"{source} lacks {told}") from None
+        fields = "channels, factor and buckets.sizes, a list of [height, width] in multiples of factor"
+        raise ValueError(f"{source} lacks {fields}") from None
 
 
 def differences(there: Any, here: Any, path: str = "") -> list[tuple[str, str, str]]:
-    """The fields, by dotted path, in which two JSON values differ, with what each says."""
+    """The fields in which two JSON values differ: (dotted path, there, here)."""
     if isinstance(there, dict) and isinstance(here, dict):
         every = sorted(there.keys() | here.keys())
         pairs = [(there.get(name, ...), here.get(name, ...), f"{path}.{name}".lstrip(".")) for name in every]
         return [found for pair in pairs for found in differences(*pair)]
-    told = ["nothing" if value is ... else json.dumps(value, ensure_ascii=False) for value in (there, here)]
-    return [] if there == here else [(path, *told)]  # type: ignore[list-item]
+    values = ["nothing" if value is ... else json.dumps(value, ensure_ascii=False) for value in (there, here)]
+    return [] if there == here else [(path, *values)]  # type: ignore[list-item]
 
 
 def first_of(ids: pa.ChunkedArray) -> np.ndarray:
-    """For each id, whether it did not come before: (n,) bool."""
+    """For each id, whether it is its first occurrence: (n,) bool."""
     codes = pa.chunked_array([part.indices for part in ids.dictionary_encode().chunks], pa.int32()).to_numpy()
     first = np.zeros(len(codes), dtype=bool)
     first[np.unique(codes, return_index=True)[1]] = True
@@ -196,17 +195,17 @@ def first_of(ids: pa.ChunkedArray) -> np.ndarray:
 
 
 def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """For each hash, whether it lies near an earlier one for which that is not so: (n,) bool.
+    """For each hash, whether it is near an earlier hash that is not itself a near-duplicate: (n,) bool.
 
-    Exact: hashes that differ in at most `distance` of their 64 bits agree in one of distance + 1 bands of them.
+    Exact: hashes that differ in at most `distance` of 64 bits are equal in at least one of distance + 1 bands of bits.
 
     Args:
         hashes: (n,) uint64.
-        distance: bits that may differ.
+        distance: largest number of bits that differ.
     """
     _, first = np.unique(hashes, return_index=True)
     near = np.ones(len(hashes), dtype=bool)
-    near[first] = False  # what equals an earlier hash is near to it, or to what that is near to
+    near[first] = False  # a repeated hash is near to its first occurrence, or to the hash that this one is near to
     members = np.sort(first)
     values = hashes[members]
     edges = [64 * band // (distance + 1) for band in range(distance + 2)]
@@ -215,12 +214,12 @@ def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
     pairs = [(empty, empty)]
     for number, mask in enumerate(masks):
         band = values & mask
-        order = np.argsort(band, kind="stable")  # so that within a run of equal bands the earlier comes first
+        order = np.argsort(band, kind="stable")  # stable: within a run of equal bands the earlier hash comes first
         for left, right in _near_in_runs(band[order], values[order], distance):
             left, right = order[left], order[right]
             differing = values[left] ^ values[right]
             new = np.ones(len(left), dtype=bool)
-            for earlier in masks[:number]:  # a pair that agrees in several bands counts in the first
+            for earlier in masks[:number]:  # a pair that is equal in several bands counts in the first
                 new &= differing & earlier != 0
             pairs.append((left[new], right[new]))
     left, right = (np.concatenate(side) for side in zip(*pairs, strict=True))
@@ -229,19 +228,19 @@ def near_duplicates(hashes: np.ndarray, distance: int) -> np.ndarray:
     removed = np.zeros(len(members), dtype=bool)
     keys, starts = np.unique(left, return_index=True)
     for key, others in zip(keys.tolist(), np.split(right, starts[1:]), strict=False):
-        if not removed[key]:  # final by now: whoever could remove it came before
+        if not removed[key]:  # final by now: only earlier hashes can remove it
             removed[others] = True
     near[members[removed]] = True
     return near
 
 
 def _near_in_runs(band: np.ndarray, values: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Places (left, right), left < right, of near values within each run of equal bands."""
+    """Pairs of indices (left, right), left < right, of near values within each run of equal bands."""
     if not len(band):
         return
     starts = np.flatnonzero(np.diff(band, prepend=~band[:1]))
     ends = np.append(starts[1:], len(band))
-    ahead = np.repeat(ends, ends - starts) - np.arange(len(band)) - 1  # others to come in the run
+    ahead = np.repeat(ends, ends - starts) - np.arange(len(band)) - 1  # number of later values in the run
     for start, end in zip(*(bounds[ends - starts > LONG_RUN].tolist() for bounds in (starts, ends)), strict=True):
         ahead[start:end] = 0
         top = start

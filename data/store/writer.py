@@ -1,4 +1,4 @@
-"""Makes the latent store that `data/store.py` reads: unit by unit, then the index of all units."""
+"""Writes a latent store (`data.store.reader`): unit by unit, then the index of all units."""
 
 import json
 import math
@@ -36,7 +36,7 @@ from storage.weights import read_json
 if TYPE_CHECKING:  # transformers is slow to import
     from data.text.encoder import Text
 
-BATCH_ROWS, BATCH_BYTES = 2**20, 2**30  # of the index; a batch of strings must stay below 2³¹ bytes
+BATCH_ROWS, BATCH_BYTES = 2**20, 2**30  # of the index; strings of a batch must stay below 2³¹ bytes
 
 
 class Sample(NamedTuple):
@@ -55,7 +55,7 @@ class Sample(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """One input that gave no sample."""
+    """An input that was dropped."""
 
     id: str
     reason: str
@@ -63,24 +63,24 @@ class Drop(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a unit's sidecar says besides its samples."""
+    """A unit's sidecar without its samples."""
 
     inputs: int
     dropped: Counter[str]  # by reason
-    last: bool  # of its shard
+    last: bool  # whether it is the last part of its shard
 
 
 class Writer:
-    """Makes a store, or goes on with one. Several processes may write one store, each its own shards.
+    """Writes a store, or resumes one. Several processes may write one store, each its own shards.
 
     Args:
         folder: of the store.
-        plan: what everything is encoded with, as JSON. It holds `buckets.sizes` ([height, width] in pixels of each
-            bucket), `factor` (pixels per latent) and `channels` (of the latents).
+        plan: everything that the content depends on, as JSON. It has `buckets.sizes` ([height, width] of each bucket in
+            pixels), `factor` (pixels per latent) and `channels` (of the latents).
         null: the null condition, tokens (N, D) and pooled (P); None for a store that holds no text.
 
     Raises:
-        ValueError: the plan is incomplete, or the folder holds a store of another plan: names each field that differs.
+        ValueError: the plan is incomplete, or the folder holds a store of another plan; names each field that differs.
         OSError: naming the file that could not be written.
     """
 
@@ -99,47 +99,47 @@ class Writer:
             if any(self.units.glob("*.parquet")):
                 raise ValueError(f"{folder} holds units but no store.json that says what they are: use a new folder")
             commit_json(folder / "store.json", plan)
-        if told := differences(read_json(folder / "store.json"), plan):
-            fields = "; ".join(f"{path}: there {there}, now {now}" for path, there, now in told)
+        if found := differences(read_json(folder / "store.json"), plan):
+            fields = "; ".join(f"{path}: there {there}, now {now}" for path, there, now in found)
             raise ValueError(f"{folder} is a store of another plan ({fields}): use a new folder")
         if null and not (folder / "null.safetensors").exists():
             rows = {"tokens": [bfloat16(null.tokens)], "pooled": [bfloat16(null.pooled)]}
             commit(folder / "null.safetensors", lambda file: file.writelines(safetensors(rows)))
 
     def position(self, shard: int) -> tuple[int, int, bool]:
-        """Where a shard stands: number of its parts, inputs that they consumed, and whether it is finished."""
+        """The state of a shard: number of its parts, of the inputs that they consumed, and whether it is finished."""
         parts = self._known(shard)
         return len(parts), sum(part.inputs for part in parts), bool(parts) and parts[-1].last
 
     def write(self, shard: int, samples: Sequence[Sample], drops: Sequence[Drop], inputs: int, last: bool) -> None:
-        """Appends the next part to a shard of this process's own.
+        """Appends the next part to a shard. No other process may write this shard.
 
-        The first one clears what a killed writer left of it, and all later parts: if a sidecar was removed, they are
-        made again, too.
+        The first call removes incomplete files of a killed writer and all later parts: if a sidecar was removed, these
+        are written again.
 
         Args:
             shard: its number, from 0.
-            samples: may be none.
-            drops: the inputs that gave no sample.
+            samples: of the part; may be empty.
+            drops: the dropped inputs.
             inputs: number of inputs that this part consumed.
             last: whether the shard ends here.
 
         Raises:
             ValueError: a sample does not fit the plan, or its latents are not finite; or the shard is finished.
-            OSError: naming the file that could not be written; or another process writes the shard, too. Every part
-                before it stays good.
+            OSError: naming the file that could not be written; or another process writes the shard. Earlier parts stay
+                valid.
         """
         before = len(self._parts[shard]) if shard in self._parts else None
         parts = self._known(shard)
-        if before not in (None, len(parts)):  # what is to be appended is there already
-            raise OSError(f"another process writes {self.folder}, shard {shard}")
+        if before not in (None, len(parts)):  # the next part is there already
+            raise OSError(f"another process writes {self.folder}, shard {shard}: stop it")
         if parts and parts[-1].last:
             raise ValueError(f"shard {shard} of {self.folder} is finished and takes no further part")
         if shard not in self._begun:
             self._clear(shard, len(parts))
             self._begun.add(shard)
         if len({sample.tokens is None for sample in samples}) > 1:
-            raise ValueError(f"some samples of shard {shard} have tokens and some have none")
+            raise ValueError(f"some samples of shard {shard} have tokens and some have none: encode all in one way")
         latents: dict[int, list[Tensor]] = {}
         pooled: list[Tensor] = []
         tokens: list[Tensor] = []
@@ -173,28 +173,28 @@ class Writer:
         notes = json.dumps({"drops": drops, "inputs": inputs, "last": last}, ensure_ascii=False)
         table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"unit": notes})
         if any(not file.exists() or file.stat().st_size != size for file, size in written.items()):
-            raise OSError(f"another process writes {self.folder}, shard {shard}")
+            raise OSError(f"another process writes {self.folder}, shard {shard}: stop it")
         commit(self.units / f"{stem}.parquet", lambda file: _write_sidecar(table, file))
         parts.append(Part(inputs, Counter(drop.reason for drop in drops), last))
 
     def finish(self, shards: int, hamming: int | None) -> dict[str, Any] | None:
-        """Writes index, report and the list of what was dropped once all shards are finished.
+        """Writes index, report and the list of dropped inputs, if all shards are finished.
 
-        Any process may, and several at once.
+        Several processes may call it at once.
 
-        A sample whose id came before is a "duplicate id"; one whose perceptual hash lies near that of an earlier sample
-        that was kept is a "near-duplicate". Both stay in their units but not in the index.
+        A sample with the id of an earlier sample is a "duplicate id"; a sample whose perceptual hash is near to that of
+        an earlier kept sample is a "near-duplicate". Both stay in their units but are not in the index.
 
         Args:
             shards: number of shards.
-            hamming: bits, 0 to 8, in which near hashes may differ; None to look for none.
+            hamming: largest number of bits, 0 to 8, in which near hashes differ; None keeps near-duplicates.
 
         Returns:
             The report: inputs, kept, dropped (by reason), buckets (samples by "HEIGHTxWIDTH"), captions, and index, the
             checksum of `index.arrow`. None if a shard is not finished.
 
         Raises:
-            ValueError: naming a unit that is damaged.
+            ValueError: a unit is damaged; names it.
         """
         if shards < 1 or (hamming is not None and not 0 <= hamming <= 8):
             raise ValueError(f"shards must be at least 1 and hamming from 0 to 8, got {shards} and {hamming}")
@@ -206,8 +206,8 @@ class Writer:
         counts = {name: pc.sum(pc.list_value_length(light[name])).as_py() or 0 for name in LISTS}
         for name in LISTS[1:]:
             if counts[name] not in (0, counts["weights"]):
-                told = f"only {counts[name]} of {counts['weights']} captions in {self.folder} have {name.split('_')[0]}"
-                raise ValueError(f"{told}: encode all of them in one way")
+                share = f"only {counts[name]} of {counts['weights']} captions in {self.folder}"
+                raise ValueError(f"{share} have {name.split('_')[0]}: encode all of them in one way")
         unique = first_of(light["id"])
         keep = unique.copy()
         if hamming is not None:
@@ -231,7 +231,7 @@ class Writer:
         return report
 
     def _known(self, shard: int) -> list[Part]:
-        """The parts that are there, looked for anew, since another process may have written the shard."""
+        """The parts of a shard on disk, read again, since another process may have written them."""
         known = self._parts.setdefault(shard, [])
         while not (known and known[-1].last):
             file = self.units / f"{unit_name(shard, len(known))}.parquet"
@@ -242,14 +242,14 @@ class Writer:
         return known
 
     def _clear(self, shard: int, parts: int) -> None:
-        """Removes files of a shard from a part on: those that no sidecar commits, and those after a hole."""
+        """Removes the temporary files of a shard, and its files from a part on."""
         for file in self.units.iterdir():
             found = re.match(r"(\.?)(\d+)-(\d+)\.", file.name)
             if found and int(found[2]) == shard and (found[1] or int(found[3]) >= parts):
                 file.unlink(missing_ok=True)
 
     def _check(self, sample: Sample) -> None:
-        """ValueError naming what in a sample does not fit the plan."""
+        """ValueError, naming what does not fit the plan, if anything in a sample does not."""
         n = len(sample.captions)
         pooled, tokens = self.null and (n, *self.null.pooled.shape), self.null and (n, *self.null.tokens.shape)
         faults = {
@@ -261,14 +261,14 @@ class Writer:
             f"pooled {_shape(sample.pooled)} instead of {pooled}": _shape(sample.pooled) != pooled,
             f"tokens {_shape(sample.tokens)} instead of {tokens}": _shape(sample.tokens) not in (None, tokens),
         }
-        told = [fault for fault, there in faults.items() if there]
-        if not told and _shape(sample.latents) != (wanted := self.shapes[sample.bucket]):
-            told = [f"latents {_shape(sample.latents)} instead of {wanted}"]
-        if told:
-            raise ValueError(f"sample {sample.id} does not fit the store: {', '.join(told)}")
+        found = [fault for fault, present in faults.items() if present]
+        if not found and _shape(sample.latents) != (shape := self.shapes[sample.bucket]):
+            found = [f"latents {_shape(sample.latents)} instead of {shape}"]
+        if found:
+            raise ValueError(f"sample {sample.id} does not fit the store: {', '.join(found)}")
 
     def _sidecar(self, name: str, columns: list[str]) -> pa.Table:
-        """Columns of a unit's samples, if its other files are whole."""
+        """Columns of a unit's samples; ValueError if one of its files is damaged."""
         table = read_sidecar(self.units / f"{name}.parquet", columns)
         for group, there in (("", len(table)), (".tokens", pc.sum(pc.list_value_length(table[LISTS[2]])).as_py())):
             if there:
@@ -278,7 +278,7 @@ class Writer:
     def _write_drops(
         self, file: BinaryIO, names: Iterable[str], ids: pa.ChunkedArray, unique: np.ndarray, keep: np.ndarray
     ) -> None:
-        """A line of JSON for each input that is not in the index."""
+        """Writes a line of JSON for each input that is not in the index."""
         for name in names:
             for drop in read_notes(self.units / f"{name}.parquet")["drops"]:
                 file.write(_line(Drop(*drop)))
@@ -286,7 +286,7 @@ class Writer:
             file.write(_line(Drop(ids[row].as_py(), "near-duplicate" if unique[row] else "duplicate id", "")))
 
     def _write_index(self, file: BinaryIO, names: Iterable[str], keep: np.ndarray) -> None:
-        """Streams the kept samples of all units into one file, in few batches."""
+        """Writes the kept samples of all units into one file, in few batches."""
         with pa.ipc.new_file(file, SCHEMA) as out:
             waiting: list[pa.Table] = []
             for name in names:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, final
 
 import torch
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from data.text.encoder import Slot, Text, TextEncoder, listed
-from data.text.tower import Tower, digest_of, read_tokenizer, run_clip, tokenize
+from data.text.tower import Tower, digest_of, read_tokenizer, real_tokens, run_clip, tokenize
 from storage.weights import read_json, write_tensors
 
 
@@ -25,15 +26,15 @@ class Clip(NamedTuple):
 class CLIPText(TextEncoder):
     """One or two frozen CLIP text towers with their tokenizers, as SD3 uses them (P. Esser et al., 2024, section 4).
 
-    The tokens are the hidden states before the last layer, without the final norm, as diffusers' SD3 takes them; the
-    pooled vector is the projection of the final state of the end token. Two towers' vectors are laid end to end.
-    Captions are padded to the length of the tokenizer without a mask: attention is causal, so padding never reaches the
-    caption, but it does carry its summary. Both are float32, on the device of the towers.
+    The tokens are the hidden states before the last layer, without the final norm, as in diffusers' SD3; the pooled
+    vector is the projection of the final state of the end token. The vectors of two towers are concatenated. Captions
+    are padded to the length of the tokenizer, without a mask: attention is causal, so the caption's tokens do not see
+    the padding, but the padding sees the caption. Results are float32, on the device of the towers.
 
     Args:
         folder: holds `text_encoder/` (`config.json`, `model.safetensors`) and `tokenizer/` (`tokenizer_config.json`,
             and either `tokenizer.json` or both `vocab.json` and `merges.txt`), as in a diffusers model folder; the
-            second tower is `text_encoder_2/` and `tokenizer_2/`, if they are there.
+            second tower is `text_encoder_2/` and `tokenizer_2/`, if they exist.
 
     Attributes:
         length: N, tokens per caption, start and end included.
@@ -56,7 +57,7 @@ class CLIPText(TextEncoder):
             tower = Tower(CLIPTextModelWithProjection, read_json(source / "config.json"), source)
             tower.require(tokenizer, tokenizer.model_max_length)
             encoder = tower.load(torch.float32, torch.device("cpu"))
-            # The weights as they are held, since `save` writes these, whatever type they were stored in.
+            # Of the weights in memory, since `save` writes these, whatever their type on disk.
             self.towers.append(Clip(tokenizer, encoder, tower.fingerprint(dict(encoder.named_parameters()))))
             width, projection = tower.config.hidden_size, tower.config.projection_dim
             columns = slice(self.tokens_dim, self.tokens_dim + width)
@@ -70,7 +71,7 @@ class CLIPText(TextEncoder):
         self.length: int = lengths.pop()
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the towers to `device`, where `encode` then computes and leaves its results."""
+        """Moves the towers to `device`, on which `encode` then computes and returns its results."""
         for tower in self.towers:
             tower.encoder.to(device)  # type: ignore[arg-type]  # the decorator of `to` hides that it is a method
         return self
@@ -82,8 +83,12 @@ class CLIPText(TextEncoder):
             made.append(run_clip(encoder, ids.to(encoder.device)))
         return Text(*(torch.cat(parts, dim=-1) for parts in zip(*made, strict=True)))
 
+    def mask(self, captions: Sequence[str]) -> Tensor:
+        masks = [real_tokens(tower.tokenizer, listed(captions), self.length) for tower in self.towers]
+        return torch.stack(masks).any(0)
+
     def keep(self, kept: bool) -> None:
-        """The towers always stay."""
+        """Does nothing: the towers always stay in memory."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         for suffix, tower in zip(("", "_2"), self.towers, strict=False):

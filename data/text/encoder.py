@@ -29,7 +29,7 @@ class CutCaptions(UserWarning):
 
 
 class Slot(NamedTuple):
-    """Where the results of one of several encoders stand."""
+    """The place of one encoder's results among those of several."""
 
     name: str  # its subfolder in a model folder
     rows: slice  # of the tokens
@@ -38,12 +38,12 @@ class Slot(NamedTuple):
 
 
 class TextEncoder(ABC):
-    """Captions to conditions.
+    """Encodes captions.
 
     Attributes:
         tokens_dim: D, length of a token's vector.
         pooled_dim: P, length of a caption's pooled vector.
-        slots: where each encoder's results stand; what no slot covers is zero.
+        slots: the place of each encoder's results; everything outside of them is zero.
     """
 
     tokens_dim: int
@@ -52,10 +52,10 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> Text:
-        """Returns `tokens (B, N, D)` and `pooled (B, P)` of B ≥ 1 captions; "" is the null condition.
+        """`tokens (B, N, D)` and `pooled (B, P)` of B ≥ 1 captions; "" is the null condition.
 
-        Captions that are too long lose their tail, with a warning that says how many did. ValueError for no captions,
-        TypeError for one bare string.
+        Captions that are too long are cut, with a warning that says how many were. ValueError for no captions,
+        TypeError for a single string.
         """
 
     @abstractmethod
@@ -64,23 +64,31 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
-        """Sets where captions are encoded."""
+        """Sets the device on which captions are encoded."""
 
     @abstractmethod
     def keep(self, kept: bool) -> None:
-        """Whether encoders that are read for each call stay in memory, as for a whole data set; others always do."""
+        """Sets whether encoders stay in memory between calls, as for a whole data set, or are read for each call."""
 
     @abstractmethod
     def index(self) -> dict[str, list[str | None]]:
-        """What `save` writes, as in diffusers' `model_index.json`: subfolder → library and class."""
+        """The entries of diffusers' `model_index.json` for what `save` writes: subfolder → [library, class]."""
+
+    def original_state(self) -> dict[str, Tensor]:
+        """The encoders' tensors as released single files name them; none for encoders that these cannot hold."""
+        return {}
+
+    @abstractmethod
+    def mask(self, captions: Sequence[str]) -> Tensor:
+        """(B, N) bool: which tokens of `encode` are the captions' own, with start and end; the rest is padding."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What the results depend on besides the captions, as JSON: encoders by their content, lengths, type."""
+        """Everything that the results depend on except the captions, as JSON: the encoders' content, lengths, type."""
 
 
 def listed(captions: Sequence[str]) -> list[str]:
-    """The captions, unless there are none or they are one string; the errors are those of `TextEncoder.encode`."""
+    """The captions as a list; errors as `TextEncoder.encode` for no captions or a single string."""
     if isinstance(captions, str):
         raise TypeError(f"encode takes a list of captions, not the single string {captions!r}")
     if not captions:

@@ -1,4 +1,4 @@
-"""Captions → text tokens and a pooled vector by SD3's three encoders, of which one at a time is in memory."""
+"""Captions → text tokens and a pooled vector by SD3's three encoders, one at a time in memory."""
 
 import hashlib
 import json
@@ -13,16 +13,26 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from data.text.encoder import Slot, Text, TextEncoder, listed
-from data.text.tower import PROJECTION, Tower, one_line, own_names, put, read_tokenizer, run_clip, tokenize
-from storage.weights import DType, Weights, dtype_of, fit, open_file, read_json, write_tensors
+from data.text.tower import (
+    PROJECTION,
+    Tower,
+    one_line,
+    own_names,
+    put,
+    read_tokenizer,
+    real_tokens,
+    run_clip,
+    tokenize,
+)
+from storage.weights import DType, Weights, check_tensors, dtype_of, open_file, read_json, write_tensors
 
 LENGTH = 77  # tokens that a CLIP tower reads
-BATCH = 32  # captions at once
-KEPT = 256  # captions in memory, which take 0.7 GB in half precision at the released sizes
+BATCH = 32  # captions in a forward pass
+KEPT = 256  # captions whose results stay in memory: 0.7 GB in half precision at the released sizes
 
 
 class Kind(NamedTuple):
-    """What is fixed about one of the three."""
+    """The constants of one of the three encoders."""
 
     title: str
     suffix: str  # of text_encoder and tokenizer in a model folder
@@ -37,7 +47,7 @@ T5 = Kind("T5", "_3", "text_encoders.t5xxl.transformer.", T5EncoderModel, T5Toke
 
 
 class Part(NamedTuple):
-    """An encoder with its tokenizer, and where its results belong."""
+    """An encoder with its tokenizer and the place of its results."""
 
     kind: Kind
     tower: Tower
@@ -52,28 +62,28 @@ class Part(NamedTuple):
 class SD3Text(TextEncoder):
     """SD3's frozen text encoders: CLIP-L, CLIP-G and T5 (P. Esser et al., 2024, section 4 and appendix B.3).
 
-    The tokens are 77 of the CLIPs, whose hidden states before the last layer lie side by side, padded with zeros to the
-    width of T5; then `max_sequence_length` final states of T5. The pooled vector is both CLIPs' projected end token,
-    CLIP-L's first. No encoder masks its padding. All this is as in diffusers' StableDiffusion3Pipeline.
+    The first 77 tokens are the CLIPs': their hidden states before the last layer, concatenated and padded with zeros to
+    the width of T5. Then come `max_sequence_length` final states of T5. The pooled vector concatenates the projected
+    end tokens of CLIP-L and CLIP-G. No encoder masks its padding, as in diffusers' StableDiffusion3Pipeline.
 
-    An absent encoder's part is zeros, which is how the released networks know that it was dropped.
+    The part of an absent encoder is zero; the released networks were trained with dropped encoders as zeros.
 
-    Encoders are read when there are captions that they have not seen, one after the other, and let go again; the
-    results are on the CPU, in `dtype`. Those of the last 256 captions stay in memory.
+    Encoders are read one after the other for captions that are not in memory or cache, and released again. Results are
+    on the CPU, in `dtype`. Those of the last 256 captions stay in memory.
 
     Args:
         folder: a model folder, with `tokenizer{,_2,_3}/` and `text_encoder{,_2,_3}/` (`config.json`, weights as
-            safetensors) of the encoders that are present: those that its `model_index.json` names, or without such a
-            file those that are there.
+            safetensors) of the encoders that are present: those that its `model_index.json` names, or without it those
+            whose folders exist.
         tokens_dim: D, length of a token's vector, T5's width.
         pooled_dim: P, length of the pooled vector, the sum of the CLIPs' projections.
-        max_sequence_length: T5's number of tokens, 1 to 512, the end included.
+        max_sequence_length: T5's number of tokens, 1 to 512, end included.
         dtype: of the encoders and their results.
         device: where the encoders compute.
-        single_file: a checkpoint in SD3's original format, whose encoders are taken before the folder's; they need no
-            `config.json` there.
-        cache: a folder for the results, a file for each caption, which other processes find again. Names are hashes
-            of the caption, the encoders, `dtype` and the lengths, so that nothing can be mixed up.
+        single_file: a checkpoint in SD3's original format, whose encoders take precedence over the folder's; they need
+            no `config.json` there.
+        cache: a folder for the results, a file for each caption, which processes share. Names are hashes of the
+            caption, the encoders, `dtype` and the lengths.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -111,7 +121,7 @@ class SD3Text(TextEncoder):
         self.rows = Rows(shapes) if cache is None else Rows(shapes, Path(cache), json.dumps(self.fingerprint()))
 
     def to(self, device: torch.device | str) -> Self:
-        """Sets where the encoders compute."""
+        """Sets the device of the encoders."""
         try:
             self.device = torch.device(device)
             for encoder in (self.kept or {}).values():
@@ -127,11 +137,11 @@ class SD3Text(TextEncoder):
         """As `TextEncoder.encode`, warning once for each caption; ValueError if an encoder overflows."""
         captions = listed(captions)
         unique = [*dict.fromkeys(captions)]
-        fresh = [caption for caption in unique if caption not in self.rows.memory]  # told once if they are too long
+        fresh = [caption for caption in unique if caption not in self.rows.memory]  # warned of once if too long
         ids = []
-        for part in self.parts if fresh else ():  # no comprehension, whose frame would hide the caller from the warning
+        for part in self.parts if fresh else ():  # no comprehension: its frame would change the warning's stacklevel
             ids.append(tokenize(part.tokenizer, fresh, self._length(part.kind), part.kind.title))  # noqa: PERF401
-        # What is kept must do for training, too, even if it is first asked for while sampling.
+        # Results in memory may be used in training later, so they must not be inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             rows = {caption: row for caption in unique if (row := self.rows.get(caption))}
             new = [i for i, caption in enumerate(fresh) if caption not in rows]
@@ -141,11 +151,17 @@ class SD3Text(TextEncoder):
                     self.rows.put(fresh[i], rows[fresh[i]])
             return Text(*(torch.stack(made) for made in zip(*(rows[c] for c in captions), strict=True)))
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """As `TextEncoder.save`, for diffusers too.
+    def mask(self, captions: Sequence[str]) -> Tensor:
+        masks = torch.zeros(len(captions), LENGTH + self.max_sequence_length, dtype=torch.bool)
+        for part in self.parts:
+            masks[:, part.rows] |= real_tokens(part.tokenizer, listed(captions), self._length(part.kind))
+        return masks
 
-        Where the disk allows it, weights are hard links to the files that they came from: they cost nothing, but who
-        writes into one, instead of replacing it, changes both.
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """As `TextEncoder.save`; diffusers reads it as well.
+
+        If the disk allows it, weights are hard links to the files they were read from. They take no space, but writing
+        into one of the two files changes both.
         """
         for part in self.parts:
             part.tower.save(Path(folder) / f"text_encoder{part.kind.suffix}")
@@ -177,7 +193,7 @@ class SD3Text(TextEncoder):
         """The encoders' tensors, mapped into memory, under the names of SD3's original single file.
 
         Raises:
-            ValueError: if CLIP-L has another projection than the identity, which that format takes for granted.
+            ValueError: CLIP-L's projection is not the identity, which that format assumes.
         """
         tensors = {}
         for part in self.parts:
@@ -186,22 +202,24 @@ class SD3Text(TextEncoder):
                 if part.kind is not CLIP_L or name != PROJECTION:
                     tensors[part.kind.prefix + name] = weights[name]
                 elif not part.tower.identity and not torch.equal(weights[name].float(), torch.eye(len(weights[name]))):
-                    raise ValueError("a single file cannot hold CLIP-L's projection, which is not the identity")
+                    raise ValueError(
+                        "a single file cannot hold CLIP-L's projection, which is not the identity: save a folder"
+                    )
         return tensors
 
     def _length(self, kind: Kind) -> int:
         return self.max_sequence_length if kind is T5 else LENGTH
 
     def _parts(self, towers: dict[Kind, Tower], folder: Path) -> list[Part]:
-        """The encoders in their places; the errors are those of the class."""
+        """The encoders with the places of their results; errors as the class."""
         widths = {kind: tower.config.hidden_size for kind, tower in towers.items()}
         pooled = {kind: towers[kind].config.projection_dim for kind in towers if kind is not T5}
         if widths.get(T5, self.tokens_dim) != self.tokens_dim:
             raise ValueError(f"T5 in {folder} is {widths[T5]} wide, but tokens_dim is {self.tokens_dim}")
-        rest = self.pooled_dim - sum(pooled.values())  # an absent CLIP has the width that the other one leaves here
+        rest = self.pooled_dim - sum(pooled.values())  # the width of an absent CLIP is what the other one leaves
         if rest < 0 or (rest and len(pooled) == 2):
-            told = " and ".join(f"{kind.title} {width}" for kind, width in pooled.items())
-            raise ValueError(f"the pooled vectors in {folder}, {told}, do not fit pooled_dim {self.pooled_dim}")
+            found = " and ".join(f"{kind.title} {width}" for kind, width in pooled.items())
+            raise ValueError(f"the pooled vectors in {folder}, {found}, do not fit pooled_dim {self.pooled_dim}")
         start = {CLIP_G: widths.get(CLIP_L, rest)}
         parts = []
         for kind, tower in towers.items():
@@ -225,7 +243,7 @@ class SD3Text(TextEncoder):
         return parts
 
     def _run(self, ids: list[Tensor]) -> Text:
-        """Encodes B captions, given as numbers `(B, N)` for each encoder."""
+        """Encodes B captions, given as token numbers `(B, N)` for each encoder."""
         count = len(ids[0])
         tokens = torch.zeros(count, LENGTH + self.max_sequence_length, self.tokens_dim, dtype=self.dtype)
         pooled = torch.zeros(count, self.pooled_dim, dtype=self.dtype)
@@ -248,29 +266,29 @@ class SD3Text(TextEncoder):
 
 
 class Rows:
-    """What captions were encoded to: the latest in memory, and all of them in a folder, if there is one.
+    """The cache of encoded captions: the last ones in memory, and all of them in a folder, if one is given.
 
     Args:
         shapes: of a caption's `tokens` and `pooled`.
-        folder: for the files; made if it is not there.
-        key: of everything besides the caption that the encoding depends on.
+        folder: for the files; made if necessary.
+        key: everything that the encoding depends on except the caption.
 
     Raises:
-        ValueError: if the folder is none.
+        ValueError: the path is not a folder.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], folder: Path | None = None, key: str = "") -> None:
         self.shapes, self.folder, self.key = shapes, folder, key
         self.memory: dict[str, Text] = {}  # the latest comes last
         if folder and folder.exists() and not folder.is_dir():
-            raise ValueError(f"the cache {folder} is no folder")
+            raise ValueError(f"the cache {folder} is no folder: give another path")
 
     def get(self, caption: str) -> Text | None:
         row = self.memory.pop(caption, None)
         if self.folder and not row:
             try:
                 kept = open_file(self._file(self.folder, caption))
-                fit(kept, self.shapes, "the cache")
+                check_tensors(kept, self.shapes, "the cache")
                 row = Text(kept["tokens"].clone(), kept["pooled"].clone())
             except (FileNotFoundError, ValueError):  # a damaged file is written again
                 return None
@@ -282,7 +300,7 @@ class Rows:
         self._remember(caption, row)
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
-            own = self.folder / uuid4().hex  # since other processes may write the same caption
+            own = self.folder / uuid4().hex  # another process may write the same caption
             write_tensors(row._asdict(), own)
             own.replace(self._file(self.folder, caption))
 
@@ -303,18 +321,18 @@ def run_t5(encoder: T5EncoderModel, ids: Tensor) -> Text:
 
 
 def find(kind: Kind, folder: Path, single: Path | None) -> Tower | None:
-    """The encoder in the single file or else in the model folder; none if it is absent from both."""
+    """The encoder in the single file, or else in the model folder; None if it is in neither."""
     source = folder / f"text_encoder{kind.suffix}"
     config, index = source / "config.json", folder / "model_index.json"
     if single and (weights := open_file(single).under(kind.prefix)):
-        settings = read_json(config) if config.is_file() else told_by_shapes(kind, own_names(weights))
+        settings = read_json(config) if config.is_file() else config_from_shapes(kind, own_names(weights))
         return Tower(kind.tower, settings, single, kind.prefix, identity=kind is CLIP_L)
     named = read_json(index).get(source.name) not in (None, [None, None]) if index.is_file() else source.is_dir()
     return Tower(kind.tower, read_json(config), source) if named else None
 
 
-def told_by_shapes(kind: Kind, weights: Weights) -> dict[str, Any]:
-    """What the `config.json` of a single file's encoder would say; ValueError if a tensor that tells it is missing."""
+def config_from_shapes(kind: Kind, weights: Weights) -> dict[str, Any]:
+    """The `config.json` of a single file's encoder, from the shapes of its tensors; ValueError if one is missing."""
 
     def layers(prefix: str) -> int:
         return len({name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)})
@@ -333,7 +351,7 @@ def told_by_shapes(kind: Kind, weights: Weights) -> dict[str, Any]:
                 "num_layers": layers("encoder.block."),
                 "num_heads": heads,
                 "relative_attention_num_buckets": buckets,
-                "feed_forward_proj": "gated-gelu",  # as in T5 v1.1, the only one that has these names
+                "feed_forward_proj": "gated-gelu",  # as in T5 v1.1, the only version with these names
                 "is_encoder_decoder": False,
             }
         entries, width = weights.shape("text_model.embeddings.token_embedding.weight")

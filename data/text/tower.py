@@ -1,4 +1,4 @@
-"""A text encoder on disk, and its tokenizer: checked as a whole, read tensor by tensor."""
+"""A text encoder on disk, and its tokenizer: checked first, then read tensor by tensor."""
 
 import hashlib
 import json
@@ -17,30 +17,30 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from transformers.utils import logging
 
 from data.text.encoder import CutCaptions, Text
-from storage.weights import Weights, digest, fit, open_file, open_folder, write_json, write_tensors
+from storage.weights import Weights, check_tensors, digest, open_file, open_folder, write_json, write_tensors
 
 PROJECTION = "text_projection.weight"  # of the pooled vector, in a CLIP tower
 TABLE = "encoder.embed_tokens.weight"  # T5's second name for `shared.weight`
-NOTES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # that change no result
+NOTES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # without effect on results
 Tokenizer = TypeVar("Tokenizer", bound=CLIPTokenizer | T5Tokenizer)
 
 
 class Tower:
-    """A text encoder on disk, checked as a whole, but with weights that stay there until `load`.
+    """A text encoder on disk. The constructor checks settings and weights; `load` reads the weights.
 
     Args:
         kind: its class.
-        settings: what its `config.json` holds.
-        source: the folder of its weights, or a single file in which it is one of several models.
-        prefix: of its names in the single file; none for a folder.
-        identity: the projection is the identity, whatever the single file says.
+        settings: the content of its `config.json`.
+        source: the folder of its weights, or a single file that holds several models.
+        prefix: of its names in the single file; empty for a folder.
+        identity: the projection is the identity, also if the single file holds another.
 
     Attributes:
         config: the settings as transformers' object.
 
     Raises:
-        FileNotFoundError: no weights.
-        ValueError: the settings describe no such encoder, or the weights are damaged or those of another.
+        FileNotFoundError: there are no weights.
+        ValueError: the settings describe no such encoder, or the weights are damaged or of another encoder.
     """
 
     def __init__(
@@ -55,21 +55,21 @@ class Tower:
         weights = self.weights()
         try:
             config: Any = kind.config_class
-            if (told := settings.get("model_type")) != config.model_type:
-                raise ValueError(f"they have the model_type {told!r} instead of {config.model_type!r}")
+            if (found := settings.get("model_type")) != config.model_type:
+                raise ValueError(f"they have the model_type {found!r} instead of {config.model_type!r}")
             with quiet():
                 self.config = config.from_dict(settings)
                 shapes = {name: tuple(value.shape) for name, value in self._blank().named_parameters()}
-        except Exception as error:  # settings may hold anything, and building from them may raise anything
+        except Exception as error:  # wrong settings may raise anything
             raise ValueError(f"the settings of {source} describe no {kind.__name__}: {one_line(error)}") from error
         self.identity = identity and len(set(shapes[PROJECTION])) == 1
         if self.identity:
             del shapes[PROJECTION]
             weights = weights.renamed(lambda name: None if name == PROJECTION else name)
-        fit(weights, shapes, kind.__name__)
+        check_tensors(weights, shapes, kind.__name__)
 
     def require(self, tokenizer: CLIPTokenizer | T5Tokenizer, length: int) -> None:
-        """Raises ValueError if the tower cannot read `length` tokens of this tokenizer."""
+        """ValueError if the tower cannot read `length` tokens of this tokenizer."""
         entries, positions = self.config.vocab_size, getattr(self.config, "max_position_embeddings", length)
         if length > positions or len(tokenizer) > entries:
             raise ValueError(
@@ -84,16 +84,16 @@ class Tower:
         )
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """The module for inference; tensor by tensor, so that memory never holds it twice."""
+        """The module for inference, read tensor by tensor, so that memory never holds it twice."""
         weights = self.weights()
         module = self._blank()
-        # As transformers itself does: T5's widest layers overflow in half precision.
+        # As in transformers: T5's widest layers overflow in half precision.
         wide = module._keep_in_fp32_modules if dtype == torch.float16 else set()
         state = {}
         for name, parameter in module.named_parameters():
             value = torch.eye(len(parameter)) if self.identity and name == PROJECTION else weights[name]
             state[name] = value.to(device, torch.float32 if wide & set(name.split(".")) else dtype, copy=True)
-        module.config.dtype = dtype  # which is noted where the module is saved
+        module.config.dtype = dtype  # written into the config when the module is saved
         module.load_state_dict(state, strict=False, assign=True)
         module.tie_weights()
         if isinstance(module, CLIPTextModelWithProjection):
@@ -102,17 +102,17 @@ class Tower:
         return module.eval().requires_grad_(False)
 
     def fingerprint(self, held: Mapping[str, Tensor] | None = None) -> str:
-        """A hash of the settings and the weights, those on disk or those that are held."""
+        """A hash of the settings and the weights, those in `held` or else those on disk."""
         settings = {name: value for name, value in self.settings.items() if name not in NOTES}
-        told = json.dumps(settings, sort_keys=True) + digest(self.weights() if held is None else held)
-        return hashlib.sha256(told.encode()).hexdigest()
+        content = json.dumps(settings, sort_keys=True) + digest(self.weights() if held is None else held)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Writes `config.json` and the weights as they are, as hard links where they are files of their own."""
+        """Writes `config.json` and the weights in their stored type; weights of a folder as hard links if possible."""
         whole = folder / "model.safetensors"
         if self.prefix:
             stored = self.weights()
-            eighth = stored.dtype.itemsize == 1  # which other tools do not read
+            eighth = stored.dtype.itemsize == 1  # 8 bits, which other tools do not read
             dtype = torch.bfloat16 if eighth else stored.dtype
             tensors = {name: value.to(dtype) if eighth else value for name, value in stored.items()}
             if self.identity:
@@ -136,9 +136,9 @@ class Tower:
 
 
 def own_names(tensors: Weights) -> Weights:
-    """A tower's tensors as its module names its parameters.
+    """A tower's tensors under the names of its module's parameters.
 
-    T5 has two names for its table, of which files hold either or both; old CLIP files hold the positions' numbers.
+    T5's embedding table has two names, and files hold either or both; old CLIP files also hold `position_ids`.
     """
     tensors = tensors.renamed(lambda name: None if name.endswith("position_ids") else name)
     if "shared.weight" in tensors:
@@ -147,12 +147,12 @@ def own_names(tensors: Weights) -> Weights:
 
 
 def put(file: Path, target: Path, link: bool = False) -> None:
-    """Copies a file, or gives it a second name if that can be. What was there may be in use and is not written to."""
+    """Copies a file, or hard-links it if `link` and possible. Replaces an older file, which may be in use."""
     if target.exists() and target.samefile(file):
         return
     target.unlink(missing_ok=True)
     if link:
-        with suppress(OSError):  # another disk, or one without links
+        with suppress(OSError):  # another disk, or a disk without links
             os.link(file.resolve(), target)
             return
     shutil.copyfile(file, target)
@@ -169,21 +169,27 @@ def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length
     """Token numbers `(B, length)` on the CPU, padded, and cut with the warning of `TextEncoder.encode`."""
     whole = tokenizer(captions, verbose=False).input_ids
     if cut := sum(len(ids) > length for ids in whole):
-        told = f"{cut} of {len(whole)} captions are longer than the {length} tokens that {reader} reads, start and end"
-        warnings.warn(CutCaptions(f"{told} included: their tails were cut", cut), stacklevel=3)
+        share = f"{cut} of {len(whole)} captions are longer than the {length} tokens that {reader} reads, start and end"
+        warnings.warn(CutCaptions(f"{share} included: their tails were cut", cut), stacklevel=3)
     return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+
+
+def real_tokens(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length: int) -> Tensor:
+    """(B, length) bool on the CPU: which of `tokenize`'s tokens are not padding."""
+    cut = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+    return tokenizer(captions, verbose=False, **cut).attention_mask.bool()
 
 
 def digest_of(tokenizer: CLIPTokenizer | T5Tokenizer) -> str:
     """A hash of a tokenizer's vocabulary, rules and length."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules |= {"padding": None, "truncation": None}  # which are those of its latest use
-    told = [rules, tokenizer.model_max_length, tokenizer.pad_token]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    rules |= {"padding": None, "truncation": None}  # they depend on the latest use
+    content = [rules, tokenizer.model_max_length, tokenizer.pad_token]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_tokenizer(kind: type[Tokenizer], folder: Path) -> Tokenizer:
-    """Reads a tokenizer from disk; the errors are those of `CLIPText`."""
+    """Reads a tokenizer from disk; errors as `CLIPText`."""
     names = dict(kind.vocab_files_names)
     needed = ["tokenizer_config.json"]
     if not (folder / names.pop("tokenizer_file")).is_file():
@@ -204,7 +210,7 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from printing progress bars, settings and advice."""
+    """Silences progress bars, settings and advice of transformers."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

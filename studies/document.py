@@ -1,46 +1,25 @@
-"""What the results of a study say: a document of tables, a plot, and what was asked against what was found.
-
-A result is a row of `metrics.report` with two more keys: the `recipe` of the model and the `seed` of its training.
-"""
+"""docs/compare.md, from the results of a study of recipes: claims, tables and a plot."""
 
 import math
+import shutil
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from safetensors import safe_open
 
 from metrics.ranking import pareto_ranks
-from metrics.report import MARKERS, PALETTE, column
-
-Result = dict[str, Any]
-KEY = "distance_ratio"
-
-
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean ± sample standard deviation, the latter from two values on; a dash if any is missing."""
-    if not values or any(value is None for value in values):
-        return "–"
-    mean = format(statistics.fmean(values), form)
-    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
-
-
-def of(results: Iterable[Result], **wanted: object) -> list[Result]:
-    """The results whose keys have these values."""
-    return [r for r in results if all(r.get(key) == value for key, value in wanted.items())]
-
-
-def unique(results: Iterable[Result], key: str) -> list[Any]:
-    """The values of a key, in the order in which they come."""
-    return list(dict.fromkeys(r[key] for r in results))
+from metrics.table import column
+from studies.presentation import curves, spread, table
+from studies.recipes import Recipes
+from studies.results import KEY, Result, read, select, unique
 
 
 def first_order(results: Sequence[Result]) -> list[Result]:
     """Those of the sampler that all recipes share: Euler, which is DDIM on a chain, on each recipe's first spacing."""
-    own = {r["recipe"]: r["spacing"] for r in reversed(of(results, sampler="euler"))}
-    return [r for r in of(results, sampler="euler") if r["spacing"] == own[r["recipe"]]]
+    own = {r["recipe"]: r["spacing"] for r in reversed(select(results, sampler="euler"))}
+    return [r for r in select(results, sampler="euler") if r["spacing"] == own[r["recipe"]]]
 
 
 def average_ranks(results: Sequence[Result], steps: Sequence[int]) -> dict[str, float]:
@@ -48,7 +27,7 @@ def average_ranks(results: Sequence[Result], steps: Sequence[int]) -> dict[str, 
     ranks: dict[str, list[int]] = {}
     for count in steps:
         for seed in unique(results, "seed"):
-            group = of(results, steps=count, seed=seed)
+            group = select(results, steps=count, seed=seed)
             points = [(math.inf if r["distance"] is None else r["distance"], -(r["accuracy"] or 0.0)) for r in group]
             for r, rank in zip(group, pareto_ranks(points), strict=True):
                 ranks.setdefault(r["recipe"], []).append(rank)
@@ -58,7 +37,7 @@ def average_ranks(results: Sequence[Result], steps: Sequence[int]) -> dict[str, 
 def best_within(results: Sequence[Result], recipe: str, evaluations: float) -> tuple[float, list[float], str] | None:
     """(mean, values over the seeds, how) of the way with the least distance ratio in at most so many evaluations."""
     ways: dict[tuple, list[Result]] = {}
-    for r in of(results, recipe=recipe):
+    for r in select(results, recipe=recipe):
         if r["evaluations"] <= evaluations and r[KEY] is not None:
             ways.setdefault((r["sampler"], r["spacing"], r["steps"]), []).append(r)
     found = [
@@ -70,45 +49,6 @@ def best_within(results: Sequence[Result], recipe: str, evaluations: float) -> t
         for way, group in ways.items()
     ]
     return min(found, default=None)
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in (head, rule, *body))
-
-
-def curves(results: Sequence[Result], floor: float | None, file: Path) -> None:
-    """Distance ratio against evaluations, a line for each recipe, with a bar from the lowest to the highest seed."""
-    figure = Figure(figsize=(9, 5), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    for i, recipe in enumerate(unique(results, "recipe")):
-        rows = of(results, recipe=recipe)
-        rows = [r for r in rows if r[KEY] is not None]
-        x = sorted(unique(rows, "evaluations"))
-        y = [[r[KEY] for r in of(rows, evaluations=count)] for count in x]
-        mean = [statistics.fmean(values) for values in y]
-        bars = [[m - min(v) for m, v in zip(mean, y, strict=True)], [max(v) - m for m, v in zip(mean, y, strict=True)]]
-        axes.errorbar(
-            x, mean, bars, color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)], markersize=5,
-            linewidth=1.5, capsize=2, label=recipe, linestyle="-" if recipe.startswith("rf") else "--",
-        )  # fmt: skip
-    if floor:
-        axes.axhline(floor, color="grey", linewidth=1, linestyle=":", label="real digits, as many of each")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="function evaluations a picture",
-        ylabel="Fréchet distance / that of real digits",
-    )
-    ticks = sorted(unique(results, "evaluations"))
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
-    axes.grid(alpha=0.25, linewidth=0.5, which="both")
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    figure.savefig(file, format="png", metadata={"Software": None})
 
 
 class Claim(NamedTuple):
@@ -145,7 +85,7 @@ def claims(
     found: list[Claim] = []
 
     def values(rows: Iterable[Result], **wanted: object) -> list[float]:
-        return [r[KEY] for r in of(rows, **wanted) if r[KEY] is not None]
+        return [r[KEY] for r in select(rows, **wanted) if r[KEY] is not None]
 
     def best_straight(steps: int) -> tuple[str, list[float]]:
         each = {r: values(plain, recipe=r, steps=steps) for r in straight}
@@ -158,7 +98,7 @@ def claims(
 
     steps = unique(plain, "steps")
     for chain in chains:
-        if 4 in steps and (chained := best_within(of(results, sampler="euler", steps=4), chain, 4)):
+        if 4 in steps and (chained := best_within(select(results, sampler="euler", steps=4), chain, 4)):
             name, ours = best_straight(4)
             text = f"4 evaluations: the best RF ({name}) against DDIM on the same network ({chain}: {chained[2]})"
             claim(text, 1 / 3, ours, chained[1])
@@ -276,7 +216,7 @@ def document(
     most = max(steps)
 
     def cells(recipe: str, key: str, form: str, count: int) -> str:
-        return spread([r[key] for r in of(plain, recipe=recipe, steps=count)], form)
+        return spread([r[key] for r in select(plain, recipe=recipe, steps=count)], form)
 
     def best(recipe: str, evaluations: int) -> str:
         found = best_within(results, recipe, evaluations)
@@ -316,7 +256,7 @@ def document(
         ),
     ]
     if longer:
-        ways = [of(longer, recipe=r)[0] for r in unique(longer, "recipe")]
+        ways = [select(longer, recipe=r)[0] for r in unique(longer, "recipe")]
         parts += [
             "## FD ratio after more training, one seed\n",
             table(
@@ -324,7 +264,7 @@ def document(
                 (
                     [
                         f"{budget:,}",
-                        *(spread([r[KEY] for r in of(longer, budget=budget, recipe=w["recipe"])]) for w in ways),
+                        *(spread([r[KEY] for r in select(longer, budget=budget, recipe=w["recipe"])]) for w in ways),
                     ]
                     for budget in sorted(unique(longer, "budget"))
                 ),
@@ -345,3 +285,51 @@ def document(
 def marked(distance: float, found: dict[float, float]) -> str:
     """The distance, in bold if it is the least."""
     return f"**{distance:.2f}**" if distance == min(found.values()) else f"{distance:.2f}"
+
+
+def parameters(model: Path) -> int:
+    """Learned numbers of the network in a model folder."""
+    with safe_open(next(model.glob("*/diffusion_pytorch_model.safetensors")), "pt") as file:
+        names = set(file.keys()) - {"pos_embed.pos_embed"}  # a fixed table
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+
+
+def write(study: Recipes, out: Path, docs: Path, command: str) -> Path:
+    """Writes compare.md, compare.png and compare-sheet.png from the results alone. Returns the document.
+
+    Args:
+        study: which has been run.
+        out: the folder of its results.
+        docs: the folder of the document.
+        command: repeats the study.
+
+    Raises:
+        FileNotFoundError: a result is missing.
+    """
+    plan, rates = study.plan(out), study.chosen(out)
+    found = [
+        row | {"recipe": name, "seed": int(Path(row["folder"]).name.removeprefix("seed-"))}
+        for (name, _), step in plan.measured.items()
+        for row in read(step.folder)["rows"]
+    ]
+    longer = [
+        row | {"recipe": name, "budget": steps}
+        for (name, steps), step in plan.longer.items()
+        for row in read(step.folder)["rows"]
+    ]
+    first = read(next(iter(plan.measured.values())).folder)
+    facts = {
+        name: (
+            f"{parameters(plan.trained[name, study.seeds[0]].folder / 'model'):,}",
+            f"{rates[name]:g}" + (f", as {recipe.tuned_as}" if recipe.tuned_as else ""),
+        )
+        for name, recipe in study.recipes.items()
+    }
+    others = [name for name, r in study.recipes.items() if any("configs/network/" in f for f in r.overlays)]
+    settings = first["settings"] | {"floor": first["floor"]}
+    text = document(found, longer, study.distances(out), facts, command, settings, others=others)
+    docs.mkdir(parents=True, exist_ok=True)
+    curves(first_order(found), first["floor"], docs / "compare.png")
+    shutil.copyfile(plan.sheet.folder / "sheet.png", docs / "compare-sheet.png")
+    (docs / "compare.md").write_text(text, encoding="utf-8")
+    return docs / "compare.md"

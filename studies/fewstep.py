@@ -1,12 +1,12 @@
-"""Writes docs/fewstep.md and its pictures from what `make fewstep` measured.
+"""docs/fewstep.md, from the results of configs/studies/fewstep.yaml: claims, tables and pictures.
 
-python -m tools.fewstep
+The file fewstep.md beside this one holds the text, with a name in braces for each table.
 """
 
 import json
 import shutil
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,31 +16,28 @@ from torch import Tensor
 
 from data import digits
 from data.shapes import CATEGORIES
-from metrics.study import curves, of, spread, table
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
+from studies.presentation import curves, spread, table
+from studies.results import Result, read, select, unique
+from studies.steps import Steps
 
-ROOT = Path(__file__).parents[1]
-RUNS, DOCS = ROOT / "runs" / "fewstep", ROOT / "docs"
+TEMPLATE = Path(__file__).with_suffix(".md")
 STEPS = (1, 2, 4, 8)
 WALKS, FINE = 24, 50  # trajectories that are drawn, and their steps
-Row = dict[str, Any]
 
 
-def results(folder: Path, seed: int | None = None) -> list[Row]:
-    """The rows of an evaluation, each with the model's name as its recipe."""
-    file = folder / "results.json"
-    if not file.is_file():
-        raise SystemExit(f"error: there is no {file}: run `make fewstep` first")
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return [row | {"recipe": Path(row.get("folder", row["model"])).name, "seed": seed} for row in rows]
+def rows_of(folder: Path, seed: int | None = None) -> list[Result]:
+    """The rows of an evaluation, each with the name of the model's folder as its recipe."""
+    return [row | {"recipe": Path(row["folder"]).name, "seed": seed} for row in read(folder)["rows"]]
 
 
-def values(rows: Iterable[Row], key: str, **wanted: object) -> list[float]:
-    return [row[key] for row in of(list(rows), **wanted)]
+def values(rows: Sequence[Result], key: str, **wanted: object) -> list[float]:
+    """A key of the rows whose other keys have these values."""
+    return [row[key] for row in select(rows, **wanted)]
 
 
-def ratios(rows: Sequence[Row], key: str, above: dict[str, Any], below: dict[str, Any]) -> list[float]:
+def ratios(rows: Sequence[Result], key: str, above: dict[str, Any], below: dict[str, Any]) -> list[float]:
     """One measurement over another, seed by seed."""
     pairs = zip(values(rows, key, **above), values(rows, key, **below), strict=True)
     return [a / b for a, b in pairs]
@@ -56,7 +53,7 @@ class Claim(NamedTuple):
     form: str = ".2f"
 
 
-def claims(rows: list[Row], straight: list[Row], guided: list[Row]) -> list[Claim]:
+def claims(rows: list[Result], straight: list[Result], guided: list[Result]) -> list[Claim]:
     """Those of the digits."""
     teacher, two = {"recipe": "teacher", "steps": FINE}, {"recipe": "2-rectified", "steps": FINE}
     one = {"recipe": "2-rectified", "steps": 1}
@@ -87,7 +84,8 @@ def claims(rows: list[Row], straight: list[Row], guided: list[Row]) -> list[Clai
     ]  # fmt: skip
 
 
-def by_steps(rows: list[Row], recipes: Sequence[str], key: str, form: str) -> str:
+def by_steps(rows: list[Result], recipes: Sequence[str], key: str, form: str) -> str:
+    """The table of one key by recipe and number of steps."""
     body = [[name, *(spread(values(rows, key, recipe=name, steps=n), form) for n in STEPS)] for name in recipes]
     return table(["", *(f"{n} step{'s' * (n > 1)}" for n in STEPS)], body)
 
@@ -122,74 +120,80 @@ def trajectories(before: Path, after: Path, file: Path) -> None:
     figure.savefig(file, format="png", metadata={"Software": None})
 
 
-def shapes(folder: Path) -> tuple[str, str]:
-    """Tables of the shapes: distances, and what the judge finds right by category."""
+def shapes(measured: list[Result], judged: list[Result], teacher: str) -> tuple[str, str]:
+    """Tables of the shapes: distances, and the share of right pictures by category. `teacher` is a recipe's name."""
 
-    def name(row: Row) -> str:
-        recipe = "teacher" if row["recipe"] == "shapes" else row["recipe"]
+    def name(row: Result) -> str:
+        recipe = "teacher" if row["recipe"] == teacher else row["recipe"]
         return f"{recipe}, {row['steps']} step{'s' * (row['steps'] > 1)}"
 
-    rows = results(folder / "measured")
-    full = of(rows, recipe="shapes", steps=20)[0]
-    shown = [full, *(row for row in rows if row is not full and row["steps"] < 20)]
+    full = select(measured, recipe=teacher, steps=20)[0]
+    shown = [full, *(row for row in measured if row is not full and row["steps"] < 20)]
     keys = (("evaluations", "g"), ("distance_ratio", ".2f"), ("accuracy", ".1%"), ("recall", ".2f"),
             ("pairwise_distance", ".1f"))  # fmt: skip
     body = [[name(row), *(format(row[key], form) for key, form in keys),
              f"{row['distance_ratio'] / full['distance_ratio']:.2f}"] for row in shown]  # fmt: skip
     head = ["", "evaluations", "FD ratio", "right", "recall", "pairwise distance", "FD over the teacher's in 20"]
-    judged = [row for steps in (20, 1, 2) for row in results(folder / f"judged-{steps}")]
     categories = [[name(row), *(f"{row[category]:.0%}" for category in CATEGORIES)] for row in judged]
     return table(head, body), table(["", *CATEGORIES], categories)
 
 
-def grids(file: Path) -> str:
+def grids(folder: Path) -> str:
     """The table of searched times."""
-    if not file.is_file():
-        raise SystemExit(f"error: there is no {file}: run `make fewstep` first")
-    found = json.loads(file.read_text(encoding="utf-8"))["found"]
+    found = json.loads((folder / "grid.json").read_text(encoding="utf-8"))["found"]
     body = [[str(row["steps"]), *(f"{row['distance'][name]:.4f}" for name in ("uniform", "searched")),
              row["spacing"].partition("=")[2]] for row in found]  # fmt: skip
     return table(["steps", "equal steps", "searched", "times"], body)
 
 
-def main() -> None:
-    if not (RUNS / "digits").is_dir():
-        raise SystemExit(f"error: there is no {RUNS / 'digits'}: run `make fewstep` first")
-    seeds = sorted(int(path.name) for path in (RUNS / "digits").iterdir() if path.name.isdecimal())
+def write(study: Steps, out: Path, docs: Path, command: str) -> Path:
+    """Writes fewstep.md and its pictures from the results alone. Returns the document.
+
+    Args:
+        study: which has been run.
+        out: the folder of its results.
+        docs: the folder of the document.
+        command: repeats the study.
+
+    Raises:
+        FileNotFoundError: a result is missing.
+    """
+
+    def place(name: str) -> Path:
+        return study.folder(name, out)
+
     rows, straight, guided = (
-        [row for seed in seeds for row in results(RUNS / "digits" / str(seed) / name, seed)]
+        [row for seed in study.seeds for row in rows_of(place(f"digits/{seed}/{name}"), seed)]
         for name in ("measured", "straightness", "guidance")
     )
-    distances, categories = shapes(RUNS / "shapes")
-    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    curves(rows, None, DOCS / "fewstep.png")
-    place = RUNS / "digits" / str(seeds[0])
-    trajectories(place / "teacher", place / "2-rectified", DOCS / "fewstep-trajectories.png")
-    shutil.copyfile(place / "measured" / "sheet.png", DOCS / "fewstep-digits.png")
-    shutil.copyfile(RUNS / "shapes" / "measured" / "sheet.png", DOCS / "fewstep-shapes.png")
+    judged = [row for steps in (20, 1, 2) for row in rows_of(place(f"shapes/judged-{steps}"))]
+    distances, categories = shapes(rows_of(place("shapes/measured")), judged, place("shapes/teacher").name)
     found = [[c.what, c.asked, spread(c.found, c.form), "yes" if c.holds else "no"]
              for c in claims(rows, straight, guided)]  # fmt: skip
     lengths = [[name, *(spread(values(straight, key, recipe=name), form) for key, form in
                         (("straightness", ".3f"), ("path_length", ".2f"), ("distance_ratio", ".2f")))]
                for name in ("teacher", "2-rectified")]  # fmt: skip
+    recipes, first = unique(rows, "recipe"), f"digits/{study.seeds[0]}"
     parts = {
+        "COMMAND": command,
+        "SEEDS": str(len(study.seeds)),
         "CLAIMS": table(["digits", "asked", "found", "holds"], found),
         "DISTANCE": by_steps(rows, recipes, "distance_ratio", ".2f"),
         "ACCURACY": by_steps(rows, recipes, "accuracy", ".1%"),
         "RECALL": by_steps(rows, recipes, "recall", ".2f"),
         "PAIRWISE": by_steps(rows, recipes, "pairwise_distance", ".2f"),
         "STRAIGHT": table(["50 Euler steps", "S", "path length", "FD ratio"], lengths),
-        "GRID": grids(place / "grid.json"),
+        "GRID": grids(place(f"{first}/grid")),
         "SHAPES": distances,
         "CATEGORIES": categories,
-        "SEEDS": str(len(seeds)),
     }
-    text = (ROOT / "tools" / "fewstep.md").read_text(encoding="utf-8")
+    text = TEMPLATE.read_text(encoding="utf-8")
     for name, part in parts.items():
         text = text.replace("{" + name + "}", part.rstrip("\n"))
-    (DOCS / "fewstep.md").write_text(text, encoding="utf-8")
-    print(f"Look at {DOCS / 'fewstep.md'}")
-
-
-if __name__ == "__main__":
-    main()
+    docs.mkdir(parents=True, exist_ok=True)
+    curves(rows, None, docs / "fewstep.png")
+    trajectories(place(f"{first}/teacher"), place(f"{first}/2-rectified"), docs / "fewstep-trajectories.png")
+    shutil.copyfile(place(f"{first}/measured") / "sheet.png", docs / "fewstep-digits.png")
+    shutil.copyfile(place("shapes/measured") / "sheet.png", docs / "fewstep-shapes.png")
+    (docs / "fewstep.md").write_text(text, encoding="utf-8")
+    return docs / "fewstep.md"

@@ -1,0 +1,136 @@
+"""What was measured as rows: how each number is written, Markdown tables, and the best of the rows.
+
+A *row* is what was measured of one model with one sampler and number of steps: the keys of `COLUMNS`, others at will.
+None, NaN or a missing key means not available. A *record* is `{"settings": {…}, "floor": float | None, "rows": […]}`:
+the settings are anything that JSON holds, the floor is the distance ratio of real pictures, as many as were sampled.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeGuard
+
+MISSING = "–"
+Row = dict[str, Any]
+Record = dict[str, Any]
+
+
+class Column(NamedTuple):
+    """How to show one key of the rows.
+
+    Attributes:
+        title: a few words, with the unit if there is one.
+        meaning: one line for the glossary.
+        better: "low", "high", or None where neither is.
+        format: a format specification for numbers; with "g" whole ones and those from 1000 are plain.
+    """
+
+    title: str
+    meaning: str
+    better: str | None
+    format: str
+
+
+COLUMNS = {
+    "model": Column("model", "The model that drew the pictures.", None, ""),
+    "sampler": Column("sampler", "The method that walks from noise to a picture.", None, ""),
+    "spacing": Column("spacing", "How the times of the steps are spread.", None, ""),
+    "steps": Column("steps", "Steps from noise to picture.", None, ".3g"),
+    "evaluations": Column("evaluations", "Calls of the denoiser for one picture.", None, ".4g"),
+    "guidance": Column("guidance", "Scale of classifier-free guidance; 1 is none.", None, ".3g"),
+    "samples": Column("samples", "Pictures measured.", None, ".3g"),
+    "seconds_per_picture": Column("s / picture", "Seconds of sampling for one picture.", "low", "#.3g"),
+    "accuracy": Column("accuracy", "Share of the pictures that show what was asked for.", "high", ".1%"),
+    "distance": Column("FD", "Fréchet distance of the features to those of the reference pictures.", "low", "#.3g"),
+    "distance_ratio": Column(
+        "FD ratio", "FD over that of the other real pictures; 1 means as close as real ones are.", "low", ".2f"
+    ),
+    "kernel_distance": Column(
+        "KD", "Squared kernel distance (KID) to reference pictures; noise near 0.", "low", "#.3g"
+    ),
+    "inception_score": Column("IS", "Inception score, from 1 to the number of classes.", "high", "#.3g"),
+    "spatial_distance": Column("sFD", "Fréchet distance of features that keep their places (sFID).", "low", "#.3g"),
+    "precision": Column("precision", "Share of the samples that look like reference pictures.", "high", ".1%"),
+    "recall": Column("recall", "Share of the reference pictures that the samples reach.", "high", ".1%"),
+    "neighbour_ratio": Column(
+        "neighbours",
+        "Distance to the nearest other real picture, over that of reference pictures; far below 1 means copies.",
+        None,
+        ".2f",
+    ),
+    "pairwise_distance": Column(
+        "variety",
+        "Mean distance of the features of two digits, or of any two scenes, that were drawn; 0 is one picture.",
+        None,
+        "#.3g",
+    ),
+    "duplicates": Column("repeats", "Samples that equal another one, already counted, in every pixel.", "low", ".3g"),
+    "path_length": Column("path length", "Length of the walk from noise to picture.", None, "#.3g"),
+    "straightness": Column(
+        "straightness",
+        "Squared departure of the walk from a straight line at constant speed; 0 is none.",
+        "low",
+        "#.3g",
+    ),
+    "clip_score": Column(
+        "CLIP score", "100 times the cosine of picture and caption, as CLIP sees them.", "high", "#.3g"
+    ),
+}
+
+
+def column(key: str) -> Column:
+    """The column of a key; one that `COLUMNS` lacks has itself as the title."""
+    return COLUMNS.get(key, Column(key, "", None, "#.3g"))
+
+
+def available(value: object) -> bool:
+    """Whether there is a value: neither None nor a NaN or infinity."""
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number, and an available one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and available(value)
+
+
+def shown(key: str, value: object) -> str:
+    """A value as its column formats it; "–" if it is not available."""
+    if not is_number(value):
+        return str(value) if available(value) else MISSING
+    form = column(key).format
+    plain = form.endswith("g") and (isinstance(value, int) or abs(value) >= 999.5)
+    return f"{value:.0f}" if plain else format(value, form).rstrip(".")
+
+
+def keys(rows: Iterable[Row]) -> list[str]:
+    """All keys of the rows, in the order in which they first occur."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def table(rows: list[Row], columns: list[str]) -> str:
+    """A Markdown table with these keys as columns, ending in a newline."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in cells) + " |\n"
+
+    text = [any(isinstance(row.get(key), str) for row in rows) for key in columns]
+    rule = "|" + "|".join("---" if left else "---:" for left in text) + "|\n"
+    head = line(column(key).title for key in columns)
+    return head + rule + "".join(line(shown(key, row.get(key)) for key in columns) for row in rows)
+
+
+def best(rows: list[Row]) -> set[tuple[int, str]]:
+    """(index of the row, key) of the best values among the rows of equal steps.
+
+    Values that read the same are equally good; where all do, none is best.
+    """
+    found = set()
+    for key in keys(rows):
+        pick: Callable[[Iterable[float]], float] | None = {"low": min, "high": max}.get(column(key).better or "")
+        if pick is None:
+            continue
+        for steps in {row.get("steps") for row in rows}:
+            group = {i: row[key] for i, row in enumerate(rows) if row.get("steps") == steps and available(row.get(key))}
+            if len({shown(key, value) for value in group.values()}) > 1:
+                winner = shown(key, pick(group.values()))
+                found |= {(i, key) for i, value in group.items() if shown(key, value) == winner}
+    return found

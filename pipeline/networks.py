@@ -1,0 +1,75 @@
+"""Which networks a model folder can hold, and how each is read and written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from baselines.dit import KINDS as TRANSFORMERS
+from mmdit import checkpoint
+from mmdit.network import Network
+from storage.weights import DType, dtype_of, open_folder, read_json
+
+
+class Format(NamedTuple):
+    """How a kind of network is kept.
+
+    Args:
+        subfolder: of the model folder.
+        save: writes config and weights there; OSError on failure.
+        listed: library and class, for `model_index.json`.
+    """
+
+    subfolder: str
+    save: Callable[[Any, Path], None]
+    listed: Callable[[Any], list[str]]
+
+
+def _mmdit(network: Any) -> list[str]:
+    own = checkpoint.beyond(network)
+    return ["mmdit.model", checkpoint.OWN] if own else ["diffusers", checkpoint.THEIRS]
+
+
+def _save(network: Any, folder: Path) -> None:
+    network.save(folder)
+
+
+FORMATS = {  # by the network's class
+    "MMDiT": Format("transformer", checkpoint.save, _mmdit),
+    "UNet": Format("unet", _save, lambda _: ["diffusers", "UNet2DConditionModel"]),
+    **{
+        name: Format("transformer", _save, lambda network: ["baselines.dit", type(network).__name__])
+        for name in TRANSFORMERS
+    },
+}
+
+
+def format_of(network: Network) -> Format:
+    """How this network is kept."""
+    return FORMATS[type(network).__name__]
+
+
+def load(folder: Path, device: str, dtype: Callable[[torch.dtype], DType]) -> tuple[Network, DType]:
+    """The network of a model folder and the type of its weights.
+
+    Args:
+        folder: the model folder.
+        device: where the network goes.
+        dtype: the type in memory of weights that are stored in another.
+
+    Raises:
+        ValueError, FileNotFoundError: in one line, if anything is missing, damaged or of another kind.
+    """
+    if (folder / "unet").is_dir():
+        from baselines.unet import UNet  # diffusers is slow to import
+
+        if dtype(torch.float32) != "float32":
+            raise ValueError(f"{folder} holds a UNet, which is read in float32 only")
+        return UNet.load(folder / "unet").to(device), "float32"
+    place = folder / "transformer"
+    held = dtype(open_folder(place, checkpoint.STEM).dtype)
+    kind = read_json(place / checkpoint.CONFIG).get("_class_name")
+    if isinstance(kind, str) and kind in TRANSFORMERS:
+        return TRANSFORMERS[kind].load(place).to(device, dtype_of(held)), held
+    return checkpoint.load(place, held, device), held

@@ -1,0 +1,1 @@
+"""Models measured: one by one, by category, and in studies."""

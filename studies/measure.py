@@ -1,0 +1,206 @@
+"""Draws pictures with one setting of a model and compares them with real ones."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from data.examined import Examined, Half
+from metrics import report
+from metrics.clip_score import clip_score
+from metrics.distance import Measure
+from metrics.distribution import enough
+from metrics.features import CLIPFeatures, load_features
+from metrics.figures import sheet_image
+from metrics.straightness import path_length, straightness
+from metrics.table import Row, table
+from pipeline import Pipeline
+from pipeline.sampling import Sampling
+
+PRINTED = ["model", "sampler", "steps", "evaluations", "accuracy", "distance_ratio", "neighbour_ratio", "duplicates"]
+
+
+class Setting(NamedTuple):
+    """What one row of the result is about."""
+
+    name: str  # of the model
+    folder: str
+    pipe: Pipeline
+    sampling: Sampling
+
+
+class Drawn(NamedTuple):
+    """Pictures, and how they came about."""
+
+    pictures: Tensor  # (N, C, H, W) in [0, 1], in 256 levels, as a PNG would hold them
+    evaluations: float  # of the network, for each picture
+    seconds: float  # for each picture
+    path_length: float  # means over the pictures, in straight coordinates
+    straightness: float
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """The paths without the folders that all of them begin with and end with: a/rf/1 and a/edm/1 are rf and edm."""
+    parts = [path.parts for path in paths]
+    while len(paths) > 1 and min(map(len, parts)) > 1:
+        for end in (0, -1):
+            if len({part[end] for part in parts}) == 1:
+                parts = [part[1:] if end == 0 else part[:-1] for part in parts]
+                break
+        else:
+            break
+    return [str(Path(*part)) for part in parts]
+
+
+def draw(
+    setting: Setting,
+    examined: Examined,
+    first_seed: int,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Drawn:
+    """A picture for each prompt, with everything measured on the way.
+
+    Args:
+        setting: model and sampling.
+        examined: the prompts, and how pictures are compared.
+        first_seed: of the first picture; the next one's is one more.
+        batch_size: pictures at a time.
+        progress: called with the number of pictures after each batch.
+
+    Raises:
+        ValueError: in one line, if the model cannot be sampled so.
+    """
+    _, _, pipe, sampling = setting
+    prompts = examined.prompts
+    seeds = range(first_seed, first_seed + len(prompts))
+    _, _, times = pipe.plan(sampling)
+    a, b = pipe.objective.path(times)
+    scale, tau = a + b, b / (a + b)
+    pictures, lengths, bends, calls, seconds = [], [], [], 0, 0.0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal calls
+        calls += len(inputs[0])
+
+    hook = cast(nn.Module, pipe.network).register_forward_pre_hook(count)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        walk: list[Tensor] = []
+        began = time.perf_counter()
+        images = pipe(
+            prompts[part],
+            seeds[part],
+            sampling=sampling,
+            callback=lambda done, z, x0, walk=walk: walk.append((z / scale[done]).cpu()),  # type: ignore[misc]
+        )
+        seconds += time.perf_counter() - began
+        pictures.append(examined.compared(images).mul(255).round() / 255)
+        lengths.append(path_length(walk))
+        bends.append(straightness(walk, tau))
+        progress(len(images))
+    hook.remove()
+    n = len(prompts)
+    return Drawn(
+        torch.cat(pictures), calls / n, seconds / n, torch.cat(lengths).mean().item(), torch.cat(bends).mean().item()
+    )
+
+
+class AgainstReal:
+    """Compares the pictures of each setting with real ones: one row of distances for each.
+
+    Args:
+        examined: prompts and real pictures.
+        out: folder of results, plot, sheet and report.
+        reference: the half of the real pictures that distances are to.
+        features: the network of features, as `metrics.features.load_features` reads it; none takes the data set's own.
+        clip: folder of a CLIP model for the CLIP score; none leaves the score out.
+        seed: of the first picture, to write down.
+        device: of the models, to write down.
+
+    Raises:
+        ValueError: in one line, where these do not fit each other, or there are too few samples.
+        FileNotFoundError: likewise, a network is missing.
+    """
+
+    def __init__(
+        self,
+        examined: Examined,
+        out: Path,
+        reference: Half = "held_out",
+        features: str | None = None,
+        clip: Path | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        self.examined, self.out = examined, out
+        network = load_features(features or examined.features)
+        self.clip = CLIPFeatures(clip) if clip else None
+        if self.clip:
+            self.clip.text(["a picture"])  # a folder without a tokenizer should fail now
+        enough(len(examined.prompts), network.num_features)
+        self.other: Half = "train" if reference == "held_out" else "held_out"
+        self.measure = Measure(network, examined.real[self.other], examined.real[reference])
+        real = examined.alike(self.other)
+        self.floor = self.measure.floor(real) if len(real) > network.num_features else None
+        self.settings: dict[str, Any] = {
+            "data": examined.name,
+            "features": network.name,
+            "preprocessing": network.preprocessing,
+            "reference": reference,
+            "real_distance": self.measure.real_distance,
+            **examined.settings,
+            "first_seed": seed,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        }
+        self.rows: list[Row] = []
+        self.shown: list[tuple[Setting, Tensor]] = []
+
+    def batch_size(self, pipe: Pipeline) -> int:
+        """Pictures at a time, unless the user says otherwise."""
+        return pipe.batch_size()
+
+    def add(self, setting: Setting, drawn: Drawn) -> None:
+        """Measures the pictures of a setting."""
+        quality = self.measure.quality(drawn.pictures, self.examined.labels)
+        if self.examined.by_rule:
+            verdicts = self.examined.verdicts(drawn.pictures)
+            quality = quality._replace(accuracy=sum(verdict.right for verdict in verdicts) / len(verdicts))
+        row = {
+            "model": setting.name,
+            "folder": setting.folder,
+            **asdict(setting.sampling),
+            "shift": setting.pipe.shift(),
+            "evaluations": drawn.evaluations,
+            "samples": len(drawn.pictures),
+            "seconds_per_picture": drawn.seconds,
+            **quality._asdict(),
+            "path_length": drawn.path_length,
+            "straightness": drawn.straightness,
+            "clip_score": self.clip and clip_score(self.clip, drawn.pictures, self.examined.prompts),
+        }
+        self.rows.append(row)
+        self.shown.append((setting, drawn.pictures[self.examined.shown]))
+
+    def finish(self) -> str:
+        """Writes results, plot, sheet and report; returns what to tell the user."""
+        several = len({setting.sampling.sampler for setting, _ in self.shown}) > 1
+        sheet = {
+            (f"{s.name}, {s.sampling.sampler}" if several else s.name, s.sampling.steps): some for s, some in self.shown
+        }
+        series, steps = list(dict.fromkeys(key[0] for key in sheet)), list(dict.fromkeys(key[1] for key in sheet))
+        record = {"settings": self.settings, "floor": self.floor, "rows": self.rows}
+        report.write(record, sheet_image(sheet, series, steps, self.examined.side), self.out)
+        text = table(self.rows, PRINTED)
+        if self.floor is not None:
+            half = "training" if self.other == "train" else "held-out"
+            text += f"FD ratio of real {half} {self.examined.amount}: {self.floor:.2f}\n"
+        return text + f"Look at {self.out / 'report.html'}"

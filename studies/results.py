@@ -1,0 +1,30 @@
+"""What evaluations found, read and selected.
+
+A result is a row of `metrics.report` with two more keys: the `recipe` of the model and the `seed` of its training.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+KEY = "distance_ratio"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `evaluate.py` wrote to a folder; FileNotFoundError if there is nothing."""
+    file = folder / "results.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}: the study lacks the step that writes it")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def select(results: Iterable[Result], **wanted: object) -> list[Result]:
+    """The results whose keys have these values."""
+    return [r for r in results if all(r.get(key) == value for key, value in wanted.items())]
+
+
+def unique(results: Iterable[Result], key: str) -> list[Any]:
+    """The values of a key, in the order in which they come."""
+    return list(dict.fromkeys(r[key] for r in results))

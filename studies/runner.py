@@ -1,0 +1,182 @@
+"""Runs the steps of a study: each after those that it needs, several at a time, and none twice."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+RESULTS = {  # command → the file in its folder that is there once it has succeeded
+    "train.py fit": "model/model_index.json",
+    "sample.py pairs": "report.json",
+    "sample.py grid": "grid.json",
+    "evaluate.py": "results.json",
+    "encode.py": "report.json",
+}
+POLL = 0.05  # seconds between two looks at the running commands
+
+
+def result_of(command: Sequence[str]) -> str:
+    """The file that a command of this project leaves in its folder; ValueError if it is no such command."""
+    for words, file in RESULTS.items():
+        if list(command[: len(words.split())]) == words.split():
+            return file
+    raise ValueError(f"`{' '.join(command[:2])}` is no command of a study: take {', '.join(RESULTS)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A command whose result is a folder.
+
+    The command is kept beside the folder as `NAME.command.json`, so that the result of another command is not taken for
+    this one's. What it prints follows it in `NAME.log`.
+
+    Args:
+        command: what follows `python`.
+        folder: of the result.
+        result: the file in the folder that is there once the command has succeeded.
+        needs: the steps whose results it reads.
+        failure: words in its error message with which a failure counts as a result; steps that need it are left out.
+    """
+
+    command: tuple[str, ...]
+    folder: Path
+    result: str
+    needs: tuple["Step", ...] = ()
+    failure: str | None = None
+
+    @property
+    def note(self) -> Path:
+        """The file that holds the command of the result."""
+        return self.folder.with_name(f"{self.folder.name}.command.json")
+
+    @property
+    def log(self) -> Path:
+        """The file that holds what the command printed."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def is_done(self) -> bool:
+        """Whether the result is there; ValueError if it is, but of another command."""
+        if not (self.note.is_file() and (self.folder / self.result).is_file()):
+            return False
+        if json.loads(self.note.read_text(encoding="utf-8")) != list(self.command):
+            raise ValueError(f"{self.folder} holds the result of another command: remove it, or choose another --out")
+        return True
+
+    def start(self, threads: int) -> Popen:
+        """Starts the command. One that has been stopped before goes on, as all commands of this project do."""
+        self.note.unlink(missing_ok=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        self.log.write_text(f"$ python {shlex.join(self.command)}\n", encoding="utf-8")
+        with self.log.open("ab") as log:
+            command = [sys.executable, *self.command]
+            return Popen(command, stdin=DEVNULL, stdout=log, stderr=STDOUT, cwd=ROOT, env=environment)
+
+    def finish(self, status: int) -> bool:
+        """Notes that the command has ended with this status. Returns whether there is a result.
+
+        Raises:
+            ValueError: it failed.
+            OSError: it failed with status 1, which is the machine's fault.
+        """
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        reason = lines[-1].removeprefix("error: ") if len(lines) > 1 else "no message"
+        if status == 0:
+            if (self.folder / self.result).is_file():
+                self.note.write_text(json.dumps(self.command), encoding="utf-8")
+                return True
+            reason = f"it left no {self.result}"
+        elif self.failure and self.failure in reason:
+            return False
+        fault = f"{self.folder} failed with status {status}: {reason} (its command and all output: {self.log})"
+        raise (OSError if status == 1 else ValueError)(fault)
+
+
+def ordered(goals: Iterable[Step]) -> list[Step]:
+    """The goals and all that they need, each step after its needs; ValueError if two have the same folder."""
+    found: dict[Path, Step] = {}
+
+    def add(step: Step) -> None:
+        for need in step.needs:
+            add(need)
+        if found.setdefault(step.folder, step) is not step:
+            raise ValueError(f"two steps write to {step.folder}: give one of them another folder")
+
+    for step in goals:
+        add(step)
+    return list(found.values())
+
+
+def check_sources(steps: Iterable[Step], done: set[Step]) -> None:
+    """ValueError if a result was made from one that is not there any more, and would be made anew."""
+    for step in steps:
+        for need in step.needs:
+            if step in done and need not in done:
+                raise ValueError(f"{step.folder} was made from {need.folder}, which is gone: remove the former too")
+
+
+def run(goals: Iterable[Step], title: str, at_once: int) -> None:
+    """Runs what is not done yet of the goals and of all that they need. At the first failure all other commands stop.
+
+    Args:
+        goals: the steps whose results are wanted.
+        title: of the progress bar.
+        at_once: commands at a time, which share the cores.
+
+    Raises:
+        ValueError: a step failed, or a folder holds the result of another command.
+        OSError: a step failed through the machine's fault.
+    """
+    steps = ordered(goals)
+    done = {step for step in steps if step.is_done()}
+    check_sources(steps, done)
+    waiting = [step for step in steps if step not in done]
+    running: dict[Step, Popen] = {}
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    with tqdm(total=len(steps), initial=len(done), desc=title, unit="step") as bar:
+        try:
+            while waiting or running:
+                ready = [step for step in waiting if done.issuperset(step.needs)]
+                for step in ready[: at_once - len(running)]:
+                    waiting.remove(step)
+                    running[step] = step.start(threads)
+                bar.set_postfix_str(", ".join("/".join(step.folder.parts[-2:]) for step in running))
+                step = first_to_end(running)
+                if step.finish(running.pop(step).returncode):
+                    done.add(step)
+                else:
+                    left_out = needing(step, waiting)
+                    waiting = [other for other in waiting if other not in left_out]
+                    bar.update(len(left_out))
+                bar.update()
+        finally:
+            for process in running.values():
+                process.terminate()  # a training ends its step and writes a checkpoint
+            for process in running.values():
+                process.wait()
+
+
+def first_to_end(running: dict[Step, Popen]) -> Step:
+    """Waits until one of the commands has ended."""
+    while True:
+        for step, process in running.items():
+            if process.poll() is not None:
+                return step
+        time.sleep(POLL)
+
+
+def needing(step: Step, others: Iterable[Step]) -> set[Step]:
+    """Those of the others, in order, that need a step or need one that does."""
+    found = {step}
+    for other in others:
+        if not found.isdisjoint(other.needs):
+            found.add(other)
+    return found - {step}

@@ -1,0 +1,112 @@
+"""What docs/fewstep.md makes of results, here invented ones: claims, tables, the text and the pictures."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import compare
+from data.shapes import CATEGORIES
+from pipeline import Pipeline
+from studies import fewstep
+from studies.results import Result
+from studies.steps import Steps
+
+ROOT = Path(__file__).parents[1]
+FD = {"teacher": 8.0, "ddim": 9.0, "2-rectified": 1.0, "distilled": 1.02, "meanflow": 1.2, "guided": 1.04}
+
+
+def row(folder: Path, steps: int, seed: int = 1, **keys: float) -> Result:
+    """Invented numbers: the FD ratio is that above over the steps, and a tenth more with each seed."""
+    fd = FD.get(folder.name, 1.0) / steps + 0.1 * (seed - 1)
+    rest = {"distance_ratio": fd, "accuracy": 0.99, "recall": 0.9, "pairwise_distance": 5.0, "path_length": 3.0,
+            "straightness": 0.02 if folder.name == "2-rectified" else 1.0, "evaluations": steps}  # fmt: skip
+    return {"model": folder.name, "folder": str(folder), "steps": steps, **rest, **keys}
+
+
+@pytest.fixture
+def study() -> Steps:
+    read = compare.read(ROOT / "configs/studies/fewstep.yaml")
+    assert isinstance(read, Steps)
+    return read
+
+
+@pytest.fixture
+def out(study: Steps, pipe: Pipeline, tmp_path: Path) -> Path:
+    """The folder of a study with a result for each of its measurements."""
+    out = tmp_path / "out"
+
+    def write(name: str, rows: list[Result]) -> None:
+        folder = study.folder(name, out)
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"rows": rows}))
+        Image.new("RGB", (8, 8)).save(folder / "sheet.png")
+
+    for seed in study.seeds:
+        digits = out / f"digits/{seed}"
+        models = [digits / name for name in ("teacher", "ddim", "2-rectified", "distilled", "meanflow")]
+        write(f"digits/{seed}/measured", [row(model, n, seed) for model in models for n in (1, 2, 4, 8)])
+        write(f"digits/{seed}/straightness", [row(digits / name, 50, seed) for name in ("teacher", "2-rectified")])
+        guided = [row(digits / "teacher", 8, evaluations=16), row(digits / "guided", 8)]
+        write(f"digits/{seed}/guidance", guided)
+    for name in ("teacher", "2-rectified"):
+        pipe.save(out / "digits/1" / name / "model")
+    found = [{"steps": 2, "distance": {"uniform": 0.5, "searched": 0.25}, "spacing": "given:times=1/0.4"}]
+    study.folder("digits/1/grid", out).mkdir()
+    (study.folder("digits/1/grid", out) / "grid.json").write_text(json.dumps({"found": found}))
+    teacher, two, one = Path("runs/shapes"), out / "shapes/2-rectified", out / "shapes/distilled"
+    write("shapes/measured", [row(model, n) for model in (teacher, two, one) for n in (1, 2, 4, 8, 20)])
+    scores = dict.fromkeys(CATEGORIES, 0.95)
+    write("shapes/judged-20", [row(teacher, 20) | scores])
+    for n in (1, 2):
+        write(f"shapes/judged-{n}", [row(two, n) | scores, row(one, n) | scores])
+    return out
+
+
+def test_claims_compare_seed_by_seed() -> None:
+    def of(recipe: str, steps: int, seed: int, **keys: float) -> Result:
+        return row(Path(recipe), steps, seed, **keys) | {"recipe": recipe, "seed": seed}
+
+    rows = [of(name, n, seed) for seed in (1, 2) for name in FD for n in (1, 2, 8, 50)]
+    guided = [of("teacher", 8, 1, evaluations=16.0), of("guided", 8, 1, distance_ratio=1.06)]
+    found = {claim.what: claim for claim in fewstep.claims(rows, rows, guided)}
+    straight = found["straightness S of the 2-rectified model over the teacher's"]
+    assert (straight.found, straight.holds) == ([0.02, 0.02], True)
+    one = found["one Euler step, 2-rectified: FD ratio"]
+    assert (one.found, one.holds) == ([1.0, 1.1], False)  # 1.05 in the mean
+    assert found["MeanFlow from nothing, one step: FD ratio"].holds
+    assert not found["learned guidance over the guided teacher, 8 steps: FD"].holds
+    assert found["its evaluations over the teacher's"].found == [0.5]
+    assert found["recall of one step, 2-rectified, over the teacher's in 8"].found == [1.0, 1.0]
+
+
+def test_the_document_holds_every_number_and_its_pictures(study: Steps, out: Path, tmp_path: Path) -> None:
+    file = fewstep.write(study, out, tmp_path / "docs", "python compare.py x")
+    text = file.read_text()
+    assert {f.name for f in file.parent.iterdir()} == {
+        "fewstep.md", "fewstep.png", "fewstep-trajectories.png", "fewstep-digits.png", "fewstep-shapes.png",
+    }  # fmt: skip
+    assert "`python compare.py x`, 3 seeds" in text
+    assert "| teacher | 8.10 ± 0.10 | 4.10 ± 0.10 | 2.10 ± 0.10 | 1.10 ± 0.10 |" in text
+    assert "| straightness S of the 2-rectified model over the teacher's | ≤ 0.05 | 0.0200 ± 0.0000 | yes |" in text
+    assert "| 2 | 0.5000 | 0.2500 | 1/0.4 |" in text
+    assert "| teacher, 20 steps | 20 | 0.05 | 99.0% | 0.90 | 5.0 | 1.00 |" in text
+    assert "| distilled, 1 step |" + " 95% |" * len(CATEGORIES) in text
+    assert not re.search(r"\{[A-Z]+\}", text)
+    assert Image.open(file.with_name("fewstep-trajectories.png")).size[0] > 600
+
+
+def test_a_missing_result_is_named(study: Steps, out: Path, tmp_path: Path) -> None:
+    (out / "shapes/judged-2/results.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*shapes/judged-2/results.json"):
+        fewstep.write(study, out, tmp_path / "docs", "x")
+    assert not (tmp_path / "docs").exists()
+
+
+def test_the_committed_document_is_of_the_committed_text() -> None:
+    document = (ROOT / "docs/fewstep.md").read_text()
+    text = fewstep.TEMPLATE.read_text().replace("{COMMAND}", "python compare.py configs/studies/fewstep.yaml")
+    for part in re.split(r"\{[A-Z]+\}", text):
+        assert part in document

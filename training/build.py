@@ -1,0 +1,126 @@
+"""A config to the trainer, the module and the data."""
+
+import hashlib
+from inspect import signature
+from pathlib import Path
+
+import lightning as L
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from data.module import Data
+from data.sizes import SIZE_FEATURES
+from engine.checkpoint import Checkpoints
+from engine.log import JSONLinesLogger
+from engine.meter import Meter
+from engine.progress import StepProgress
+from engine.resume import Resume
+from mmdit import lora
+from mmdit.model import MMDiT
+from pipeline import Pipeline
+from training.cost import StepCost
+from training.generator import Generator
+from training.run_folder import CHECKPOINTS, Run
+from training.saving import ModelWriter, Snapshots
+
+
+def base_of(config: Namespace) -> str | None:
+    """Where the network comes from, if low-rank updates of it are to be trained; ValueError if it is a new one."""
+    if config.lora is None:
+        return None
+    if config.network.class_path != "mmdit.checkpoint.load":
+        raise ValueError("lora updates a network from disk: network.class_path must be mmdit.checkpoint.load")
+    arguments = config.network.init_args
+    grown = [name for name in signature(MMDiT.grow).parameters if name != "self" and arguments[name]]
+    if grown:
+        raise ValueError(f"lora updates the network as it is: it cannot learn network.{', '.join(grown)}")
+    base = Path(config.network.init_args.path).resolve()
+    base = base.parent if base.name == "transformer" and not (base / "model_index.json").exists() else base
+    if base.is_dir() and not (base / "model_index.json").is_file():
+        raise ValueError(f"lora needs the whole model, to sample with: {base} has no model_index.json")
+    return str(base)
+
+
+def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Data]:
+    """The trainer, the module and the data of an instantiated config.
+
+    Args:
+        config: all sections.
+        base: where a network comes from of which low-rank updates are trained.
+
+    Raises:
+        ValueError: the sections do not fit each other.
+    """
+    generator, data = build_generator(config, base)
+    return build_trainer(config, generator), generator, data
+
+
+def build_generator(config: Namespace, base: str | None) -> tuple[Generator, Data]:
+    """The module and the data. Arguments and errors as `build`'s."""
+    run: Run = config.run
+    network, text, codec, objective = config.network.train(), config.text, config.codec, config.objective
+    if config.lora:
+        lora.add(network, config.lora)
+    if any(p.requires_grad and p.dtype != torch.float32 for p in network.parameters()):
+        raise ValueError("weights that learn must be float32, or small steps vanish: leave out network.init_args.dtype")
+    data: Data = config.data(text, codec, run.seed)
+    config.strategy.check(run.world, data.batch_size)
+    data.check(run.world)
+    for name in ("text_mask", "picture_channels", "level_embeds"):
+        needed = getattr(data, name)
+        if getattr(network, name) != needed:
+            raise ValueError(f"network.{name} is {getattr(network, name)} and the data need {needed}: make them agree")
+    teacher = config.teacher and config.teacher.load(objective, codec, text, network, data.sized)
+    pipeline = Pipeline(network, objective, codec, text, config.sampling)
+    if data.sized != pipeline.sized:
+        needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)
+        how = "with" if data.sized else "without"
+        raise ValueError(f"network.pooled_dim must be {needed} {how} data.size_conditioning, got {network.pooled_dim}")
+    for height, width in {(data.side, data.side), *data.sizes}:  # a patch that does not fit should fail now
+        pipeline.plan(config.sampling, None, height, width)
+    config.optimization.check(run.steps)
+    generator = Generator(
+        pipeline, run, data.batch_size, config.optimization, config.ema, config.strategy, config.grid, data.side,
+        ModelWriter(pipeline, run.folder, base), teacher, config.terms, data.examples(config.grid.columns),
+    )  # fmt: skip
+    return generator, data
+
+
+def build_trainer(config: Namespace, generator: Generator) -> L.Trainer:
+    """Lightning's trainer of a module."""
+    run, strategy, writer = config.run, config.strategy, generator.writer
+    loggers: list[Logger] = [JSONLinesLogger(run.folder / "log.jsonl")]
+    if run.wandb != "off":
+        place = run.folder.resolve()
+        identity = hashlib.sha256(str(place).encode()).hexdigest()[:12]  # a resumed run goes on in the same place
+        offline = run.wandb == "offline"
+        loggers.append(WandbLogger(project="mmdit", name=place.name, id=identity, save_dir=run.folder, offline=offline))
+    cost = StepCost(writer.network, generator.objective, generator.teacher, writer.base is None)
+    meter = Meter(run.log_every, cost, run.precision)
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS, strategy.sharded_checkpoint)
+    callbacks: list[Callback] = [StepProgress()]
+    if every := config.ema.snapshot_every:
+        callbacks.append(Snapshots(run.folder / "snapshots", every, config.ema.widths, meter))
+    callbacks += [meter, Resume(checkpoints, run.checkpoint_every, run.validate_every, meter)]
+    return L.Trainer(
+        accelerator=run.accelerator,
+        devices=run.devices,
+        num_nodes=run.num_nodes,
+        strategy=strategy.lightning(run.world),
+        precision=run.precision,
+        accumulate_grad_batches=strategy.accumulate_grad_batches,
+        max_steps=run.steps,
+        val_check_interval=run.validate_every * strategy.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=run.log_every,
+        logger=loggers,
+        callbacks=callbacks,
+        inference_mode=False,  # or the weights that validation gathers could not be trained on
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=run.folder,
+    )

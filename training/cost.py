@@ -1,0 +1,43 @@
+"""What a batch costs: pictures, tokens and FLOPs of a training step."""
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from engine.flops import forward_flops
+from engine.meter import Cost
+from flow.objective import Objective
+from mmdit.network import Condition, Network
+from training.teacher import Teaching
+
+
+class StepCost:
+    """cost(batch) → Cost. The backward pass counts as two forward ones, for low-rank updates as one.
+
+    Args:
+        network: without numbers.
+        objective: what it learns.
+        teacher: what it learns from.
+        whole: all weights learn, and not only low-rank updates.
+    """
+
+    def __init__(self, network: Network, objective: Objective, teacher: Teaching | None, whole: bool) -> None:
+        self.network, self.objective, self.teacher = network, objective, teacher
+        self.passes = (3 if whole else 2) + objective.extra_passes
+        self.known: dict[tuple[tuple[int, ...], ...], Cost] = {}  # by the shapes of latents and text
+
+    def __call__(self, batch: Batch) -> Cost:
+        shapes = (tuple(batch.x0.shape), tuple(batch.text.shape))
+        if shapes not in self.known:
+            self.known[shapes] = self._count(batch.x0, Condition(**batch.condition()))
+        return self.known[shapes]
+
+    def _count(self, x0: Tensor, condition: Condition) -> Cost:
+        count, _, height, width = x0.shape
+        number = torch.empty(count)
+        given = condition._replace(guidance=number) if self.network.guidance_embeds else condition
+        flops = round(self.passes * forward_flops(self.network, x0, number, given))
+        if self.teacher:
+            flops += self.teacher.flops(x0, number, condition)
+        tokens = height * width // self.network.unit**2 + condition.text.shape[1]
+        return Cost(count, count * tokens, flops)

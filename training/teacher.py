@@ -1,0 +1,127 @@
+"""A model that is learned from: its output takes the place of what picture and noise say."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.latents import Codec
+from data.sizes import SIZE_FEATURES
+from data.text.clip import CLIPText
+from data.text.encoder import TextEncoder
+from engine.flops import forward_flops
+from engine.strategy import skeleton
+from flow.guidance import ClassifierFree
+from flow.objective import Field, Model, Objective
+from mmdit.network import Condition, Network
+from pipeline import Pipeline, Reading
+from pipeline.folder import read_network
+from storage.models import find_model
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model whose output is learned, in the place of what picture and noise say.
+
+    Args:
+        model: its folder, or a run's.
+        guidance: scale of its classifier-free guidance, which the student so learns to do without; two numbers are the
+            ends of a range, from which one is drawn for each picture and told to a network with guidance_embeds.
+    """
+
+    model: Path
+    guidance: float | tuple[float, float] = 1.0
+
+    def __post_init__(self) -> None:
+        low, high = self.range
+        if not 0 <= low <= high < math.inf:
+            raise ValueError(f"teacher.guidance must be a number of at least 0, or two that rise, got {self.guidance}")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Its ends."""
+        return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
+
+    def load(self, objective: Objective, codec: Codec, text: TextEncoder, student: Network, sized: bool) -> "Teaching":
+        """The model, with the training's codec and text encoders.
+
+        Raises:
+            ValueError: its output is not what the student is to learn.
+            FileNotFoundError: there is no model.
+        """
+        folder = find_model(self.model)
+        network, process, own = read_network(folder, Reading(dtype="stored"))
+        codecs = [{name: value for name, value in c.fingerprint().items() if name != "dtype"} for c in (own, codec)]
+        if codecs[0] != codecs[1]:
+            raise ValueError(f"teacher.model {self.model} has another codec")
+        if isinstance(text, CLIPText) and CLIPText(folder).fingerprint() != text.fingerprint():
+            raise ValueError(f"teacher.model {self.model} has other text encoders")
+        for name in ("path", "target"):
+            theirs, ours = (described.described()[name] for described in (process, objective))
+            if theirs != ours:
+                raise ValueError(
+                    f"teacher.model {self.model} learned another {name}: {theirs['class']}, not {ours['class']}"
+                )
+        if process.outputs > 1 or network.guidance_embeds:
+            raise ValueError(
+                f"teacher.model {self.model} has learned a variance or its guidance: it cannot be guided to teach"
+            )
+        for name in ("picture_channels", "level_embeds", "text_mask"):
+            if getattr(network, name) != getattr(student, name):
+                raise ValueError(f"teacher.model {self.model} has another {name} than its student: make them equal")
+        pipe = Pipeline(network, process, codec, text)
+        if pipe.sized != sized:
+            raise ValueError(
+                f"teacher.model {self.model} must be told of sizes like its student: set data.size_conditioning"
+            )
+        return Teaching(self, pipe)
+
+
+class Teaching:
+    """A teacher at work.
+
+    Args:
+        teacher: its settings.
+        pipe: the model.
+    """
+
+    def __init__(self, teacher: Teacher, pipe: Pipeline) -> None:
+        self.teacher, self.pipe = teacher, pipe
+        self.null: Condition | None = None
+
+    def to(self, device: torch.device) -> None:
+        """Moves the network, which does not learn."""
+        self.pipe.network.to(device).requires_grad_(False)
+
+    def lesson(self, condition: Condition, u: Tensor) -> tuple[Condition, Field]:
+        """What the student is told, and the teacher's guided output as a field.
+
+        Args:
+            condition: what the teacher is told.
+            u: uniform numbers (b,), which draw each picture's guidance.
+        """
+        low, high = self.teacher.range
+        scale = (low + (high - low) * u).to(condition.text.device)
+        model: Model = self.pipe.network
+        if self.teacher.range != (1, 1):
+            model = ClassifierFree(model, condition.null(self._null(condition)), scale[:, None, None, None])
+
+        def field(z: Tensor, t: Tensor, _: Condition, y: Tensor) -> Tensor:
+            return model(z, t, condition)
+
+        return condition._replace(guidance=scale) if low < high else condition, field
+
+    def _null(self, condition: Condition) -> Condition:
+        if self.null is None:
+            self.null = self.pipe.condition([""])
+        if not self.pipe.sized:
+            return self.null
+        pooled = self.null.pooled[:, :-SIZE_FEATURES].expand(len(condition.pooled), -1)  # both halves of the same sizes
+        return self.null._replace(pooled=torch.cat([pooled, condition.pooled[:, -SIZE_FEATURES:]], 1))
+
+    def flops(self, z: Tensor, t: Tensor, condition: Condition) -> int:
+        """Of one output."""
+        passes = 1 if self.teacher.range == (1, 1) else 2
+        return passes * forward_flops(skeleton(self.pipe.network), z, t, condition)
