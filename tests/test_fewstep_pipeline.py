@@ -119,7 +119,7 @@ def test_learned_guidance_takes_one_evaluation_a_step(pipe: Pipeline, taught: Pi
 
 
 @torch.no_grad()
-def test_learned_guidance_is_told_to_the_network(taught: Pipeline) -> None:
+def test_learned_guidance_is_an_input_of_the_network(taught: Pipeline) -> None:
     text, pooled = taught.text.encode(PROMPTS)
     outs = []
     for guidance in (1.0, 2.0, 5.0):
