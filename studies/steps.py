@@ -111,9 +111,7 @@ def references(name: str, command: str, names: Container[str]) -> dict[str, str]
         if word == "seed":
             raise ValueError(f"step {name}: the command contains {{seed}}, so the name must contain it, too")
         if meant not in names:
-            raise ValueError(
-                f"step {name}: the command contains {{{word}}}, but there is no step {word}: add or rename one"
-            )
+            raise ValueError(f"step {name}: the command contains {{{word}}}, but there is no step {word}: add it")
         found[word] = meant
     return found
 

@@ -59,7 +59,7 @@ def test_starts_from_the_distribution_of_the_transformer_it_is_compared_with(kin
 
 
 @both
-def test_tells_the_pipeline_its_sizes(kind) -> None:
+def test_the_network_reports_its_sizes(kind) -> None:
     network, theirs = (k(**SIZES, patch_size=4, out_channels=6) for k in (kind, MMDiT))
     names = ("in_channels", "out_channels", "text_dim", "pooled_dim", "sample_size", "unit", "largest", "depth")
     assert [getattr(network, name) for name in names] == [getattr(theirs, name) for name in names]
@@ -167,7 +167,7 @@ def test_blocks_follow_the_formula() -> None:
 
 
 @both
-def test_the_order_of_the_text_is_not_told(kind) -> None:
+def test_the_output_does_not_depend_on_the_order_of_the_text(kind) -> None:
     """Text has no positions; pictures have."""
     network = small(kind)
     z, t, condition = inputs()
@@ -184,7 +184,7 @@ def test_the_order_of_the_text_is_not_told(kind) -> None:
 
 
 @both
-def test_crossed_text_is_read_as_a_set_of_answers(kind) -> None:
+def test_repeated_tokens_change_attention_in_context_but_not_cross_attention(kind) -> None:
     """Each token told twice is the same to an attention of the text alone; in context it outweighs the image."""
     network = small(kind)
     z, t, condition = inputs()
@@ -209,7 +209,7 @@ def test_mask_hides_padding_and_no_mask_attends_to_it(kind) -> None:
 
 
 @both
-def test_samples_of_a_batch_do_not_meet(kind) -> None:
+def test_samples_of_a_batch_do_not_influence_each_other(kind) -> None:
     network = small(kind)
     z, t, condition = inputs()
     one = network(z[2:3], t[2:3], Condition(condition.text[2:3], condition.pooled[2:3]))
@@ -232,7 +232,7 @@ def test_every_input_and_every_option_changes_the_output(kind) -> None:
 
 
 @both
-def test_normalised_queries_and_keys_have_no_length(kind) -> None:
+def test_the_length_of_normalised_queries_and_keys_has_no_effect(kind) -> None:
     """Ten times longer ones are the same, in every attention of its own."""
     for qk_norm in (True, False):
         z, t, condition = inputs()

@@ -94,7 +94,7 @@ def test_training_builds_it_from_its_class_and_sizes(kind) -> None:
 
 
 @both
-def test_it_has_a_model_folder(kind, text: CLIPText, pipe: Pipeline, tmp_path: Path) -> None:
+def test_it_is_saved_in_a_model_folder(kind, text: CLIPText, pipe: Pipeline, tmp_path: Path) -> None:
     ours = whole(kind, text, pipe)
     ours.save(tmp_path / "model")
     index = json.loads((tmp_path / "model/model_index.json").read_text())
@@ -120,7 +120,7 @@ def test_it_has_a_model_folder(kind, text: CLIPText, pipe: Pipeline, tmp_path: P
 
 
 @both
-def test_what_belongs_to_mmdit_alone_is_refused(kind, text: CLIPText, pipe: Pipeline, tmp_path: Path) -> None:
+def test_features_of_mmdit_alone_are_refused(kind, text: CLIPText, pipe: Pipeline, tmp_path: Path) -> None:
     ours, name = whole(kind, text, pipe), kind.__name__
     ours.save(tmp_path / "model")
     with pytest.raises(ValueError, match=f"is a {name}, and only an MMDiT takes a LoRA"):
@@ -132,7 +132,7 @@ def test_what_belongs_to_mmdit_alone_is_refused(kind, text: CLIPText, pipe: Pipe
 
 
 @both
-def test_an_export_says_what_it_is(kind, text: CLIPText, pipe: Pipeline, tmp_path: Path) -> None:
+def test_an_export_states_the_kind_of_network(kind, text: CLIPText, pipe: Pipeline, tmp_path: Path) -> None:
     ours = whole(kind, text, pipe)
     said = as_folder(ours, tmp_path / "out", tmp_path, "digits")
     assert said == f"is for sample.py: diffusers has no {kind.__name__} of this kind"

@@ -7,7 +7,7 @@ from PIL import Image
 from data.raw.base import Filters, Raw, perceptual_hash
 
 
-def test_filters_say_why() -> None:
+def test_filters_give_their_reason() -> None:
     filters = Filters(min_side=64, max_aspect=2, min_caption=3, max_caption=5)
     assert filters.reason((64, 128), ["abcd"]) is None
     for size, captions, reason in (((63, 90), ["abcd"], "too small"), ((64, 129), ["abcd"], "aspect ratio"),

@@ -40,7 +40,7 @@ def test_a_folder_is_read_whole_in_any_layout(tmp_path: Path, layout: Any) -> No
 
 
 @pytest.mark.parametrize("layout", [with_jsonl, with_csv])
-def test_what_imagefolder_reads_is_read_alike(tmp_path: Path, layout: Any) -> None:
+def test_pictures_are_read_as_imagefolder_reads_them(tmp_path: Path, layout: Any) -> None:
     layout(tmp_path)
     theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train")
     theirs = theirs.cast_column("image", datasets.Image(decode=False))

@@ -82,7 +82,7 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     assert holes.getpixel((14, 15)) == 254
 
 
-def test_grey_cmyk_and_holes_look_as_they_should() -> None:
+def test_grey_cmyk_and_transparent_pictures_are_converted_correctly() -> None:
     grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     assert np.array_equal(np.asarray(open_picture(coded(grey), 3))[..., 1], np.asarray(grey))
     assert np.array_equal(open_picture(grey, 1), grey)
@@ -117,7 +117,7 @@ def test_a_picture_is_upright_whatever_its_exif_says(orientation: int) -> None:
     assert np.array_equal(open_picture(coded(deep, exif=exif), 1), upright.convert("L"))
 
 
-def test_what_is_too_large_is_never_decoded_but_long_strips_are() -> None:
+def test_too_large_pictures_are_never_decoded_but_long_strips_are() -> None:
     bomb = png(30_000, 30_000, 8, 2, b"")  # without a pixel: decoding it would be another error
     assert outcome(bomb) == "too large"
     assert outcome(png(2**14, LARGEST // 2**14 + 1, 8, 0, b"")) == "too large"
@@ -127,7 +127,7 @@ def test_what_is_too_large_is_never_decoded_but_long_strips_are() -> None:
     assert (shape[0].size, shape[1:]) == ((64, 64), (0, (19_200 - 64) // 2))
 
 
-def test_the_state_of_all_threads_is_left_alone_while_a_picture_is_read(tmp_path: Path) -> None:
+def test_reading_a_picture_leaves_the_state_of_all_threads_alone(tmp_path: Path) -> None:
     class Watched(type(tmp_path)):
         def open(self, *args: Any, **more: Any) -> Any:
             seen.append(warnings.filters)
@@ -169,7 +169,7 @@ def test_covering_at_its_own_scale_is_a_crop_and_in_general_a_resize_of_a_box() 
     ("size", "wanted"),
     [((427, 640), (192, 320)), ((3001, 997), (128, 96)), ((33, 47), (64, 64)), ((300, 3000), (96, 64))],
 )
-def test_every_pixel_comes_from_where_one_factor_puts_it(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+def test_both_axes_are_scaled_by_one_factor(size: tuple[int, int], wanted: tuple[int, int]) -> None:
     """A filter that is symmetric and sums to 1 takes a ramp to a ramp, so that levels tell places."""
     for axis in (0, 1):
         ramp = np.indices(size)[axis].astype(np.float32) + 0.5

@@ -15,7 +15,7 @@ from data.raw.sources import Pictures
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_what_is_empty_ambiguous_or_foreign_is_told_in_one_line(tmp_path: Path) -> None:
+def test_empty_ambiguous_or_foreign_input_ends_in_one_line(tmp_path: Path) -> None:
     def refused(message: str, *arguments: Any, **more: Any) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             Pictures(*arguments, **more)

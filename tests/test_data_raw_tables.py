@@ -58,7 +58,7 @@ def test_columns_of_pictures_and_captions_of_other_kinds(tmp_path: Path, streami
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_by_name_goes_the_way_of_the_hub(tmp_path: Path, streaming: bool) -> None:
+def test_a_data_set_by_name_is_read_from_the_hub(tmp_path: Path, streaming: bool) -> None:
     write_rows(tmp_path / "set/data/train-00000-of-00001.parquet", 0, 3)
     write_rows(tmp_path / "set/data/test-00000-of-00001.parquet", 3, 2)
     source = Table(str(tmp_path / "set"), None, None, None, "test", streaming)
@@ -72,7 +72,7 @@ def test_a_data_set_by_name_goes_the_way_of_the_hub(tmp_path: Path, streaming: b
     assert not datasets.are_progress_bars_disabled()
 
 
-def test_a_hub_s_name_that_cannot_be_had_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_name_on_the_hub_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^nobody/nothing: there is nothing at this path, and as a name on .*\Z"):
@@ -82,7 +82,7 @@ def test_a_hub_s_name_that_cannot_be_had_is_told_in_one_line(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_parquet_with_damaged_pages_is_told(tmp_path: Path, streaming: bool) -> None:
+def test_parquet_with_damaged_pages_is_an_error(tmp_path: Path, streaming: bool) -> None:
     file = write_rows(tmp_path / "a.parquet", 0, 40)
     content = bytearray(file.read_bytes())
     footer = int.from_bytes(content[-8:-4], "little") + 8
@@ -93,7 +93,7 @@ def test_parquet_with_damaged_pages_is_told(tmp_path: Path, streaming: bool) -> 
         everything(source)
 
 
-def test_splits_are_told_apart_by_the_names_of_files(tmp_path: Path) -> None:
+def test_splits_are_recognized_by_the_names_of_files(tmp_path: Path) -> None:
     write_rows(tmp_path / "train-00000-of-00001.parquet", 0, 2)
     assert Pictures(str(tmp_path)).describe()["inputs"] == 2
     write_rows(tmp_path / "validation/0.parquet", 2, 3)

@@ -17,7 +17,7 @@ from data.raw.pictures import PictureError, open_picture
 from data.raw.sources import Pictures
 
 
-def test_photographs_come_out_of_a_webdataset_as_they_went_in(tmp_path: Path) -> None:
+def test_photographs_pass_through_a_webdataset_unchanged(tmp_path: Path) -> None:
     for shard in range(2):
         members = []
         for i, photo in enumerate(PHOTOS):

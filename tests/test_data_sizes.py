@@ -39,7 +39,7 @@ def test_size_features_are_sdxl_s() -> None:
     torch.testing.assert_close(features, theirs.reshape(2, -1), atol=2e-4, rtol=0)
 
 
-def test_the_pooled_vector_tells_original_size_crop_and_size(stores: dict[str, str], text: CLIPText) -> None:
+def test_the_pooled_vector_holds_original_size_crop_and_size(stores: dict[str, str], text: CLIPText) -> None:
     known = by_content(stores["tokens"])
     data = Stored(text, CODEC, 1, stores["tokens"], 8, held_out=HELD_OUT, size_conditioning=True)
     given = {batch.x0.shape[2:]: batch for batch in batches(data, 12)}
@@ -58,7 +58,7 @@ def test_the_pooled_vector_tells_original_size_crop_and_size(stores: dict[str, s
     assert batches(plain, 1)[0].sizes is None
 
 
-def test_the_pipeline_tells_whole_pictures(text: CLIPText, tmp_path: Path) -> None:
+def test_the_pipeline_asks_for_uncropped_pictures(text: CLIPText, tmp_path: Path) -> None:
     network = MMDiT(
         in_channels=3, depth=1, width=16, heads=1, text_dim=160, pooled_dim=128 + SIZE_FEATURES, sample_size=16,
         pos_embed_max_size=16,

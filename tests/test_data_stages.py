@@ -95,7 +95,9 @@ def test_a_store_of_another_codec_or_text_is_refused_by_name(stores: dict[str, s
         ({"store": "nowhere"}, "there is no store at nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused(stores: dict[str, str], text: CLIPText, how: dict[str, Any], message: str) -> None:
+def test_impossible_arguments_of_the_data_are_refused(
+    stores: dict[str, str], text: CLIPText, how: dict[str, Any], message: str
+) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Stored(text, CODEC, 0, **{"store": stores["tokens"], "held_out": HELD_OUT} | how)
     with pytest.raises(ValueError, match="at least 1 step, got 0"):

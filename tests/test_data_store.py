@@ -132,7 +132,7 @@ def test_a_store_without_samples_without_text_and_without_tokens(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", [UNIT, TOKENS, SIDECAR, "index.arrow"])
-def test_a_flipped_bit_is_found_and_told_with_its_sample(folder: Path, name: str) -> None:
+def test_a_flipped_bit_is_reported_with_its_sample(folder: Path, name: str) -> None:
     content = bytearray((folder / name).read_bytes())
     content[{SIDECAR: 60, "index.arrow": content.find(b"caption 0 of 3")}.get(name, -100)] ^= 4
     (folder / name).write_bytes(content)
@@ -203,7 +203,7 @@ def test_loader_processes_and_pickles_without_samples(store: Store, method: Any,
         assert torch.equal(pooled[0], sample(row).pooled[0].bfloat16())
 
 
-def test_damage_is_told_as_such_by_loader_processes(folder: Path) -> None:
+def test_loader_processes_report_damage_as_a_store_error(folder: Path) -> None:
     store = Store(folder)
     (folder / UNIT).unlink()
     with pytest.raises(StoreError) as error:
@@ -225,7 +225,7 @@ def test_a_remote_store_that_was_made_again_is_fetched_anew(straight: Path, tmp_
     refused("is damaged: its report.json", Store, remote, tmp_path / "cache")
 
 
-def test_a_remote_store_fetches_only_what_is_read_and_tells_what_is_wrong(straight: Path, tmp_path: Path) -> None:
+def test_a_remote_store_fetches_only_what_is_read_and_reports_damage(straight: Path, tmp_path: Path) -> None:
     memory, remote, cache = fsspec.filesystem("memory"), f"memory://{tmp_path.name}/store", tmp_path / "cache"
     memory.put(str(straight), remote, recursive=True)
     store = Store(remote, cache)

@@ -69,7 +69,7 @@ def test_two_processes_make_the_same_store(straight: Path, tmp_path: Path) -> No
     assert contents(tmp_path / "store") == contents(straight)
 
 
-def test_two_processes_on_one_shard_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_on_one_shard_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = f"another process writes {tmp_path}"
     late, early = (Writer(tmp_path, PLAN, NULL) for _ in range(2))
     assert late.position(0) == early.position(0) == (0, 0, False)
@@ -96,7 +96,7 @@ def test_two_processes_on_one_shard_are_told(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("limit", [100, 3000, 4500])  # the plan, a unit's latents, and its sidecar are larger
-def test_a_full_disk_is_told_and_gone_on_from(straight: Path, tmp_path: Path, limit: int) -> None:
+def test_a_full_disk_is_reported_and_writing_resumes(straight: Path, tmp_path: Path, limit: int) -> None:
     def full() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # no file may be larger
         try:
@@ -111,7 +111,7 @@ def test_a_full_disk_is_told_and_gone_on_from(straight: Path, tmp_path: Path, li
     assert contents(tmp_path) == contents(straight)
 
 
-def test_another_plan_names_the_fields(folder: Path) -> None:
+def test_another_plan_is_refused_with_the_names_of_its_fields(folder: Path) -> None:
     codec = {"name": "vae", "scale": 1.25, "files": {"weights": "abd"}}
     told = r"plan \(codec.files.weights: there \"abc\", now \"abd\"; codec.scale: there 1.5"
     refused(told, Writer, folder, PLAN | {"codec": codec}, NULL)

@@ -37,7 +37,7 @@ def whole(store: Store, **how: Any) -> tuple[TrainingSamples, Share]:
     """Many visits to the samples of one bucket, as one batch."""
     samples = np.resize(store.members(1), 2400)
     settings = {"seed": 5, "batch_size": len(samples), "caption_dropout": 0.0, "encoder_dropout": 0.0}
-    data = TrainingSamples([store], 2, False, **settings | how)
+    data = TrainingSamples([store], 2, False, None, **settings | how)
     return data, Share(0, np.arange(len(samples)), samples, bucket=1)
 
 
@@ -56,7 +56,7 @@ def test_the_pictures_fall_into_three_buckets_of_equal_size(store: Store) -> Non
 @pytest.mark.parametrize("name", ["tokens", "captions", "posterior"])
 def test_a_share_of_training_data_is_the_slice_of_the_whole(stores: dict[str, str], name: str) -> None:
     store = Store(stores[name])
-    data = TrainingSamples([store], 2, True, seed=3, batch_size=8, caption_dropout=0.2, encoder_dropout=0.3)
+    data = TrainingSamples([store], 2, True, None, seed=3, batch_size=8, caption_dropout=0.2, encoder_dropout=0.3)
     rows = stored.divided(store, set(), False)
     one, *two = (GlobalBatches(rows, 8, 3, 0, rank, world) for rank, world in ((0, 1), (0, 2), (1, 2)))
     for step in (0, 1, 30):
@@ -169,7 +169,7 @@ def test_the_posterior_is_drawn_from_anew_at_each_step_and_its_mean_validates(
     store = Store(stores["posterior"])
     rows = store.members(1)[:4]
     mean, logvar = store.latents(rows).float().chunk(2, dim=1)
-    data = TrainingSamples([store], 2, False, seed=0, batch_size=4, caption_dropout=0, encoder_dropout=0)
+    data = TrainingSamples([store], 2, False, None, seed=0, batch_size=4, caption_dropout=0, encoder_dropout=0)
     visits = [data[Share(step, np.arange(4), rows, bucket=1)] for step in range(200)]
     scores = torch.stack([(batch.x0 - mean) / (logvar / 2).exp() for batch in visits])
     n = scores[:, 0].numel()
@@ -180,7 +180,7 @@ def test_the_posterior_is_drawn_from_anew_at_each_step_and_its_mean_validates(
     assert abs((flat[1:] * flat[:-1]).mean()) < 4 / flat.numel() ** 0.5  # no step repeats another
     noise = torch.stack([batch.noise for batch in visits])
     assert abs((scores * noise).mean()) < 4 / scores.numel() ** 0.5  # nor is it the noise of the process
-    validation = ValidationSamples([store], 2, False)[Share(0, rows, rows, bucket=1)]
+    validation = ValidationSamples([store], 2, False, None)[Share(0, rows, rows, bucket=1)]
     assert torch.equal(validation.x0, mean)
     direct = Stored(text, codec, 0, stores["posterior"], 4, held_out=HELD_OUT)
     assert {batch.x0.shape[1] for batch in batches(direct, 2)} == {16}

@@ -69,7 +69,7 @@ def test_captions_never_trained_on_mean_the_same_digit(text: CLIPText, centroids
 
 
 @pytest.mark.parametrize("caption", ["draw me a SEVEN", "Seven!", "7", "  seven ", "big bold 7", "zyx 7"])
-def test_what_a_user_may_type(text: CLIPText, centroids: Tensor, caption: str):
+def test_free_wording_still_means_the_same_digit(text: CLIPText, centroids: Tensor, caption: str):
     assert torch.cdist(text.encode([caption]).pooled, centroids).argmin() == 7
 
 

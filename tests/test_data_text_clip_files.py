@@ -111,7 +111,7 @@ def test_damaged_folder_is_one_clear_line(tmp_path: Path, fault: str, kind: type
     assert "\n" not in str(error.value)
 
 
-def test_transformers_stays_silent(tmp_path: Path):
+def test_transformers_prints_nothing(tmp_path: Path):
     """No progress bar, no report of missing weights, no advice on long captions: in a process of its own, since the
     log of transformers keeps the stream that it found at its import."""
     damaged = tmp_path / "text"

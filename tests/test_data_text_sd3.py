@@ -145,7 +145,7 @@ def test_autocast_changes_nothing(folder: Path):
     assert_same(ours, SD3Text(folder, **SIZES).encode(PROMPTS))
 
 
-def test_overflow_is_told(folder: Path):
+def test_overflow_in_half_precision_is_an_error(folder: Path):
     file = folder / "text_encoder_3" / "model.safetensors"
     tensors = read(file)
     save_file(tensors | {"shared.weight": tensors["shared.weight"] * 1e5}, file, {"format": "pt"})
@@ -211,7 +211,7 @@ def test_too_wide_clips_are_refused(folder: Path):
         SD3Text(folder, tokens_dim=100, pooled_dim=tiny.POOLED)
 
 
-def test_t5_reads_alone(pipe: StableDiffusion3Pipeline, folder: Path):
+def test_t5_s_part_is_its_final_state_at_every_position(pipe: StableDiffusion3Pipeline, folder: Path):
     """T5's part is its final state, of every position: nothing is masked."""
     ids = pipe.tokenizer_3(PROMPTS, padding="max_length", max_length=32, return_tensors="pt").input_ids
     encoder = T5EncoderModel.from_pretrained(folder / "text_encoder_3").eval()

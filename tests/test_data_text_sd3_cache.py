@@ -42,7 +42,7 @@ def test_what_was_encoded_is_not_encoded_again(folder: Path, tmp_path: Path):
     assert_same(first.encode(PROMPTS), wanted)
 
 
-def test_memory_keeps_the_latest(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_memory_of_captions_keeps_the_latest(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sd3_text, "KEPT", 2)
     text = SD3Text(folder, **SIZES, max_sequence_length=8)
     text.encode(["1", ""])
@@ -109,7 +109,7 @@ def test_the_cache_is_not_for_another_encoder(folder: Path, tmp_path: Path, what
     assert len([*(tmp_path / "cache").iterdir()]) == 6
 
 
-def test_what_was_encoded_while_sampling_does_for_training(folder: Path, tmp_path: Path):
+def test_the_cache_of_sampling_serves_training(folder: Path, tmp_path: Path):
     text = SD3Text(folder, **SIZES, max_sequence_length=32, cache=tmp_path / "cache")
     again = SD3Text(folder, **SIZES, max_sequence_length=32, cache=tmp_path / "cache")
     for encoder in (text, again):

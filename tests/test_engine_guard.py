@@ -34,7 +34,7 @@ def test_the_guard_counts_streaks_and_spikes() -> None:
     assert guard.skipped_steps() == (0, 9)
 
 
-def test_the_guard_does_not_wait_for_the_device() -> None:
+def test_the_guard_does_not_synchronize_with_the_device() -> None:
     """On one that holds no numbers, whoever asks for a number fails."""
     guard = Guard().to("meta")
     assert guard.check(torch.ones((), device="meta")).is_meta
@@ -43,7 +43,7 @@ def test_the_guard_does_not_wait_for_the_device() -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_loss_that_is_not_finite_poisons_all_gradients(value: float) -> None:
+def test_a_nonfinite_loss_makes_all_gradients_nonfinite(value: float) -> None:
     weights = torch.tensor([1.0, 2.0], requires_grad=True)
     spread_nonfinite(weights[0] * 3 + value).backward()  # whose own gradient would be 3 and 0
     assert weights.grad is not None

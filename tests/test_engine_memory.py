@@ -68,7 +68,7 @@ def test_blocks_are_compiled_in_place() -> None:
     assert_near(theirs, gradients, 1e-5)
 
 
-def test_a_skeleton_has_names_and_no_numbers() -> None:
+def test_a_skeleton_has_parameters_without_memory() -> None:
     model = network(2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     learning = [p.requires_grad for p in model.parameters()]

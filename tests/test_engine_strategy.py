@@ -91,7 +91,7 @@ def runs(config: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", SPREAD)
-def test_two_processes_train_as_one(runs: dict[str, Path], name: str) -> None:
+def test_two_processes_train_like_one(runs: dict[str, Path], name: str) -> None:
     """Losses to 1e-6 of each; weights, averages and moments to 1e-6 of all of a kind together."""
     one, two = runs["one"], runs[name]
     assert_near_logs(two, one, 1e-6)
@@ -129,7 +129,7 @@ def test_a_divided_checkpoint_holds_everything_once(runs: dict[str, Path]) -> No
 @pytest.mark.parametrize(
     ("writer", "reader"), [("sharded", "one"), ("fsdp2", "ddp"), ("one", "sharded"), ("ddp", "hsdp"), ("hsdp", "fsdp2")]
 )
-def test_a_checkpoint_is_read_and_gone_on_with_however_it_was_written(
+def test_a_run_resumes_from_a_checkpoint_of_any_strategy(
     config: Path, runs: dict[str, Path], tmp_path: Path, writer: str, reader: str
 ) -> None:
     run = tmp_path / "run"
@@ -152,7 +152,7 @@ def test_a_checkpoint_is_read_and_gone_on_with_however_it_was_written(
 
 
 @pytest.mark.parametrize("name", ["ddp", "sharded"])
-def test_a_step_that_is_not_finite_in_one_process_is_left_out_by_all(config: Path, tmp_path: Path, name: str) -> None:
+def test_a_nonfinite_step_in_one_process_is_skipped_by_all(config: Path, tmp_path: Path, name: str) -> None:
     run, files = tmp_path / "run", [tmp_path / f"{rank}.json" for rank in (0, 1)]
     changes = {0: Change(trace, (files[0],)), 1: Change(trace, (files[1], range(2, 4)))}
     ranks = start_ranks(config, *FLAGS, *SPREAD[name], "--run.folder", str(run), changes=changes)
@@ -172,7 +172,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_left_out_by_all(config: Pat
     assert all(math.isfinite(line["val/loss"]) for line in lines(run) if "val/loss" in line)
 
 
-def test_too_many_such_steps_in_a_row_end_the_run_in_one_line(config: Path, tmp_path: Path) -> None:
+def test_too_many_nonfinite_steps_in_a_row_end_the_run_in_one_line(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = (*FLAGS, "--run.folder", str(run), "--optimization.max_skipped", "1", "--run.checkpoint_every", "1")
     change = {1: Change(trace, (tmp_path / "told", range(3, 9)))}
@@ -268,7 +268,7 @@ def test_rows_are_those_that_each_process_holds(tmp_path: Path) -> None:
         (["--run.num_nodes", "2", "--data.batch_size", "9"], "2 × 1 = 2, got 9"),
     ],
 )
-def test_strategies_that_cannot_be_are_refused(
+def test_impossible_strategies_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str
 ) -> None:
     assert message in refused(capsys, small(tmp_path), *flags)

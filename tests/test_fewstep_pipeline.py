@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import stirred
 from torch import Tensor
 
 from data.latents import Pixels
@@ -30,11 +31,8 @@ def made(text: CLIPText, objective: Objective | None = None, stir: float = 0.1, 
         in_channels=1, depth=2, width=32, heads=2, text_dim=64, pooled_dim=64, sample_size=8, pos_embed_max_size=8,
         **more,
     )  # fmt: skip
-    draw = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data += stir * torch.randn(parameter.shape, generator=draw)
     how = Sampling(steps=4, guidance=2.0)
-    return Pipeline(network.eval(), objective or Objective(shift=1.5), Pixels(1, 0.3, 2.66), text, how)
+    return Pipeline(stirred(network, stir), objective or Objective(shift=1.5), Pixels(1, 0.3, 2.66), text, how)
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +117,7 @@ def test_learned_guidance_takes_one_evaluation_a_step(pipe: Pipeline, taught: Pi
 
 
 @torch.no_grad()
-def test_learned_guidance_is_told_to_the_network(taught: Pipeline) -> None:
+def test_learned_guidance_is_an_input_of_the_network(taught: Pipeline) -> None:
     text, pooled = taught.text.encode(PROMPTS)
     outs = []
     for guidance in (1.0, 2.0, 5.0):

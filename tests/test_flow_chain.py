@@ -63,7 +63,7 @@ def test_chains_are_those_of_diffusers(path: Discrete, schedule: dict, scheduler
 
 @pytest.mark.parametrize("path", CHAINS, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cell_gives_each_step_alike_and_never_the_data(path: Discrete, dtype: torch.dtype) -> None:
+def test_cell_draws_each_step_equally_often_and_never_the_data(path: Discrete, dtype: torch.dtype) -> None:
     u = ((torch.arange(5000, dtype=torch.float64) + 0.5) / 5000).to(dtype)
     n = (path.cell(u) * 1000).round().long()
     assert n.bincount().tolist() == [0] + [5] * 1000
@@ -73,7 +73,7 @@ def test_cell_gives_each_step_alike_and_never_the_data(path: Discrete, dtype: to
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=name)
-def test_a_chain_has_nothing_in_between(path: Discrete) -> None:
+def test_a_chain_has_no_times_between_its_steps(path: Discrete) -> None:
     with pytest.raises(ValueError, match="discrete and has no rate: use Epsilon, X0 or V") as refusal:
         Objective(path, Velocity())
     assert "\n" not in str(refusal.value)

@@ -38,7 +38,7 @@ def test_u_shaped_is_uniform_in_the_limit() -> None:
 
 @pytest.mark.parametrize("alpha", [1.0, 3.0, 0.5])
 @pytest.mark.parametrize("k", [1, 2, 3, 7, 10])
-def test_steps_are_a_sampler_s_times_alike(k: int, alpha: float) -> None:
+def test_k_steps_are_drawn_as_the_times_of_a_sampler_equally_often(k: int, alpha: float) -> None:
     u = uniform(60 * k)
     grid = trailing(RectifiedFlow(), k, alpha)[:-1].flip(0)
     times, counts = StepMap(k=k, shift=alpha).time(u, 64).unique(return_counts=True)
@@ -53,7 +53,7 @@ def test_steps_end_at_the_noise_and_never_touch_the_data() -> None:
     assert Steps(4)(ends).tolist() == [0.25, 1.0, 1.0]
 
 
-def test_steps_have_probabilities_only_where_they_are() -> None:
+def test_k_steps_have_probability_only_at_their_times() -> None:
     t = torch.linspace(0, 1, 21, dtype=torch.float64)
     probability = Steps(5).pdf(t)
     assert probability.sum().item() == pytest.approx(1)
@@ -77,7 +77,7 @@ def test_on_any_path_a_map_in_k_steps_learns_at_its_sampler_s_times(path: Path, 
     torch.testing.assert_close(times, trailing(path, k, 2.0)[:-1].flip(0).float(), atol=0, rtol=1.2e-7)
 
 
-def test_a_map_in_k_steps_is_validated_at_its_own_times_and_all_else_at_any() -> None:
+def test_k_step_maps_are_validated_at_their_own_times_and_others_at_any() -> None:
     t, of_three = uniform(8).float(), StepMap(k=3, shift=2.0)
     grid = trailing(RectifiedFlow(), 3, 2.0)[:-1]
     torch.testing.assert_close(of_three.cell(t, 64).unique(), grid.flip(0).float())

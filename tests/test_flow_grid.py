@@ -122,7 +122,7 @@ def test_shift_is_applied_once_then_snapped() -> None:
     ],
     ids=name,
 )
-def test_grids_that_cannot_be_are_refused(grid: Callable, path: Path, arguments: tuple, said: str) -> None:
+def test_impossible_grids_are_refused(grid: Callable, path: Path, arguments: tuple, said: str) -> None:
     with pytest.raises(ValueError, match=said) as refusal:
         grid(path, *arguments)
     assert "\n" not in str(refusal.value)
@@ -133,6 +133,6 @@ def test_grids_that_cannot_be_are_refused(grid: Callable, path: Path, arguments:
     [{"sigma_min": 0.0}, {"sigma_min": 90.0}, {"sigma_max": math.inf}, {"rho": 0.0}, {"rho": math.inf},
      {"sigma_min": math.nan}, {"sigma_max": math.nan}],
 )  # fmt: skip
-def test_karras_options_that_cannot_be_are_refused(options: dict) -> None:
+def test_impossible_karras_options_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="karras spacing"):
         karras(EDM(), 10, **options)

@@ -89,7 +89,7 @@ def test_guidance_leaves_a_learned_variance_to_the_conditional_branch() -> None:
         torch.testing.assert_close(y, mean)
 
 
-def test_a_weak_model_is_moved_away_from_in_its_interval() -> None:
+def test_guidance_moves_away_from_a_weak_model_in_its_interval() -> None:
     plain, z, t, condition, calls = two_branches()
 
     def worse(z: Tensor, t: Tensor, condition: Told) -> Tensor:
@@ -110,7 +110,7 @@ def test_a_weak_model_is_moved_away_from_in_its_interval() -> None:
     torch.testing.assert_close(only(z, t, condition), told + 0.5 * (told - worse(z, t, condition)))
 
 
-def test_what_is_known_follows_its_own_path_and_the_rest_is_the_model_s() -> None:
+def test_known_pixels_follow_their_own_path_and_the_rest_is_the_model_s() -> None:
     x0, noise, other, mine = torch.randn(4, 2, 3, 4, 4)
     mask = torch.zeros(2, 1, 4, 4)
     mask[:, :, 1:3, 2:] = 1
@@ -157,7 +157,7 @@ def test_a_scale_for_each_picture_is_a_call_for_each() -> None:
     assert (together[3] - together[2]).abs().max() > 0.1
 
 
-def test_guidance_hands_the_end_to_every_branch() -> None:
+def test_guidance_passes_the_end_time_to_every_branch() -> None:
     null, condition = Text(torch.tensor([0.3])), Text(torch.linspace(1, 3, 4))
     z, t = torch.randn(4, 3, 4, 4), torch.linspace(0.5, 0.8, 4)
     end, model, weak = t / 3, Watched(), Watched()

@@ -37,7 +37,7 @@ def test_the_average_velocity_satisfies_its_identity() -> None:
     ],
     ids=["velocity", "off", "beyond the end"],
 )
-def test_another_average_does_not(wrong: Model) -> None:
+def test_a_wrong_average_velocity_violates_the_identity(wrong: Model) -> None:
     z, t, end = some_intervals()
     target = average_velocity(wrong, z, t, end, velocity(z, t), None)
     far = t - end > 0.3

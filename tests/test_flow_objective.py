@@ -76,7 +76,7 @@ def test_weighting_by_a_density_equals_drawing_from_it() -> None:
     assert a != pytest.approx(unweighted, rel=0.05)
 
 
-def test_time_bins_average_by_t_and_start_afresh() -> None:
+def test_time_bins_average_by_t_and_reset() -> None:
     bins = TimeBins(4)
     assert all(map(math.isnan, bins.means()))
     bins.add(torch.tensor([0.0, 0.1, 0.3]), torch.tensor([1.0, 3.0, 5.0]))

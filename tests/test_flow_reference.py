@@ -28,7 +28,7 @@ def test_reference_is_as_near_as_its_tolerance(path: Path, data: Mixture, grid: 
 
 
 @pytest.mark.parametrize("path", CONTINUOUS, ids=name)
-def test_reference_looks_only_where_the_path_is(path: Path) -> None:
+def test_the_reference_evaluates_only_times_of_the_path(path: Path) -> None:
     seen, told = [], []
     denoise = GAUSSIAN.denoiser(path)
     times = trailing(path, 4)

@@ -67,7 +67,7 @@ def test_evaluations_times_reports_and_noise(walk: Callable, options: dict, eval
 
 
 @pytest.mark.parametrize(("walk", "options", "evaluations", "draws"), FIXED, ids=name)
-def test_no_sampler_leaves_float32(walk: Callable, options: dict, evaluations: int, draws: int) -> None:
+def test_samplers_keep_float32(walk: Callable, options: dict, evaluations: int, draws: int) -> None:
     path = LDMLinear() if walk is ddpm else EDM()
     times = karras(path, N) if walk in (edm, langevin) else trailing(path, N)
     seen = []

@@ -137,7 +137,7 @@ def test_edm_keeps_the_distribution_to_second_order(path: Path, options: dict) -
     assert coarse / fine > 3.2
 
 
-def test_edm_adds_as_much_noise_as_it_is_told() -> None:
+def test_churn_noise_scales_the_added_noise() -> None:
     times = karras(EDM(), 30)
     _, plain = moments(walker(edm, churn=20.0), EDM(), times, gaussian(EDM(), COVARIANCE), COVARIANCE)
     _, more = moments(

@@ -27,7 +27,7 @@ def test_the_sampler_of_average_velocities_is_exact_in_any_number_of_steps(times
     assert (euler(told, RectifiedFlow(), z, grid) - exact).abs().max() > 1e-2
 
 
-def test_the_sampler_of_average_velocities_tells_both_times_and_reports_each_step() -> None:
+def test_the_sampler_of_average_velocities_passes_both_times_and_reports_each_step() -> None:
     grid, seen, reports = torch.tensor([1.0, 0.6, 0.5, 0.0]), [], []
 
     def denoise(z: Tensor, t: Tensor, end: Tensor) -> Estimate:

@@ -67,7 +67,7 @@ def test_order_from_pure_noise_to_data(walk: Callable, order: int, path: Path, d
 
 @pytest.mark.parametrize("path", CHAINS, ids=name)
 @pytest.mark.parametrize("data", [GAUSSIAN, TWO], ids=["gaussian", "mixture"])
-def test_a_chain_walked_in_full_is_near_the_flow(path: Discrete, data: Mixture) -> None:
+def test_a_full_walk_on_a_chain_is_near_the_exact_flow(path: Discrete, data: Mixture) -> None:
     times = trailing(path, 1000)
     z = data.start(path, times[0])
     exact = data.flow(path, z, times[0], times[-1])
@@ -81,7 +81,7 @@ def test_a_chain_walked_in_full_is_near_the_flow(path: Discrete, data: Mixture) 
 @pytest.mark.parametrize("walk", [euler, heun, midpoint, dpmpp_2m, edm_ode], ids=name)
 @pytest.mark.parametrize("path", CONTINUOUS[1:], ids=name)
 @pytest.mark.parametrize("start", [1.0, 0.9])
-def test_all_paths_are_one_line(walk: Callable, path: Path, start: float) -> None:
+def test_samplers_take_the_same_walk_on_every_path(walk: Callable, path: Path, start: float) -> None:
     if walk is edm_ode and start == 1:
         start = 0.99  # needs a finite σ
     line = RectifiedFlow()

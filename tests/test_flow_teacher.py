@@ -8,7 +8,7 @@ from flow.meanflow import MeanFlow
 from flow.objective import Objective
 
 
-def test_a_field_is_learned_in_the_place_of_the_pair() -> None:
+def test_a_teacher_s_field_replaces_the_pair_s_velocity() -> None:
     teacher, student = nn.Linear(3, 3), nn.Linear(3, 3)
     x0, noise = torch.randn(2, 6, 3)
     t, seen = torch.rand(6), []

@@ -128,7 +128,7 @@ def test_hybrid_loss_adds_the_bound_and_holds_the_mean(target: Target) -> None:
     assert bool((of_both[:2, 3:] != 0).all())  # near the noise β̃ is as good as β
 
 
-def test_denoise_hands_on_the_learned_variance() -> None:
+def test_denoise_returns_the_learned_variance() -> None:
     z, output = torch.randn(4, 3, 2, 2), torch.randn(4, 6, 2, 2)
     t = torch.full((4,), 0.5)
     estimate = LearnedVariance(LDMLinear(), Epsilon()).denoise(lambda *_: output, z, t, None)

@@ -133,7 +133,7 @@ def test_half_precision_is_the_same_function_but_for_rounding_and_keeps_t_exact(
         assert not torch.equal(half(z, torch.full((4,), 0.5), condition), half(z, torch.full((4,), 0.5005), condition))
 
 
-def test_samples_of_a_batch_do_not_meet() -> None:
+def test_samples_of_a_batch_do_not_influence_each_other() -> None:
     network = small()
     z, t, condition = inputs()
     one = network(z[2:3], t[2:3], Condition(condition.text[2:3], condition.pooled[2:3]))

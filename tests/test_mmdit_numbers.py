@@ -28,7 +28,7 @@ def fully_told(network: MMDiT, t: Tensor, condition: Condition) -> tuple[Conditi
 
 @torch.no_grad()
 @pytest.mark.parametrize("numbers", TOLD, ids="+".join)
-def test_a_network_that_is_told_more_is_at_first_the_same(numbers: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_network_with_further_inputs_starts_as_the_same_function(numbers: tuple[str, ...], tmp_path: Path) -> None:
     network = stirred(plain())
     z, t, condition = inputs()
     before = network(z, t, condition)
@@ -45,7 +45,7 @@ def test_a_network_that_is_told_more_is_at_first_the_same(numbers: tuple[str, ..
 
 
 @torch.no_grad()
-def test_adding_again_changes_nothing() -> None:
+def test_adding_an_input_twice_changes_nothing() -> None:
     network = stirred(plain(**dict.fromkeys(EMBEDDINGS, True)))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     for number in EMBEDDINGS:
@@ -56,7 +56,7 @@ def test_adding_again_changes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_a_learned_embedding_makes_the_output_depend_on_it() -> None:
+def test_the_output_depends_on_a_learned_embedding() -> None:
     z, t, condition = inputs()
     network = stirred(plain())
     network.grow(two_times=True)
@@ -77,7 +77,7 @@ def test_a_learned_embedding_makes_the_output_depend_on_it() -> None:
     assert relative(mixed, picked) < 1e-5
 
 
-def test_a_network_that_is_told_too_much_or_too_little_refuses() -> None:
+def test_a_network_refuses_missing_and_unexpected_inputs() -> None:
     z, t, condition = inputs()
     scaled = condition._replace(guidance=torch.full((4,), 4.0))
     for network, told_it, end, said in (
@@ -94,9 +94,7 @@ def test_a_network_that_is_told_too_much_or_too_little_refuses() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("numbers", [(), *TOLD], ids=lambda numbers: "+".join(numbers) or "plain")
-def test_what_a_network_is_told_comes_back_from_a_folder_and_a_single_file(
-    numbers: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_further_inputs_are_kept_in_a_folder_and_a_single_file(numbers: tuple[str, ...], tmp_path: Path) -> None:
     network = stirred(plain(dual_attention_layers=(1,), **dict.fromkeys(numbers, True)))
     z, t, condition = inputs()
     condition, end = fully_told(network, t, condition)
@@ -151,7 +149,7 @@ def test_the_time_scale_is_a_factor_on_t_and_comes_back(tmp_path: Path) -> None:
         plain(time_scale=0)
 
 
-def test_weights_without_what_the_config_tells_are_refused(tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_config_are_refused(tmp_path: Path) -> None:
     checkpoint.save(plain(two_times=True), tmp_path / "two")
     checkpoint.save(plain(), tmp_path / "one")
     for config, weights, said in (("two", "one", "span_embedder"), ("one", "two", "span_embedder")):

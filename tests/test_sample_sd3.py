@@ -213,7 +213,7 @@ def test_bad_input_ends_in_one_line(
     assert not list(tmp_path.glob("out/*.png"))
 
 
-def test_overflow_is_told_instead_of_a_black_picture(
+def test_overflow_is_an_error_instead_of_a_black_picture(
     released: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for part, name, told in (

@@ -247,7 +247,7 @@ def test_each_process_trains_and_samples(config: Path, stem: str, names: str) ->
 def test_the_unet_trains(config: Path) -> None:
     overlays = [f"configs/{name}.yaml" for name in ("objective/ddpm", "network/unet-parameters")]
     flags = [part for name in overlays for part in ("--config", str(ROOT / name))]
-    fit(config, *flags, "--network.channels", "[8, 16]", "--run.steps", "3", "--sampling.steps", "2")
+    fit(config, *flags, "--network.channels", "[16, 16]", "--run.steps", "3", "--sampling.steps", "2")
     assert type(Pipeline.load(config.parent / "run/model").network).__name__ == "UNet"
 
 

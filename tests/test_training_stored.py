@@ -111,7 +111,7 @@ def damaged(stores: dict[str, str], tmp_path: Path) -> str:
     return str(folder)
 
 
-def test_a_store_that_is_damaged_under_a_run_is_told_in_one_line(
+def test_damage_of_a_store_during_a_run_ends_it_in_one_line(
     config: Path, damaged: str, capsys: pytest.CaptureFixture
 ) -> None:
     told = ended(capsys, config, "--data.store", damaged, status=1)

@@ -64,7 +64,7 @@ def resolve(tree: Any) -> str:
     try:
         return p.dump(p.parse_object(upgraded(tree)), skip_validation=True)
     except (ArgumentError, TypeError, KeyError) as error:
-        cause = " ".join(plain(str(error)).split())
+        cause = " ".join(short_cause(str(error)).split())
         raise ValueError(f"this version cannot read the run's config, choose another run.folder: {cause}") from None
 
 

@@ -80,7 +80,7 @@ def test_skip_layer_guidance_is_theirs(released: dict, ours: dict[str, Pipeline]
 
 
 @pytest.mark.parametrize("strength", [0.6, 0.35, 1.0])
-def test_image_to_image_is_theirs(released: dict, ours: dict[str, Pipeline], strength: float) -> None:
+def test_image_to_image_equals_diffusers(released: dict, ours: dict[str, Pipeline], strength: float) -> None:
     """Theirs is given the mean latent, since it would draw one from the posterior, and then other noise."""
     pipe = StableDiffusion3Img2ImgPipeline(**released["sd3"][0].components)
     pipe.set_progress_bar_config(disable=True)
@@ -92,7 +92,7 @@ def test_image_to_image_is_theirs(released: dict, ours: dict[str, Pipeline], str
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_inpainting_is_theirs(
+def test_inpainting_equals_diffusers(
     released: dict, ours: dict[str, Pipeline], strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to the latents: diffusers 0.42's inpainting pipeline forgets the VAE's shift when it decodes them."""
@@ -125,7 +125,7 @@ def test_a_single_file_is_the_same_model(released: dict, ours: dict[str, Pipelin
     assert torch.equal(mine(back, 4, 5.0, 64, 64), mine(ours[kind], 4, 5.0, 64, 64))
 
 
-def test_half_precision_is_near_and_overflow_is_told(released: dict, ours: dict[str, Pipeline]) -> None:
+def test_half_precision_is_close_and_overflow_is_an_error(released: dict, ours: dict[str, Pipeline]) -> None:
     folder = released["sd35_medium"][1]
     full = mine(ours["sd35_medium"], 4, 5.0, 64, 64)
     for dtype in ("bfloat16", "float16"):
@@ -147,6 +147,6 @@ def test_our_folder_opens_in_diffusers(ours: dict[str, Pipeline], tmp_path: Path
     assert again.sampling == ours["sd35_medium"].sampling
 
 
-def test_without_t5_it_is_theirs_too(tmp_path: Path) -> None:
+def test_without_t5_it_equals_diffusers_too(tmp_path: Path) -> None:
     pipe = tiny.pipeline("sd35_large", tmp_path, t5=False)
     assert apart(theirs(pipe, 4, 5.0, 64, 64), mine(Pipeline.load(tmp_path), 4, 5.0, 64, 64)) < LEVEL

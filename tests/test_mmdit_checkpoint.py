@@ -91,7 +91,7 @@ def test_the_config_of_a_single_file_is_read_off_its_shapes(prefix: str, tmp_pat
     assert back.sample_size == 96  # not to be seen in the file: as large as the table allows, at most 128
 
 
-def test_heads_that_a_single_file_cannot_tell_are_refused() -> None:
+def test_heads_that_a_single_file_cannot_describe_are_refused() -> None:
     with pytest.raises(ValueError, match="without qk_norm whose heads have 16 channels"):
         checkpoint.single_file(MMDiT(3, depth=1, width=48, heads=3, text_dim=20, pooled_dim=10, qk_norm=False))
 
@@ -256,7 +256,7 @@ def test_damaged_folders_are_named_in_one_line(tmp_path: Path, spoil: Callable[[
         ([], "it is empty"),
     ],
 )
-def test_foreign_files_are_told_apart(names: list[str], message: str, tmp_path: Path) -> None:
+def test_files_of_other_formats_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
     save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
         checkpoint.load(tmp_path / "x.safetensors")

@@ -48,7 +48,7 @@ def test_starts_as_zero_of_the_promised_shape(size: tuple[int, int], out_channel
     assert network.out_channels == (out_channels or 3)
 
 
-def test_tells_the_pipeline_its_sizes() -> None:
+def test_the_network_reports_its_sizes() -> None:
     network = UNet(**(SIZES | {"channels": (8, 12, 16)}))
     assert (network.in_channels, network.out_channels, network.text_dim, network.pooled_dim) == (3, 3, 20, 10)
     assert (network.sample_size, network.unit, network.largest) == (8, 4, None)
@@ -101,7 +101,7 @@ def test_mask_hides_padding_and_no_mask_attends_to_it() -> None:
     assert relative(network(z, t, full), network(z, t, condition)) < 1e-6
 
 
-def test_samples_of_a_batch_do_not_meet() -> None:
+def test_samples_of_a_batch_do_not_influence_each_other() -> None:
     network = small()
     z, t, condition = inputs()
     one = network(z[2:3], t[2:3], Condition(condition.text[2:3], condition.pooled[2:3]))

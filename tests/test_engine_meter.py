@@ -280,7 +280,7 @@ def read(folder: Path) -> list[dict[str, float]]:
     return [line for line in lines if "perf/step_s" in line]
 
 
-def test_one_line_tells_loss_and_speed(tmp_path: Path) -> None:
+def test_one_line_holds_loss_and_speed(tmp_path: Path) -> None:
     lines, trainer, save = train(tmp_path, Seconds(step=0.02), steps=9, log_every=3)
     assert [line["step"] for line in lines] == [3, 6, 9]
     assert sum(3 * line["perf/step_s"] for line in lines) == pytest.approx(save.took, rel=0.4)
@@ -297,7 +297,7 @@ def test_one_line_tells_loss_and_speed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fetch", "step"), [(0.06, 0.02), (0.02, 0.06)])
-def test_waiting_for_data_is_told(tmp_path: Path, fetch: float, step: float) -> None:
+def test_waiting_for_data_is_reported(tmp_path: Path, fetch: float, step: float) -> None:
     line = train(tmp_path, Seconds(fetch=fetch, step=step), steps=8, log_every=4)[0][1]
     assert line["perf/data_wait"] == pytest.approx(fetch / (fetch + step), abs=0.15)
     assert fetch + step <= line["perf/step_s"] < 2 * (fetch + step)

@@ -134,7 +134,7 @@ def test_an_alpha_in_the_file_scales_its_layer(network: MMDiT, tmp_path: Path) -
         ({"alpha": -1}, "alpha > 0"),
     ],
 )
-def test_updates_that_cannot_be_are_refused(network: MMDiT, spec: dict, message: str) -> None:
+def test_impossible_updates_are_refused(network: MMDiT, spec: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lora.add(network, LoRA(**spec))
 

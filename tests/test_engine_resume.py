@@ -168,7 +168,7 @@ def damage(run: Path, how: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     config: Path, straight: Path, half: Path, capsys: pytest.CaptureFixture, how: str
 ) -> None:
     damage(half, how, 32)

@@ -20,11 +20,6 @@ CHAIN = Objective(LDMLinear(), Epsilon())
 KARRAS = Objective(EDM(), Preconditioned())
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_each_time() -> None:
-    torch.manual_seed(0)
-
-
 def words(thing: object) -> str:
     if isinstance(thing, Objective):
         return f"{type(thing.path).__name__}-{type(thing.target).__name__}"

@@ -165,7 +165,7 @@ def test_reflow_learns_the_pairs_better_than_a_free_coupling_allows(
     assert error < 0.7 * free
 
 
-def test_a_student_of_a_guided_teacher_learns_its_output_at_the_scale_it_is_told(
+def test_a_student_of_a_guided_teacher_learns_its_output_at_the_given_scale(
     student: Callable[..., list[str]], trained: Path, tmp_path: Path
 ) -> None:
     generator, data = built(tmp_path / "config.yaml", *student("guidance"))

@@ -100,7 +100,7 @@ def test_decode_undoes_the_normalisation_of_encode(folder: Path, theirs: Autoenc
     torch.testing.assert_close(unshifted.decode(unshifted.encode(pixels)), raw)
 
 
-def test_is_frozen_and_apart_from_autocast_and_random_numbers(folder: Path) -> None:
+def test_it_is_frozen_and_ignores_autocast_and_random_numbers(folder: Path) -> None:
     before = torch.get_rng_state()
     ours, z = VAE(folder), drawn(1, 4, 4, 4).requires_grad_()
     alone = ours.decode(z)
@@ -204,7 +204,7 @@ def test_a_single_file_holds_the_same_under_the_original_names(tmp_path: Path, c
         ({"mid_block_add_attention": False}, "mid_block_add_attention"),
     ],
 )
-def test_a_single_file_is_not_written_for_what_it_cannot_tell(
+def test_a_single_file_is_refused_for_networks_it_cannot_describe(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     tiny(**changes).save_pretrained(tmp_path)
@@ -216,7 +216,7 @@ def test_a_single_file_is_not_written_for_what_it_cannot_tell(
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_overflow_is_told(tmp_path: Path, part: str) -> None:
+def test_overflow_in_half_precision_is_an_error(tmp_path: Path, part: str) -> None:
     loud = tiny()
     getattr(loud, part).conv_in.weight.data *= 1e5
     loud.save_pretrained(tmp_path)

@@ -156,7 +156,7 @@ def test_batches_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 5 processes × 1 parts of a share, got 12"):
         GlobalBatches(pool(100), 12, 1, 0, 0, 5)
     for buckets in ([], [np.arange(0)] * 2):
-        with pytest.raises(ValueError, match=f"there are none in {len(buckets)} buckets"):
+        with pytest.raises(ValueError, match=f"there are no samples in {len(buckets)} buckets"):
             GlobalBatches(buckets, 12, 1)
 
 
@@ -215,7 +215,7 @@ def test_each_stage_starts_with_its_own_first_batch_at_the_run_s_step() -> None:
 
 @pytest.mark.parametrize("lengths", [(), (5,), (None, None), (5, -3, None), (0, None), (3, 5), (None, 5)])
 def test_stages_that_do_not_follow_each_other_are_refused(lengths: tuple[int | None, ...]) -> None:
-    with pytest.raises(ValueError, match="stages must last for a step or more, the last without an end"):
+    with pytest.raises(ValueError, match="stages need at least 1 step each, and None for the last"):
         Stages([(length, GlobalBatches(pool(10), 2, 0)) for length in lengths])
 
 

@@ -77,7 +77,7 @@ def test_more_steps_than_fine_ones_are_refused(steps: int) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
-def test_to_a_single_picture_every_step_is_free(path: NoisePath) -> None:
+def test_on_a_single_picture_every_step_costs_nothing(path: NoisePath) -> None:
     picture = torch.full((64, 1), 0.7, dtype=torch.float64)
 
     def denoise(z: Tensor, t: Tensor) -> Estimate:
@@ -143,7 +143,7 @@ def test_given_times_are_those_written_and_the_last_is_added() -> None:
         ("0.5/0.0004", "fall together on LDMLinear"),
     ],
 )
-def test_times_that_cannot_be_are_refused(times: str, said: str) -> None:
+def test_impossible_times_are_refused(times: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as refusal:
         Sampling(steps=2, spacing=f"given:times={times}").walk(Objective(LDMLinear(), Epsilon()))
     assert "\n" not in str(refusal.value)
@@ -180,7 +180,7 @@ def test_the_command_finds_times_that_can_be_sampled(
     )  # fmt: skip
 
 
-def test_all_of_the_fine_steps_lead_where_they_lead(pipe: Pipeline) -> None:
+def test_keeping_all_fine_steps_reproduces_the_fine_walk(pipe: Pipeline) -> None:
     request = Request((6,), 4, 6, 0, None, Sampling(guidance=1.0))
     (found,) = GridSearch(pipe, Captions(["the digit 3"]), request).run()
     assert found["distance"]["searched"] < 1e-4
