@@ -155,10 +155,10 @@ def test_it_trains_shows_and_samples(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--network.picture_channels", "0"], "network.picture_channels is 0 and the data need 1"),
-        (["--network.level_embeds", "false"], "network.level_embeds is False and the data need True"),
+        (["--network.picture_channels", "0"], "network.picture_channels is 0, but the data need 1"),
+        (["--network.level_embeds", "false"], "network.level_embeds is False, but the data need True"),
         (["--data.degrade.factor", "3"], "degrade.factor must divide the 8×8 pixels"),
-        (["--data.degrade", "null"], "network.picture_channels is 1 and the data need 0"),
+        (["--data.degrade", "null"], "network.picture_channels is 1, but the data need 0"),
     ],
 )
 def test_bad_input_ends_in_one_line(
