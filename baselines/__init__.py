@@ -1,1 +1,1 @@
-"""What the transformer is measured against: the classical network behind the same contract."""
+"""Baselines to compare MMDiT with: a U-Net and two DiTs with the same contract."""

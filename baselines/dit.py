@@ -20,7 +20,7 @@ CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
 
 class DiffusionTransformer(Network, ABC):
-    """What both share with MMDiT: model(z, t, condition) → y, with its embeddings, positions and last layer.
+    """The parts that both DiTs share with MMDiT: model(z, t, condition) → y, embeddings, positions, last layer.
 
     Args:
         in_channels: channels of the latent.
@@ -36,13 +36,13 @@ class DiffusionTransformer(Network, ABC):
         out_channels: channels of y; none means in_channels. A learned variance takes twice as many.
 
     Raises:
-        ValueError: if a size is below 1, the width does not divide into heads and positions, or sample_size into
-            patches that fit the table.
+        ValueError: a size is below 1, the width is not a multiple of heads and of 4, or sample_size is not a multiple
+            of patch_size that fits the table.
 
     Attributes:
         unit: height and width of a latent are multiples of it.
         largest: height or width of the largest latent.
-        settings: the arguments, with what none meant.
+        settings: the arguments, with defaults in place of none.
     """
 
     largest: int
@@ -95,7 +95,7 @@ class DiffusionTransformer(Network, ABC):
         self.final = FinalLayer(width, patch_size**2 * out_channels)
         spacing = sample_size / patch_size / pos_embed_max_size
         table = sincos_2d(pos_embed_max_size, width, spacing)
-        self.register_buffer("positions", table, persistent=False)  # the config tells it
+        self.register_buffer("positions", table, persistent=False)  # computed from the config
         self.init_weights()
 
     @staticmethod
@@ -118,7 +118,7 @@ class DiffusionTransformer(Network, ABC):
         """
 
     def init_weights(self) -> None:
-        """As MMDiT's: zero for every modulation, every cross attention's projection and the output.
+        """As in MMDiT: zero for every modulation, every cross attention's projection and the output.
 
         Each block starts as the identity, and the network starts at y = 0.
         """
@@ -137,7 +137,7 @@ class DiffusionTransformer(Network, ABC):
         nn.init.zeros_(self.final.linear.weight)
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's output at (z, t). Numbers are cast to the type of its weights on the way in, but for t.
+        """The network's output at (z, t). All inputs except t are cast to the type of its weights.
 
         Args:
             z: noisy latents, (B, C, H, W); H and W multiples of the patch.
@@ -148,13 +148,13 @@ class DiffusionTransformer(Network, ABC):
             (B, out_channels, H, W).
 
         Raises:
-            ValueError: if H or W is no multiple of the patch, or more patches than the positional table holds.
+            ValueError: H or W is not a multiple of the patch, or has more patches than the positional table.
         """
-        self.check(condition)
+        self.check_condition(condition)
         height, rest_h = divmod(z.shape[-2], self.patch_size)
         width, rest_w = divmod(z.shape[-1], self.patch_size)
         if rest_h or rest_w:
-            raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is no multiple of the patch {self.patch_size}")
+            raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is not a multiple of patch_size {self.patch_size}")
         dtype = self.positions.dtype
 
         image = self.patch(patchify(z.to(dtype), self.patch_size)) + crop_centre(self.positions, height, width)
@@ -177,8 +177,8 @@ class DiffusionTransformer(Network, ABC):
             The network in evaluation mode, float32.
 
         Raises:
-            FileNotFoundError, ValueError: if a file is missing, truncated or foreign, or names or shapes do not fit.
-                Nothing is half-loaded.
+            FileNotFoundError, ValueError: a file is missing, truncated or of another kind, or names or shapes do not
+                fit. The network is loaded whole or not at all.
         """
         network = cls(**cls._arguments(folder / CONFIG))
         weights = open_folder(folder, STEM)
@@ -195,8 +195,8 @@ class DiffusionTransformer(Network, ABC):
         if kind != cls.__name__:
             raise ValueError(f"{file} describes a {kind}, not a {cls.__name__}")
         names = inspect.signature(cls).parameters.keys()
-        if odd := sorted(config.keys() ^ names):
-            raise ValueError(f"{file} must tell {', '.join(names)} and nothing else; it differs in {shorten(odd)}")
+        if wrong := sorted(config.keys() ^ names):
+            raise ValueError(f"{file} must have the keys {', '.join(names)} and no others; fix {shorten(wrong)}")
         wrong = [name for name, value in config.items() if type(value) is not (bool if name == "qk_norm" else int)]
         if wrong:
             raise ValueError(f"{file} has a value of the wrong type: {shorten(wrong)}")
@@ -235,7 +235,7 @@ class InContextBlock(nn.Module):
 
         Args:
             x: all tokens, (B, L, width).
-            kept: how many of them, counted from the end, are asked for; all are attended to.
+            kept: number of tokens, from the end, to compute; all tokens are attended to.
             vector: SiLU of time and pooled text, (B, width).
             mask: true where a token may be attended, (B, 1, 1, L); none means everywhere.
 
@@ -244,8 +244,8 @@ class InContextBlock(nn.Module):
         """
         attention, mlp = sub_layers(self.modulation(vector))
         q, k, v = self.stream.attend(modulate(x, attention.shift, attention.scale))
-        read = self.stream.proj(scaled_dot_product(q[:, -kept:], k, v, mask))
-        x = torch.addcmul(x[:, -kept:], attention.gate, read)
+        attended = self.stream.proj(scaled_dot_product(q[:, -kept:], k, v, mask))
+        x = torch.addcmul(x[:, -kept:], attention.gate, attended)
         return torch.addcmul(x, mlp.gate, self.stream.mlp(modulate(x, mlp.shift, mlp.scale)))
 
 
@@ -253,7 +253,7 @@ class InContextBlock(nn.Module):
 class DiT(DiffusionTransformer):
     """DiT (Peebles & Xie 2022) with the text in context: blocks over [text, image], one set of weights for both.
 
-    It is MMDiT with its two streams tied. As there, nobody reads the text after the last block, which is not computed.
+    It is MMDiT with its two streams tied. As in MMDiT, the last block does not compute its text output.
     """
 
     @staticmethod
@@ -270,7 +270,7 @@ class DiT(DiffusionTransformer):
 
 
 class CrossAttention(nn.Module):
-    """Image tokens ask, text tokens answer.
+    """Image tokens attend to text tokens.
 
     Args:
         width: channels of a token.
@@ -286,7 +286,7 @@ class CrossAttention(nn.Module):
         self.norm_k = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """What the image (B, M, width) reads in the text (B, N, width), where the mask (B, 1, 1, N) is true."""
+        """Attention of the image (B, M, width) to the text (B, N, width), where the mask (B, 1, 1, N) is true."""
         q = rearrange(self.q(image), "b m (h d) -> b m h d", h=self.heads)
         k, v = rearrange(self.kv(text), "b n (two h d) -> b n two h d", two=2, h=self.heads).unbind(2)
         return self.proj(scaled_dot_product(self.norm_q(q), self.norm_k(k), v, mask))
@@ -295,9 +295,8 @@ class CrossAttention(nn.Module):
 class CrossBlock(nn.Module):
     """adaLN-Zero self attention of the image, its cross attention to the text, adaLN-Zero MLP.
 
-    The cross attention is that of PixArt-α (Chen et al. 2023, §2.3): between the two, on the tokens as they are,
-    without a norm, modulation or gate, and with an output projection that starts at zero. Its heads and width are those
-    of the self attention.
+    The cross attention is that of PixArt-α (Chen et al. 2023, §2.3): between the two, without norm, modulation or gate,
+    with an output projection that starts at zero. It has the heads and the width of the self attention.
 
     Args:
         width: channels of a token.
@@ -314,8 +313,8 @@ class CrossBlock(nn.Module):
     def forward(self, image: Tensor, text: Tensor, vector: Tensor, mask: Tensor | None) -> Tensor:
         """image (B, M, width), text (B, N, width), vector (B, width), mask (B, 1, 1, N) or none to (B, M, width)."""
         attention, mlp = sub_layers(self.modulation(vector))
-        read = scaled_dot_product(*self.stream.attend(modulate(image, attention.shift, attention.scale)))
-        x = torch.addcmul(image, attention.gate, self.stream.proj(read))
+        attended = scaled_dot_product(*self.stream.attend(modulate(image, attention.shift, attention.scale)))
+        x = torch.addcmul(image, attention.gate, self.stream.proj(attended))
         x = x + self.cross(x, text, mask)
         return torch.addcmul(x, mlp.gate, self.stream.mlp(modulate(x, mlp.shift, mlp.scale)))
 
@@ -324,9 +323,9 @@ class CrossBlock(nn.Module):
 class CrossDiT(DiffusionTransformer):
     """DiT whose image tokens attend to the text tokens in every block (PixArt-α, Chen et al. 2023).
 
-    Each block reads the same linearly embedded text, which no block changes. Unlike in PixArt-α, each block has a
-    modulation of its own, the embedding of the text is one linear layer, and the pooled vector is told with the time:
-    all as in MMDiT, so that only the way to the text differs.
+    All blocks attend to the same linearly embedded text, which no block changes. Unlike in PixArt-α, each block has its
+    own modulation, the text embedding is one linear layer, and the pooled vector is added to the time embedding: all as
+    in MMDiT, so that only the attention to the text differs.
     """
 
     @staticmethod
@@ -341,4 +340,4 @@ class CrossDiT(DiffusionTransformer):
         return image
 
 
-KINDS: dict[str, type[DiT] | type[CrossDiT]] = {"DiT": DiT, "CrossDiT": CrossDiT}  # by what `save` calls them
+KINDS: dict[str, type[DiT] | type[CrossDiT]] = {"DiT": DiT, "CrossDiT": CrossDiT}  # by the class name in config.json

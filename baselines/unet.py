@@ -16,32 +16,32 @@ CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
 @final
 class UNet(Network):
-    """diffusers' `UNet2DConditionModel` behind the contract of the transformer: model(z, t, condition) → y.
+    """diffusers' `UNet2DConditionModel` with the contract of the transformer: model(z, t, condition) → y.
 
-    Every level and the middle attend to themselves and to the text tokens; the pooled vector, through one linear
-    layer, is added to the embedding of the time. The embedding's features are those of the step 1000·t, as many as
-    `channels[0]`. The last convolution starts at zero, as in Ho et al.'s code (init_scale 0) but not in diffusers, so
-    that the network starts at y = 0 as the transformer does; all else starts as in diffusers. The default sizes are
-    those of Stable Diffusion 1, which has no attention at its lowest level and no pooled vector.
+    Every level and the middle have self attention and cross attention to the text tokens. The pooled vector goes
+    through one linear layer and is added to the time embedding, which has `channels[0]` features of the step 1000·t.
+    The last convolution starts at zero, as in Ho et al.'s code (init_scale 0) but not in diffusers, so that the network
+    starts at y = 0 as the transformer does; all else starts as in diffusers. The default sizes are those of Stable
+    Diffusion 1, which has no attention at its lowest level and no pooled vector.
 
     Args:
         in_channels: channels of the latent.
-        out_channels: channels of the output; none means in_channels, a learned variance takes twice as many.
-        channels: of each level, from the finest; height and width halve from one to the next.
-        layers_per_block: residual blocks of a level on the way down; there is one more on the way up.
+        out_channels: channels of y; none means in_channels. A learned variance takes twice as many.
+        channels: channels of each level, from the finest; each level halves height and width.
+        layers_per_block: residual blocks per level on the way down; one more on the way up.
         heads: attention heads, the same number at every level.
         text_dim: channels of a text token.
         pooled_dim: channels of the pooled text vector.
-        sample_size: side of the latent at the base resolution; told to the pipeline, of no effect on the function.
-        norm_num_groups: groups of the group normalisation.
+        sample_size: side of the latent at the base resolution, for the pipeline; it does not change the function.
+        norm_num_groups: number of groups in group normalisation.
 
     Raises:
-        ValueError: if a size is below 1, a level's channels are no multiple of the heads or make no groups of two or
-            more (a normalised group of one forgets the time, which was added to it), or sample_size does not halve.
+        ValueError: a size is below 1; a level's channels are not a multiple of heads or do not form groups of at least
+            two (normalising a group of one removes the time embedding); or sample_size cannot be halved often enough.
 
     Attributes:
         unit: height and width of a latent are multiples of it, 2^(levels − 1).
-        largest: height or width of the largest latent; none, there is no limit.
+        largest: height or width of the largest latent; none means no limit.
     """
 
     largest: int | None = None
@@ -63,7 +63,7 @@ class UNet(Network):
         sizes = (in_channels, out_channels, *channels, layers_per_block, heads, text_dim, pooled_dim, sample_size,
                  norm_num_groups)  # fmt: skip
         if not channels or min(sizes) < 1:
-            raise ValueError(f"the network needs a level, and sizes of at least 1, got {min(sizes)}")
+            raise ValueError(f"channels must not be empty and sizes must be at least 1, got {min(sizes)}")
         if any(c % heads or c % norm_num_groups or c == norm_num_groups for c in channels):
             raise ValueError(
                 "channels must be multiples of heads and of norm_num_groups, two or more times the latter, "
@@ -84,7 +84,7 @@ class UNet(Network):
             "up_block_types": ["CrossAttnUpBlock2D"] * len(channels),
             "block_out_channels": list(channels),
             "layers_per_block": layers_per_block,
-            "attention_head_dim": heads,  # their misnomer: this network takes it for the number of heads
+            "attention_head_dim": heads,  # misnamed in diffusers: the number of heads
             "cross_attention_dim": text_dim,
             "norm_num_groups": norm_num_groups,
             "class_embed_type": "simple_projection",
@@ -106,11 +106,11 @@ class UNet(Network):
             (B, out_channels, H, W).
 
         Raises:
-            ValueError: if H or W is no multiple of `unit`.
+            ValueError: H or W is not a multiple of `unit`.
         """
-        self.check(condition)
+        self.check_condition(condition)
         if z.shape[-2] % self.unit or z.shape[-1] % self.unit:
-            raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is no multiple of {self.unit}")
+            raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is not a multiple of {self.unit}")
         return self.net(
             z, 1000 * t, condition.text, class_labels=condition.pooled, encoder_attention_mask=condition.mask,
             return_dict=False,
@@ -123,14 +123,14 @@ class UNet(Network):
 
     @classmethod
     def load(cls, folder: Path) -> "UNet":
-        """Reads a U-Net folder, ours or one that diffusers wrote of a network of this kind.
+        """Reads the folder of a U-Net of this kind, written by `save` or by diffusers.
 
         Returns:
             The network in evaluation mode, float32.
 
         Raises:
-            FileNotFoundError, ValueError: if a file is missing, truncated or foreign, or names or shapes do not fit.
-                Nothing is half-loaded.
+            FileNotFoundError, ValueError: a file is missing, truncated or of another kind, or names or shapes do not
+                fit. The network is loaded whole or not at all.
         """
         network = cls._from_config(folder / CONFIG)
         weights = open_folder(folder, STEM)
@@ -141,7 +141,7 @@ class UNet(Network):
 
     @classmethod
     def _from_config(cls, file: Path) -> "UNet":
-        """A new network of the sizes in the file. ValueError if it asks for anything else than this class has."""
+        """A new network with the settings in the file. ValueError if this class does not support one of them."""
         config = read_json(file)
         if config.get("_class_name") != "UNet2DConditionModel":
             raise ValueError(f"{file} describes a {config.get('_class_name')}, not a UNet2DConditionModel")
@@ -164,9 +164,9 @@ class UNet(Network):
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         ours = json.loads(network.net.to_json_string())
-        told = {name: value for name, value in config.items() if not name.startswith("_")}
-        foreign = [name for name in sorted(told.keys() | network.settings) if name not in told
-                   or name not in ours or told[name] != ours[name]]  # fmt: skip
-        if foreign:
-            raise ValueError(f"{file} asks for what this network does not have, or leaves it open: {shorten(foreign)}")
+        given = {name: value for name, value in config.items() if not name.startswith("_")}
+        wrong = [name for name in sorted(given.keys() | network.settings) if name not in given
+                   or name not in ours or given[name] != ours[name]]  # fmt: skip
+        if wrong:
+            raise ValueError(f"{file} has unsupported or missing settings: {shorten(wrong)}")
         return network

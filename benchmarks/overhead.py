@@ -68,7 +68,7 @@ def loop(module: Generator, batch: Any) -> Any:
     condition, area = Condition(batch.text, batch.pooled), batch.x0[0, 0].numel()
     while True:
         optimizer.zero_grad()
-        t = objective.time(stratified(len(batch.x0), torch.Generator()), area)
+        t = objective.training_time(stratified(len(batch.x0), torch.Generator()), area)
         objective.loss(network, batch.x0, batch.noise, t, condition).mean().backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), module.optimization.clip)
         optimizer.step()

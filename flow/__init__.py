@@ -1,1 +1,1 @@
-"""The process. Knows nothing of networks: a model is any callable (z, t, condition) → y."""
+"""The process. It knows nothing of networks: a model is any callable (z, t, condition) → y."""

@@ -1,6 +1,6 @@
-"""Timestep densities: which times training looks at (Esser et al. 2024, section 3.1), and the resolution shift.
+"""Timestep densities: how training draws t (Esser et al. 2024, section 3.1), and the resolution shift.
 
-A density is a map u → t of a uniform u in (0, 1), so that a stratified u gives a stratified t.
+A density maps a uniform u in (0, 1) to t, so that a stratified u gives a stratified t.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Density(ABC):
-    """A distribution of t on (0, 1), as a map of a uniform number and as a probability density."""
+    """A distribution of t on (0, 1): a map from a uniform number and a probability density."""
 
     @abstractmethod
     def __call__(self, u: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class LogitNormal(Density):
     """logit(t) ~ N(mean, std²) (Esser et al. 2024, eq. 19).
 
     Args:
-        mean: a positive one moves mass toward the noise.
+        mean: positive values move mass toward the noise.
         std: width on the logit scale, > 0.
 
     Example:
@@ -68,7 +68,7 @@ class Mode(Density):
     """t = 1 − u − s·(cos²(πu/2) − 1 + u), with heavy tails (Esser et al. 2024, eq. 20).
 
     Args:
-        scale: s between −1 and 2/(π − 2) ≈ 1.75, outside of which the map is not monotonic. Positive favours t = ½.
+        scale: s, from −1 to 2/(π − 2) ≈ 1.75, where the map is monotonic. Positive values favour t = ½.
 
     Example:
         >>> t = Mode(scale=1.29)(torch.tensor([0.0, 0.5, 1.0]))  # falls from 1 to 0
@@ -86,7 +86,7 @@ class Mode(Density):
 
     def pdf(self, t: Tensor) -> Tensor:
         low, high = torch.zeros_like(t), torch.ones_like(t)
-        for _ in range(50):  # u(t) has no closed form; t falls with u
+        for _ in range(50):  # bisection: u(t) has no closed form, and t falls with u
             u = (low + high) / 2
             low, high = torch.where(self(u) > t, u, low), torch.where(self(u) > t, high, u)
         return 1 / (1 + self.scale * (1 - math.pi / 2 * torch.sin(math.pi * (low + high) / 2)))
@@ -108,12 +108,12 @@ class CosMap(Density):
 
 
 class UShaped(Density):
-    """Density ∝ exp(at) + exp(a(1 − t)): the ends of a path that is straight already.
+    """Density ∝ exp(at) + exp(a(1 − t)), which favours both ends: for a path that is already straight.
 
-    Of 2-rectified flow++ (Lee et al. 2024).
+    From 2-rectified flow++ (Lee et al. 2024).
 
     Args:
-        a: > 0; near 0 it is uniform. Theirs is 4.
+        a: > 0; near 0 the density is almost uniform. The paper uses 4.
 
     Example:
         >>> density = UShaped(a=4.0)
@@ -135,9 +135,9 @@ class UShaped(Density):
 
 
 class Steps(Density):
-    """The times at which a sampler of k equal steps looks, 1/k … 1, alike: distils what it does into them.
+    """The times 1/k … 1 at which a sampler of k equal steps calls the model, with equal probability.
 
-    With the pairs of a coupling, k = 1 learns the one-step map from noise to picture (Liu et al. 2022, §2.2).
+    With pairs of noise and the picture made from it, k = 1 learns the one-step map (Liu et al. 2022, §2.2).
 
     Args:
         k: number of steps.
@@ -157,8 +157,8 @@ class Steps(Density):
 
     def pdf(self, t: Tensor) -> Tensor:
         """The probability of each time: 1/k, and 0 in between."""
-        at = torch.isclose(t * self.k, (t * self.k).round()) & (t > 0)
-        return at.to(t.dtype) / self.k
+        in_grid = torch.isclose(t * self.k, (t * self.k).round()) & (t > 0)
+        return in_grid.to(t.dtype) / self.k
 
 
 def stratified(count: int, generator: torch.Generator) -> Tensor:
@@ -180,7 +180,7 @@ def shift(t: Tensor, alpha: float) -> Tensor:
 
     Args:
         t: times in [0, 1].
-        alpha: √(tokens / base tokens); 1 changes nothing, more moves times toward the noise.
+        alpha: √(tokens / base tokens); 1 changes nothing, larger values move times toward the noise.
 
     Example:
         >>> shift(torch.tensor([0.0, 0.5, 1.0]), alpha=3.0)

@@ -1,4 +1,4 @@
-"""Paths and targets as JSON objects, and back: what a model folder keeps of a process."""
+"""Paths and targets to JSON objects and back, as a model folder stores them."""
 
 import inspect
 from typing import Any
@@ -7,19 +7,19 @@ from flow.path import Path
 
 
 def describe(thing: Any) -> dict[str, Any]:
-    """A path or target as its class and its constructor's arguments, which it must keep under their own names."""
+    """The class and constructor arguments of a path or target. Each argument must be an attribute of the same name."""
     values = {name: getattr(thing, name) for name in inspect.signature(type(thing)).parameters}
     nested = {name: describe(value) if isinstance(value, Path) else value for name, value in values.items()}
     return {"class": type(thing).__name__} | nested
 
 
-def restore(base: type, described: Any) -> Any:
-    """What `describe` described, if it is a `base`; ValueError or TypeError otherwise."""
-    known, found = [base], {}
-    while known:
-        found[known[0].__name__] = known[0]
-        known = [*known[1:], *known[0].__subclasses__()]
-    if not isinstance(described, dict) or described.get("class") not in found:
-        raise ValueError(f"there is no {base.__name__} {described}")
-    values = {k: restore(Path, v) if isinstance(v, dict) else v for k, v in described.items() if k != "class"}
-    return found[described["class"]](**values)
+def restore(base: type, description: Any) -> Any:
+    """Builds the object that `describe` described. ValueError or TypeError if it is not a `base`."""
+    queue, classes = [base], {}
+    while queue:
+        classes[queue[0].__name__] = queue[0]
+        queue = [*queue[1:], *queue[0].__subclasses__()]
+    if not isinstance(description, dict) or description.get("class") not in classes:
+        raise ValueError(f"there is no {base.__name__} {description}: its class must be one of {', '.join(classes)}")
+    values = {k: restore(Path, v) if isinstance(v, dict) else v for k, v in description.items() if k != "class"}
+    return classes[description["class"]](**values)

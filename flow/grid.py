@@ -1,4 +1,4 @@
-"""Time grids: the times at which a sampler stops, from noise to data, the last of them 0. Float64, (steps + 1,)."""
+"""Time grids: the times that a sampler visits, from noise to data. The last is 0. Each grid is (steps + 1,) float64."""
 
 import math
 
@@ -10,7 +10,7 @@ from flow.path import Discrete, Path, RectifiedFlow
 
 
 def trailing(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
-    """Equal steps from t = 1, shifted once (`flow.density.shift`): for a chain n = T, T − T/steps, … rounded.
+    """Equal steps from t = 1, shifted once (`flow.density.shift`). On a chain n = T, T − T/steps, …, rounded.
 
     Lin et al. 2024, table 2, "trailing".
 
@@ -24,15 +24,15 @@ def trailing(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
     _positive(alpha)
     grid = path.snap(shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha))
     if not bool((grid.diff() < 0).all()):
-        raise ValueError(f"{steps} steps with shift {alpha} fall together on {type(path).__name__}: take fewer")
+        raise ValueError(f"{steps} steps with shift {alpha} give equal times on {type(path).__name__}: use fewer")
     return grid
 
 
 def flow_match(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
-    """The released Stable Diffusion 3 models' own: equal steps from 1 to shift(1/1000), shifted, then 0.
+    """The grid of the released Stable Diffusion 3 models: equal steps from 1 to shift(1/1000), shifted, then 0.
 
-    The last noisy time is so shifted twice. Pictures of other tools come out the same only on these times (diffusers'
-    `FlowMatchEulerDiscreteScheduler`, to the bit in float32).
+    The last noisy time is therefore shifted twice. Only this grid gives the pictures of other tools (it equals that of
+    diffusers' `FlowMatchEulerDiscreteScheduler`, to the bit in float32).
 
     Example:
         >>> flow_match(RectifiedFlow(), 4)
@@ -41,14 +41,14 @@ def flow_match(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
     _count(path, steps)
     _positive(alpha)
     if not isinstance(path, RectifiedFlow):
-        raise ValueError(f"flow_match spacing is rectified flow's, and the path is {type(path).__name__}: use trailing")
+        raise ValueError(f"flow_match spacing needs RectifiedFlow, and the path is {type(path).__name__}: use trailing")
     least = shift(torch.tensor(0.001), alpha).double()
     times = shift(torch.linspace(1, float(least), steps, dtype=torch.float64), alpha)
     return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
 
 def leading(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
-    """n = i·⌊T/steps⌋ + 1 for i = steps − 1 … 0: DDIM's, which never looks at the noisiest times of a chain.
+    """DDIM's n = i·⌊T/steps⌋ + 1 for i = steps − 1 … 0. It never visits the noisiest times of a chain.
 
     Song et al. 2020, appendix D.2, "linear"; Lin et al. 2024, table 2, "leading".
 
@@ -62,7 +62,7 @@ def leading(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
 
 
 def linspace(path: Path, steps: int, alpha: float = 1.0) -> Tensor:
-    """From n = T to n = 1 in equal parts, rounded, then 0: improved DDPM's (Nichol & Dhariwal 2021, §4).
+    """Improved DDPM's equal steps from n = T to n = 1, rounded, then 0 (Nichol & Dhariwal 2021, §4).
 
     Example:
         >>> from flow.path import DDPMLinear
@@ -78,7 +78,7 @@ def karras(
 ) -> Tensor:
     """σ_i = (σ_max^(1/ρ) + i/(n−1)·(σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ, then 0 (Karras et al. 2022, eq. 5).
 
-    On any continuous path, with σ = b/a. It starts at σ_max, not at pure noise.
+    It works on any continuous path, with σ = b/a. It starts at σ_max, not at pure noise.
 
     Example:
         >>> a, b = RectifiedFlow()(karras(RectifiedFlow(), 3, sigma_min=1.0, sigma_max=9.0, rho=1.0))
@@ -87,9 +87,9 @@ def karras(
     """
     _count(path, steps)
     if isinstance(path, Discrete):
-        raise ValueError(f"karras spacing needs a continuous path, and {type(path).__name__} is discrete")
+        raise ValueError(f"karras spacing needs a continuous path, and {type(path).__name__} is discrete: use trailing")
     if alpha != 1:
-        raise ValueError(f"karras spacing has no shift, got {alpha}")
+        raise ValueError(f"karras spacing has no shift, got {alpha}: use trailing")
     if not 0 < sigma_min < sigma_max < math.inf or rho <= 0:
         given = f"{sigma_min}, {sigma_max} and {rho}"
         raise ValueError(f"karras spacing needs 0 < sigma_min < sigma_max and rho > 0, got {given}")
@@ -97,17 +97,17 @@ def karras(
     sigma = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, steps, dtype=torch.float64)) ** rho
     grid = torch.cat([path.time(sigma / (1 + sigma)), torch.zeros(1, dtype=torch.float64)])
     if not bool((grid.diff() < 0).all()):
-        raise ValueError(f"{steps} steps of karras spacing fall together on {type(path).__name__}: take other options")
+        raise ValueError(f"{steps} steps of karras spacing give equal times on {type(path).__name__}: use fewer")
     return grid
 
 
 def given(path: Path, steps: int, alpha: float = 1.0, *, times: str = "") -> Tensor:
-    """Times written out, such as those that `flow.search` finds: `1/0.83/0.4`, and then 0, which is not written.
+    """A list of times, such as `flow.search` finds: `1/0.83/0.4`. The final 0 is not written.
 
-    A chain takes the nearest that it has. They are final: no shift is applied to them, so `alpha` changes nothing.
+    A chain uses the nearest times that it has. No shift is applied, so `alpha` changes nothing.
 
     Args:
-        times: as many as steps, falling, above 0 and at most 1, with a slash between them.
+        times: one per step, falling, above 0 and at most 1, separated by slashes.
 
     Example:
         >>> given(RectifiedFlow(), 2, times="1/0.4")
@@ -117,15 +117,15 @@ def given(path: Path, steps: int, alpha: float = 1.0, *, times: str = "") -> Ten
     try:
         numbers = [float(part) for part in times.split("/")]
     except ValueError:
-        raise ValueError(f"given spacing needs its times, as given:times=1/0.83/0.4, got {times!r}") from None
+        raise ValueError(f"given spacing needs times, such as given:times=1/0.83/0.4, got {times!r}") from None
     if len(numbers) != steps:
-        raise ValueError(f"given spacing has {len(numbers)} times, one a step, and there are {steps} steps")
+        raise ValueError(f"given spacing has {len(numbers)} times for {steps} steps: give one time per step")
     wanted = torch.tensor([*numbers, 0.0], dtype=torch.float64)
     if not (bool((wanted.diff() < 0).all()) and numbers[0] <= 1):
-        raise ValueError(f"given spacing needs times that fall, above 0 and at most 1, got {times}")
+        raise ValueError(f"given spacing needs falling times, above 0 and at most 1, got {times}")
     grid = path.snap(wanted)
     if not bool((grid.diff() < 0).all()):
-        raise ValueError(f"times {times} fall together on {type(path).__name__}: give others")
+        raise ValueError(f"times {times} are not distinct on {type(path).__name__}: use others")
     return grid
 
 
@@ -146,5 +146,5 @@ def _chain(path: Path, steps: int, alpha: float, name: str) -> int:
     if not isinstance(path, Discrete):
         raise ValueError(f"{name} spacing needs a discrete path, and {type(path).__name__} is continuous: use trailing")
     if alpha != 1:
-        raise ValueError(f"{name} spacing has no shift, got {alpha}")
+        raise ValueError(f"{name} spacing has no shift, got {alpha}: use trailing")
     return path.steps

@@ -1,4 +1,4 @@
-"""MeanFlow: the average velocity over an interval, in place of the velocity at its beginning (Geng et al. 2025)."""
+"""MeanFlow: learns the average velocity over an interval, not the velocity at its start (Geng et al. 2025)."""
 
 from typing import Any, ClassVar
 
@@ -14,15 +14,15 @@ from flow.weight import Weight
 
 
 class MeanFlow(Objective):
-    """Learns the average velocity of rectified flow over intervals (end, t), with a network of two times.
+    """Learns the average velocity of rectified flow over intervals (end, t), with a network that takes both times.
 
     Args:
-        density: where in t training looks for the two ends of an interval.
+        density: distribution that both ends of an interval are drawn from.
         weight: an extra factor on the loss at t; none means 1.
         shift: α of the resolution shift.
-        shift_area: height × width of the latents that `shift` is for; none: one α for all.
-        penalty: of each picture's error; none is its mean square.
-        share: of the pictures whose interval has a length; the others learn the velocity at t.
+        shift_area: height × width of the latents that `shift` is for; none means one α for all.
+        penalty: applied to each picture's mean square error; none means no penalty.
+        share: fraction of the pictures with end < t; the others have end = t and learn the velocity at t.
 
     Example:
         >>> import torch
@@ -47,11 +47,11 @@ class MeanFlow(Objective):
         if not 0 < share <= 1:
             raise ValueError(f"MeanFlow needs 0 < share <= 1, got {share}")
         self.share = share
-        self.extra_passes = 2 * share  # the derivative counts as two
+        self.extra_passes = 2 * share  # the derivative costs two passes
 
     def times(self, u: Tensor, area: int) -> tuple[Tensor, Tensor]:
-        """(t, end), each (B,), for uniform u (3, B): two drawn times where u[2] < share, else the first one twice."""
-        first, second = self.time(u[0], area), self.time(u[1], area)
+        """(t, end), each (B,), for uniform u (3, B): two drawn times where u[2] < share, else one time twice."""
+        first, second = self.training_time(u[0], area), self.training_time(u[1], area)
         second = torch.where(u[2] < self.share, second, first)
         return torch.maximum(first, second), torch.minimum(first, second)
 
@@ -65,41 +65,41 @@ class MeanFlow(Objective):
         end: Tensor | None = None,
         field: Field | None = None,
     ) -> Tensor:
-        """As `Objective.loss`, of the average velocity from t to `end`; none is t itself, the velocity there."""
-        z, v = self.pair(x0, noise, t, condition, field)
+        """As `Objective.loss`, for the average velocity from t to `end`; none means the velocity at t."""
+        z, v = self.point_and_target(x0, noise, t, condition, field)
         u = v if end is None else average_velocity(model, z, t, end, v, condition)
         return self.error(output(model, z, t, condition, end), u, t)
 
 
 @torch.no_grad()
 def average_velocity(model: Model, z: Tensor, t: Tensor, end: Tensor, v: Tensor, condition: Any) -> Tensor:
-    """What the average velocity u(z, t, end) should be, given the velocity v at (z, t): v − (t − end)·du/dt.
+    """The target for the average velocity: u(z, t, end) = v − (t − end)·du/dt, with the velocity v at (z, t).
 
-    The MeanFlow identity (Geng et al. 2025). du/dt = v·∂_z u + ∂_t u is the derivative along the path: one
-    Jacobian-vector product with the tangent (v, 1) of (z, t), only of the intervals that have a length. No gradient
-    flows through it.
+    This is the MeanFlow identity (Geng et al. 2025). du/dt = v·∂_z u + ∂_t u is the derivative along the path: one
+    Jacobian-vector product with the tangent (v, 1) of (z, t), computed only where end < t. No gradient flows through
+    it.
 
     Args:
-        model: the network as it is.
+        model: the network with its current weights.
         z: points on the path, (B, …).
         t: times, (B,).
-        end: where the intervals end, at most t, (B,).
+        end: ends of the intervals, at most t, (B,).
         v: velocities, (B, …).
-        condition: passed on to the model; a named tuple of tensors with batch size B, or None.
+        condition: passed to the model; a named tuple of tensors with batch size B, or None.
 
     Returns:
         (B, …), in v's type.
     """
     rows = (end < t).nonzero()[:, 0]
-    if not len(rows):  # the model is asked all the same, since processes that share its weights ask together
+    if not len(rows):  # call the model anyway: processes that share its weights must call it together
         rows = torch.zeros(1, dtype=torch.long, device=t.device)
-    part = None if condition is None else type(condition)(*(x if x is None else x[rows] for x in condition))
-    at = z[rows], t[rows]
-    # Fused attention has no forward derivative.
+    selected = None if condition is None else type(condition)(*(x if x is None else x[rows] for x in condition))
+    point = z[rows], t[rows]
+    # Fused attention has no forward-mode derivative.
     with sdpa_kernel(SDPBackend.MATH):
         rate = torch.func.jvp(
-            lambda z, t: model(z, t, part, end[rows]), at, (v[rows].to(z.dtype), torch.ones_like(at[1]))
+            lambda z, t: model(z, t, selected, end[rows]), point, (v[rows].to(z.dtype), torch.ones_like(point[1]))
         )[1]
     u = v.clone()
-    u[rows] -= expand_as(at[1] - end[rows], v) * rate.to(v.dtype)
+    u[rows] -= expand_as(point[1] - end[rows], v) * rate.to(v.dtype)
     return u

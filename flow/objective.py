@@ -1,7 +1,7 @@
-"""The objective: path + target + density + weight, as one loss for training and validation and one denoiser.
+"""The objective joins path, target, density and weight into one loss (for training and validation) and one denoiser.
 
-Three objectives that learn something else stand beside it, each with the same three methods `times`, `loss` and
-`denoise`: `flow.variance.LearnedVariance`, `flow.meanflow.MeanFlow` and `flow.stepmap.StepMap`.
+Three other objectives learn something else, with the same three methods `times`, `loss` and `denoise`:
+ `flow.variance.LearnedVariance`, `flow.meanflow.MeanFlow` and `flow.stepmap.StepMap`.
 """
 
 import math
@@ -18,38 +18,38 @@ from flow.penalty import Penalty
 from flow.target import Target, Velocity, solve
 from flow.weight import Weight
 
-Model = Callable[..., Tensor]  # (z (B, …), t (B,), condition) → y (B, …); of two times, with end (B,) as well
-Field = Callable[[Tensor, Tensor, Any, Tensor], Tensor]  # (z, t, condition, the pair's own y) → y (B, …)
+Model = Callable[..., Tensor]  # (z (B, …), t (B,), condition) → y (B, …); with two_times also end (B,)
+Field = Callable[[Tensor, Tensor, Any, Tensor], Tensor]  # (z, t, condition, y of the data) → y (B, …)
 
 
 class Estimate(NamedTuple):
-    """What a model's output at z says."""
+    """Picture and noise that follow from a model's output at z."""
 
     x0: Tensor  # the picture, (B, …)
     noise: Tensor  # ε, (B, …)
-    variance: Tensor | None = None  # the output that says where between β̃ and β the step's variance lies, (B, …)
+    variance: Tensor | None = None  # output that sets the step's variance between β̃ and β, (B, …)
 
 
 class Objective:
-    """What the network learns, and how its output is read.
+    """What the network learns, and how its output becomes picture and noise.
 
     Args:
         path: how picture and noise mix at t.
         target: what the network predicts.
-        density: where in t training looks.
+        density: distribution that training draws t from.
         weight: an extra factor on the loss at t; none means 1.
-        shift: α of the resolution shift, applied to the drawn t here and to the sampler's time grid, once each.
-        shift_area: height × width of the latents that `shift` is for; others have α·√(area / shift_area) (Esser et al.
-            2024, §5.3.2). None: one α for all.
-        penalty: of each picture's error; none is its mean square.
+        shift: α of the resolution shift. It is applied once to the drawn t and once to the sampler's time grid.
+        shift_area: height × width of the latents that `shift` is for; other sizes get α·√(area / shift_area) (Esser et
+            al. 2024, §5.3.2). None means one α for all.
+        penalty: applied to each picture's mean square error; none means no penalty.
 
     Attributes:
-        outputs: channels of the network's output for each channel of the latent.
-        two_times: whether the network is also given the time at which a step ends.
-        extra_passes: forward passes of the network for each picture, besides the usual one.
+        outputs: channels of the network's output per channel of the latent.
+        two_times: whether the network also takes the time at which a step ends.
+        extra_passes: forward passes of the network per picture, in addition to the usual one.
 
     Example:
-        A model that knows the answer has no loss:
+        A perfect model has zero loss:
 
         >>> import torch
         >>> objective = Objective()  # rectified flow, velocity, logit-normal(0, 1)
@@ -84,25 +84,25 @@ class Objective:
         self.weight, self.penalty = weight, penalty
         self.shift, self.shift_area = shift, shift_area
         half = torch.tensor([0.5])
-        self.target.row(self.path, half)  # a target or weight that the path does not have should fail now
+        self.target.row(self.path, half)  # fail now if the path cannot have this target or weight
         if weight:
             weight(self.path, self.target, half)
 
     def alpha(self, area: int) -> float:
-        """α of the resolution shift for latents of `area` = height × width, in training as in sampling."""
+        """α of the resolution shift for latents of `area` = height × width, for training and sampling."""
         return self.shift if self.shift_area is None else self.shift * math.sqrt(area / self.shift_area)
 
-    def time(self, u: Tensor, area: int) -> Tensor:
+    def training_time(self, u: Tensor, area: int) -> Tensor:
         """Training times for uniform u, (B,) float32, for latents of `area` = height × width."""
-        return self.path.cell(shift(self.density(u), self.alpha(area))).float()
+        return self.path.training_time(shift(self.density(u), self.alpha(area))).float()
 
-    def cell(self, t: Tensor, area: int) -> Tensor:
-        """The nearest time to t that training may draw, for validation: t itself on a continuous path."""
-        return self.path.cell(t)
+    def validation_time(self, t: Tensor, area: int) -> Tensor:
+        """The time that validation uses for t, one that training may draw: t itself on a continuous path."""
+        return self.path.training_time(t)
 
     def times(self, u: Tensor, area: int) -> tuple[Tensor, Tensor | None]:
-        """Training times (B,) for uniform u (3, B), and where the intervals from them end; none here has an end."""
-        return self.time(u[0], area), None
+        """(t, end) for uniform u (3, B): training times (B,), and none, since this objective has no intervals."""
+        return self.training_time(u[0], area), None
 
     def loss(
         self,
@@ -114,27 +114,29 @@ class Objective:
         end: Tensor | None = None,
         field: Field | None = None,
     ) -> Tensor:
-        """w(t)·ρ(mean((model(z_t, t) − y)²)) for each picture, z_t = a·x0 + b·ε and y = p·x0 + q·ε.
+        """w(t)·ρ(mean((model(z_t, t) − y)²)) for each picture, with z_t = a·x0 + b·ε and y = p·x0 + q·ε.
 
-        Everything around the network is float32, under any autocast: bfloat16 would round t by up to 4/1000.
+        Everything outside the network is float32 under any autocast, because bfloat16 would round t by up to 4/1000.
 
         Args:
-            model: the network, or what wraps it.
+            model: the network or a wrapper around it.
             x0: pictures or latents, (B, …).
-            noise: standard normal, (B, …); with other pairs of noise and picture this is reflow (Liu et al. 2022).
+            noise: standard normal, (B, …). If x0 was generated from this noise, this is reflow (Liu et al. 2022).
             t: times in [0, 1], (B,) float32.
-            condition: passed on to the model unread.
-            end: where the intervals from t end, (B,) float32; none for a model of one time.
-            field: gives y in the place of p·x0 + q·ε, such as a teacher's output; no gradient flows through it.
+            condition: passed to the model unchanged.
+            end: ends of the intervals from t, (B,) float32; none for a model that takes only t.
+            field: computes y instead of p·x0 + q·ε, such as a teacher; no gradient flows through it.
 
         Returns:
             (B,) float32.
         """
-        z, y = self.pair(x0, noise, t, condition, field)
+        z, y = self.point_and_target(x0, noise, t, condition, field)
         return self.error(output(model, z, t, condition, end), y, t)
 
-    def pair(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Any, field: Field | None) -> tuple[Tensor, Tensor]:
-        """The point z_t on the path and what the network should say there, each (B, …) float32."""
+    def point_and_target(
+        self, x0: Tensor, noise: Tensor, t: Tensor, condition: Any, field: Field | None
+    ) -> tuple[Tensor, Tensor]:
+        """The point z_t on the path and the target y there, each (B, …) float32."""
         if t.dtype != torch.float32:
             raise TypeError(f"t must be float32, got {t.dtype}")
         x0, noise = x0.float(), noise.float()
@@ -145,9 +147,9 @@ class Objective:
                 y = field(z, t, condition, y).float()
         return z, y
 
-    def error(self, found: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        """w(t)·ρ(mean((found − y)²)), (B,)."""
-        loss = (found - y).square().flatten(1).mean(1)
+    def error(self, output: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        """w(t)·ρ(mean((output − y)²)), (B,)."""
+        loss = (output - y).square().flatten(1).mean(1)
         if self.penalty:
             loss = self.penalty(loss, t)
         if self.weight is not None:
@@ -155,15 +157,15 @@ class Objective:
         return loss
 
     def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Estimate:
-        """The model's estimate at z (B, …), t (B,); the model is given t in float32, the solve the t that comes.
+        """The model's estimate at z (B, …), t (B,). The model gets t in float32, the solve gets t as it is.
 
-        With `end` (B,), an average velocity's: what z would be at t on the straight line that leads to the same place.
+        With `end` (B,) the output is an average velocity; the estimate is that of the straight line to the same end.
         """
         y = output(model, z, t.float(), condition, None if end is None else end.float())
         return Estimate(*solve(self.path, self.target, z, y, t))
 
-    def described(self) -> dict[str, Any]:
-        """What a model folder keeps of it: how the output is read and which times are looked at, as a JSON object."""
+    def describe(self) -> dict[str, Any]:
+        """The settings that sampling needs, as the JSON object that a model folder stores."""
         return {
             "shift": self.shift,
             "shift_area": self.shift_area,
@@ -174,12 +176,12 @@ class Objective:
 
 
 def output(model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Tensor:
-    """What the model says, (B, …) float32; a model of one time is not given an end."""
+    """The model's output, (B, …) float32. The model gets `end` only if it is given."""
     return (model(z, t, condition) if end is None else model(z, t, condition, end)).float()
 
 
 class TimeBins:
-    """Mean loss in equal bins of t, summed on the device; only `means` waits for it.
+    """Mean loss in equal bins of t, summed on the device; only `means` synchronises with it.
 
     Args:
         count: number of bins over [0, 1].
@@ -196,10 +198,10 @@ class TimeBins:
         self.sums.index_add_(1, index, torch.stack([loss.detach(), torch.ones_like(loss)]))
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> list[float]:
-        """Mean loss per bin since the last call, NaN for an empty bin. Starts afresh.
+        """Mean loss per bin since the last call, NaN for an empty bin. Resets the sums.
 
         Args:
-            reduce: adds up the sums (2, count) of all processes.
+            reduce: adds the sums (2, count) of all processes.
         """
         total, number = reduce(self.sums.clone())
         self.sums.zero_()

@@ -4,7 +4,7 @@ Every process here is z_t = a(t)·x0 + b(t)·ε with ε ~ N(0, I), t = 0 at the 
 (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 2).
 
 In the coordinates w = z / (a + b) and τ = b / (a + b) each of them is the same straight line w = (1 − τ)·x0 + τ·ε, so
-what holds of one path's deterministic sampler holds of all (see `flow.sampler`).
+a deterministic sampler in these coordinates works on every path (see `flow.sampler`).
 """
 
 import math
@@ -20,7 +20,7 @@ def expand_as(coefficient: Tensor, z: Tensor) -> Tensor:
 
 
 class Path(ABC):
-    """The pair of functions a and b. Takes t of any shape in [0, 1]; gives coefficients of that shape and type."""
+    """The functions a and b. They take t of any shape in [0, 1] and return coefficients of that shape and type."""
 
     @abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,8 +38,8 @@ class Path(ABC):
         """The nearest time that the path has: t itself unless the path is discrete."""
         return t
 
-    def cell(self, t: Tensor) -> Tensor:
-        """The time that stands for t in training: t itself unless the path is discrete."""
+    def training_time(self, t: Tensor) -> Tensor:
+        """The time that training uses for t: t itself unless the path is discrete."""
         return t
 
 
@@ -84,7 +84,7 @@ class Cosine(Path):
 class EDM(Path):
     """z_t = (x0 + σ·ε) / √(σ² + σ_d²) with ln σ = P_m + P_s·Φ⁻¹(t) (Karras et al. 2022, table 1 and eq. 7).
 
-    The division is their c_in, so z has unit variance and is what the network sees. A uniform t draws their
+    The division is EDM's c_in, so z has unit variance and is the network's input. A uniform t draws EDM's
     log-normal σ. At t = 0, z = x0 / σ_d; at t = 1, σ is infinite and z = ε.
 
     Args:
@@ -112,20 +112,20 @@ class EDM(Path):
         return torch.sigmoid(-r).sqrt() / self.sigma_data, torch.sigmoid(r).sqrt()
 
     def rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Infinite or NaN at the very ends, where σ runs off."""
+        """Infinite or NaN at t = 0 and t = 1, where σ is 0 or infinite."""
         a, b = self(t)
         quantile = torch.special.ndtri(t)
         speed = self.std * math.sqrt(2 * math.pi) * torch.exp(quantile**2 / 2)  # d ln σ / dt
         return -a * b**2 * speed, b * (self.sigma_data * a) ** 2 * speed
 
     def time(self, tau: Tensor) -> Tensor:
-        return torch.erfc((self.mean - torch.logit(tau)) / (self.std * math.sqrt(2))) / 2  # ndtr is 0 below −8.3
+        return torch.erfc((self.mean - torch.logit(tau)) / (self.std * math.sqrt(2))) / 2  # ndtr underflows below −8.3
 
 
 class Discrete(Path):
     """A chain of T noising steps: a = √ᾱ_n and b = √(1 − ᾱ_n) at t = n/T, n = 0 … T (Ho et al. 2020, eq. 4).
 
-    n counts as theirs: n = 1 is after the first step, which code that counts from zero calls timestep 0.
+    n = 1 is the state after the first step, as in the paper. Code that counts from zero calls it timestep 0.
 
     Args:
         alphas_cumprod: ᾱ_1 … ᾱ_T, (T,) float64, falling.
@@ -153,17 +153,17 @@ class Discrete(Path):
         raise ValueError(f"{type(self).__name__} is discrete and has no rate: use Epsilon, X0 or V as target")
 
     def time(self, tau: Tensor) -> Tensor:
-        raise ValueError(f"{type(self).__name__} is discrete and has no times in between")
+        raise ValueError(f"{type(self).__name__} is discrete and has no times in between: use euler or ddim")
 
     def snap(self, t: Tensor) -> Tensor:
         return (t * self.steps).round() / self.steps
 
-    def cell(self, t: Tensor) -> Tensor:
-        """The n/T with (n − 1)/T < t ≤ n/T, so that a uniform t gives each of 1 … T alike."""
+    def training_time(self, t: Tensor) -> Tensor:
+        """n/T with (n − 1)/T < t ≤ n/T, so that a uniform t gives n = 1 … T with equal probability."""
         return (t * self.steps).ceil().clamp(1, self.steps) / self.steps
 
 
-def _cumulated(betas: Tensor) -> Tensor:
+def _alphas_cumprod(betas: Tensor) -> Tensor:
     return torch.cumprod(1 - betas, 0)
 
 
@@ -176,7 +176,7 @@ class DDPMLinear(Discrete):
     """
 
     def __init__(self) -> None:
-        super().__init__(_cumulated(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)))
+        super().__init__(_alphas_cumprod(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)))
 
 
 class LDMLinear(Discrete):
@@ -188,7 +188,7 @@ class LDMLinear(Discrete):
     """
 
     def __init__(self) -> None:
-        super().__init__(_cumulated(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2))
+        super().__init__(_alphas_cumprod(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2))
 
 
 class ImprovedCosine(Discrete):
@@ -202,14 +202,14 @@ class ImprovedCosine(Discrete):
     def __init__(self) -> None:
         n = torch.arange(1001, dtype=torch.float64) / 1000
         bar = torch.cos((n + 0.008) / 1.008 * math.pi / 2) ** 2
-        super().__init__(_cumulated((1 - bar[1:] / bar[:-1]).clamp(max=0.999)))
+        super().__init__(_alphas_cumprod((1 - bar[1:] / bar[:-1]).clamp(max=0.999)))
 
 
 class ZeroTerminalSNR(Discrete):
     """Another chain, rescaled so that its last step is pure noise: √ᾱ ← (√ᾱ − √ᾱ_T)·√ᾱ_1 / (√ᾱ_1 − √ᾱ_T).
 
-    Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1. At a = 0 the noise
-    tells nothing about the picture, so Epsilon cannot be the target.
+    Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1. At a = 0
+    the noise does not determine the picture, so Epsilon cannot be the target.
 
     Args:
         path: the chain to rescale.
@@ -221,7 +221,7 @@ class ZeroTerminalSNR(Discrete):
 
     def __init__(self, path: Discrete) -> None:
         if not isinstance(path, Discrete):
-            raise ValueError(f"ZeroTerminalSNR rescales a discrete path, and {type(path).__name__} is continuous")
+            raise ValueError(f"ZeroTerminalSNR needs a chain, and {type(path).__name__} is continuous: use LDMLinear")
         self.path = path
         root = path.alphas_cumprod.sqrt()
         super().__init__(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)

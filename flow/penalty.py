@@ -1,20 +1,19 @@
-"""Penalties: how much a picture's error counts, given its mean square."""
+"""Penalties: robust functions of a picture's mean square error."""
 
 import torch
 from torch import Tensor
 
 
 class Penalty:
-    """ρ(m) = ((m + c²)^(1−p) − c^(2(1−p))) / (1 − p) of the mean square m, its limit ln(1 + m/c²) at p = 1.
+    """ρ(m) = ((m + c²)^(1−p) − c^(2(1−p))) / (1 − p) of the mean square m; at p = 1 its limit ln(1 + m/c²).
 
-    Its gradient is that of m with the weight (m + c²)^(−p), so that the pictures that are far off, which one look at
-    the noise cannot tell apart, do not drown the others. p = 0 is the mean square; p = ½ the pseudo-Huber loss (Song &
-    Dhariwal 2023; Lee et al. 2024), twice over; p = 1 has the gradient of MeanFlow's adaptive weight (Geng et al.
-    2025).
+    Its gradient is that of m times (m + c²)^(−p), so that pictures with a large error do not dominate the batch. p = 0
+    is the mean square; p = ½ is twice the pseudo-Huber loss (Song & Dhariwal 2023; Lee et al. 2024); p = 1 has the
+    gradient of MeanFlow's adaptive weight (Geng et al. 2025).
 
     Args:
         power: p, from 0 to 1.
-        c: below an error of about c in every number the penalty grows as the mean square does; > 0.
+        c: > 0 and at most 1; root mean square errors below about c are penalised like the mean square.
         decay: c falls with t as c^t, from 1 at the data to c at the noise (Khrapov et al. 2024, "exponential").
     """
 

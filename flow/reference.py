@@ -1,4 +1,4 @@
-"""The ODE solved to a tolerance, to measure the other samplers against."""
+"""The ODE solved to a tolerance, as a reference for the other samplers."""
 
 from torch import Tensor
 from torchdiffeq import odeint
@@ -18,7 +18,7 @@ def reference(
 ) -> Tensor:
     """Dormand–Prince of order 5 with adaptive steps in (w, τ), on a continuous path (see `flow.sampler`).
 
-    Arguments and result as `flow.sampler.euler`'s; of the grid only the ends matter to the result.
+    Arguments and result as in `flow.sampler.euler`; only the ends of the grid affect the result.
 
     Args:
         tolerance: relative and absolute, of each adaptive step.
@@ -27,7 +27,7 @@ def reference(
         >>> import torch
         >>> from flow.objective import Estimate
         >>> from flow.path import RectifiedFlow
-        >>> def denoise(z, t):  # pictures are N(0, 1): the exact walk ends where it starts
+        >>> def denoise(z, t):  # the data is N(0, 1): the exact walk ends where it starts
         ...     return Estimate((1 - t) * z / (t**2 + (1 - t) ** 2), t * z / (t**2 + (1 - t) ** 2))
         >>> z, grid = torch.tensor([-1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64)
         >>> torch.allclose(reference(denoise, RectifiedFlow(), z, grid), z, atol=1e-4)
@@ -44,12 +44,12 @@ def reference(
 
     w = odeint(
         velocity,
-        z.double() / (a[0] + b[0]),  # in float32 τ would come as float32 too, which is coarse at the noise
+        z.double() / (a[0] + b[0]),  # τ gets this type, and float32 is too coarse near the noise
         tau,
         rtol=tolerance,
         atol=tolerance,
         method="dopri5",
-        options={"step_t": tau[-1:]},  # or the last step would go on to τ < 0, where there is no path
+        options={"step_t": tau[-1:]},  # the last step must not pass τ = 0, where the path ends
     ).to(z.dtype)
     if callback:
         for i in range(1, len(grid)):

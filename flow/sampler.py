@@ -1,8 +1,8 @@
-"""Samplers: pure functions of (denoiser, path, start, time grid). No network, no guidance, no text in here.
+"""Samplers: pure functions of (denoiser, path, start, time grid). They know no network, guidance or text.
 
 Every path is a straight line in w = z/(a + b) against τ = b/(a + b), with velocity dw/dτ = ε − x0. The general solvers
-walk there: on rectified flow that is z and t themselves, and it is finite at both ends of every path, where σ is not.
-A stochastic sampler takes its random numbers from `noise`, which gives a fresh standard normal of z's shape.
+use these coordinates. On rectified flow they are z and t; at both ends of every path they are finite, unlike σ.
+A stochastic sampler takes its random numbers from `noise`, which returns a fresh standard normal of z's shape.
 """
 
 import math
@@ -14,24 +14,24 @@ from torch import Tensor
 
 from flow.objective import Estimate
 from flow.path import Discrete, Path, RectifiedFlow
-from flow.variance import interpolated, posterior
+from flow.variance import learned_log_variance, posterior
 
-Denoiser = Callable[..., Estimate]  # (z (B, …), t (B,)) → estimate; `meanflow` also tells where the step ends, (B,)
+Denoiser = Callable[..., Estimate]  # (z (B, …), t (B,)) → estimate; `meanflow` also passes the step's end (B,)
 Callback = Callable[[int, Tensor, Tensor], object]  # (steps done, z, x̂0)
 Noise = Callable[[], Tensor]  # → (B, …) standard normal
 
 
 def euler(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
-    """One evaluation a step: z_s = a(s)·x̂0 + b(s)·ε̂. First order.
+    """One evaluation per step: z_s = a(s)·x̂0 + b(s)·ε̂. First order.
 
-    On the straight path this is Euler's method z + (s − t)·v; on a variance-preserving one it is DDIM with η = 0
+    On the straight path this is Euler's method z + (s − t)·v; on a variance-preserving path it is DDIM with η = 0
     (Song et al. 2020, eq. 12).
 
     Args:
         denoise: estimates picture and noise.
         path: the path that z lives on.
         z: start at grid[0], (B, …) float32.
-        grid: times in walking order, (steps + 1,). The denoiser is given exactly these.
+        grid: times in the order of the steps, (steps + 1,). The denoiser gets exactly these.
         callback: called after each step with (steps done, z, x̂0).
 
     Returns:
@@ -39,7 +39,7 @@ def euler(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Call
 
     Example:
         >>> import torch
-        >>> def denoise(z, t):  # every picture is 3: the way there is straight, so one step is exact
+        >>> def denoise(z, t):  # all data is 3: the path is straight, so one step is exact
         ...     return Estimate(torch.full_like(z, 3.0), (z - (1 - t) * 3) / t)
         >>> euler(denoise, RectifiedFlow(), torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 0.0]))
         tensor([3., 3.])
@@ -54,20 +54,20 @@ def euler(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Call
 
 
 def meanflow(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
-    """Euler's method with average velocities, z_s = z − (t − s)·u(z, t, s): exact in any number of steps, in one too.
+    """Euler's method with average velocities, z_s = z − (t − s)·u(z, t, s): exact with any number of steps.
 
-    For a network of two times, on rectified flow (Geng et al. 2025). Arguments and result as `euler`'s, but
-    that the denoiser is also given the time at which the step ends.
+    For a network that takes both times, on rectified flow (Geng et al. 2025). Arguments and result as in `euler`, but
+    the denoiser also gets the time at which the step ends.
 
     Example:
         >>> import torch
-        >>> def denoise(z, t, s):  # every picture is 3, where average and instantaneous velocity agree
+        >>> def denoise(z, t, s):  # all data is 3: average and instantaneous velocity are equal
         ...     return Estimate(torch.full_like(z, 3.0), (z - (1 - t) * 3) / t)
         >>> meanflow(denoise, RectifiedFlow(), torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 0.0]))
         tensor([3., 3.])
     """
     if not isinstance(path, RectifiedFlow):
-        raise ValueError(f"meanflow walks on rectified flow, and the path is {type(path).__name__}")
+        raise ValueError(f"meanflow needs RectifiedFlow, and the path is {type(path).__name__}: use euler")
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         x0, noise, _ = denoise(z, t.expand(len(z)), s.expand(len(z)))
         a, b = path(s)
@@ -78,13 +78,13 @@ def meanflow(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: C
 
 
 def heun(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
-    """Heun's method in (w, τ): two evaluations a step, one in the last if it ends at the data. Second order.
+    """Heun's method in (w, τ): two evaluations per step, one in a last step to the data. Second order.
 
-    Arguments and result as `euler`'s.
+    Arguments and result as in `euler`.
 
     Example:
         >>> import torch
-        >>> def denoise(z, t):  # pictures are N(0, 1): the exact walk keeps z / √(a² + b²)
+        >>> def denoise(z, t):  # the data is N(0, 1): the exact walk keeps z / √(a² + b²)
         ...     return Estimate((1 - t) * z / (t**2 + (1 - t) ** 2), t * z / (t**2 + (1 - t) ** 2))
         >>> z, grid = torch.ones(1, dtype=torch.float64), torch.linspace(1, 0.5, 65, dtype=torch.float64)
         >>> print(f"{heun(denoise, RectifiedFlow(), z, grid).item():.4f}")  # exact: √½
@@ -105,13 +105,13 @@ def heun(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callb
 
 
 def midpoint(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
-    """The midpoint method in (w, τ): two evaluations a step, on a continuous path. Second order.
+    """The midpoint method in (w, τ): two evaluations per step, on a continuous path. Second order.
 
-    Arguments and result as `euler`'s.
+    Arguments and result as in `euler`.
 
     Example:
         >>> import torch
-        >>> def denoise(z, t):  # pictures are N(0, 1): the exact walk keeps z / √(a² + b²)
+        >>> def denoise(z, t):  # the data is N(0, 1): the exact walk keeps z / √(a² + b²)
         ...     return Estimate((1 - t) * z / (t**2 + (1 - t) ** 2), t * z / (t**2 + (1 - t) ** 2))
         >>> z, grid = torch.ones(1, dtype=torch.float64), torch.linspace(1, 0.5, 65, dtype=torch.float64)
         >>> print(f"{midpoint(denoise, RectifiedFlow(), z, grid).item():.4f}")  # exact: √½
@@ -132,22 +132,22 @@ def midpoint(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: C
 
 
 def dpmpp_2m(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
-    """DPM-Solver++(2M): one evaluation a step, the last estimate remembered (Lu et al. 2022b, algorithm 2). 2nd order.
+    """DPM-Solver++(2M): one evaluation per step; keeps the last estimate (Lu et al. 2022b, algorithm 2). 2nd order.
 
     With h the step in ln(a/b), the picture is extrapolated to x0 + h/(2·h_last)·(x0 − x0_last), then DDIM's step is
-    taken. First order where h is infinite: from pure noise, and to the data.
+    taken. It is first order where h is infinite: from pure noise and to the data.
 
-    Arguments and result as `euler`'s.
+    Arguments and result as in `euler`.
 
     Example:
         >>> import torch
-        >>> def denoise(z, t):  # pictures are N(0, 1): the exact walk keeps z / √(a² + b²)
+        >>> def denoise(z, t):  # the data is N(0, 1): the exact walk keeps z / √(a² + b²)
         ...     return Estimate((1 - t) * z / (t**2 + (1 - t) ** 2), t * z / (t**2 + (1 - t) ** 2))
         >>> z, grid = torch.ones(1, dtype=torch.float64), torch.linspace(1, 0.5, 129, dtype=torch.float64)
         >>> print(f"{dpmpp_2m(denoise, RectifiedFlow(), z, grid).item():.4f}")  # exact: √½
         0.7071
     """
-    last: tuple[Tensor, Tensor] | None = None  # x̂0 and h of the step before
+    last: tuple[Tensor, Tensor] | None = None  # x̂0 and h of the previous step
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         (a, b), (a_s, b_s) = path(t), path(s)
         x0, _, _ = denoise(z, t.expand(len(z)))
@@ -172,14 +172,14 @@ def ddim(
 ) -> Tensor:
     """DDIM: z_s = a_s·x̂0 + √(b_s² − σ²)·ε̂ + σ·n with σ² = η²·β̃ of the step (Song et al. 2020, eqs. 12 and 16).
 
-    Other arguments and result as `euler`'s, which is η = 0.
+    Other arguments and result as in `euler`, which is the case η = 0.
 
     Args:
-        eta: η; 1 has the variance of DDPM's posterior.
+        eta: η; 1 gives the variance of DDPM's posterior.
 
     Example:
         >>> import torch
-        >>> def denoise(z, t):  # every picture is 3, so any walk ends there
+        >>> def denoise(z, t):  # all data is 3, so any walk ends there
         ...     return Estimate(torch.full_like(z, 3.0), (z - (1 - t) * 3) / t)
         >>> z, grid = torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 0.5, 0.0])
         >>> ddim(denoise, RectifiedFlow(), z, grid, noise=lambda: torch.randn(2), eta=1.0)
@@ -212,18 +212,18 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling of a chain: the posterior's mean, then noise (Ho et al. 2020, algorithm 2).
 
-    Over fewer than T steps the chain is that of the grid's times (Nichol & Dhariwal 2021, §4). The step to the data
-    adds no noise. With `large` this is the σ̂ of DDIM (Song et al. 2020, appendix D.3).
+    With fewer than T steps the chain is that of the grid's times (Nichol & Dhariwal 2021, §4). The step to the data
+    adds no noise. `large` is the σ̂ of DDIM (Song et al. 2020, appendix D.3).
 
-    Other arguments and result as `euler`'s.
+    Other arguments and result as in `euler`.
 
     Args:
-        variance: β̃ (small), β (large), or what the network says between the two (learned).
+        variance: β̃ (small), β (large), or the network's value between the two (learned).
 
     Example:
         >>> import torch
         >>> from flow.path import DDPMLinear
-        >>> def denoise(z, t):  # every picture is 3, so any walk ends there
+        >>> def denoise(z, t):  # all data is 3, so any walk ends there
         ...     a, b = DDPMLinear()(t)
         ...     return Estimate(torch.full_like(z, 3.0), (z - a * 3) / b)
         >>> z, grid = torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 0.5, 0.0])
@@ -231,7 +231,7 @@ def ddpm(
         tensor([3., 3.])
     """
     if not isinstance(path, Discrete):
-        raise ValueError(f"ddpm reverses a discrete chain, and {type(path).__name__} is continuous: use ddim:eta=1")
+        raise ValueError(f"ddpm needs a discrete path, and {type(path).__name__} is continuous: use ddim:eta=1")
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         x0, e, v = denoise(z, t.expand(len(z)))
         exact = posterior(path, t, s)
@@ -240,8 +240,8 @@ def ddpm(
         if s > 0:
             if variance == "learned":
                 if v is None:
-                    raise ValueError("ddpm:variance=learned needs a model that learned its variance")
-                z = z + (interpolated(exact, v) / 2).exp() * noise()
+                    raise ValueError("ddpm:variance=learned needs a model with learned variance: use small or large")
+                z = z + (learned_log_variance(exact, v) / 2).exp() * noise()
             else:
                 z = z + (exact.small if variance == "small" else exact.large).sqrt() * noise()
         if callback:
@@ -262,19 +262,19 @@ def edm(
     churn_max: float = math.inf,
     churn_noise: float = 1.0,
 ) -> Tensor:
-    """EDM's sampler: Heun in σ = b/a, each step after a little more noise (Karras et al. 2022, algorithm 2).
+    """EDM's sampler: Heun's method in σ = b/a, with noise added before each step (Karras et al. 2022, algorithm 2).
 
-    On a continuous path, from a grid whose first σ is finite. Other arguments and result as `euler`'s.
+    Needs a continuous path and a grid whose first σ is finite. Other arguments and result as in `euler`.
 
     Args:
-        churn: S_churn, of which each step takes 1/steps, up to √2 − 1; 0 is the deterministic algorithm 1.
+        churn: S_churn. Each step uses S_churn/steps, at most √2 − 1; 0 gives the deterministic algorithm 1.
         churn_min: S_tmin, the smallest σ that gets new noise.
         churn_max: S_tmax, the largest.
         churn_noise: S_noise, the standard deviation of the new noise.
 
     Example:
         >>> import torch
-        >>> def denoise(z, t):  # every picture is 3: in σ the way there is straight, so one step is exact
+        >>> def denoise(z, t):  # all data is 3: the path is straight in σ, so one step is exact
         ...     return Estimate(torch.full_like(z, 3.0), (z - (1 - t) * 3) / t)
         >>> z, grid = torch.tensor([-1.0, 2.0]), torch.tensor([0.75, 0.0])
         >>> edm(denoise, RectifiedFlow(), z, grid, noise=lambda: torch.randn(2))
@@ -282,7 +282,7 @@ def edm(
     """
     if churn < 0 or churn_noise < 0:
         raise ValueError(f"edm needs churn >= 0 and churn_noise >= 0, got {churn} and {churn_noise}")
-    x = _exploding(path, z, grid[0], "edm")
+    x = _variance_exploding(path, z, grid[0], "edm")
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         (a, b), (a_s, b_s) = path(t), path(s)
         sigma, sigma_s = b / a, b_s / a_s
@@ -319,15 +319,15 @@ def langevin(
     In x = z/a with σ = b/a, where the score is −ε̂/σ; α = step·σ², a constant share of the level's variance. The last
     level's estimate of the picture, not its noisy x, is the result (Jolicoeur-Martineau et al. 2020, §3.1).
 
-    From a grid whose first σ is finite. Other arguments and result as `euler`'s.
+    Needs a grid whose first σ is finite. Other arguments and result as in `euler`.
 
     Args:
-        repeats: steps at each level, and network evaluations; too few don't mix.
+        repeats: steps, and so network evaluations, at each level; too few do not mix.
         step: α/σ².
 
     Example:
         >>> import torch
-        >>> def denoise(z, t):  # every picture is 3, so any walk ends there
+        >>> def denoise(z, t):  # all data is 3, so any walk ends there
         ...     return Estimate(torch.full_like(z, 3.0), (z - (1 - t) * 3) / t)
         >>> z, grid = torch.tensor([-1.0, 2.0]), torch.tensor([0.75, 0.5, 0.0])
         >>> langevin(denoise, RectifiedFlow(), z, grid, noise=lambda: torch.randn(2))
@@ -335,7 +335,7 @@ def langevin(
     """
     if repeats < 1 or not 0 < step < 2:
         raise ValueError(f"langevin needs repeats >= 1 and 0 < step < 2, got {repeats} and {step}")
-    x = _exploding(path, z, grid[0], "langevin")
+    x = _variance_exploding(path, z, grid[0], "langevin")
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         a, b = path(t)
         a_s, b_s = path(s)
@@ -344,7 +344,7 @@ def langevin(
             x0, e, _ = denoise(a * x, t.expand(len(x)))
             x = x - step / 2 * sigma * e + math.sqrt(step) * sigma * noise()
         if callback and i < len(grid) - 1:
-            callback(i, a_s * x, x0)  # as the next level takes it
+            callback(i, a_s * x, x0)  # at the scale of the next level
     x0, e, _ = denoise(a * x, t.expand(len(x)))
     z = a_s * x0 + b_s * e
     if callback:
@@ -352,9 +352,9 @@ def langevin(
     return z
 
 
-def _exploding(path: Path, z: Tensor, t: Tensor, name: str) -> Tensor:
+def _variance_exploding(path: Path, z: Tensor, t: Tensor, name: str) -> Tensor:
     """z in variance-exploding coordinates, x0 + σ·ε; ValueError where σ is infinite."""
     a, _ = path(t)
     if a == 0:
-        raise ValueError(f"{name} starts from a finite sigma, and this grid from pure noise: use karras spacing")
+        raise ValueError(f"{name} needs a finite first sigma, and this grid starts at pure noise: use karras spacing")
     return z / a

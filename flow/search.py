@@ -1,12 +1,11 @@
-"""Time grids for few steps of Euler's method, searched on a model's own fine trajectories.
+"""Time grids for few steps of Euler's method, searched on fine trajectories of the model.
 
-In straight coordinates w = z/(a + b), τ = b/(a + b) (`flow.path`) a step of Euler's method from one time of a fine
-trajectory to any other is known from what was recorded. So all steps are priced without the network, and dynamic
-programming finds the n that cost least together (Watson et al. 2021, "Learning to Efficiently Sample from Diffusion
-Probabilistic Models"; Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling"). The costs are
-squared distances.
+In straight coordinates w = z/(a + b), τ = b/(a + b) (`flow.path`) a recorded fine trajectory gives the result of every
+Euler step from one of its times to another. The cost of each step, a squared distance, is computed without the network,
+and dynamic programming finds the n steps of least total cost (Watson et al. 2021, "Learning to Efficiently Sample from
+Diffusion Probabilistic Models"; Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling").
 
-Their sum does not see how errors grow or cancel on the way. `descend` sees it, at the price of real walks.
+The total ignores how errors grow or cancel in later steps. `coordinate_search` accounts for it, but needs real walks.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,16 +29,16 @@ class Trajectory(NamedTuple):
 
 
 def record(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callback | None = None) -> Trajectory:
-    """Walks as `flow.sampler.euler`, whose arguments these are, and keeps what was met."""
+    """Walks as `flow.sampler.euler`, with the same arguments, and records states and slopes."""
     states, slopes = [], []
 
-    def noting(z: Tensor, t: Tensor) -> Estimate:
+    def recording(z: Tensor, t: Tensor) -> Estimate:
         estimate = denoise(z, t)
         states.append(z)
         slopes.append(estimate.noise - estimate.x0)
         return estimate
 
-    states.append(euler(noting, path, z, grid, callback))
+    states.append(euler(recording, path, z, grid, callback))
     a, b = path(grid)
     return Trajectory(
         b / (a + b), torch.stack([z / c for z, c in zip(states, a + b, strict=True)]), torch.stack(slopes)
@@ -47,33 +46,33 @@ def record(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Cal
 
 
 def costs(fine: Trajectory) -> Tensor:
-    """What a step from each fine time i to each later j costs: the mean over samples of ‖w_i + (τ_j − τ_i)·v_i − w_j‖².
+    """The cost of a step from fine time i to a later j: the mean over samples of ‖w_i + (τ_j − τ_i)·v_i − w_j‖².
 
-    Infinite where j ≤ i. The mean over several batches of a sample is the mean of theirs.
+    Infinite where j ≤ i. The costs of equal batches may be averaged.
 
     Returns:
         (N, N + 1) float64, on the CPU.
     """
     N = len(fine.slopes)
-    found = torch.full((N, N + 1), torch.inf, dtype=torch.float64)
+    cost = torch.full((N, N + 1), torch.inf, dtype=torch.float64)
     for i, (w, v) in enumerate(zip(fine.states, fine.slopes, strict=False)):
         for j in range(i + 1, N + 1):
-            off = w + (fine.tau[j] - fine.tau[i]) * v - fine.states[j]
-            found[i, j] = off.double().square().sum() / len(off)
-    return found
+            difference = w + (fine.tau[j] - fine.tau[i]) * v - fine.states[j]
+            cost[i, j] = difference.double().square().sum() / len(difference)
+    return cost
 
 
 def cheapest(cost: Tensor, steps: int) -> list[int]:
-    """The fine times 0 = i_0 < i_1 < … < i_steps = N whose steps cost least together, by dynamic programming.
+    """The fine times 0 = i_0 < i_1 < … < i_steps = N of least total cost, by dynamic programming.
 
     Args:
-        cost: of each step, (N, N + 1), infinite where there is none.
-        steps: at most N, or ValueError.
+        cost: cost of each step, (N, N + 1), infinite where there is no step.
+        steps: number of steps, 1 to N; ValueError otherwise.
     """
     N = len(cost)
     if not 1 <= steps <= N:
         raise ValueError(f"steps must be from 1 to the {N} of the fine walk, got {steps}")
-    total = torch.full((N + 1,), torch.inf, dtype=cost.dtype)  # of the cheapest way to each time in so many steps
+    total = torch.full((N + 1,), torch.inf, dtype=cost.dtype)  # least cost of reaching each time
     total[0] = 0
     sources = []
     for _ in range(steps):
@@ -85,27 +84,27 @@ def cheapest(cost: Tensor, steps: int) -> list[int]:
     return stops[::-1]
 
 
-def descend(error: Callable[[Sequence[int]], float], stops: Sequence[int], stride: int = 4) -> list[int]:
-    """Coordinate search: moves one inner stop at a time as long as the error falls, in strides that halve down to 1.
+def coordinate_search(error: Callable[[Sequence[int]], float], stops: Sequence[int], stride: int = 4) -> list[int]:
+    """Moves one inner stop at a time while the error falls. The stride is halved down to 1.
 
     Args:
-        error: of a grid of fine times, such as the end error of the real walk.
-        stops: where it begins, rising; the first and the last stay.
+        error: maps stops to an error, such as the end error of a real walk.
+        stops: initial fine times, rising; the first and the last stay fixed.
         stride: the longest move, in fine times.
 
     Returns:
-        Stops where no move of 1 lowers the error: never worse than the first.
+        Stops such that no move of 1 lowers the error. Their error is at most that of the initial stops.
     """
     best, least = list(stops), error(stops)
-    known = {tuple(best)}
+    tested = {tuple(best)}
     while stride:
         moved = False
         for k in range(1, len(best) - 1):
             for move in (-stride, stride):
                 tried = [*best[:k], best[k] + move, *best[k + 1 :]]
-                if tuple(tried) in known or not all(i < j for i, j in pairwise(tried)):
+                if tuple(tried) in tested or not all(i < j for i, j in pairwise(tried)):
                     continue
-                known.add(tuple(tried))
+                tested.add(tuple(tried))
                 if (found := error(tried)) < least:
                     best, least, moved = tried, found, True
         stride = stride if moved else stride // 2

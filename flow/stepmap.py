@@ -1,4 +1,4 @@
-"""The k-step map: what a walk of k equal steps does, distilled into them (Liu et al. 2022, §2.2)."""
+"""The k-step map: distillation into a sampler of k equal steps (Liu et al. 2022, §2.2)."""
 
 from torch import Tensor
 
@@ -10,16 +10,16 @@ from flow.target import Target
 
 
 class StepMap(Objective):
-    """Learns only at the times at which a sampler of k equal steps looks: 1/k … 1, each as often, then shifted.
+    """Learns only at the times of a sampler of k equal steps: 1/k … 1 with equal probability, then shifted.
 
-    With the pairs of a coupling as noise and picture, k = 1 learns the one-step map from noise to picture.
+    With pairs of noise and the picture made from it, k = 1 learns the one-step map from noise to picture.
 
     Args:
         path: how picture and noise mix at t.
         target: what the network predicts.
         shift: α of the resolution shift.
-        shift_area: height × width of the latents that `shift` is for; none: one α for all.
-        penalty: of each picture's error; none is its mean square.
+        shift_area: height × width of the latents that `shift` is for; none means one α for all.
+        penalty: applied to each picture's mean square error; none means no penalty.
         k: number of steps.
 
     Example:
@@ -41,10 +41,10 @@ class StepMap(Objective):
         super().__init__(path, target, Steps(k), None, shift, shift_area, penalty)
         self.k = k
 
-    def time(self, u: Tensor, area: int) -> Tensor:
-        """The times of `flow.grid.trailing` but its last, for uniform u, (B,) float32."""
+    def training_time(self, u: Tensor, area: int) -> Tensor:
+        """The times of `flow.grid.trailing` without the last, for uniform u, (B,) float32."""
         return self.path.snap(shift(self.density(u), self.alpha(area))).float()
 
-    def cell(self, t: Tensor, area: int) -> Tensor:
-        """The time of the step in which t lies, as uniform t would draw it."""
-        return self.time(t, area)
+    def validation_time(self, t: Tensor, area: int) -> Tensor:
+        """The training time for u = t."""
+        return self.training_time(t, area)

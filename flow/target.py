@@ -1,7 +1,7 @@
-"""Targets: what the network is asked for, and the one solve that turns its answer into picture and noise.
+"""Targets: what the network predicts, and the solve that turns its prediction into picture and noise.
 
-Whatever the parametrisation, the network estimates a row y = p·x0 + q·ε. Together with z = a·x0 + b·ε that is a
-2×2 linear system, so one formula serves every combination of path and target.
+In every parametrisation the network estimates a row y = p·x0 + q·ε. Together with z = a·x0 + b·ε this is a 2×2 linear
+system, so one formula serves every combination of path and target.
 """
 
 from abc import ABC, abstractmethod
@@ -74,7 +74,7 @@ class Velocity(Target):
 
 
 class Preconditioned(Target):
-    """EDM's F: what is left to predict after c_skip and c_out (Karras et al. 2022, eq. 7), on any path.
+    """EDM's F, the output of the network inside c_skip and c_out (Karras et al. 2022, eq. 7), on any path.
 
     With σ = b/a, y = (σ/σ_d·x0 − σ_d·ε) / √(σ² + σ_d²). Never singular.
 

@@ -22,11 +22,11 @@ class Posterior(NamedTuple):
 
     small: Tensor  # β̃, the posterior's variance
     large: Tensor  # β, the variance of the forward step from s to t
-    gain: Tensor  # of x0 in the mean, z_t held fixed
+    x0_coefficient: Tensor  # of x0 in the mean as a function of x0 and z_t
 
 
 def posterior(path: Path, t: Tensor, s: Tensor) -> Posterior:
-    """The posterior of the step from t back to s, on any path: s need not be t's neighbour.
+    """The posterior of the step from t to any s < t, on any path.
 
     With α = a_t/a_s: β = b_t² − α²·b_s² and β̃ = β·b_s²/b_t².
     """
@@ -35,7 +35,7 @@ def posterior(path: Path, t: Tensor, s: Tensor) -> Posterior:
     return Posterior(large * b_s**2 / b_t**2, large, a_s * large / b_t**2)
 
 
-def interpolated(posterior: Posterior, output: Tensor) -> Tensor:
+def learned_log_variance(posterior: Posterior, output: Tensor) -> Tensor:
     """ln Σ = v·ln β + (1 − v)·ln β̃ with v = (output + 1)/2 (Nichol & Dhariwal 2021, eq. 15), of output's shape."""
     low, high = (expand_as(x.log(), output) for x in (posterior.small, posterior.large))
     v = (output + 1) / 2
@@ -43,19 +43,19 @@ def interpolated(posterior: Posterior, output: Tensor) -> Tensor:
 
 
 class LearnedVariance(Objective):
-    """Also learns the reverse step's variance, with the second half of the output: L_simple + λ·L_vlb.
+    """Also learns the reverse step's variance, from the second half of the output: L_simple + λ·L_vlb.
 
-    The mean is held fixed in the second term (Nichol & Dhariwal 2021, §3.1). The network has twice the channels.
+    L_vlb has no gradient to the mean (Nichol & Dhariwal 2021, §3.1). The network has twice the output channels.
 
     Args:
-        path: a chain.
+        path: a discrete path.
         target: what the first half of the output predicts.
-        density: where in t training looks.
+        density: distribution that training draws t from.
         weight: an extra factor on the loss of the first half at t; none means 1.
         shift: α of the resolution shift.
-        shift_area: height × width of the latents that `shift` is for; none: one α for all.
-        penalty: of each picture's error in the first half; none is its mean square.
-        vlb_weight: λ, of the whole chain's variational bound in bits per dimension.
+        shift_area: height × width of the latents that `shift` is for; none means one α for all.
+        penalty: applied to each picture's mean square error in the first half; none means no penalty.
+        vlb_weight: λ, the weight of the whole chain's variational bound in bits per dimension.
 
     Example:
         >>> from flow.path import DDPMLinear
@@ -97,25 +97,25 @@ class LearnedVariance(Objective):
         end: Tensor | None = None,
         field: Field | None = None,
     ) -> Tensor:
-        """As `Objective.loss`, plus the variance's own loss."""
-        z, truth = self.pair(x0, noise, t, condition, field)
+        """As `Objective.loss`, plus λ·L_vlb."""
+        z, target = self.point_and_target(x0, noise, t, condition, field)
         y, v = output(model, z, t, condition, end).chunk(2, dim=1)
         estimate, _ = solve(self.path, self.target, z, y, t)
-        return self.error(y, truth, t) + self.bound(x0.float(), estimate, v, t)
+        return self.error(y, target, t) + self.bound(x0.float(), estimate, v, t)
 
     def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Estimate:
-        """As `Objective.denoise`, with the output that tells the variance."""
+        """As `Objective.denoise`, with the output for the variance."""
         y, v = output(model, z, t.float(), condition, None if end is None else end.float()).chunk(2, dim=1)
         return Estimate(*solve(self.path, self.target, z, y, t), v)
 
-    def described(self) -> dict[str, Any]:
-        """As `Objective.described`."""
-        return super().described() | {"variance": {"class": "LearnedVariance", "weight": self.vlb_weight}}
+    def describe(self) -> dict[str, Any]:
+        """As `Objective.describe`, with the variance."""
+        return super().describe() | {"variance": {"class": "LearnedVariance", "weight": self.vlb_weight}}
 
     def bound(self, x0: Tensor, estimate: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """λ·T times step n's term of the bound: KL of the posteriors, or −ln N(x0; x̂0, Σ) at n = 1.
+        """λ·T times the term of step n in the bound: KL of the posteriors, or −ln N(x0; x̂0, Σ) at n = 1.
 
-        β̃ is zero at n = 1; as in their code that of n = 2 bounds the variance there.
+        β̃ is zero at n = 1; there the β̃ of n = 2 is used, as in the authors' code.
 
         Args:
             x0: pictures, (B, …).
@@ -130,10 +130,10 @@ class LearnedVariance(Objective):
         n = (t.double() * steps).round()
         exact = posterior(self.path, n / steps, (n - 1) / steps)
         second = torch.full_like(n, 2 / steps)
-        least = torch.where(n == 1, posterior(self.path, second, second / 2).small, exact.small)
-        log_variance = interpolated(exact._replace(small=least), v)
-        error = expand_as(exact.gain, x0) * (x0 - estimate.detach())
-        log_true = expand_as(least.log(), x0)
+        small = torch.where(n == 1, posterior(self.path, second, second / 2).small, exact.small)
+        log_variance = learned_log_variance(exact._replace(small=small), v)
+        error = expand_as(exact.x0_coefficient, x0) * (x0 - estimate.detach())
+        log_true = expand_as(small.log(), x0)
         kl = (log_variance - log_true - 1 + (log_true - log_variance).exp() + error**2 * (-log_variance).exp()) / 2
         nll = (math.log(2 * math.pi) + log_variance + error**2 * (-log_variance).exp()) / 2
         term = torch.where(expand_as(n == 1, x0).bool(), nll, kl)

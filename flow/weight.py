@@ -1,7 +1,7 @@
-"""Weights: factors on the loss at t, whatever density drew t.
+"""Weights: factors on the loss at t, independent of the density that drew t.
 
 Papers state a weight for the target that they train on. A loss on the target y is (det/a)² times the loss on ε, with
-det = a·q − b·p of `flow.target.solve`, so one factor carries a weight from ε to any target.
+det = a·q − b·p of `flow.target.solve`, so one factor converts a weight on ε to a weight on any target.
 """
 
 import math
@@ -16,7 +16,7 @@ from flow.target import Target, determinant
 
 
 class Weight(ABC):
-    """A factor on the loss at t. Independent of how t was drawn: the density has its own say by drawing."""
+    """A factor on the loss at t, in addition to the density that drew t."""
 
     @abstractmethod
     def __call__(self, path: Path, target: Target, t: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class Weight(ABC):
 
 
 class DensityWeight(Weight):
-    """w(t) = π(t): with t drawn uniformly, in expectation the same loss as drawing t from π (Esser et al. 2024, §3.1).
+    """w(t) = π(t). With uniform t the expected loss is the same as with t drawn from π (Esser et al. 2024, §3.1).
 
     Args:
         density: π.
@@ -46,12 +46,12 @@ class DensityWeight(Weight):
 
 
 def from_epsilon(path: Path, target: Target, t: Tensor) -> Tensor:
-    """(a / det)²: turns a weight of the ε-loss into one of the target's loss.
+    """(a / det)²: converts a weight on the ε-loss to one on the target's loss.
 
     Example:
         >>> from flow.path import RectifiedFlow
         >>> from flow.target import X0
-        >>> from_epsilon(RectifiedFlow(), X0(), torch.tensor(0.25))  # of the x0-loss: SNR = 3²
+        >>> from_epsilon(RectifiedFlow(), X0(), torch.tensor(0.25))  # on the x0-loss: SNR = 3²
         tensor(9.)
     """
     a, _ = path(t)
@@ -88,7 +88,7 @@ class MinSNR(Weight):
     """min(SNR, γ) on the x0-loss, with SNR = a²/b² (Hang et al. 2023, "Min-SNR Weighting", §3.4).
 
     Args:
-        gamma: γ, where the weight stops to grow toward the data.
+        gamma: γ, the largest weight, reached toward the data.
 
     Example:
         >>> from flow.path import RectifiedFlow
@@ -112,7 +112,7 @@ class P2(Weight):
 
     Args:
         k: keeps the weight finite at the noise.
-        gamma: γ, how strongly the data end is played down; 0 changes nothing.
+        gamma: γ; larger values give less weight near the data, 0 changes nothing.
 
     Example:
         >>> from flow.path import RectifiedFlow
@@ -132,22 +132,22 @@ class P2(Weight):
 
 
 class LogSNRWeight(Weight):
-    """A w(λ) in the paper's sense, the same loss on any continuous path and target (Esser et al. 2024, eq. 8).
+    """A weight given as w(λ): the same loss on any continuous path and target (Esser et al. 2024, eq. 8).
 
-    The factor is w / w_implied, hence 1 where path and target imply w by themselves.
+    The factor is w / w_implied. It is 1 if the plain loss on this path and target already has the weight w.
     """
 
     @abstractmethod
-    def of(self, log_snr: Tensor) -> Tensor:
+    def w(self, log_snr: Tensor) -> Tensor:
         """w at λ = ln(a²/b²), same shape."""
 
     def __call__(self, path: Path, target: Target, t: Tensor) -> Tensor:
         a, b = path(t)
-        return self.of(2 * torch.log(a / b)) / implied_weight(path, target, t)
+        return self.w(2 * torch.log(a / b)) / implied_weight(path, target, t)
 
 
 class ExponentialWeight(LogSNRWeight):
-    """w = e^(−λ/2): rectified flow's velocity and the cosine path's v, up to a constant.
+    """w = e^(−λ/2), which rectified flow's velocity and the cosine path's v imply, up to a constant.
 
     Example:
         >>> from flow.path import RectifiedFlow
@@ -157,12 +157,12 @@ class ExponentialWeight(LogSNRWeight):
         True
     """
 
-    def of(self, log_snr: Tensor) -> Tensor:
+    def w(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-log_snr / 2)
 
 
 class SechWeight(LogSNRWeight):
-    """w = sech(λ/2): the cosine path's ε, up to a constant (Esser et al. 2024, §3.1).
+    """w = sech(λ/2), which the cosine path's ε implies, up to a constant (Esser et al. 2024, §3.1).
 
     Example:
         >>> from flow.path import Cosine
@@ -172,12 +172,12 @@ class SechWeight(LogSNRWeight):
         True
     """
 
-    def of(self, log_snr: Tensor) -> Tensor:
+    def w(self, log_snr: Tensor) -> Tensor:
         return 1 / torch.cosh(log_snr / 2)
 
 
 class EDMWeight(LogSNRWeight):
-    """w = N(λ; −2P_m, (2P_s)²)·(e^(−λ) + σ_d²): EDM's, up to a constant (Esser et al. 2024, §3.1).
+    """EDM's w = N(λ; −2P_m, (2P_s)²)·(e^(−λ) + σ_d²), up to a constant (Esser et al. 2024, §3.1).
 
     Args:
         mean: P_m.
@@ -197,6 +197,6 @@ class EDMWeight(LogSNRWeight):
             raise ValueError(f"EDMWeight needs std > 0 and sigma_data > 0, got {std} and {sigma_data}")
         self.mean, self.std, self.sigma_data = mean, std, sigma_data
 
-    def of(self, log_snr: Tensor) -> Tensor:
+    def w(self, log_snr: Tensor) -> Tensor:
         normal = torch.exp(-(((log_snr / 2 + self.mean) / self.std) ** 2) / 2) / (2 * self.std * math.sqrt(2 * math.pi))
         return normal * (torch.exp(-log_snr) + self.sigma_data**2)

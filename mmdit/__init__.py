@@ -1,1 +1,1 @@
-"""The network. Knows nothing of noise, time grids, images or files of pictures."""
+"""The network. It knows nothing of noise, time grids, images or files of pictures."""

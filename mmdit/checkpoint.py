@@ -1,6 +1,6 @@
-"""Names: our parameters ↔ diffusers' `SD3Transformer2DModel` ↔ the released single files, and all three on disk.
+"""Conversion between `MMDiT`, diffusers' `SD3Transformer2DModel` and the released single files; load and save.
 
-Every tensor of ours is one or more of theirs laid end to end, so a table of names is the whole mapping.
+Each of our tensors is one or more of their tensors concatenated, so a table of names is the whole mapping.
 """
 
 import math
@@ -30,17 +30,17 @@ from storage.weights import (
 )
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
-THEIRS, OWN = "SD3Transformer2DModel", "MMDiT"
-BEYOND = {  # MMDiT's, which diffusers has not
+DIFFUSERS_CLASS, OUR_CLASS = "SD3Transformer2DModel", "MMDiT"
+EXTENSIONS = {  # settings of MMDiT that diffusers' class does not have, with their defaults
     "time_scale": TIME_SCALE, "two_times": False, "guidance_embeds": False, "picture_channels": 0,
     "level_embeds": False, "text_mask": False,
 }  # fmt: skip
-UNSEEN = ("time_scale", "picture_channels", "text_mask")  # of these, what names and shapes do not tell
-PREFIX = "model.diffusion_model."  # of the network's names in a single file
+NOT_IN_SHAPES = ("time_scale", "picture_channels", "text_mask")  # cannot be inferred from names and shapes
+PREFIX = "model.diffusion_model."  # before the network's names in a single file
 Naming: TypeAlias = Literal["diffusers", "original"]
 
-# ours: (what diffusers calls its parts, what the single files call them)
-OUTSIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+# our layer: (its parts in diffusers, its parts in the single files)
+OUTSIDE_BLOCKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "patch": (("pos_embed.proj",), ("x_embedder.proj",)),
     "context": (("context_embedder",), ("context_embedder",)),
     "time.fc1": (("time_text_embed.timestep_embedder.linear_1",), ("t_embedder.mlp.0",)),
@@ -56,7 +56,7 @@ OUTSIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "final.modulation": (("norm_out.linear",), ("final_layer.adaLN_modulation.1",)),
     "final.linear": (("proj_out",), ("final_layer.linear",)),
 }
-BLOCK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+IN_BLOCK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "modulation": (
         ("norm1.linear", "norm1_context.linear"),
         ("x_block.adaLN_modulation.1", "context_block.adaLN_modulation.1"),
@@ -81,15 +81,15 @@ BLOCK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Piece(NamedTuple):
-    """One of their tensors."""
+    """A tensor in diffusers or in a single file."""
 
     name: str
     shape: tuple[int, ...]
-    swapped: bool = False  # they keep (scale, shift) where we keep (shift, scale)
+    swapped: bool = False  # it holds (scale, shift), ours (shift, scale)
 
 
 class Part(NamedTuple):
-    """One of their layers, which holds some rows of one of ours."""
+    """A layer in diffusers or in a single file, which holds some rows of one of our layers."""
 
     name: str
     rows: int
@@ -97,32 +97,33 @@ class Part(NamedTuple):
 
 
 def parts(network: MMDiT, module: str, rows: int, naming: Naming) -> list[Part]:
-    """Their layers that make up one of ours, in order.
+    """The layers that make up one of our layers in another naming, in order.
 
     Args:
-        network: whose sizes count.
-        module: the name of a layer of ours with weights.
+        network: the network that has the layer.
+        module: the name of our layer, one with weights.
         rows: outputs of that layer.
-        naming: whose names to give.
+        naming: the other naming.
     """
     column = 0 if naming == "diffusers" else 1
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
     if not block:
-        names, where, sizes = OUTSIDE[module][column], "", [rows]
+        names, prefix, sizes = OUTSIDE_BLOCKS[module][column], "", [rows]
     else:
-        names = BLOCK[block[2]][column]
-        where = f"{('transformer_blocks', 'joint_blocks')[column]}.{block[1]}."
+        names = IN_BLOCK[block[2]][column]
+        prefix = f"{('transformer_blocks', 'joint_blocks')[column]}.{block[1]}."
         sizes = [rows // len(names)] * len(names)
         if block[2] == "modulation":
             sizes = [part * network.width for part in cast(JointBlock, network.blocks[int(block[1])]).parts]
-    lone = naming == "diffusers" and module.endswith("modulation")  # of two vectors only: there (scale, shift)
+    two_vectors = naming == "diffusers" and module.endswith("modulation")  # diffusers: (scale, shift)
     return [
-        Part(where + name, size, lone and size == 2 * network.width) for name, size in zip(names, sizes, strict=True)
+        Part(prefix + name, size, two_vectors and size == 2 * network.width)
+        for name, size in zip(names, sizes, strict=True)
     ]
 
 
 def layout(network: MMDiT, naming: Naming) -> dict[str, list[Piece]]:
-    """For each of our names, their tensors that make it up, in order. The network may be on the meta device."""
+    """Our names → the tensors of each in another naming, in order. The network may be on the meta device."""
     table = {}
     for ours, tensor in network.state_dict().items():
         module, _, kind = ours.rpartition(".")
@@ -131,7 +132,7 @@ def layout(network: MMDiT, naming: Naming) -> dict[str, list[Piece]]:
             table[ours] = [Piece(name, (1, network.pos_embed_max_size**2, network.width))]
             continue
         tail = tuple(tensor.shape[1:])
-        if ours == "patch.weight":  # a convolution there
+        if ours == "patch.weight":  # a convolution in diffusers and the single files
             tail = (network.in_channels + network.picture_channels, network.patch_size, network.patch_size)
         table[ours] = [
             Piece(f"{name}.{kind}", (rows, *tail), swapped)
@@ -141,12 +142,12 @@ def layout(network: MMDiT, naming: Naming) -> dict[str, list[Piece]]:
 
 
 def export(network: MMDiT, naming: Naming, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Our tensors under their names. Bit-exact; views of ours, but for the few whose halves are swapped.
+    """Our tensors under the names of diffusers or the single files. Bit-exact; views, except where halves are swapped.
 
     Args:
-        network: whose sizes count.
-        naming: whose names to give; of the single file without its prefix.
-        state: other tensors under the network's names, such as gradients; none takes its own.
+        network: the network to convert.
+        naming: the naming to use; names of the single files are without `PREFIX`.
+        state: other tensors under our names, such as gradients; none means the network's weights.
     """
     state = network.state_dict() if state is None else state
     theirs = {}
@@ -159,10 +160,10 @@ def export(network: MMDiT, naming: Naming, state: Mapping[str, Tensor] | None = 
 
 
 def read(network: MMDiT, weights: Weights, naming: Naming, dtype: torch.dtype, device: torch.device | str) -> MMDiT:
-    """Fills a network, made on the meta device, with weights that are read one by one straight to their place.
+    """Fills a network on the meta device. Each tensor is read directly into its place.
 
     Raises:
-        ValueError: naming every missing, left-over or mis-shaped tensor, before anything is read.
+        ValueError: names every missing, left-over or mis-shaped tensor, before anything is read.
     """
     table = layout(network, naming)
     check_tensors(weights, {p.name: p.shape for pieces in table.values() for p in pieces}, "this transformer's config")
@@ -178,13 +179,13 @@ def read(network: MMDiT, weights: Weights, naming: Naming, dtype: torch.dtype, d
 
 
 def infer(weights: Weights) -> tuple[Naming, dict[str, Any]]:
-    """The naming and `MMDiT`'s arguments, read off names and shapes.
+    """The naming and `MMDiT`'s arguments, inferred from names and shapes.
 
-    Heads have 64 channels where no norm of theirs tells otherwise, as in all released models. The size of the training
-    pictures is not to be seen; it is taken as MMDiT's own default where the table allows it.
+    Without a q/k norm the heads are taken to have 64 channels, as in all released models. The size of the training
+    pictures cannot be inferred; it is MMDiT's default, or less if the positional table is smaller.
 
     Raises:
-        ValueError: if these are no weights of an SD3 transformer, with a guess at what they are.
+        ValueError: the weights are not those of an SD3 transformer. The message guesses what they are.
     """
     naming: Naming = "diffusers" if "pos_embed.pos_embed" in weights else "original"
     column = 0 if naming == "diffusers" else 1
@@ -192,7 +193,7 @@ def infer(weights: Weights) -> tuple[Naming, dict[str, Any]]:
     numbers = [int(found[1]) for name in weights if (found := re.match(rf"{blocks}\.(\d+)\.", name))]
 
     def shape(ours: str, block: int | None = None) -> tuple[int, ...] | None:
-        names = OUTSIDE[ours] if block is None else BLOCK[ours]
+        names = OUTSIDE_BLOCKS[ours] if block is None else IN_BLOCK[ours]
         name = f"{'' if block is None else f'{blocks}.{block}.'}{names[column][0]}.weight"
         return weights.shape(name) if name in weights else None
 
@@ -232,7 +233,7 @@ def load(
     level_embeds: bool = False,
     text_mask: bool = False,
 ) -> MMDiT:
-    """Reads a transformer, ours or a released one, streaming: peak memory is that of the network.
+    """Reads a transformer, ours or a released one, tensor by tensor: peak memory is that of the network.
 
     Args:
         path: a transformer's folder (`config.json` and safetensors, whole or sharded), a model folder with
@@ -240,15 +241,15 @@ def load(
             model.
         dtype: of the weights in memory.
         device: where they go.
-        two_times: let the network be told where a step ends, from now on if it was not.
-        guidance_embeds: likewise the scale of guidance.
-        picture_channels: likewise let it work from a picture of so many channels.
-        level_embeds: likewise how much noise that picture was given.
-        text_mask: from now on its padding is masked.
+        two_times: adds an input for the end of a step, if the network has none.
+        guidance_embeds: likewise adds an input for the guidance scale.
+        picture_channels: likewise adds an input for a picture with this many channels.
+        level_embeds: likewise adds an input for the noise level of that picture.
+        text_mask: masks padding from now on.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, if anything is missing, truncated, foreign or does not fit. Nothing
-            is half-loaded.
+        FileNotFoundError, ValueError: in one line, if a file is missing, truncated, of another kind or does not fit.
+            The network is loaded whole or not at all.
     """
     path = Path(path)
     if path.is_dir():
@@ -271,19 +272,19 @@ def load(
     return network.to(device, dtype_of(dtype)).eval()
 
 
-def beyond(network: MMDiT) -> dict[str, Any]:
-    """What the network has that diffusers' has not, as arguments of `MMDiT`; empty if diffusers can read it."""
-    return {name: getattr(network, name) for name, default in BEYOND.items() if getattr(network, name) != default}
+def extensions(network: MMDiT) -> dict[str, Any]:
+    """The arguments of `MMDiT` that diffusers' class does not support; empty if diffusers can read the network."""
+    return {name: getattr(network, name) for name, default in EXTENSIONS.items() if getattr(network, name) != default}
 
 
 def save(network: MMDiT, folder: Path) -> None:
     """Writes config and weights so that `SD3Transformer2DModel.from_pretrained` reads them. OSError on failure.
 
-    A network beyond diffusers' has a class name of its own, which diffusers' `AutoModel` refuses.
+    With extensions the config names our class, which diffusers' `AutoModel` refuses.
     """
-    more = beyond(network)
+    extra = extensions(network)
     config = {
-        "_class_name": OWN if more else THEIRS,
+        "_class_name": OUR_CLASS if extra else DIFFUSERS_CLASS,
         "sample_size": network.sample_size,
         "patch_size": network.patch_size,
         "in_channels": network.in_channels,
@@ -297,7 +298,7 @@ def save(network: MMDiT, folder: Path) -> None:
         "pos_embed_max_size": network.pos_embed_max_size,
         "dual_attention_layers": list(network.dual_attention_layers),
         "qk_norm": "rms_norm" if network.qk_norm else None,
-        **more,
+        **extra,
     }
     write_json(config, folder / CONFIG)
     write_tensors(export(network, "diffusers"), folder / f"{STEM}.safetensors")
@@ -307,15 +308,15 @@ def single_file(network: MMDiT) -> dict[str, Tensor]:
     """The network's tensors as a released single file names them.
 
     Raises:
-        ValueError: if the file could not tell what the network is.
+        ValueError: a network read from the file would differ.
     """
-    if unseen := {name: value for name, value in beyond(network).items() if name in UNSEEN}:
-        named = ", ".join(f"{name} {value:g}" for name, value in unseen.items())
-        raise ValueError(f"a single file cannot tell {named}: write a folder")
+    if lost := {name: value for name, value in extensions(network).items() if name in NOT_IN_SHAPES}:
+        named = ", ".join(f"{name} {value:g}" for name, value in lost.items())
+        raise ValueError(f"a single file cannot store {named}: write a folder")
     if not network.qk_norm and network.heads != max(network.width // 64, 1):
         raise ValueError(
             f"a single file cannot hold a network without qk_norm whose heads have "
-            f"{network.width // network.heads} channels: its readers take them to have 64; write a folder"
+            f"{network.width // network.heads} channels: readers assume 64; write a folder"
         )
     return {PREFIX + name: tensor for name, tensor in export(network, "original").items()}
 
@@ -323,10 +324,10 @@ def single_file(network: MMDiT) -> dict[str, Tensor]:
 def _arguments(file: Path) -> dict[str, Any]:
     """`MMDiT`'s arguments from diffusers' config."""
     config = read_json(file)
-    if config.get("_class_name") not in (THEIRS, OWN):
-        raise ValueError(f"{file} describes a {config.get('_class_name')}, not an {THEIRS}")
+    if config.get("_class_name") not in (DIFFUSERS_CLASS, OUR_CLASS):
+        raise ValueError(f"{file} describes a {config.get('_class_name')}, not an {DIFFUSERS_CLASS}")
     if config.get("qk_norm") not in (None, "rms_norm"):
-        raise ValueError(f"{file} asks for qk_norm {config['qk_norm']!r}, which is neither null nor 'rms_norm'")
+        raise ValueError(f"{file} has qk_norm {config['qk_norm']!r}: use null or 'rms_norm'")
     try:
         width = config["num_attention_heads"] * config["attention_head_dim"]
         if config.get("caption_projection_dim", width) != width:
@@ -344,7 +345,7 @@ def _arguments(file: Path) -> dict[str, Any]:
             "pos_embed_max_size": config["pos_embed_max_size"],
             "out_channels": config.get("out_channels"),
             "dual_attention_layers": tuple(config.get("dual_attention_layers") or ()),
-            **{name: config.get(name, default) for name, default in BEYOND.items()},
+            **{name: config.get(name, default) for name, default in EXTENSIONS.items()},
         }
     except TypeError as error:
         raise ValueError(f"{file} has a value of the wrong type: {error}") from None
@@ -353,7 +354,7 @@ def _arguments(file: Path) -> dict[str, Any]:
 
 
 def _guess(weights: Weights) -> str:
-    """What a foreign file seems to be, for the message."""
+    """What a file of another kind seems to be, for the message."""
     for start, kind in (
         ("double_blocks.", "Flux"),
         ("single_transformer_blocks.", "Flux"),
@@ -368,4 +369,5 @@ def _guess(weights: Weights) -> str:
 
 
 def swap(tensor: Tensor) -> Tensor:
+    """Exchanges the first and second half of the rows."""
     return torch.roll(tensor, len(tensor) // 2, dims=0)

@@ -1,4 +1,4 @@
-"""Embeddings: pictures to tokens and back, where a token is, what time it is."""
+"""Embeddings: pictures to tokens and back, positions, times."""
 
 import math
 
@@ -7,8 +7,8 @@ from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-TIME_SCALE = 1000.0  # of the released networks
-SPAN_SCALE = 10.0  # of what is learned from a derivative by time, to which fast features are noise
+TIME_SCALE = 1000.0  # as in the released networks
+SPAN_SCALE = 10.0  # for t − end; small, since fast features add noise to the derivative by time
 
 
 def patchify(z: Tensor, patch: int) -> Tensor:
@@ -27,7 +27,7 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
 def sincos_2d(side: int, dim: int, spacing: float = 1.0) -> Tensor:
     """Fixed 2-D sine-cosine positions of a side×side grid of patches: (side, side, dim) float32, indexed [row, column].
 
-    The first half of the channels tells the column, the second the row; each half is [sin, cos] over dim/4
+    The first half of the channels encodes the column, the second the row; each half is [sin, cos] over dim/4
     frequencies from 1 to 1/10000 (Vaswani et al. 2017, §3.5; in two dimensions as in MAE, He et al. 2021).
 
     Args:
@@ -50,7 +50,9 @@ def crop_centre(table: Tensor, height: int, width: int) -> Tensor:
     """
     side = len(table)
     if height > side or width > side:
-        raise ValueError(f"{height}×{width} patches do not fit the positional table of {side}×{side}")
+        raise ValueError(
+            f"{height}×{width} patches do not fit the positional table of {side}×{side}: use a smaller size"
+        )
     top, left = (side - height) // 2, (side - width) // 2
     return table[top : top + height, left : left + width].flatten(0, 1)
 
@@ -67,7 +69,7 @@ def timestep_features(t: Tensor, dim: int = 256, scale: float = TIME_SCALE) -> T
 
 
 class VectorEmbedding(Mlp):
-    """A vector (B, in) to the network's width (B, width), through one SiLU layer. Serves time and pooled text alike."""
+    """A vector (B, in) to the network's width (B, width), through one SiLU layer. For times and pooled text."""
 
     def __init__(self, in_features: int, width: int) -> None:
         super().__init__(in_features, width, width, act_layer=nn.SiLU)

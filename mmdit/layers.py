@@ -18,12 +18,12 @@ class Modulation(NamedTuple):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(x)·(1 + scale) + shift, the norm without learned parameters. x (B, N, width)."""
+    """LayerNorm(x)·(1 + scale) + shift; the norm has no learned parameters. x (B, N, width)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, whose gain takes the type of what is normed: under autocast it would not use its fast kernel."""
+    """torch's RMSNorm with the gain cast to the input's type, so that autocast can use the fast kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
@@ -31,13 +31,13 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """One kind of token's q, k and v, and its projection of what was attended to.
+    """q, k and v of one kind of token, and the output projection.
 
     Args:
         width: channels of a token.
         heads: attention heads.
         qk_norm: RMS-normalise each head's q and k, so that attention logits cannot grow (Esser et al. 2024, §5.3.2).
-        asks: false if nobody reads what these tokens attend to: there is no projection, and q is empty.
+        asks: whether these tokens have queries. If false, q is empty and there is no output projection.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool, asks: bool = True) -> None:
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         if asks:
             self.proj = nn.Linear(width, width)
         else:
-            self.norm_q.requires_grad_(False)  # unread, but released checkpoints hold it
+            self.norm_q.requires_grad_(False)  # unused, but released checkpoints hold it
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Modulated tokens (B, N, width) to q, k and v, each (B, N, heads, head_dim)."""
@@ -58,10 +58,10 @@ class Attention(nn.Module):
 
 
 class Stream(Attention):
-    """What one kind of token owns in a joint block: its part of the attention, and the MLP behind it.
+    """The weights of one kind of token in a joint block: its part of the attention, and the MLP.
 
-    Arguments as `Attention`'s; `asks` is false for the last block's text, which the image still reads but nobody reads
-    after it.
+    Arguments as in `Attention`. `asks` is false for the text of the last block: the image attends to it, but the
+    block's text output is not used.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool, asks: bool = True) -> None:
@@ -79,14 +79,14 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
 class JointBlock(nn.Module):
     """Text and image streams with their own weights, joined in one attention over [text, image].
 
-    With `dual`, MMDiT-X's block (Stable Diffusion 3.5 medium): the image also attends to itself alone, from the same
-    normed tokens with a modulation of its own, before the MLP.
+    With `dual`, MMDiT-X's block (Stable Diffusion 3.5 medium): before the MLP, the image also attends to itself
+    alone, from the same normed tokens with a separate modulation.
 
     Args:
         width: channels of a token.
         heads: attention heads.
         qk_norm: RMS-normalise q and k.
-        last: the text stream only gives q, k and v; `forward` returns its tokens unchanged.
+        last: the text stream only has k and v; `forward` returns its tokens unchanged.
         dual: the image stream has a second attention.
     """
 
@@ -95,7 +95,7 @@ class JointBlock(nn.Module):
         self.image = Stream(width, heads, qk_norm)
         self.text = Stream(width, heads, qk_norm, asks=not last)
         self.dual = Attention(width, heads, qk_norm) if dual else None
-        self.parts = [9 if dual else 6, 2 if last else 6]  # vectors for the image, which come first, and for the text
+        self.parts = [9 if dual else 6, 2 if last else 6]  # modulation vectors of image and text
         self.modulation = nn.Linear(width, sum(self.parts) * width)
 
     def forward(self, text: Tensor, image: Tensor, vector: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -111,30 +111,30 @@ class JointBlock(nn.Module):
             (text, image), shapes as given.
         """
         parts = self.modulation(vector)[:, None].chunk(sum(self.parts), dim=-1)
-        of_image, of_text = parts[: self.parts[0]], parts[self.parts[0] :]
-        joint, mlp = Modulation(*of_image[:3]), Modulation(*of_image[3:6])
+        image_parts, text_parts = parts[: self.parts[0]], parts[self.parts[0] :]
+        joint, mlp = Modulation(*image_parts[:3]), Modulation(*image_parts[3:6])
 
-        text_qkv = self.text.attend(modulate(text, of_text[0], of_text[1]))
+        text_qkv = self.text.attend(modulate(text, text_parts[0], text_parts[1]))
         image_qkv = self.image.attend(modulate(image, joint.shift, joint.scale))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))  # [text, image]
-        text_read, image_read = scaled_dot_product(q, k, v, mask).tensor_split([-image.shape[1]], dim=1)
+        text_attended, image_attended = scaled_dot_product(q, k, v, mask).tensor_split([-image.shape[1]], dim=1)
 
-        x = torch.addcmul(image, joint.gate, self.image.proj(image_read))
+        x = torch.addcmul(image, joint.gate, self.image.proj(image_attended))
         if self.dual is not None:
-            alone = Modulation(*of_image[6:])
-            read = scaled_dot_product(*self.dual.attend(modulate(image, alone.shift, alone.scale)))
-            x = torch.addcmul(x, alone.gate, self.dual.proj(read))
+            dual = Modulation(*image_parts[6:])
+            attended = scaled_dot_product(*self.dual.attend(modulate(image, dual.shift, dual.scale)))
+            x = torch.addcmul(x, dual.gate, self.dual.proj(attended))
         image = torch.addcmul(x, mlp.gate, self.image.mlp(modulate(x, mlp.shift, mlp.scale)))
 
         if self.text.asks:
-            joint, mlp = Modulation(*of_text[:3]), Modulation(*of_text[3:])
-            text = torch.addcmul(text, joint.gate, self.text.proj(text_read))
+            joint, mlp = Modulation(*text_parts[:3]), Modulation(*text_parts[3:])
+            text = torch.addcmul(text, joint.gate, self.text.proj(text_attended))
             text = torch.addcmul(text, mlp.gate, self.text.mlp(modulate(text, mlp.shift, mlp.scale)))
         return text, image
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the linear map from tokens to patches.
+    """The modulated norm and the linear map from tokens to patches.
 
     Args:
         width: channels of a token.

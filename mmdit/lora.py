@@ -1,7 +1,7 @@
-"""LoRA: low-rank updates W + s·B·A of linear layers (Hu et al. 2021, eq. 3), by peft, kept in diffusers' layout.
+"""LoRA: low-rank updates W + s·B·A of linear layers (Hu et al. 2021, eq. 3), made by peft, saved in diffusers' layout.
 
-A linear layer of ours may be several of theirs laid end to end. Their updates of its rows are ours with B cut into the
-same rows and A repeated, so what is trained here opens there; the other way round each part is added to its own rows.
+One of our linear layers may be several of diffusers' layers concatenated. To save an update, B is cut into the rows of
+these layers and A is repeated for each. To merge one, each part is added to its own rows.
 """
 
 import json
@@ -42,7 +42,7 @@ class LoRA:
 
 
 def add(network: MMDiT, lora: LoRA) -> None:
-    """Gives the network updates in float32, which start at zero, and freezes the rest. ValueError for odd targets."""
+    """Adds updates in float32, which start at zero, and freezes all other weights. ValueError for unknown targets."""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds
 
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
@@ -50,13 +50,13 @@ def add(network: MMDiT, lora: LoRA) -> None:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ValueError(f"lora.targets: no linear layer's name ends in {target!r}; there are {shorten(linear)}")
     if any(name.startswith("patch") and f".{name}".endswith(f".{t}") for name in linear for t in lora.targets):
-        raise ValueError("lora.targets: the patch embedding is a convolution in other tools and cannot be a target")
+        raise ValueError("lora.targets: the patch embedding is a convolution in other tools: remove it")
     alpha = lora.rank if lora.alpha is None else lora.alpha
     config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
     inject_adapter_in_model(config, network)
     for parameter in network.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # small steps would vanish in the type of a half-precision network
+            parameter.data = parameter.data.float()  # small steps would round to nothing in half precision
 
 
 def layers(network: MMDiT) -> Iterator[tuple[str, Any]]:
@@ -69,7 +69,7 @@ def layers(network: MMDiT) -> Iterator[tuple[str, Any]]:
 
 
 def export(network: MMDiT) -> dict[str, Tensor]:
-    """The network's updates as diffusers' SD3 pipelines name them, with the scale s inside B."""
+    """The network's updates under the names of diffusers' SD3 pipelines, with the scale s inside B."""
     theirs = {}
     for name, layer in layers(network):
         down, up = (cast(nn.Linear, side["default"]).weight.detach() for side in (layer.lora_A, layer.lora_B))
@@ -85,9 +85,9 @@ def save(network: MMDiT, folder: Path, base: str) -> None:
     """Writes the updates so that diffusers' `load_lora_weights(folder)` reads them. OSError on failure.
 
     Args:
-        network: with updates.
-        folder: where to.
-        base: what they are updates of, a path or a name, for whoever finds the folder.
+        network: a network with updates.
+        folder: the output folder.
+        base: path or name of the model that the updates belong to, stored in the folder's config.
     """
     write_json({"peft_type": "LORA", "base_model_name_or_path": base}, folder / CONFIG)
     write_tensors(export(network), folder / FILE)
@@ -102,11 +102,11 @@ class Update(NamedTuple):
 
 
 def find(path: Path) -> Path:
-    """The file of a LoRA that is given as a file or its folder. FileNotFoundError if there is none."""
+    """The file of a LoRA, given the file or its folder. FileNotFoundError if there is none."""
     for file in (path, path / FILE, path / "lora" / FILE):
         if file.is_file():
             return file
-    raise FileNotFoundError(f"{path} is no LoRA: neither a safetensors file nor a folder with {FILE}")
+    raise FileNotFoundError(f"{path} is not a LoRA: give a safetensors file or a folder with {FILE}")
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def merge(network: MMDiT, path: Path) -> None:
     """Adds a LoRA in diffusers' layout to the network's weights. The sums are float32.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, naming all that does not fit, before anything is changed.
+        FileNotFoundError, ValueError: in one line that names all that does not fit, before anything is changed.
     """
     updates = read(network, open_file(find(path)))
     modules = dict(network.named_modules())
@@ -126,10 +126,10 @@ def merge(network: MMDiT, path: Path) -> None:
 
 
 def read(network: MMDiT, weights: Weights) -> dict[str, list[Update]]:
-    """Each layer's updates.
+    """The updates of each layer.
 
     Raises:
-        ValueError: if there is anything else than updates of this network's linear layers.
+        ValueError: the file holds anything but updates of this network's linear layers.
     """
     scale = _scales(weights)
     left, misfits = set(weights), []
@@ -151,34 +151,34 @@ def read(network: MMDiT, weights: Weights) -> dict[str, list[Update]]:
                 continue
             up = weights[keys[1]].float() * scale(part.name, rank)
             if not (up.isfinite().all() and weights[keys[0]].isfinite().all()):
-                misfits.append(f"{part.name}, which is not finite,")
+                misfits.append(f"{part.name} is not finite")
             updates.setdefault(name, []).append(Update(rows, weights[keys[0]], swap(up) if part.swapped else up))
     if left or misfits or not updates:
-        told = [f"{len(left)} left over ({shorten(sorted(left))})"] * bool(left)
-        told += [f"{len(misfits)} damaged ({shorten(misfits)})"] * bool(misfits)
-        raise ValueError(f"{weights.source} is no LoRA of this network: {', '.join(told) or 'it is empty'}")
+        problems = [f"{len(left)} left over ({shorten(sorted(left))})"] * bool(left)
+        problems += [f"{len(misfits)} damaged ({shorten(misfits)})"] * bool(misfits)
+        raise ValueError(f"{weights.source} is not a LoRA of this network: {', '.join(problems) or 'it is empty'}")
     return updates
 
 
 def _scales(weights: Weights) -> Any:
-    """s of a layer by name and rank: alpha / rank, with alpha from a tensor of its own or from the file's metadata."""
+    """A function (layer, rank) → s = alpha / rank. alpha is a tensor in the file or in the file's metadata."""
     try:
         content = json.loads(weights.metadata.get("lora_adapter_metadata", "{}"))
-        told = {key.removeprefix(PREFIX): value for key, value in content.items() if value is not None}
-        float(told.get("lora_alpha", 1)), [float(alpha) for alpha in told.get("alpha_pattern", {}).values()]
+        metadata = {key.removeprefix(PREFIX): value for key, value in content.items() if value is not None}
+        float(metadata.get("lora_alpha", 1)), [float(alpha) for alpha in metadata.get("alpha_pattern", {}).values()]
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"{weights.source} has adapter metadata that is none") from None
-    if told.get("use_dora"):
-        raise ValueError(f"{weights.source} is a DoRA, which is more than a low-rank update: it cannot be merged")
+        raise ValueError(f"{weights.source} has broken adapter metadata: save the LoRA again") from None
+    if metadata.get("use_dora"):
+        raise ValueError(f"{weights.source} is a DoRA, which cannot be merged: use a LoRA without use_dora")
 
     def scale(name: str, rank: int) -> float:
-        alpha = told.get("lora_alpha", rank)
-        for pattern, value in told.get("alpha_pattern", {}).items():
+        alpha = metadata.get("lora_alpha", rank)
+        for pattern, value in metadata.get("alpha_pattern", {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern})", name):
                 alpha = value
         key = f"{PREFIX}{name}.alpha"
         if key in weights:
             alpha = float(weights[key])
-        return alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
+        return alpha / (math.sqrt(rank) if metadata.get("use_rslora") else rank)
 
     return scale

@@ -20,11 +20,11 @@ from mmdit.layers import FinalLayer, JointBlock
 from mmdit.network import Condition, HiddenStates, Network
 
 TIME_FEATURES = 256
-EMBEDDINGS = {"two_times": "span", "guidance_embeds": "guidance", "level_embeds": "level"}  # of numbers besides t
+EMBEDDINGS = {"two_times": "span", "guidance_embeds": "guidance", "level_embeds": "level"}  # argument → module
 
 
 class MMDiT(Network):
-    """The network: model(z, t, condition) → y, of z's shape; with two times, model(z, t, condition, end) → y.
+    """The network: model(z, t, condition) → y, of z's shape; with two_times, model(z, t, condition, end) → y.
 
     Args:
         in_channels: channels of the latent.
@@ -39,13 +39,13 @@ class MMDiT(Network):
         pos_embed_max_size: side of the positional table in patches, the largest picture that fits.
         out_channels: channels of y; none means in_channels. A learned variance takes twice as many.
         dual_attention_layers: blocks whose image tokens also attend to themselves alone, counted from 0.
-        time_scale: the fastest time feature turns by so many radians from t = 0 to 1. An average velocity is learned
-            from a derivative by t, to which fast features are noise: 10 serves it better from nothing.
-        two_times: it is also told where a step ends, as an average velocity is of a step (Geng et al. 2025).
-        guidance_embeds: it is also told the scale of the guidance that its output is to have (Meng et al. 2023, §3.1).
-        picture_channels: channels of a picture that it works from, which is laid beside z (Saharia et al. 2021, §2.1).
-        level_embeds: it is also told how much noise that picture was given (Ho et al. 2021, §4.2).
-        text_mask: its text has a mask, and padding is not attended to.
+        time_scale: radians by which the fastest time feature turns from t = 0 to 1. To train an average velocity from
+            scratch, 10 is better: it is learned from a derivative by t, to which fast features add noise.
+        two_times: also takes the end of a step, for average velocities (Geng et al. 2025).
+        guidance_embeds: also takes the guidance scale that the output is to have (Meng et al. 2023, §3.1).
+        picture_channels: channels of an input picture, concatenated to z (Saharia et al. 2021, §2.1); 0 means none.
+        level_embeds: also takes the noise level of the input picture (Ho et al. 2021, §4.2).
+        text_mask: takes a mask of the text; padding is not attended to.
 
     Example:
         >>> import torch
@@ -152,13 +152,13 @@ class MMDiT(Network):
         level_embeds: bool = False,
         text_mask: bool = False,
     ) -> None:
-        """Lets the network be told more, where it is not yet. New weights start at zero: the function stays the same.
+        """Adds inputs that the network does not have yet. New weights start at zero, so the function stays the same.
 
-        So a student starts as its teacher. The arguments are those of the constructor; only the mask makes a difference
-        at once.
+        A student therefore starts as its teacher. The arguments are those of the constructor; only `text_mask` changes
+        the output at once.
 
         Raises:
-            ValueError: it works from a picture already, of other channels.
+            ValueError: the network already takes a picture with another number of channels.
         """
         numbers = {"two_times": two_times, "guidance_embeds": guidance_embeds, "level_embeds": level_embeds}
         for name in (name for name, wanted in numbers.items() if wanted and not getattr(self, name)):
@@ -190,30 +190,30 @@ class MMDiT(Network):
         skip_layers: Collection[int] = (),
         hidden_states: HiddenStates | None = None,
     ) -> Tensor:
-        """The network's output at (z, t). Numbers are cast to the type of its weights on the way in, but for t.
+        """The network's output at (z, t). All inputs except t are cast to the type of its weights.
 
         Args:
             z: noisy latents, (B, C, H, W); H and W multiples of the patch.
             t: times in [0, 1], (B,) float32.
             condition: text of the same batch size.
-            end: where the step from t ends, (B,) float32; none is t itself, where y is the velocity at t.
-            skip_layers: blocks that are left out, which makes the network a worse one to be guided away from.
-            hidden_states: is filled with the image tokens after the blocks that it names.
+            end: end of the step from t, (B,) float32; none means t itself, and y is the velocity at t.
+            skip_layers: blocks to leave out, for skip-layer guidance.
+            hidden_states: receives the image tokens after the blocks that it names.
 
         Returns:
             (B, out_channels, H, W).
 
         Raises:
-            ValueError: if H or W is no multiple of the patch, or more patches than the positional table holds; if the
-                network is not told a part of the condition that it needs, or one that it has no use for.
+            ValueError: H or W is not a multiple of the patch, or exceeds the positional table; the condition lacks a
+                field that the network needs, or has one it does not use; or `end` without two_times.
         """
         if end is not None and not self.two_times:
-            raise ValueError("this network has one time and was given two: it needs two_times")
-        self.check(condition)
+            raise ValueError("this network takes one time and got an end: set two_times or leave end out")
+        self.check_condition(condition)
         height, rest_h = divmod(z.shape[-2], self.patch_size)
         width, rest_w = divmod(z.shape[-1], self.patch_size)
         if rest_h or rest_w:
-            raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is no multiple of the patch {self.patch_size}")
+            raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is not a multiple of patch_size {self.patch_size}")
         dtype = self.positions.dtype
 
         if condition.picture is not None:

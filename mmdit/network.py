@@ -1,4 +1,4 @@
-"""The contract of every network: what it is told, and what others may ask of it."""
+"""The contract of every network: its inputs and its public attributes."""
 
 from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
@@ -7,30 +7,30 @@ from torch import Tensor, nn
 
 
 class Condition(NamedTuple):
-    """What the network is told besides z and t. A part that a network has no use for stays none."""
+    """The network's inputs besides z and t. A field that the network does not use stays none."""
 
     text: Tensor  # (B, N, text_dim) token features
     pooled: Tensor  # (B, pooled_dim) one vector for the whole caption
-    mask: Tensor | None = None  # (B, N) bool, true for real tokens; none: padding is attended, as in released models
-    guidance: Tensor | None = None  # (B,) scale of the guidance that a network with guidance_embeds has learned
-    picture: Tensor | None = None  # (B, picture_channels, H, W) latents of a picture to work from, of z's size
-    level: Tensor | None = None  # (B,) in [0, 1], how much noise that picture was given
+    mask: Tensor | None = None  # (B, N) bool, true for real tokens; none means all tokens, as in released models
+    guidance: Tensor | None = None  # (B,) guidance scale, for a network that has learned guidance
+    picture: Tensor | None = None  # (B, picture_channels, H, W) latents of an input picture, of z's size
+    level: Tensor | None = None  # (B,) in [0, 1], noise level of the input picture
 
     def null(self, text: "Condition") -> "Condition":
-        """What guidance moves away from: another text (B or 1, …), but the same picture and level."""
+        """The null condition of guidance: another text (B or 1, …), the same picture and level."""
         return text._replace(picture=self.picture, level=self.level)
 
 
 class HiddenStates:
-    """Image tokens after chosen blocks, which a forward pass fills in.
+    """Image tokens after chosen blocks. A forward pass fills them in.
 
-    It is no dict, since FSDP copies the dicts among a module's arguments.
+    It is not a dict, because FSDP copies dicts among a module's arguments.
 
     Args:
         blocks: numbers of blocks, from 0.
 
     Attributes:
-        tokens: block → (B, M, width) after it, of the latest forward pass.
+        tokens: block → tokens after it, (B, M, width), of the latest forward pass.
     """
 
     def __init__(self, blocks: Iterable[int]) -> None:
@@ -51,16 +51,17 @@ class Network(nn.Module):
         out_channels: channels of y.
         text_dim: channels of a text token.
         pooled_dim: channels of the pooled text vector.
-        sample_size: side of the latents of its training.
+        sample_size: side of the latents in training.
         unit: height and width of a latent are multiples of it.
-        largest: height or width of the largest latent; none is no limit.
-        depth: blocks of a transformer, of width `width`; 0 is none.
-        skippable: blocks that skip-layer guidance may leave out.
-        two_times: it is also given the time at which a step ends.
-        guidance_embeds: it is told `Condition.guidance`.
-        picture_channels: channels of `Condition.picture`; 0 is none.
-        level_embeds: it is told `Condition.level`.
-        text_mask: it is told `Condition.mask`.
+        largest: height or width of the largest latent; none means no limit.
+        depth: number of blocks of a transformer; 0 for other networks.
+        width: channels of a token of a transformer; 0 for other networks.
+        skippable: number of blocks that skip-layer guidance may leave out.
+        two_times: whether it also takes the time at which a step ends.
+        guidance_embeds: whether it takes `Condition.guidance`.
+        picture_channels: channels of `Condition.picture`; 0 means that it takes no picture.
+        level_embeds: whether it takes `Condition.level`.
+        text_mask: whether it takes `Condition.mask`.
     """
 
     in_channels: int
@@ -79,15 +80,15 @@ class Network(nn.Module):
     level_embeds: bool = False
     text_mask: bool = False
 
-    TOLD: ClassVar[dict[str, str]] = {
+    CONDITION_FIELDS: ClassVar[dict[str, str]] = {
         "guidance": "guidance_embeds", "picture": "picture_channels", "level": "level_embeds", "mask": "text_mask",
     }  # fmt: skip
 
-    def check(self, condition: Condition) -> None:
-        """ValueError unless the condition has the parts that this network is told, and no others but a mask."""
-        for part, name in self.TOLD.items():
-            given, needed = getattr(condition, part) is not None, bool(getattr(self, name))
+    def check_condition(self, condition: Condition) -> None:
+        """ValueError unless the condition has the fields that this network takes, and no others except a mask."""
+        for field, name in self.CONDITION_FIELDS.items():
+            given, needed = getattr(condition, field) is not None, bool(getattr(self, name))
             if needed and not given:
-                raise ValueError(f"this network has {name} and needs a condition with {part}")
-            if given and not needed and part != "mask":
-                raise ValueError(f"this network has no {name}: leave {part} out of the condition")
+                raise ValueError(f"this network has {name} and needs a condition with {field}")
+            if given and not needed and field != "mask":
+                raise ValueError(f"this network has no {name}: leave {field} out of the condition")

@@ -14,7 +14,7 @@ from data.degrade import enlarged, noised
 from data.latents import Codec
 from data.sizes import SIZE_FEATURES, size_features
 from data.text.encoder import TextEncoder
-from flow.guidance import ClassifierFree, Weak, known
+from flow.guidance import ClassifierFree, Weak, inpaint
 from flow.objective import Estimate, Model, Objective
 from flow.sampler import Callback, Denoiser, Noise
 from mmdit.network import Condition, Network
@@ -181,7 +181,7 @@ class Pipeline:
             covered = F.max_pool2d(mask.to(self.device, noise.dtype), self.codec.factor)
             if covered.shape[-2:] != latent:
                 raise ValueError(f"the mask must have the picture's size, got {tuple(mask.shape[-2:])}")
-            denoise = known(estimate, x0, noise, covered)
+            denoise = inpaint(estimate, x0, noise, covered)
         if callback:
             callback(0, z, z)
         z = walk(denoise, z, draw, callback)

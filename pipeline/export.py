@@ -44,7 +44,7 @@ def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
     """
     whole = opens_in_diffusers(pipe.parts)
     library, kind = format_of(pipe.network).index_entry(pipe.network)
-    transformer = TRANSFORMER if kind == checkpoint.THEIRS else ""
+    transformer = TRANSFORMER if kind == checkpoint.DIFFUSERS_CLASS else ""
     usage = "\n\n".join(filter(None, (FOLDER, DIFFUSERS if whole else transformer)))
     write(pipe.parts, out, {"README.md": card(pipe, run, name, usage)})
     if whole:

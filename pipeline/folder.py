@@ -255,7 +255,7 @@ def opens_in_diffusers(parts: Parts) -> bool:
     process = describe_process(parts.objective, parts.sampling)["_class_name"]
     return (
         process == FLOW_MATCH
-        and format_of(parts.network).index_entry(parts.network) == ["diffusers", checkpoint.THEIRS]
+        and format_of(parts.network).index_entry(parts.network) == ["diffusers", checkpoint.DIFFUSERS_CLASS]
         and parts.codec.index()[0] == "diffusers"
         and "text_encoder_3" in parts.text.index()
         and not parts.sized
@@ -264,7 +264,7 @@ def opens_in_diffusers(parts: Parts) -> bool:
 
 def describe_process(objective: Objective, sampling: Sampling) -> dict[str, Any]:
     """The scheduler's config. Diffusers can read it if the process is rectified flow."""
-    described = objective.described()
+    described = objective.describe()
     theirs = (described["path"], described["target"]) == ({"class": "RectifiedFlow"}, {"class": "Velocity"})
     return {
         "_class_name": FLOW_MATCH if theirs else "Objective",

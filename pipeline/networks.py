@@ -27,8 +27,8 @@ class Format(NamedTuple):
 
 
 def _mmdit(network: Any) -> list[str]:
-    own = checkpoint.beyond(network)
-    return ["mmdit.model", checkpoint.OWN] if own else ["diffusers", checkpoint.THEIRS]
+    own = checkpoint.extensions(network)
+    return ["mmdit.model", checkpoint.OUR_CLASS] if own else ["diffusers", checkpoint.DIFFUSERS_CLASS]
 
 
 def _save(network: Any, folder: Path) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from flow.grid import given
 from flow.sampler import Callback, Denoiser, euler
-from flow.search import cheapest, costs, descend, record
+from flow.search import cheapest, coordinate_search, costs, record
 from pipeline import Pipeline
 from pipeline.pairs import Captions
 from pipeline.sampling import Sampling, random_normals
@@ -135,7 +135,7 @@ class GridSearch:
                 return self._distance(search, self.times[list(stops)], lambda *_: bar.update())
 
             even = [round(i * request.fine / steps) for i in range(steps + 1)]
-            stops = descend(error, min(cheapest(cost, steps), even, key=error))
+            stops = coordinate_search(error, min(cheapest(cost, steps), even, key=error))
         written = "/".join(f"{t:.6g}" for t in self.times[stops[:-1]].tolist())
         rows = {}
         with suppress(ValueError):  # some targets do not determine the picture at pure noise

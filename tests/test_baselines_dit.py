@@ -319,7 +319,7 @@ def test_impossible_dimensions_are_refused(kind, sizes: dict[str, int], message:
 
 @both
 @pytest.mark.parametrize(
-    ("size", "message"), [((7, 8), "latent 7×8 is no multiple"), ((8, 26), "4×13 patches do not fit")]
+    ("size", "message"), [((7, 8), "latent 7×8 is not a multiple"), ((8, 26), "4×13 patches do not fit")]
 )
 def test_impossible_sizes_are_refused(kind, size: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

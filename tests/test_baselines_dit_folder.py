@@ -60,8 +60,8 @@ def spoil_shape(folder: Path) -> None:
         (lambda folder: change_config(folder, depth="3"), "value of the wrong type: depth"),
         (lambda folder: change_config(folder, width=48.0), "value of the wrong type: width"),
         (lambda folder: change_config(folder, qk_norm=1), "value of the wrong type: qk_norm"),
-        (lambda folder: change_config(folder, heads="gone"), "and nothing else; it differs in heads"),
-        (lambda folder: change_config(folder, dual=[1]), "and nothing else; it differs in dual"),
+        (lambda folder: change_config(folder, heads="gone"), "and no others; fix heads"),
+        (lambda folder: change_config(folder, dual=[1]), "and no others; fix dual"),
         (lambda folder: change_config(folder, heads=5), "multiple of heads"),
     ],
 )

@@ -117,7 +117,7 @@ def test_what_it_is_told_comes_back_from_disk(tmp_path: Path, told: dict) -> Non
 
 @pytest.mark.parametrize("told", [{"picture_channels": 2}, {"text_mask": True}, {"time_scale": 10.0}])
 def test_a_single_file_cannot_tell_it(told: dict) -> None:
-    with pytest.raises(ValueError, match=f"a single file cannot tell {next(iter(told))}"):
+    with pytest.raises(ValueError, match=f"a single file cannot store {next(iter(told))}"):
         checkpoint.single_file(MMDiT(**SIZES, **told))
 
 

@@ -65,11 +65,11 @@ def test_chains_are_those_of_diffusers(path: Discrete, schedule: dict, scheduler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cell_draws_each_step_equally_often_and_never_the_data(path: Discrete, dtype: torch.dtype) -> None:
     u = ((torch.arange(5000, dtype=torch.float64) + 0.5) / 5000).to(dtype)
-    n = (path.cell(u) * 1000).round().long()
+    n = (path.training_time(u) * 1000).round().long()
     assert n.bincount().tolist() == [0] + [5] * 1000
-    assert (path.cell(ENDS.to(dtype)) * 1000).tolist() == [1, 1000]
+    assert (path.training_time(ENDS.to(dtype)) * 1000).tolist() == [1, 1000]
     objective = Objective(path, V(), density=LogitNormal(-8.0))  # all its mass is near the data
-    assert objective.time(torch.rand(100, dtype=torch.float64), 64).min() == torch.tensor(0.001)
+    assert objective.training_time(torch.rand(100, dtype=torch.float64), 64).min() == torch.tensor(0.001)
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=name)

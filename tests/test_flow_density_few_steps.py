@@ -41,7 +41,7 @@ def test_u_shaped_is_uniform_in_the_limit() -> None:
 def test_k_steps_are_drawn_as_the_times_of_a_sampler_equally_often(k: int, alpha: float) -> None:
     u = uniform(60 * k)
     grid = trailing(RectifiedFlow(), k, alpha)[:-1].flip(0)
-    times, counts = StepMap(k=k, shift=alpha).time(u, 64).unique(return_counts=True)
+    times, counts = StepMap(k=k, shift=alpha).training_time(u, 64).unique(return_counts=True)
     torch.testing.assert_close(times, grid.float(), atol=0, rtol=1.2e-7)  # one bit of float32
     assert counts.tolist() == [60] * k
     if alpha == 1:
@@ -73,12 +73,12 @@ def test_impossible_densities_are_refused(make: type, bad: float, said: str) -> 
 @pytest.mark.parametrize("path", [DDPMLinear(), Cosine()], ids=lambda path: type(path).__name__)
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_on_any_path_a_map_in_k_steps_learns_at_its_sampler_s_times(path: Path, k: int) -> None:
-    times = StepMap(path, V(), k=k, shift=2.0).time(uniform(60 * k), 64).unique()
+    times = StepMap(path, V(), k=k, shift=2.0).training_time(uniform(60 * k), 64).unique()
     torch.testing.assert_close(times, trailing(path, k, 2.0)[:-1].flip(0).float(), atol=0, rtol=1.2e-7)
 
 
 def test_k_step_maps_are_validated_at_their_own_times_and_others_at_any() -> None:
     t, of_three = uniform(8).float(), StepMap(k=3, shift=2.0)
     grid = trailing(RectifiedFlow(), 3, 2.0)[:-1]
-    torch.testing.assert_close(of_three.cell(t, 64).unique(), grid.flip(0).float())
-    assert torch.equal(Objective(density=UShaped(), shift=2.0).cell(t, 64), t)
+    torch.testing.assert_close(of_three.validation_time(t, 64).unique(), grid.flip(0).float())
+    assert torch.equal(Objective(density=UShaped(), shift=2.0).validation_time(t, 64), t)

@@ -105,7 +105,7 @@ def test_shift_is_applied_once_then_snapped() -> None:
         (trailing, LDMLinear(), (1001,), "at most the 1000"),
         (leading, LDMLinear(), (1001,), "at most the 1000"),
         (linspace, LDMLinear(), (1001,), "at most the 1000"),
-        (trailing, LDMLinear(), (1000, 3.0), "fall together"),
+        (trailing, LDMLinear(), (1000, 3.0), "give equal times"),
         (trailing, RectifiedFlow(), (10, 0.0), "shift must be > 0"),
         (trailing, RectifiedFlow(), (10, math.nan), "shift must be > 0"),
         (trailing, RectifiedFlow(), (10, math.inf), "shift must be > 0"),
@@ -118,7 +118,7 @@ def test_shift_is_applied_once_then_snapped() -> None:
         (flow_match, RectifiedFlow(), (10, -1.0), "shift must be > 0"),
         (flow_match, Cosine(), (10,), "the path is Cosine: use trailing"),
         (karras, LDMLinear(), (10,), "needs a continuous path"),
-        (karras, EDM(0.0, 0.2), (10,), "fall together"),
+        (karras, EDM(0.0, 0.2), (10,), "give equal times"),
     ],
     ids=name,
 )

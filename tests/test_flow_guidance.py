@@ -7,7 +7,7 @@ import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from torch import Tensor
 
-from flow.guidance import ClassifierFree, Weak, known
+from flow.guidance import ClassifierFree, Weak, inpaint
 from flow.objective import Estimate
 from flow.path import Cosine, expand_as
 from flow.sampler import euler
@@ -121,13 +121,13 @@ def test_known_pixels_follow_their_own_path_and_the_rest_is_the_model_s() -> Non
     seen = []
     path, grid = Cosine(), torch.tensor([0.8, 0.5, 0.2, 0.0], dtype=torch.float64)
     a, b = path(grid[0])
-    euler(known(denoise, x0, noise, mask), path, a * x0 + b * noise, grid, lambda i, z, _: seen.append((grid[i], z)))
+    euler(inpaint(denoise, x0, noise, mask), path, a * x0 + b * noise, grid, lambda i, z, _: seen.append((grid[i], z)))
     for t, z in seen:
         a, b = path(t)
         blended = mask * (a * mine + b * other) + (1 - mask) * (a * x0 + b * noise)
         torch.testing.assert_close(z, blended.to(z.dtype))
     assert len(seen) == 3
-    assert known(denoise, x0, noise, mask)(x0, grid).variance is mine
+    assert inpaint(denoise, x0, noise, mask)(x0, grid).variance is mine
 
 
 class Text(NamedTuple):

@@ -34,7 +34,7 @@ def test_a_share_of_the_times_begins_an_interval(share: float) -> None:
     u = torch.stack([stratified(count, draw) for _ in range(3)])
     objective = MeanFlow(shift=2.0, share=share)
     t, end = objective.times(u, 64)
-    first, second = (objective.time(row, 64) for row in u[:2])
+    first, second = (objective.training_time(row, 64) for row in u[:2])
     assert (t.dtype, end.dtype, t.shape, end.shape) == (torch.float32, torch.float32, (count,), (count,))
     assert (end <= t).all()
     apart = u[2] < share
@@ -50,7 +50,7 @@ def test_without_averages_times_are_what_they_were() -> None:
     u = torch.rand(3, 20, dtype=torch.float64)
     t, end = Objective(shift=2.0).times(u, 64)
     assert end is None
-    assert torch.equal(t, Objective(shift=2.0).time(u[0], 64))
+    assert torch.equal(t, Objective(shift=2.0).training_time(u[0], 64))
 
 
 @pytest.mark.parametrize("options", [{}, {"penalty": Penalty(0.5, 0.1)}, {"weight": SechWeight()}])

@@ -29,7 +29,7 @@ def test_loss_is_zero_for_the_target_and_counts_per_image(both: tuple[Path, Targ
     path, target = both
     objective = Objective(path, target)
     x0, noise = torch.randn(2, 5, 2, 4, 4)
-    t = objective.path.cell(torch.linspace(0.1, 0.9, 5))
+    t = objective.path.training_time(torch.linspace(0.1, 0.9, 5))
     model = exact_model(objective, x0, noise)
     torch.testing.assert_close(objective.loss(model, x0, noise, t, None), torch.zeros(5), atol=1e-10, rtol=0)
     off = torch.arange(5.0).reshape(5, 1, 1, 1)
@@ -70,7 +70,7 @@ def test_weighting_by_a_density_equals_drawing_from_it() -> None:
 
     drawn = Objective(density=LogitNormal())
     weighted = Objective(density=Uniform(), weight=DensityWeight(LogitNormal()))
-    a, b = (o.loss(model, x0, noise, o.time(u, 1), None).mean().item() for o in (drawn, weighted))
+    a, b = (o.loss(model, x0, noise, o.training_time(u, 1), None).mean().item() for o in (drawn, weighted))
     assert a == pytest.approx(b, rel=1e-3)
     unweighted = Objective(density=Uniform()).loss(model, x0, noise, u.float(), None).mean().item()
     assert a != pytest.approx(unweighted, rel=0.05)

@@ -74,7 +74,7 @@ def test_snap_goes_to_the_nearest_time(path: Path) -> None:
         torch.testing.assert_close(path(path.snap(t)), path(t))
     else:
         assert torch.equal(path.snap(t), t)
-        assert torch.equal(path.cell(t), t)
+        assert torch.equal(path.training_time(t), t)
 
 
 @pytest.mark.parametrize(

@@ -43,5 +43,5 @@ def test_the_sampler_of_average_velocities_passes_both_times_and_reports_each_st
 
 @pytest.mark.parametrize("path", [Cosine(), EDM(), DDPMLinear()], ids=lambda path: type(path).__name__)
 def test_the_sampler_of_average_velocities_walks_on_rectified_flow_alone(path: Line) -> None:
-    with pytest.raises(ValueError, match="meanflow walks on rectified flow, and the path is " + type(path).__name__):
+    with pytest.raises(ValueError, match="meanflow needs RectifiedFlow, and the path is " + type(path).__name__):
         meanflow(told, path, torch.zeros(1, 1), torch.tensor([1.0, 0.0]))

@@ -17,7 +17,7 @@ from flow.objective import Estimate, Objective
 from flow.path import EDM, Cosine, LDMLinear, RectifiedFlow
 from flow.path import Path as NoisePath
 from flow.sampler import euler
-from flow.search import Trajectory, cheapest, costs, descend, record
+from flow.search import Trajectory, cheapest, coordinate_search, costs, record
 from flow.target import Epsilon
 from pipeline import Pipeline
 from pipeline.pairs import Captions
@@ -103,7 +103,7 @@ def test_searched_times_are_better_than_even_ones_on_other_noise(path: NoisePath
         return float(off.square().mean().sqrt())
 
     found = cheapest(costs(fine), steps)
-    refined = descend(lambda stops: error(times[list(stops)], 0), found)
+    refined = coordinate_search(lambda stops: error(times[list(stops)], 0), found)
     assert error(times[refined], 0) <= error(times[found], 0)
     assert error(times[refined], 1) < error(trailing(path, steps), 1)
 
@@ -114,9 +114,9 @@ def test_descent_ends_where_no_single_move_helps() -> None:
     def error(stops: Sequence[int]) -> float:
         return sum((i - j) ** 2 for i, j in zip(stops, goal, strict=True))
 
-    assert descend(error, [0, 8, 16, 24, 32]) == goal
-    assert descend(lambda stops: 0.0, [0, 8, 32]) == [0, 8, 32]
-    assert descend(lambda stops: -stops[1], [0, 1, 2, 5, 6]) == [0, 1, 2, 5, 6]  # stops never meet
+    assert coordinate_search(error, [0, 8, 16, 24, 32]) == goal
+    assert coordinate_search(lambda stops: 0.0, [0, 8, 32]) == [0, 8, 32]
+    assert coordinate_search(lambda stops: -stops[1], [0, 1, 2, 5, 6]) == [0, 1, 2, 5, 6]  # stops never meet
 
 
 def test_given_times_are_those_written_and_the_last_is_added() -> None:
@@ -129,18 +129,18 @@ def test_given_times_are_those_written_and_the_last_is_added() -> None:
 @pytest.mark.parametrize(
     ("times", "said"),
     [
-        ("", "needs its times, as given:times=1/0.83/0.4, got ''"),
-        ("1/much", "needs its times"),
-        ("1/0.5/0.2", "has 3 times, one a step, and there are 2 steps"),
+        ("", "needs times, such as given:times=1/0.83/0.4, got ''"),
+        ("1/much", "needs times"),
+        ("1/0.5/0.2", "has 3 times for 2 steps"),
         ("1", "has 1 times"),
-        ("0.5/0.5", "times that fall"),
-        ("0.3/0.5", "times that fall"),
-        ("1/0", "times that fall"),
+        ("0.5/0.5", "falling times"),
+        ("0.3/0.5", "falling times"),
+        ("1/0", "falling times"),
         ("1.1/0.5", "at most 1"),
-        ("nan/0.5", "times that fall"),
-        ("1/nan", "times that fall"),
-        ("0.5004/0.5", "fall together on LDMLinear"),
-        ("0.5/0.0004", "fall together on LDMLinear"),
+        ("nan/0.5", "falling times"),
+        ("1/nan", "falling times"),
+        ("0.5004/0.5", "are not distinct on LDMLinear"),
+        ("0.5/0.0004", "are not distinct on LDMLinear"),
     ],
 )
 def test_impossible_times_are_refused(times: str, said: str) -> None:

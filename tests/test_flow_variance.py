@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from flow.objective import Objective
 from flow.path import DDPMLinear, Discrete, LDMLinear, Path, expand_as
 from flow.target import X0, Epsilon, Target, V, solve
-from flow.variance import LearnedVariance, interpolated, posterior
+from flow.variance import LearnedVariance, learned_log_variance, posterior
 
 
 @pytest.mark.parametrize("path", CONTINUOUS, ids=name)
@@ -32,7 +32,7 @@ def test_posterior_is_that_of_ddpm_over_any_leap(path: Discrete) -> None:
     close = {"rtol": 1e-8, "atol": 1e-15}
     torch.testing.assert_close(found.large, beta, **close)
     torch.testing.assert_close(found.small, (1 - bar[s]) / (1 - bar[n]) * beta, **close)
-    torch.testing.assert_close(found.gain, bar[s].sqrt() * beta / (1 - bar[n]), **close)
+    torch.testing.assert_close(found.x0_coefficient, bar[s].sqrt() * beta / (1 - bar[n]), **close)
     x0, noise = torch.randn(2, len(n), dtype=torch.float64)
     z = bar[n].sqrt() * x0 + (1 - bar[n]).sqrt() * noise
     eq7 = bar[s].sqrt() * beta / (1 - bar[n]) * x0 + (1 - beta).sqrt() * (1 - bar[s]) / (1 - bar[n]) * z
@@ -49,7 +49,7 @@ def test_posterior_is_bayes_rule(path: Path) -> None:
     torch.testing.assert_close((alpha * b_s) ** 2 + found.large, b**2)  # s → t adds noise of variance β
     precision = 1 / b_s**2 + alpha**2 / found.large  # prior of z_s given x0 × likelihood of z_t
     torch.testing.assert_close(found.small, 1 / precision)
-    torch.testing.assert_close(found.gain, a_s / b_s**2 / precision)
+    torch.testing.assert_close(found.x0_coefficient, a_s / b_s**2 / precision)
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=name)
@@ -64,7 +64,7 @@ def test_posterior_is_that_of_diffusers(path: Discrete, steps: int) -> None:
             theirs._get_variance(k, torch.tensor(0.3), kind) for kind in ("fixed_small", "fixed_large", "learned_range")
         )
         assert (found.small.item(), found.large.item()) == pytest.approx((small.item(), large.item()), rel=1e-7)
-        between = interpolated(found, torch.tensor([0.3], dtype=torch.float64))
+        between = learned_log_variance(found, torch.tensor([0.3], dtype=torch.float64))
         assert between.item() == pytest.approx(learned.item(), rel=1e-6)
 
 
@@ -72,7 +72,9 @@ def test_interpolated_variance_goes_from_small_to_large() -> None:
     exact = posterior(LDMLinear(), torch.tensor([0.5, 1.0]), torch.tensor([0.499, 0.9]))
     output = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64).expand(2, 3)
     middle = (exact.small * exact.large).sqrt()
-    torch.testing.assert_close(interpolated(exact, output).exp(), torch.stack([exact.small, middle, exact.large], 1))
+    torch.testing.assert_close(
+        learned_log_variance(exact, output).exp(), torch.stack([exact.small, middle, exact.large], 1)
+    )
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=name)

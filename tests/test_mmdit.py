@@ -183,7 +183,7 @@ def test_timestep_features_are_of_a_thousand_t_cosine_first() -> None:
 
 @pytest.mark.parametrize("size", [(7, 8), (8, 9)])
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="no multiple of the patch 2"):
+    with pytest.raises(ValueError, match="not a multiple of patch_size 2"):
         small()(*inputs(*size))
 
 

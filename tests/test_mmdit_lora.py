@@ -159,11 +159,11 @@ def test_files_that_do_not_fit_are_named_and_change_nothing(network: MMDiT, tmp_
             lora.merge(network, tmp_path / "x.safetensors")
     for metadata in ("[]", "{", '{"lora_alpha": "high"}', '{"alpha_pattern": [1]}'):
         save_file(state, tmp_path / "y.safetensors", metadata={"lora_adapter_metadata": metadata})
-        with pytest.raises(ValueError, match="adapter metadata that is none"):
+        with pytest.raises(ValueError, match="broken adapter metadata"):
             lora.merge(network, tmp_path / "y.safetensors")
     save_file(state, tmp_path / "dora.safetensors", metadata={"lora_adapter_metadata": json.dumps({"use_dora": True})})
     with pytest.raises(ValueError, match="is a DoRA"):
         lora.merge(network, tmp_path / "dora.safetensors")
-    with pytest.raises(FileNotFoundError, match="is no LoRA"):
+    with pytest.raises(FileNotFoundError, match="is not a LoRA"):
         lora.merge(network, tmp_path / "nowhere")
     assert torch.equal(output(network), plain)

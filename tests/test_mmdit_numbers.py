@@ -81,8 +81,8 @@ def test_a_network_refuses_missing_and_unexpected_inputs() -> None:
     z, t, condition = inputs()
     scaled = condition._replace(guidance=torch.full((4,), 4.0))
     for network, told_it, end, said in (
-        (plain(), condition, t, "has one time and was given two: it needs two_times"),
-        (plain(guidance_embeds=True), scaled, t, "has one time and was given two: it needs two_times"),
+        (plain(), condition, t, "takes one time and got an end: set two_times"),
+        (plain(guidance_embeds=True), scaled, t, "takes one time and got an end: set two_times"),
         (plain(guidance_embeds=True), condition, None, "has guidance_embeds and needs a condition with guidance"),
         (plain(), scaled, None, "no guidance_embeds: leave guidance out"),
         (plain(two_times=True), scaled, t, "no guidance_embeds: leave guidance out"),
@@ -143,7 +143,7 @@ def test_the_time_scale_is_a_factor_on_t_and_comes_back(tmp_path: Path) -> None:
     assert read_json(tmp_path / "config.json")["_class_name"] == "MMDiT"
     back = checkpoint.load(tmp_path)
     assert torch.equal(back(z, t, condition, t / 3), slow(z, t, condition, t / 3))
-    with pytest.raises(ValueError, match="cannot tell time_scale 10: write a folder"):
+    with pytest.raises(ValueError, match="cannot store time_scale 10: write a folder"):
         checkpoint.single_file(slow)
     with pytest.raises(ValueError, match="time_scale must be > 0, got 0"):
         plain(time_scale=0)

@@ -136,7 +136,7 @@ def test_the_shift_of_a_size_is_the_same_in_training_and_sampling(
         assert (some.objective.shift, some.objective.shift_area) == (3.0, 256)
         latent, _, times = some.plan(some.sampling, None, *sides)
         torch.testing.assert_close(times, trailing(RectifiedFlow(), 8, alpha))
-        trained = objective.time(u, latent[0] * latent[1])
+        trained = objective.training_time(u, latent[0] * latent[1])
         torch.testing.assert_close(times.float(), trained.flip(0))
         given = some.plan(some.sampling, 2.0, *sides)[2]  # which is told wins
         torch.testing.assert_close(given, trailing(RectifiedFlow(), 8, 2.0))

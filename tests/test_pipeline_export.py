@@ -86,7 +86,7 @@ def test_released_models_go_round_all_formats_to_the_bit(tmp_path: Path, capsys:
         (["export", "RUN", "--format", "onnx"], "invalid choice"),
         (["import", "RUN"], "invalid choice"),
         (["export", "RUN", "--parts", "RUN"], "--parts is for single files"),
-        (["export", "RUN", "--lora", "nowhere"], "nowhere is no LoRA"),
+        (["export", "RUN", "--lora", "nowhere"], "nowhere is not a LoRA"),
     ],
 )
 def test_bad_input_ends_in_one_line(run: Path, capsys: pytest.CaptureFixture, argv: list[str], message: str) -> None:

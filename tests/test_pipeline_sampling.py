@@ -98,16 +98,16 @@ def test_an_interval_from_json_is_a_tuple_of_floats() -> None:
 
 
 SINGULAR = "does not determine picture and noise"
-PURE = "starts from a finite sigma, and this grid from pure noise: use karras spacing"
+PURE = "needs a finite first sigma, and this grid starts at pure noise: use karras spacing"
 BETWEEN = "LDMLinear is discrete and has no times in between"
 
 
 @pytest.mark.parametrize(
     ("objective", "options", "said"),
     [
-        (LINE, {"sampler": "ddpm"}, "ddpm reverses a discrete chain, and RectifiedFlow is continuous: use ddim:eta=1"),
+        (LINE, {"sampler": "ddpm"}, "ddpm needs a discrete path, and RectifiedFlow is continuous: use ddim:eta=1"),
         (KARRAS, {"sampler": "ddpm:variance=large"}, "is continuous: use ddim:eta=1"),
-        (CHAIN, {"sampler": "ddpm:variance=learned"}, "needs a model that learned its variance"),
+        (CHAIN, {"sampler": "ddpm:variance=learned"}, "needs a model with learned variance"),
         (Objective(target=Epsilon()), {}, f"at t = 1 Epsilon {SINGULAR}"),
         (Objective(Cosine(), Epsilon()), {}, f"at t = 1 Epsilon {SINGULAR}"),
         (Objective(EDM(), Epsilon()), {}, f"at t = 1 Epsilon {SINGULAR}"),
@@ -130,10 +130,10 @@ BETWEEN = "LDMLinear is discrete and has no times in between"
         (KARRAS, {"sampler": "edm:churn=-1", "spacing": "karras"}, "edm needs churn >= 0"),
         (KARRAS, {"sampler": "langevin:step=3", "spacing": "karras"}, "0 < step < 2"),
         (CHAIN, {"steps": 1001}, "steps must be at most the 1000 of LDMLinear, got 1001"),
-        (Objective(LDMLinear(), V(), shift=3.0), {"steps": 1000}, "fall together"),
+        (Objective(LDMLinear(), V(), shift=3.0), {"steps": 1000}, "give equal times"),
         (Objective(EDM(), Preconditioned(), shift=3.0), {"spacing": "karras"}, "karras spacing has no shift, got 3.0"),
         (KARRAS, {"spacing": "karras:sigma_min=100"}, "0 < sigma_min < sigma_max"),
-        (Objective(EDM(std=0.2), Preconditioned()), {"spacing": "karras"}, "fall together"),
+        (Objective(EDM(std=0.2), Preconditioned()), {"spacing": "karras"}, "give equal times"),
     ],
     ids=words,
 )

@@ -206,7 +206,7 @@ class Generator(L.LightningModule):
         half = torch.full((len(batch.x0),), 0.5)
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(batch.x0),), (i + 0.5) / VALIDATION_TIMES, device=self.device)
-            losses = self.loss_of(self.ema.main, batch, self.objective.cell(t, area(batch)), half)
+            losses = self.loss_of(self.ema.main, batch, self.objective.validation_time(t, area(batch)), half)
             self.sums[i] += counted * losses.double().sum()
         self.sums[-1] += counted * len(batch.x0)
 

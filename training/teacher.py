@@ -62,7 +62,7 @@ class Teacher:
         if isinstance(text, CLIPText) and CLIPText(folder).fingerprint() != text.fingerprint():
             raise ValueError(f"teacher.model {self.model} has other text encoders than the training: use its encoders")
         for name in ("path", "target"):
-            theirs, ours = (described.described()[name] for described in (process, objective))
+            theirs, ours = (each.describe()[name] for each in (process, objective))
             if theirs != ours:
                 raise ValueError(
                     f"teacher.model {self.model} learned another {name}: {theirs['class']}, not {ours['class']}: "
