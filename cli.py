@@ -1,4 +1,4 @@
-"""What the entry points share: a parser, faults that end in one clear line, and where the model is."""
+"""What the commands share: a parser, errors in one line, the flags of model and sampling, and the device."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 BAD_INPUT, MACHINE_FAULT = 2, 1  # exit statuses
 DTYPES = ("float32", "float16", "bfloat16")
-ROOM = "try --batch-size 1, --dtype bfloat16, --text-device cpu or --vae-tiling"
+MEMORY_CURE = "try --batch-size 1, --dtype bfloat16, --text-device cpu or --vae-tiling"
 SAMPLING = ("spacing", "guidance", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval")
 
 
@@ -31,12 +31,12 @@ class Parser(ArgumentParser):
 
 
 @contextmanager
-def one_line_errors(*bad_input: type[Exception], cure: str = ROOM) -> Iterator[None]:
-    """Ends the program in one line: on the named exceptions with status 2, on other OSErrors and full memory with 1.
+def one_line_errors(*bad_input: type[Exception], cure: str = MEMORY_CURE) -> Iterator[None]:
+    """Ends the program with one line of error: status 2 for bad input, 1 for other OSErrors and for full memory.
 
     Args:
-        bad_input: exceptions that are the user's.
-        cure: of full memory.
+        bad_input: exceptions that mean bad input.
+        cure: what to try when the memory is full.
     """
     try:
         yield
@@ -45,18 +45,18 @@ def one_line_errors(*bad_input: type[Exception], cure: str = ROOM) -> Iterator[N
     except OSError as error:
         fail(error, MACHINE_FAULT)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is slow to import
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own class; importing torch is slow
             raise
         fail(f"the device has not enough memory: {cure}", MACHINE_FAULT)
 
 
 def plain_warnings() -> None:
-    """Lets a warning be one line that says what it is about, not where in the code it arose."""
+    """Prints a warning as one line, without file name and source line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def natural(text: str, least: int = 0) -> int:
-    """A whole number of at least 0, as a parser's `type`; ArgumentTypeError or ValueError otherwise."""
+    """A parser's `type`: an integer of at least 0. ArgumentTypeError or ValueError for anything else."""
     number = int(text)
     if not least <= number < 2**62:
         raise ArgumentTypeError(f"must be at least {least} and below 2^62, got {number}")
@@ -64,7 +64,7 @@ def natural(text: str, least: int = 0) -> int:
 
 
 def finite(text: str) -> float:
-    """A number that is neither infinite nor NaN, likewise."""
+    """A parser's `type`: a number that is neither infinite nor NaN."""
     number = float(text)
     if not isfinite(number):
         raise ArgumentTypeError(f"must be a finite number, got {text}")
@@ -72,20 +72,20 @@ def finite(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, likewise."""
+    """A parser's `type`: an integer of at least 1."""
     return natural(text, 1)
 
 
 def positives(text: str) -> list[int]:
-    """Whole numbers of at least 1 with commas between them, such as 1,2,4, likewise."""
+    """A parser's `type`: integers of at least 1, separated by commas, such as 1,2,4."""
     try:
         return [positive(part) for part in text.split(",")]
     except (ValueError, ArgumentTypeError):
         raise ArgumentTypeError(f"takes whole numbers of at least 1 such as 1,2,4; got {text}") from None
 
 
-def add_sampling(parser: Parser, repeatable: bool = False) -> None:
-    """The flags of how to sample, but for the number of steps; what is left out comes from the model."""
+def add_sampling_flags(parser: Parser, repeatable: bool = False) -> None:
+    """Adds the flags of sampler and guidance. The model's own settings are the defaults."""
     p = parser.add_argument_group("sampling")
     p.add_argument(
         "--sampler",
@@ -94,44 +94,45 @@ def add_sampling(parser: Parser, repeatable: bool = False) -> None:
     )
     p.add_argument(
         "--spacing",
-        help="of the times: trailing, flow_match, leading, linspace, karras, given:times=1/0.83/0.4; "
-        "default: the model's",
+        help="time grid: trailing, flow_match, leading, linspace, karras, given:times=1/0.83/0.4; default: the model's",
     )
-    p.add_argument("--guidance", type=finite, help="classifier-free guidance scale, 1 is none; default: the model's")
-    p.add_argument("--rescale", type=finite, help="share of the guidance's rescaling, 0 to 1; default: the model's")
-    p.add_argument("--interval", type=finite, nargs=2, metavar=("FROM", "TO"), help="times in which guidance works")
+    p.add_argument(
+        "--guidance", type=finite, help="classifier-free guidance scale; 1: no guidance; default: the model's"
+    )
+    p.add_argument("--rescale", type=finite, help="guidance rescale φ, 0 to 1; default: the model's")
+    p.add_argument("--interval", type=finite, nargs=2, metavar=("FROM", "TO"), help="use guidance only at these t")
     p.add_argument(
         "--skip-layers",
         type=natural,
         nargs="+",
         metavar="BLOCK",
-        help="skip-layer guidance away from the network without these blocks: 7 8 9 for SD3.5 medium",
+        help="skip-layer guidance: the blocks to skip, such as 7 8 9 for SD3.5 medium",
     )
-    p.add_argument("--skip-scale", type=finite, help="its scale; default: the model's, 2.8")
+    p.add_argument("--skip-scale", type=finite, help="scale of skip-layer guidance; default: the model's, 2.8")
     p.add_argument(
         "--skip-interval",
         type=finite,
         nargs=2,
         metavar=("FROM", "TO"),
-        help="the shares of the steps in which it works; default: the model's, 0.01 0.2",
+        help="use skip-layer guidance between these shares of the steps; default: the model's, 0.01 0.2",
     )
 
 
-def add_reading(parser: Parser) -> None:
-    """The flags of how a model is read."""
+def add_model_flags(parser: Parser) -> None:
+    """Adds the flags that say how a model is loaded."""
     p = parser.add_argument_group("model")
-    p.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
-    p.add_argument("--dtype", choices=DTYPES, help="of network and VAE; default: float32 on the cpu, else as stored")
-    p.add_argument("--parts", type=Path, help="a model folder with what a single file lacks: tokenizers, text encoders")
-    p.add_argument("--lora", type=Path, help="a LoRA in diffusers' layout, file or folder, to merge into the network")
-    p.add_argument("--text-device", help="where the text encoders compute; default: as --device")
-    p.add_argument("--text-dtype", choices=DTYPES, help="of SD3's text encoders; default: as --dtype")
+    p.add_argument("--device", help="cpu, cuda, …; default: cuda if there is a GPU")
+    p.add_argument("--dtype", choices=DTYPES, help="type of network and VAE; default: float32 on cpu, else as stored")
+    p.add_argument("--parts", type=Path, help="model folder with the tokenizers and encoders that a single file lacks")
+    p.add_argument("--lora", type=Path, help="LoRA in diffusers' layout, file or folder, to merge into the network")
+    p.add_argument("--text-device", help="device of the text encoders; default: as --device")
+    p.add_argument("--text-dtype", choices=DTYPES, help="type of SD3's text encoders; default: as --dtype")
     p.add_argument("--max-sequence-length", type=positive, default=256, help="tokens that T5 reads, up to 512")
-    p.add_argument("--text-cache", type=Path, help="a folder where encoded prompts are kept for the next time")
+    p.add_argument("--text-cache", type=Path, help="folder that keeps encoded prompts for the next time")
 
 
-def reading_of(args: Namespace) -> dict[str, Any]:
-    """What these flags say, as the arguments of `pipeline.folder.Reading`. ValueError for an unknown device."""
+def load_options_of(args: Namespace) -> dict[str, Any]:
+    """The flags of `add_model_flags` as arguments of `pipeline.LoadOptions`. ValueError for an unknown device."""
     text_device = args.text_device and find_device(args.text_device)
     names = ("dtype", "parts", "lora", "text_dtype", "max_sequence_length", "text_cache")
     return {name: getattr(args, name) for name in names} | {
@@ -140,20 +141,29 @@ def reading_of(args: Namespace) -> dict[str, Any]:
     }
 
 
-def sampling_of(args: Namespace, own: Any, **chosen: Any) -> Any:
-    """A model's own way of sampling, a dataclass, with what the flags and `chosen` say instead, where they do."""
+def sampling_of(args: Namespace, default: Any, **chosen: Any) -> Any:
+    """A model's `Sampling` with the values of the flags.
+
+    Args:
+        args: the flags of `add_sampling_flags`; those that are None keep the default.
+        default: the model's own `Sampling`, a dataclass.
+        chosen: further values; None keeps the default.
+
+    Raises:
+        ValueError: the flags do not fit together.
+    """
     given = {key: getattr(args, key) for key in SAMPLING}
-    sampling = replace(own, **{key: value for key, value in (given | chosen).items() if value is not None})
+    sampling = replace(default, **{key: value for key, value in (given | chosen).items() if value is not None})
     if not sampling.skip_layers and (args.skip_scale is not None or args.skip_interval is not None):
-        raise ValueError("--skip-scale and --skip-interval need --skip-layers")
+        raise ValueError("--skip-scale and --skip-interval need --skip-layers: give it, or leave them out")
     if sampling.guidance == 1 and (args.rescale or args.interval):
-        raise ValueError("--rescale and --interval need guidance, which is 1: none; give another --guidance")
+        raise ValueError("--rescale and --interval need guidance, which is 1 (off): give another --guidance")
     return sampling
 
 
 def find_device(name: str | None) -> str:
-    """The device, or if none is given cuda where there is one; ValueError if the machine does not have it."""
-    import torch  # slow, and not needed to refuse a flag
+    """The named device, or without a name cuda if there is a GPU. ValueError if this machine does not have it."""
+    import torch  # slow; wrong flags are reported before
 
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -165,26 +175,26 @@ def find_device(name: str | None) -> str:
     return device
 
 
-def place() -> tuple[int, int, int]:
-    """This process's rank, the number of processes, and its rank on this machine, as torchrun says them in words.
+def torchrun_ranks() -> tuple[int, int, int]:
+    """This process's rank, the number of processes, and its rank on this machine, from torchrun's environment.
 
     Raises:
-        ValueError: they are no such numbers.
+        ValueError: the environment variables are no such numbers.
     """
-    told = {"RANK": "0", "WORLD_SIZE": "1"}
-    told |= {name: os.environ[name] for name in told if name in os.environ}
-    told["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", told["RANK"])
-    if not all(value.isdecimal() for value in told.values()) or int(told["RANK"]) >= int(told["WORLD_SIZE"]):
-        raise ValueError(f"RANK must be from 0 to below WORLD_SIZE, and LOCAL_RANK a number, got {told}")
-    return int(told["RANK"]), int(told["WORLD_SIZE"]), int(told["LOCAL_RANK"])
+    found = {"RANK": "0", "WORLD_SIZE": "1"}
+    found |= {name: os.environ[name] for name in found if name in os.environ}
+    found["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", found["RANK"])
+    if not all(value.isdecimal() for value in found.values()) or int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        raise ValueError(f"RANK must be below WORLD_SIZE, and LOCAL_RANK a number, got {found}: start with torchrun")
+    return int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
 
 
-def own_device(name: str | None, local: int) -> str:
-    """`find_device`, but of several GPUs this process's own, which becomes the current one."""
+def device_of_rank(name: str | None, local_rank: int) -> str:
+    """`find_device`; if that is cuda, the GPU of this process, which becomes the current device."""
     import torch
 
     device = find_device(name)
     if device == "cuda":
-        device = f"cuda:{local % torch.cuda.device_count()}"
+        device = f"cuda:{local_rank % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     return device

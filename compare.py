@@ -1,7 +1,7 @@
-"""Runs a study and writes its document: `python compare.py configs/studies/digits.yaml`. The same command goes on.
+"""Runs a study and writes its document: `python compare.py configs/studies/digits.yaml`. The same command resumes.
 
-Every training and measurement is a command of its own, which runs only if its result is not there yet. The document is
-written from the results alone.
+Every training and every measurement is a separate command. It runs only if its result does not exist yet. The document
+is written from the results alone.
 """
 
 import signal
@@ -31,18 +31,18 @@ def parser() -> Parser:
     p.add_argument(
         "--docs", type=Path, help="folder of the document and its pictures; default: docs, with --quick --out"
     )
-    p.add_argument("--jobs", type=positive, default=1, help="commands at a time, which share the cores")
-    p.add_argument("--quick", action="store_true", help="ten minutes that show the way, not the result")
+    p.add_argument("--jobs", type=positive, default=1, help="commands that run at the same time and share the cores")
+    p.add_argument("--quick", action="store_true", help="a short version of about ten minutes, too short for results")
     return p
 
 
 def read(file: Path) -> Recipes | Steps:
-    """The study in a YAML file: of `steps`, or else of `recipes`.
+    """The study in a YAML file: one of steps if it has the key `steps`, otherwise one of recipes.
 
-    ValueError or FileNotFoundError in one line if it is none.
+    ValueError or FileNotFoundError in one line if the file holds no study.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"there is no study file {file}")
+        raise FileNotFoundError(f"there is no study file {file}: give one, such as configs/studies/digits.yaml")
     p = ArgumentParser(exit_on_error=False)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the running commands end as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, SIGTERM also ends the running commands
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on", 128 + signal.SIGINT)
+        fail("stopped; the same command resumes", 128 + signal.SIGINT)

@@ -1,7 +1,7 @@
-"""Quality against function evaluations: `python evaluate.py --model runs/a --model runs/b --steps 1,2,4,8,50`.
+"""Measures quality against function evaluations: `python evaluate.py --model runs/a --model runs/b --steps 1,2,4,50`.
 
-On the digits, or with `--data shapes` on the shapes: `data/examined.py` says what is asked for and compared with.
-With `--by category`, the share of right pictures for each kind of prompt instead.
+The models draw digits, or with `--data shapes` shapes; `data/examined.py` defines the prompts and the real pictures.
+With `--by category` it measures the share of right pictures for each kind of prompt instead.
 """
 
 from argparse import Namespace
@@ -10,55 +10,60 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cli import (
+    MACHINE_FAULT,
     Parser,
-    add_reading,
-    add_sampling,
+    add_model_flags,
+    add_sampling_flags,
     fail,
+    load_options_of,
     natural,
     one_line_errors,
     plain_warnings,
     positive,
     positives,
-    reading_of,
     sampling_of,
 )
 from data.examined import DATA, Examined, Half
-from pipeline import Pipeline, Reading
+from pipeline import LoadOptions, Pipeline
 from storage.models import find_model
 from studies.categories import ByCategory
-from studies.measure import AgainstReal, Setting, draw, labels
+from studies.measure import AgainstReal, Setting, draw, short_names
 
-STEPS, SAMPLES = [1, 2, 4, 5, 8, 10, 25, 50], 1000  # by default
+STEPS, SAMPLES = [1, 2, 4, 5, 8, 10, 25, 50], 1000  # defaults
 STEPS_BY_CATEGORY, PER_CATEGORY = [20], 200
-ONLY_WHOLE = ("samples", "per_digit", "reference", "features", "clip")  # flags that go without --by category
+NOT_BY_CATEGORY = ("samples", "per_digit", "reference", "features", "clip")  # flags that exclude --by category
 
 
 def parser() -> Parser:
     p = Parser(description=__doc__)
     p.add_argument("--model", type=Path, action="append", required=True, help="a model or run folder; repeatable")
     p.add_argument("--data", choices=DATA, default="digits", help="what the models draw; default: digits")
-    p.add_argument("--by", choices=["category"], help="count right pictures by category instead of distances")
-    p.add_argument("--steps", type=positives, help="of sampling: 1,2,4; default: 1,2,4,5,8,10,25,50, by category 20")
-    add_sampling(p, repeatable=True)
+    p.add_argument("--by", choices=["category"], help="measure the share of right pictures for each category instead")
+    p.add_argument("--steps", type=positives, help="sampling steps: 1,2,4; default: 1,2,4,5,8,10,25,50; by category 20")
+    add_sampling_flags(p, repeatable=True)
     count = p.add_mutually_exclusive_group()
     count.add_argument("--samples", type=positive, help=f"samples in all; default: {SAMPLES}")
-    count.add_argument("--per-digit", type=positive, help="samples of each digit instead")
-    count.add_argument("--per-category", type=positive, help=f"with --by category; default: {PER_CATEGORY}")
-    p.add_argument("--seed", type=natural, default=0, help="of the first sample, and of the prompts of categories")
-    p.add_argument("--reference", choices=["held_out", "train"], help="distances to which half; default: held_out")
-    p.add_argument("--features", help="judge:DIR, shapes:DIR, inception:FILE or clip:DIR; default: the data's judge")
+    count.add_argument("--per-digit", type=positive, help="samples of each digit, instead of --samples")
+    count.add_argument("--per-category", type=positive, help=f"samples of each category; default: {PER_CATEGORY}")
+    p.add_argument("--seed", type=natural, default=0, help="seed of the first sample, and of the prompts by category")
+    p.add_argument(
+        "--reference", choices=["held_out", "train"], help="the real pictures to compare with; default: held_out"
+    )
+    p.add_argument(
+        "--features", help="feature network: judge:DIR, shapes:DIR, inception:FILE or clip:DIR; default: judge"
+    )
     p.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
     p.add_argument("--batch-size", type=positive, help="pictures at a time; default: 4,096 tokens, or by category 64")
-    add_reading(p)
+    add_model_flags(p)
     p.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of results, sheets and report")
     return p
 
 
 def check_flags(args: Namespace) -> None:
-    """ValueError in one line if a flag means nothing beside the others."""
+    """ValueError in one line if two flags exclude each other."""
     if args.by is None and args.per_category is not None:
         raise ValueError("--per-category goes only with --by category: add that, or leave it out")
-    for flag in ONLY_WHOLE:
+    for flag in NOT_BY_CATEGORY:
         if args.by and getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')} does not go with --by category: leave one of them out")
     if args.per_digit is not None and args.data != "digits":
@@ -68,7 +73,7 @@ def check_flags(args: Namespace) -> None:
 
 
 def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
-    """Every model with every sampler and number of steps; ValueError in one line where they do not fit."""
+    """Every model with every sampler and number of steps. ValueError in one line if they do not fit together."""
     found = []
     for (name, pipe), folder in zip(pipes.items(), args.model, strict=True):
         for sampler in args.sampler or [pipe.sampling.sampler]:
@@ -77,13 +82,13 @@ def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
                     sampling = sampling_of(args, pipe.sampling, sampler=sampler, steps=steps)
                     pipe.plan(sampling)
                 except ValueError as error:
-                    raise ValueError(f"{name} cannot be sampled so: {error}") from None
+                    raise ValueError(f"{name} cannot be sampled by {sampler} in {steps} steps: {error}") from None
                 found.append(Setting(name, str(folder), pipe, sampling))
     return found
 
 
 def examined_of(args: Namespace) -> Examined:
-    """The data set with as many prompts as the flags say."""
+    """The data set, with the number of prompts that the flags give."""
     if args.by:
         return DATA[args.data].by_category(args.per_category or PER_CATEGORY, args.seed)
     return DATA[args.data].held_out(args.samples or 10 * (args.per_digit or 0) or SAMPLES)
@@ -94,9 +99,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
         check_flags(args)
-        how = Reading(**reading_of(args))
-        names = labels(args.model)
-        pipes = {name: Pipeline.load(find_model(path), how) for name, path in zip(names, args.model, strict=True)}
+        options = LoadOptions(**load_options_of(args))
+        names = short_names(args.model)
+        pipes = {name: Pipeline.load(find_model(path), options) for name, path in zip(names, args.model, strict=True)}
         examined = examined_of(args)
         for name, pipe in pipes.items():
             height, width = (side * pipe.codec.factor for side in pipe.latent_size(None, None))
@@ -107,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
             measured = ByCategory(examined, args.out, args.seed)
         else:
             half: Half = args.reference or "held_out"
-            measured = AgainstReal(examined, args.out, half, args.features, args.clip, args.seed, how.device)
+            measured = AgainstReal(examined, args.out, half, args.features, args.clip, args.seed, options.device)
         args.out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(settings) * len(examined.prompts), desc="evaluating", unit="picture") as bar:
         for setting in settings:
@@ -115,8 +120,8 @@ def main(argv: list[str] | None = None) -> None:
                 batch_size = args.batch_size or measured.batch_size(setting.pipe)
                 drawn = draw(setting, examined, args.seed, batch_size, bar.update)
             if not drawn.pictures.isfinite().all():
-                name, way = setting.name, setting.sampling
-                fail(f"pixels of {name} by {way.sampler} in {way.steps} steps are not finite: sample it otherwise", 1)
+                way = f"{setting.name} by {setting.sampling.sampler} in {setting.sampling.steps} steps"
+                fail(f"{way} gives pixels that are not finite: try --dtype float32", MACHINE_FAULT)
             with one_line_errors():
                 measured.add(setting, drawn)
     with one_line_errors():

@@ -13,16 +13,16 @@ from data.store.reader import StoreError
 from engine.checkpoint import CheckpointError, Checkpoints
 from engine.posthoc import reconstruct
 from storage.models import find_model, fingerprint
-from training.build import base_of, build
-from training.experiment import parser, plain, resolve
+from training.build import build, lora_base
+from training.experiment import parser, resolve, short_cause
 from training.run_folder import CHECKPOINTS, claim, is_first
 
 
 def quiet() -> None:
-    """Leaves only what a user can act on: no tips, no device table, no warnings about loops that we mean."""
+    """Hides the messages that a user cannot act on: Lightning's tips, device table and warnings."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # nothing is changed in place on what a block returns
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # no code changes the output of a block in place
     warnings.filterwarnings("ignore", module="lightning.*")
     plain_warnings()
 
@@ -30,40 +30,40 @@ def quiet() -> None:
 def main(argv: list[str] | None = None) -> None:
     quiet()
     p = parser(__doc__ or "")
-    commands = "train, report the validation loss of a run, or make a model of its snapshots (see ema.widths)"
+    commands = "train; report a run's validation loss; or write a model averaged from its snapshots (see ema.widths)"
     p.add_argument("command", choices=["fit", "validate", "average"], help=commands)
-    p.add_argument("--width", type=float, help="of the average to make, σ_rel")
-    p.add_argument("--step", type=int, help="up to which snapshot; default: the last")
+    p.add_argument("--width", type=float, help="average: its relative width σ_rel")
+    p.add_argument("--step", type=int, help="average: the last step that it includes; default: the last snapshot")
     p.add_argument(
-        "--out", type=Path, help="where to write the averaged model; default: model-WIDTH in the run's folder"
+        "--out", type=Path, help="average: where to write the model; default: model-WIDTH in the run's folder"
     )
     config = p.parse_args(argv)
     command, width, step, out = (config.pop(key) for key in ("command", "width", "step", "out"))
     if (command == "average") != (width is not None) or (command != "average" and (step or out)):
-        fail("average needs --width, and only it takes --width, --step and --out")
+        fail("the command average needs --width, and --width, --step and --out are only for average")
     resolved = p.dump(config, skip_validation=True)
-    config.encode = None  # which a store has no more need of
+    config.encode = None  # only encode.py needs this section
     with one_line_errors(ValueError, FileNotFoundError, MisconfigurationException):
         L.seed_everything(config.run.seed, verbose=False)
-        base = base_of(config)
+        base = lora_base(config)
         try:
             config = p.instantiate(config)
         except ValueError as error:
-            raise ValueError(plain(str(error))) from None
+            raise ValueError(short_cause(str(error))) from None
         trainer, generator, data = build(config, base)
         model = generator.writer.folder
-        taught = {str(t.model): fingerprint(find_model(t.model)) for t in [config.teacher] if t}
+        teachers = {str(t.model): fingerprint(find_model(t.model)) for t in [config.teacher] if t}
         newest = Checkpoints(config.run.folder / CHECKPOINTS).newest()
         if command != "fit" and newest is None:
             raise FileNotFoundError(f"{config.run.folder} holds no checkpoint: train this config first")
-        claim(config.run.folder, resolved, data.identity() | taught, resolve)
+        claim(config.run.folder, resolved, data.identity() | teachers, resolve)
         if newest:
-            newest.compare({name: tensor.shape for name, tensor in generator.learned().items()}, "network.")
+            newest.compare({name: tensor.shape for name, tensor in generator.network_state().items()}, "network.")
         if command == "average":
             out = out or model.with_name(f"{model.name}-{width}")
             weights = reconstruct(config.run.folder / "snapshots", width, step)
             generator.writer.write(generator.network.state_dict() | weights, out)
-            print(f"the average of width {width} is {out}")
+            print(f"the model averaged with width {width} is {out}")
             return
     if command == "fit" and newest and newest.step >= config.run.steps:
         if is_first():
@@ -76,13 +76,13 @@ def main(argv: list[str] | None = None) -> None:
                 trainer.validate(generator, data)
                 return
             trainer.fit(generator, data)
-        except StoreError as error:  # from a loader process it comes with that one's traceback, the cause last
+        except StoreError as error:  # a loader process sends its whole traceback; the cause is the last line
             cause = str(error).splitlines()[-1].rpartition("StoreError: ")[2]
-            fail(f"{cause}; `python -m data verify` finds all faults, and the same command goes on", MACHINE_FAULT)
+            fail(f"{cause}; `python -m data verify` finds all faults; then the same command resumes", MACHINE_FAULT)
         except RuntimeError as error:
             if config.run.world == 1 or not re.search("gloo|nccl|TCPStore|peer|timed out", str(error), re.IGNORECASE):
                 raise
-            fault = "lost contact with another process, which has ended or hangs; the same command goes on"
+            fault = "lost contact with another process, which has ended or hangs; the same command resumes"
             fail(f"{fault} ({str(error).splitlines()[0]})", MACHINE_FAULT)
         if trainer.is_global_zero:
             print(f"trained {config.run.steps} steps; the model is {model}")

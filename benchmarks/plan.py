@@ -23,7 +23,7 @@ from engine.ema import Averages
 from engine.hardware import DEVICES
 from engine.strategy import Strategy
 from mmdit.model import MMDiT
-from training.experiment import Parser, parser, plain
+from training.experiment import Parser, parser, short_cause
 
 PICTURES = 500_000 * 4096  # of Stable Diffusion 3's training at 256² (Esser et al. 2024, §5.3)
 FACTOR = 8  # pixels to a latent's pixel, in SD3's VAE
@@ -72,7 +72,7 @@ def shape_of(config: Namespace) -> MMDiT:
         with torch.device("meta"):
             network: MMDiT = part.instantiate(Namespace(network=config.network)).network
     except ValueError as error:
-        raise ValueError(plain(str(error))) from None
+        raise ValueError(short_cause(str(error))) from None
     return network
 
 

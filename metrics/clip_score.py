@@ -1,4 +1,4 @@
-"""Whether pictures show what their captions say, by CLIP."""
+"""The CLIP score: how well pictures match their captions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +12,16 @@ from metrics.features import CLIPFeatures
 def clip_score(model: CLIPFeatures | str | Path, pictures: Tensor, captions: Sequence[str]) -> float:
     """Returns the mean of 100 · max(cos(image, text), 0) over the N pairs, 0 … 100.
 
-    J. Hessel et al., "CLIPScore", 2021, equation in section 3, with w = 100 as in torchmetrics where they have 2.5;
-    each pair is held at 0 or above before the mean, as there.
+    J. Hessel et al., "CLIPScore", 2021, equation in section 3, with w = 100 as in torchmetrics instead of 2.5. Each
+    pair is clamped at 0 before the mean, as in the paper.
 
     Args:
-        model: a CLIP, or the folder of one, which has to hold its tokenizer.
+        model: a CLIP, or the folder of a CLIP with its tokenizer.
         pictures: `(N, 1 or 3, H, W)` in [0, 1].
         captions: N of them.
 
     Raises:
-        FileNotFoundError, ValueError: as `CLIPFeatures` has them; ValueError also where the counts differ.
+        FileNotFoundError, ValueError: those of `CLIPFeatures`; ValueError also if the counts differ.
     """
     if len(pictures) != len(captions) or isinstance(captions, str):
         raise ValueError(f"each picture has a caption, got {len(pictures)} pictures and {len(captions)} captions")

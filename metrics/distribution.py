@@ -1,33 +1,33 @@
-"""How far a set of samples is from a set of real pictures, on features that a network made of both.
+"""Distances between a set of samples and a set of real pictures, on the features of a network.
 
-All functions take features `(N, F)` in float64, of any network, and always return the same number for the same input.
+All functions take features `(N, F)` in float64 of any network, and always return the same number for the same input.
 """
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-CHUNK = 512  # rows at a time, which bounds the memory
+CHUNK = 512  # rows at a time, to limit the memory
 
 
 class Identity(nn.Identity):
-    """The features themselves, in the place of the network that torchmetrics expects."""
+    """Returns its input. It replaces the network that torchmetrics expects, because features are given."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
 
-def enough(samples: int, features: int) -> None:
-    """Raises ValueError unless there are more samples than features, as a Fréchet distance needs."""
+def check_count(samples: int, features: int) -> None:
+    """Raises ValueError unless there are more samples than features. A Fréchet distance needs that."""
     if samples <= features:
         raise ValueError(
             f"Fréchet distance on {features} features needs more than {features} samples, got {samples}: "
-            "a covariance of fewer is singular"
+            "with fewer the covariance is singular"
         )
 
 
-def check(features: Tensor, reference: Tensor, least: int) -> None:
+def check_features(features: Tensor, reference: Tensor, least: int) -> None:
     """Raises ValueError unless both are finite float64 `(least or more, F)` with the same F."""
     for x in (features, reference):
         if x.dim() != 2 or x.dtype != torch.float64:
@@ -46,10 +46,10 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     M. Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017,
     equation 6, with covariances over n − 1. On spatial features it is the sFID.
     """
-    check(features, reference, least=2)
+    check_features(features, reference, least=2)
     metric = FrechetInceptionDistance(Identity(features.shape[1]))
     for real, side in ((True, reference), (False, features)):
-        enough(*side.shape)
+        check_count(*side.shape)
         for chunk in side.split(CHUNK):
             metric.update(chunk, real=real)
     return metric.compute().item()
@@ -64,9 +64,9 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     """Returns the unbiased estimate of MMD² between `(N, F)` and `(M, F)`; N, M ≥ 2. It may be below 0.
 
     The KID of M. Bińkowski et al., "Demystifying MMD GANs", 2018, section 3 with the kernel (x·y / F + 1)³ of section
-    4, but over all samples at once and not over random subsets; it needs no more samples than features.
+    4, but over all samples at once and not over random subsets. There may be fewer samples than features.
     """
-    check(features, reference, least=2)
+    check_features(features, reference, least=2)
     within = 0.0
     for x in (features, reference):
         itself = (x.square().sum(dim=1) / x.shape[1] + 1).pow(3).sum()
@@ -79,30 +79,30 @@ def inception_score(logits: Tensor) -> float:
 
     T. Salimans et al., "Improved Techniques for Training GANs", 2016, section 4, without their ten splits.
     """
-    check(logits, logits, least=1)
+    check_features(logits, logits, least=1)
     given = logits.log_softmax(dim=1)  # ln p(y|x), (N, K)
     overall = given.logsumexp(dim=0) - torch.tensor(len(logits), dtype=logits.dtype).log()  # ln p(y), (K,)
     return (given.exp() * (given - overall)).sum(dim=1).mean().exp().item()
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean `(N, M)`; exact, where the faster form by a matrix product gives about 1e-7 instead of 0."""
+    """Euclidean distances `(N, M)`. They are exact; the faster form by a matrix product gives about 1e-7 for 0."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def covered(points: Tensor, centres: Tensor, k: int) -> float:
-    """Share of `points (N, F)` in the ball of some centre `(M, F)`, whose radius reaches its k-th nearest centre."""
+def covered_share(points: Tensor, centres: Tensor, k: int) -> float:
+    """Share of `points (N, F)` in a ball around any centre `(M, F)`; its radius reaches the k-th nearest centre."""
     radii = torch.cat([distances(chunk, centres).kthvalue(k + 1).values for chunk in centres.split(CHUNK)])
     inside = [(distances(chunk, centres) <= radii).any(dim=1) for chunk in points.split(CHUNK)]
     return torch.cat(inside).double().mean().item()
 
 
 def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
-    """Returns the share of samples that look real and the share of real pictures that the samples reach.
+    """Returns the share of samples that look real, and the share of real pictures that the samples cover.
 
     T. Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019, equations 1
-    and 2: a set's manifold is the union of balls around its members that reach the k-th nearest other member. N, M > k
-    samples and real pictures; recall grows with N, so that only results of equal N compare.
+    and 2: a set's manifold is the union of balls around its members that reach the k-th nearest other member. N, M > k.
+    Recall grows with N, so only results with equal N can be compared.
     """
-    check(features, reference, least=k + 1)
-    return covered(features, reference, k), covered(reference, features, k)
+    check_features(features, reference, least=k + 1)
+    return covered_share(features, reference, k), covered_share(reference, features, k)

@@ -1,4 +1,4 @@
-"""Networks that turn pictures into the features on which distributions are compared."""
+"""Networks that compute the features of pictures. Distances between distributions are measured on these features."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ from metrics.judge import Judge
 
 
 class Features(NamedTuple):
-    """What a network makes of N pictures, each float64 on the CPU.
+    """The features of N pictures, float64 on the CPU.
 
     Attributes:
-        pooled: `(N, F)`, one vector of the whole picture.
-        spatial: `(N, S)`, a middle layer with its places kept, for the spatial Fréchet distance; None without one.
-        logits: `(N, K)`, before the softmax over K classes; None where the network tells no classes apart.
+        pooled: `(N, F)`, one vector for the whole picture.
+        spatial: `(N, S)`, a middle layer without pooling, for the spatial Fréchet distance; None if there is none.
+        logits: `(N, K)`, before the softmax over K classes; None if the network has no classes.
     """
 
     pooled: Tensor
@@ -32,24 +32,24 @@ class Features(NamedTuple):
 
 
 def joined(chunks: tuple[Tensor | None, ...]) -> Any:
-    """The chunks of one field of `Features` in one tensor, or None where the network has no such field."""
+    """The chunks of one field of `Features` in one tensor, or None if the network has no such field."""
     return None if chunks[0] is None else torch.cat([chunk for chunk in chunks if chunk is not None])
 
 
 class FeatureNetwork(ABC):
-    """Pictures `(N, C, H, W)`, floats in [0, 1], → `Features`, a chunk at a time.
+    """Computes the `Features` of pictures `(N, C, H, W)`, floats in [0, 1], a chunk at a time.
 
-    Every picture is seen alone, so that chunks and order matter only to the rounding of float32. The work is done
-    where the weights are: `features.network.to("cuda")` moves it.
+    Each picture is processed independently, so chunks and order change only the rounding of float32. The computation
+    runs on the device of the weights: `features.network.to("cuda")` moves it.
 
     Attributes:
-        name: of the network, for the file of results.
-        preprocessing: what is done to a picture before the network, for the same file: distances on one network
-            compare only if this agrees as well.
+        name: name of the network, for the file of results.
+        preprocessing: how a picture is prepared for the network, for the same file. Distances can be compared only if
+            network and preprocessing are the same.
         num_features: F.
-        num_spatial: S, not more than F, so that pictures enough for one are enough for both; None without any.
-        classifies: whether the classes are the labels that the pictures were asked to show.
-        chunk: pictures at a time, which bounds the memory.
+        num_spatial: S, at most F, so that enough pictures for F are enough for S; None without spatial features.
+        classifies: whether the classes of the network are the labels of the pictures.
+        chunk: pictures at a time, to limit the memory.
         network: the weights.
     """
 
@@ -63,10 +63,10 @@ class FeatureNetwork(ABC):
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Features:
-        """Returns the features of one picture or more; ValueError unless they are `(N, C, H, W)` floats in [0, 1]."""
+        """Returns the features of N ≥ 1 pictures. ValueError unless they are `(N, C, H, W)` floats in [0, 1]."""
         if pictures.dim() != 4 or not len(pictures) or not pictures.is_floating_point():
             raise ValueError(f"pictures are floats (N, C, H, W), got {pictures.dtype} {tuple(pictures.shape)}")
-        if not (pictures.min() >= 0 and pictures.max() <= 1):  # also where one is not a number
+        if not (pictures.min() >= 0 and pictures.max() <= 1):  # also true for NaN
             raise ValueError(f"pictures are in [0, 1], got {pictures.min():g} … {pictures.max():g}")
         device = next(self.network.parameters()).device
         chunks = [
@@ -77,23 +77,23 @@ class FeatureNetwork(ABC):
 
     @abstractmethod
     def forward(self, pictures: Tensor) -> Features:
-        """The features of one chunk, of any float type, on the device of the weights."""
+        """The features of one chunk, in any float type, on the device of the weights."""
 
 
 class JudgeFeatures(FeatureNetwork):
-    """A `metrics.judge.Judge` as a network of features, 64 of them.
+    """The 64 features of a `metrics.judge.Judge`.
 
-    Spatial features are the first channels of the maps that end its trunk: 64 numbers, as many as there are pooled
-    features. So the sFID of C. Nash et al., "Generating Images with Sparse Representations", 2021, takes the first
-    channels of a middle layer, which still knows places, and about as many numbers as FID has.
+    The spatial features are the first channels of the last maps of its trunk: 64 numbers, as many as the pooled
+    features. The sFID of C. Nash et al., "Generating Images with Sparse Representations", 2021, likewise takes the
+    first channels of a middle layer without pooling, about as many numbers as the FID has.
 
     Args:
-        folder: of the judge, with its errors; ValueError if it is a judge of other pictures.
+        folder: folder of the judge. Errors are those of `Judge.load`; ValueError also for a judge of other pictures.
 
     Attributes:
         judge: the classifier itself.
         picture: the shape of a picture, (C, H, W).
-        channels: of the spatial features.
+        channels: channels of the spatial features.
     """
 
     chunk = 512
@@ -110,7 +110,7 @@ class JudgeFeatures(FeatureNetwork):
 
     def forward(self, pictures: Tensor) -> Features:
         if pictures.shape[1:] != self.picture:
-            raise ValueError(f"the judge knows pictures of {self.picture}, got {tuple(pictures.shape[1:])}")
+            raise ValueError(f"the judge needs pictures of {self.picture}, got {tuple(pictures.shape[1:])}")
         maps = self.judge.maps(pictures)  # (B, 2·width, grid, grid)
         pooled = self.judge.embed(maps)
         spatial = rearrange(maps[:, : self.channels], "b c h w -> b (c h w)")
@@ -128,9 +128,9 @@ class DigitsJudge(JudgeFeatures):
 
 
 class ShapesJudge(JudgeFeatures):
-    """What tells the scenes of `data/shapes.py` apart: features of counts, shapes, colours, sizes and places.
+    """The classifier of the scenes of `data/shapes.py`: features of counts, shapes, colours, sizes and positions.
 
-    No logits, since a scene is not one of some classes. Spatial: 4 channels of 4 × 4.
+    It has no logits, because a scene belongs to no single class. Spatial: 4 channels of 4 × 4.
     """
 
     name = "shapes"
@@ -140,14 +140,14 @@ class ShapesJudge(JudgeFeatures):
 
 
 def rgb_bytes(pictures: Tensor) -> Tensor:
-    """Pictures `(B, 1 or 3, H, W)` in [0, 1] → uint8 `(B, 3, H, W)`, as a PNG would hold them, or ValueError."""
+    """Pictures `(B, 1 or 3, H, W)` in [0, 1] → uint8 `(B, 3, H, W)`, as in a PNG. ValueError for other channels."""
     if pictures.shape[1] not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, got {pictures.shape[1]}")
     return pictures.mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
 class Inception(FeatureNetwork):
-    """The Inception network that FID is defined on: M. Heusel et al., 2017, with the weights of 2015-12-05.
+    """The Inception network of the FID: M. Heusel et al., 2017, with the weights of 2015-12-05.
 
     2,048 pooled features ("pool_3"); the 1,008 logits without bias, on which torch-fidelity computes the Inception
     score. Spatial: the first 7 channels of the 17 × 17 maps that TensorFlow's graph calls "mixed_6/conv", which is
@@ -199,16 +199,16 @@ class Inception(FeatureNetwork):
 
 
 class CLIPFeatures(FeatureNetwork):
-    """A CLIP model's projected image embeddings (A. Radford et al., 2021); it has no classes.
+    """The projected image embeddings of a CLIP model (A. Radford et al., 2021). It has no classes.
 
-    Nor has it spatial features: every token of a vision transformer has already seen the whole picture.
+    It has no spatial features either, because every token of a vision transformer depends on the whole picture.
 
     Args:
-        folder: of a transformers CLIPModel: `config.json`, `model.safetensors` and `preprocessor_config.json`; for
-            captions the tokenizer's files as well.
+        folder: folder of a transformers CLIPModel: `config.json`, `model.safetensors` and `preprocessor_config.json`;
+            for captions also the tokenizer's files.
 
     Attributes:
-        folder: the same.
+        folder: folder of the CLIPModel.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -261,9 +261,9 @@ class CLIPFeatures(FeatureNetwork):
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> Tensor:
-        """Returns the projected embeddings `(N, F)` of one caption or more, float64; one too long loses its tail.
+        """Returns the projected embeddings `(N, F)` of N ≥ 1 captions, float64. Long captions are truncated.
 
-        FileNotFoundError or ValueError when the folder has no tokenizer, or none that can be read.
+        FileNotFoundError if the folder has no tokenizer, ValueError if it is damaged.
         """
         from transformers import CLIPTokenizer
 
@@ -294,7 +294,7 @@ KINDS: dict[str, type[JudgeFeatures] | type[Inception] | type[CLIPFeatures]] = {
 def load_features(spec: str) -> FeatureNetwork:
     """Returns the network of "shapes:FOLDER", "judge:FOLDER" (of digits), "inception:FILE" or "clip:FOLDER".
 
-    ValueError for any other kind; FileNotFoundError or ValueError with one line when its files are missing or damaged.
+    ValueError for any other kind. FileNotFoundError or ValueError in one line if its files are missing or damaged.
     """
     kind, _, place = spec.partition(":")
     if kind not in KINDS or not place:

@@ -1,4 +1,4 @@
-"""What was measured as pictures: a plot of quality against evaluations, and a sheet of the drawn pictures."""
+"""Figures of the results: a plot of quality against evaluations, and a sheet of the drawn pictures."""
 
 import math
 from functools import partial
@@ -20,14 +20,14 @@ MARKERS = "os^Dv*PX"
 
 
 class Line(NamedTuple):
-    """The rows that one line of the plot joins, and how it looks."""
+    """One line of the plot: its rows and its style."""
 
     rows: list[Row]
     look: dict[str, Any]
 
 
 def lines(rows: list[Row]) -> list[Line]:
-    """One line for each model and sampler; more where several spacings or guidance scales were measured of one."""
+    """One line for each combination of model, sampler, spacing and guidance scale."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(k) for k in ("model", "sampler", "spacing", "guidance")), []).append(row)
@@ -51,14 +51,14 @@ def lines(rows: list[Row]) -> list[Line]:
 
 
 def points(rows: list[Row], key: str, positive: bool) -> tuple[list[float], list[float]]:
-    """(evaluations, values) where both are available, in order; on a log axis only `positive` values can be shown."""
+    """(evaluations, values) where both are available, in order. `positive` leaves out values that a log axis lacks."""
     pairs = [(row.get("evaluations"), row.get(key)) for row in rows]
     there = sorted((x, y) for x, y in pairs if is_number(x) and is_number(y) and x > 0 and (y > 0 or not positive))
     return [x for x, _ in there], [y for _, y in there]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, both > 0: at most nine of them."""
+    """At most nine round numbers from low to high; both are > 0."""
     if high < 3 * low:
         return [t for t in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= t <= high]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -71,10 +71,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_evaluations(axes: Axes, rows: list[Row]) -> None:
-    """Ticks at the numbers of evaluations that occur, the most frequent first, as far as their labels fit."""
+    """Sets ticks at the numbers of evaluations that occur. The most frequent come first, as long as labels fit."""
     values = points(rows, "evaluations", True)[0]
     per_character = 7 * axes.figure.dpi / 72  # pixels, of 7 points
-    kept: dict[float, tuple[float, float]] = {}  # value → the room of its label, in pixels
+    kept: dict[float, tuple[float, float]] = {}  # value → left and right end of its label, in pixels
     for value in sorted(set(values), key=lambda value: (-values.count(value), value)):
         middle, half = axes.transData.transform((value, 1))[0], len(f"{value:.4g}") * per_character / 2
         if all(middle + half < left - 4 or middle - half > right + 4 for left, right in kept.values()):
@@ -84,7 +84,7 @@ def tick_evaluations(axes: Axes, rows: list[Row]) -> None:
 
 
 def plot(record: Record, file: Path | BinaryIO) -> None:
-    """Draws a PNG of the distance ratio, and of accuracy or else straightness, against function evaluations."""
+    """Draws the distance ratio, and accuracy or else straightness, against function evaluations, as a PNG."""
     rows, floor = record["rows"], record["floor"]
     second = [key for key in ("accuracy", "straightness") if points(rows, key, False)[0]][:1]
     drawn = lines(rows)
@@ -113,7 +113,7 @@ def plot(record: Record, file: Path | BinaryIO) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     place = {"loc": "outside right upper"} if aside else {"loc": "outside lower center", "ncols": len(panels)}
     figure.legend(handles, labels, fontsize="small", handlelength=3.5, frameon=False, **place)
-    figure.draw_without_rendering()  # settles the width of the axes
+    figure.draw_without_rendering()  # fixes the width of the axes
     for axes in figure.axes:
         tick_evaluations(axes, rows)
     figure.savefig(file, format="png", metadata={"Software": None})
@@ -122,7 +122,7 @@ def plot(record: Record, file: Path | BinaryIO) -> None:
 def to_image(picture: Tensor, side: int) -> Image.Image:
     """A picture (C, H, W) in [0, 1], C = 1 or 3, as 8-bit RGB whose longer side has `side` pixels.
 
-    Enlarged by nearest neighbour, shrunk by area. ValueError for another shape or value.
+    It is enlarged by nearest neighbour and shrunk by area. ValueError for another shape or value.
     """
     if picture.ndim != 3 or len(picture) not in (1, 3):
         raise ValueError(f"pictures must be (n, 1 or 3, H, W), got {tuple(picture.shape)} for one")
@@ -136,7 +136,7 @@ def to_image(picture: Tensor, side: int) -> Image.Image:
 
 
 def sheet_image(pictures: dict[tuple[str, int], Tensor], models: list[str], steps: list[int], side: int) -> Image.Image:
-    """Pictures side by side: models as rows, numbers of steps as columns, in each cell the same seeds.
+    """Pictures side by side: models are rows, numbers of steps are columns, and each cell has the same seeds.
 
     Args:
         pictures: (model, steps) → (n, C, H, W) in [0, 1], C = 1 or 3. A missing cell shows a dash.
@@ -180,7 +180,7 @@ def sheet_image(pictures: dict[tuple[str, int], Tensor], models: list[str], step
         for column_index, count in enumerate(steps):
             x = left + column_index * (width + between)
             if (model, count) not in cells:
-                text((x + width / 2, y + height / 2), "-", anchor="mm")  # the font has no longer dash
+                text((x + width / 2, y + height / 2), "-", anchor="mm")  # the font has no en dash
             for i, image in enumerate(cells.get((model, count), [])):
                 corner = x + (width - grid) // 2 + i % across * (wide + gap), y + i // across * (high + gap)
                 canvas.paste(image, corner)

@@ -1,4 +1,4 @@
-"""A small classifier of pictures: it says what a sample shows, and its features measure Fréchet distances."""
+"""A small classifier of pictures. It recognises what a sample shows, and Fréchet distances use its features."""
 
 import json
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """Classifier of pictures `(B, channels, side, side)` in [0, 1]; nothing in it depends on the rest of a batch.
+    """Classifier of pictures `(B, channels, side, side)` in [0, 1]. Each picture is independent of its batch.
 
     Args:
-        width: channels of the first two convolutions of the trunk; the later ones have twice as many.
+        width: channels of the first two convolutions of the trunk; the third has twice as many.
         num_features: length of the feature vector before the last layer.
         num_classes: number of labels.
-        channels: of a picture; 1 is grey.
-        side: of a picture, in pixels.
-        stem: channels of convolutions before the trunk, each of which halves the side.
+        channels: channels of a picture; 1 is grey.
+        side: height and width of a picture, in pixels.
+        stem: channels of the convolutions before the trunk; each halves the side.
 
     Attributes:
-        grid: side of the maps that end the trunk.
+        grid: side of the last maps of the trunk.
 
     Raises:
-        ValueError: the side cannot be halved as often as that.
+        ValueError: the side cannot be halved so many times.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Judge(nn.Module):
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {"width": width, "num_features": num_features, "num_classes": num_classes}
-        if (channels, side, *stem) != (1, 8):  # a judge of digits says no more than it did before there were others
+        if (channels, side, *stem) != (1, 8):  # the config of a digits judge keeps its old form
             self.config |= {"channels": channels, "side": side, "stem": list(stem)}
         self.num_features, self.channels, self.side = num_features, channels, side
         halvings = len(stem) + 2
@@ -66,11 +66,11 @@ class Judge(nn.Module):
         return self.embed(self.maps(pixels))
 
     def maps(self, pixels: Tensor) -> Tensor:
-        """Returns the maps that end the trunk, `(B, 2·width, grid, grid)`."""
+        """Returns the last maps of the trunk, `(B, 2·width, grid, grid)`."""
         return self.trunk(self.stem(2 * pixels - 1))
 
     def embed(self, maps: Tensor) -> Tensor:
-        """Returns the features `(B, num_features)` of such maps."""
+        """Returns the features `(B, num_features)` of the maps that `maps` returns."""
         return nn.functional.gelu(self.features(rearrange(maps, "b c h w -> b (c h w)")))
 
     def logits(self, pixels: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Judge(nn.Module):
         return self.logits(pixels).argmax(dim=-1)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors` into `folder`, which is made if need be."""
+        """Writes `config.json` and `model.safetensors` into `folder`, and creates it if necessary."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
@@ -91,7 +91,7 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Judge":
-        """Reads what `save` wrote. FileNotFoundError or ValueError with one line when that is missing or damaged."""
+        """Loads what `save` wrote. FileNotFoundError or ValueError in one line if a file is missing or damaged."""
         config_file, weights_file = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         for file in (config_file, weights_file):
             if not file.is_file():

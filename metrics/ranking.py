@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 
 def pareto_ranks(points: Sequence[Sequence[float]]) -> list[int]:
-    """The Pareto front, counted from 1, in which each point falls when smaller is better in every measure.
+    """The number of the Pareto front of each point, from 1. Smaller is better in every measure.
 
-    Front 1 holds the points that no other dominates, being as good in all measures and better in one; front 2 those
-    that only front 1 dominates, and so on (Esser et al. 2024, §5.1, who average it over settings).
+    A point dominates another if it is as good in all measures and better in one. Front 1 holds the points that no
+    other dominates, front 2 those that only front 1 dominates, and so on (Esser et al. 2024, §5.1).
     """
     ranks = [0] * len(points)
     left = set(range(len(points)))

@@ -1,4 +1,4 @@
-"""What was measured as files: numbers for machines, the figures, and one HTML page to read."""
+"""Writes the results to files: JSON and CSV, the figures, and one HTML page."""
 
 import base64
 import csv
@@ -16,7 +16,7 @@ from storage.files import commit_bytes, commit_json
 
 CAPTIONS = {
     "quality.png": "Quality against evaluations of the denoiser for one picture. Left: Fréchet distance over that of "
-    "real training pictures, lower is better; the dotted line is what as many real pictures reach. Right, where "
+    "real training pictures, lower is better; the dotted line is the value of as many real pictures. Right, where "
     "measured: accuracy, or else straightness of the walk. One line for each model and sampler.",
     "sheet.png": "The same seeds drawn by every model (rows) in every number of steps (columns).",
 }
@@ -63,20 +63,20 @@ for (const button of document.querySelectorAll("th button")) button.onclick = ()
 
 
 def cell(key: str, value: object, bold: bool) -> str:
-    """A table cell, with what the script sorts by."""
+    """A table cell, with the attribute that the script sorts by."""
     text = escape(shown(key, value))
     kind = f'data-number="{value}"' if is_number(value) else "class=text" if available(value) else "data-missing"
     return f"<td {kind}>{f'<b>{text}</b>' if bold else text}</td>"
 
 
 def page(record: Record, images: dict[str, bytes]) -> str:
-    """The report as one HTML page that asks for nothing from outside.
+    """The report as one HTML page that loads no other file.
 
-    Columns without a single value are left out. Numbers in bold are the best of those with as many steps.
+    Columns without any value are left out. Bold numbers are the best of those with the same number of steps.
 
     Args:
-        record: what was measured.
-        images: file name → PNG, shown in this order with its caption from `CAPTIONS`.
+        record: the results.
+        images: file name → PNG; the page shows them in this order, with their captions from `CAPTIONS`.
     """
     rows, floor = record["rows"], record["floor"]
     used = {key for row in rows for key, value in row.items() if available(value)}
@@ -103,7 +103,7 @@ def page(record: Record, images: dict[str, bytes]) -> str:
         for key in columns
         if column(key).meaning
     )
-    settings = escape(json.dumps(strict(record["settings"]), indent=2, ensure_ascii=False))
+    settings = escape(json.dumps(finite_only(record["settings"]), indent=2, ensure_ascii=False))
     real = f" As many real pictures have an FD ratio of {floor:.2f}." if available(floor) else ""
     return f"""<!doctype html>
 <html lang="en">
@@ -137,12 +137,12 @@ def page(record: Record, images: dict[str, bytes]) -> str:
 """
 
 
-def strict(value: Any) -> Any:
-    """A copy of nested dicts and lists in which None stands for every NaN and infinity."""
+def finite_only(value: Any) -> Any:
+    """A copy of nested dicts and lists in which None replaces every NaN and infinity."""
     if isinstance(value, dict):
-        return {key: strict(inner) for key, inner in value.items()}
+        return {key: finite_only(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [strict(inner) for inner in value]
+        return [finite_only(inner) for inner in value]
     return value if available(value) else None
 
 
@@ -156,18 +156,18 @@ def png(image: Image.Image) -> bytes:
 def write(record: Record, sheet: Image.Image | None, folder: Path) -> None:
     """Writes results.json, results.csv, quality.png, sheet.png (if there is a sheet) and report.html.
 
-    The numbers come first, so that they are safe whatever becomes of the pictures. Each file is whole or the old one.
+    The numbers are written first, so that they are safe even if a figure fails. Each file is replaced as a whole.
 
     Args:
-        record: what was measured; in the files NaN and infinities are null in JSON and empty in CSV.
-        sheet: see `sheet_image`.
-        folder: made if it is not there.
+        record: the results; NaN and infinities become null in JSON and empty in CSV.
+        sheet: the image of `sheet_image`.
+        folder: the folder; it is created if it does not exist.
 
     Raises:
         OSError: a file cannot be written.
-        TypeError: the record holds what JSON does not.
+        TypeError: the record holds a value that JSON cannot hold.
     """
-    record = strict(record)
+    record = finite_only(record)
     rows = record["rows"]
     folder.mkdir(parents=True, exist_ok=True)
     commit_json(folder / "results.json", record)

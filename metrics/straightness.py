@@ -1,7 +1,7 @@
-"""How straight a sampler's walk from noise to picture is.
+"""The straightness of a sampler's walk from noise to picture.
 
-A path z = a·x₀ + b·ε becomes the line w = z / (a + b), τ = b / (a + b), w = (1 − τ)·x₀ + τ·ε, whatever its a and b:
-walks on different paths compare in these coordinates. A walk is a list of n + 1 ≥ 2 states `w_i (B, …)` at `τ_i`.
+For any a and b, a path z = a·x₀ + b·ε becomes the line w = (1 − τ)·x₀ + τ·ε with w = z / (a + b), τ = b / (a + b).
+Walks on different paths are compared in these coordinates. A walk is a list of n + 1 ≥ 2 states `w_i (B, …)` at `τ_i`.
 """
 
 from collections.abc import Sequence
@@ -29,17 +29,17 @@ def path_length(w: Sequence[Tensor]) -> Tensor:
 def straightness(w: Sequence[Tensor], tau: Tensor) -> Tensor:
     """Returns S = Σ_i |Δτ_i| ‖(w_n − w_0) / (τ_n − τ_0) − Δw_i / Δτ_i‖², `(B,)` float64.
 
-    X. Liu et al., "Flow Straight and Fast", 2022, section 2.2: S(Z) = ∫ E‖(Z₁ − Z₀) − Ż_t‖² dt of each picture's own
-    walk, for a walk in finite steps. 0 if and only if w is linear in τ: straight, and at constant speed.
+    X. Liu et al., "Flow Straight and Fast", 2022, section 2.2: S(Z) = ∫ E‖(Z₁ − Z₀) − Ż_t‖² dt, here for each picture
+    and a walk of finite steps. S is 0 if and only if w is linear in τ: straight and at constant speed.
 
-    `tau (n + 1,)` rises or falls all the way. ValueError if it does not, or does not fit `w`.
+    `tau (n + 1,)` must rise or fall strictly. ValueError if it does not, or does not fit `w`.
     """
     if len(w) < 2 or tau.shape != (len(w),):
         raise ValueError(f"a walk has two states or more and one τ for each, got {len(w)} and τ {tuple(tau.shape)}")
     tau = tau.double()
     steps = tau.diff()
     if not ((steps > 0).all() or (steps < 0).all()):
-        raise ValueError(f"τ rises or falls all the way, got {tau.tolist()}")
+        raise ValueError(f"τ must rise or fall strictly, got {tau.tolist()}")
     chord = (w[-1].double() - w[0].double()) / (tau[-1] - tau[0])
     terms = [
         step.abs() * norms(chord - (after.double() - before.double()) / step).square()

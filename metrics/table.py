@@ -1,8 +1,8 @@
-"""What was measured as rows: how each number is written, Markdown tables, and the best of the rows.
+"""Tables of results: how each number is formatted, Markdown tables, and the best rows.
 
-A *row* is what was measured of one model with one sampler and number of steps: the keys of `COLUMNS`, others at will.
+A *row* holds the results of one model with one sampler and number of steps: the keys of `COLUMNS`, and perhaps others.
 None, NaN or a missing key means not available. A *record* is `{"settings": {…}, "floor": float | None, "rows": […]}`:
-the settings are anything that JSON holds, the floor is the distance ratio of real pictures, as many as were sampled.
+the settings are any JSON; the floor is the distance ratio of as many real pictures as there are samples.
 """
 
 import math
@@ -15,13 +15,13 @@ Record = dict[str, Any]
 
 
 class Column(NamedTuple):
-    """How to show one key of the rows.
+    """How one key of the rows is shown.
 
     Attributes:
         title: a few words, with the unit if there is one.
         meaning: one line for the glossary.
-        better: "low", "high", or None where neither is.
-        format: a format specification for numbers; with "g" whole ones and those from 1000 are plain.
+        better: "low", "high", or None if neither is better.
+        format: a format specification for numbers. With "g", integers and numbers from 1000 on are plain.
     """
 
     title: str
@@ -39,7 +39,7 @@ COLUMNS = {
     "guidance": Column("guidance", "Scale of classifier-free guidance; 1 is none.", None, ".3g"),
     "samples": Column("samples", "Pictures measured.", None, ".3g"),
     "seconds_per_picture": Column("s / picture", "Seconds of sampling for one picture.", "low", "#.3g"),
-    "accuracy": Column("accuracy", "Share of the pictures that show what was asked for.", "high", ".1%"),
+    "accuracy": Column("accuracy", "Share of the pictures that show what the prompt says.", "high", ".1%"),
     "distance": Column("FD", "Fréchet distance of the features to those of the reference pictures.", "low", "#.3g"),
     "distance_ratio": Column(
         "FD ratio", "FD over that of the other real pictures; 1 means as close as real ones are.", "low", ".2f"
@@ -48,9 +48,9 @@ COLUMNS = {
         "KD", "Squared kernel distance (KID) to reference pictures; noise near 0.", "low", "#.3g"
     ),
     "inception_score": Column("IS", "Inception score, from 1 to the number of classes.", "high", "#.3g"),
-    "spatial_distance": Column("sFD", "Fréchet distance of features that keep their places (sFID).", "low", "#.3g"),
+    "spatial_distance": Column("sFD", "Fréchet distance of spatial features, without pooling (sFID).", "low", "#.3g"),
     "precision": Column("precision", "Share of the samples that look like reference pictures.", "high", ".1%"),
-    "recall": Column("recall", "Share of the reference pictures that the samples reach.", "high", ".1%"),
+    "recall": Column("recall", "Share of the reference pictures that the samples cover.", "high", ".1%"),
     "neighbour_ratio": Column(
         "neighbours",
         "Distance to the nearest other real picture, over that of reference pictures; far below 1 means copies.",
@@ -59,11 +59,11 @@ COLUMNS = {
     ),
     "pairwise_distance": Column(
         "variety",
-        "Mean distance of the features of two digits, or of any two scenes, that were drawn; 0 is one picture.",
+        "Mean feature distance of two samples of the same digit, or of any two scenes; 0 if all are the same picture.",
         None,
         "#.3g",
     ),
-    "duplicates": Column("repeats", "Samples that equal another one, already counted, in every pixel.", "low", ".3g"),
+    "duplicates": Column("repeats", "Samples that equal an earlier sample in every pixel.", "low", ".3g"),
     "path_length": Column("path length", "Length of the walk from noise to picture.", None, "#.3g"),
     "straightness": Column(
         "straightness",
@@ -72,28 +72,28 @@ COLUMNS = {
         "#.3g",
     ),
     "clip_score": Column(
-        "CLIP score", "100 times the cosine of picture and caption, as CLIP sees them.", "high", "#.3g"
+        "CLIP score", "100 times the cosine of the CLIP embeddings of picture and caption.", "high", "#.3g"
     ),
 }
 
 
 def column(key: str) -> Column:
-    """The column of a key; one that `COLUMNS` lacks has itself as the title."""
+    """The column of a key. The title of an unknown key is the key itself."""
     return COLUMNS.get(key, Column(key, "", None, "#.3g"))
 
 
 def available(value: object) -> bool:
-    """Whether there is a value: neither None nor a NaN or infinity."""
+    """Whether there is a value: not None, NaN or infinity."""
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number, and an available one."""
+    """Whether it is an available number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and available(value)
 
 
 def shown(key: str, value: object) -> str:
-    """A value as its column formats it; "–" if it is not available."""
+    """A value in the format of its column, or "–" if it is not available."""
     if not is_number(value):
         return str(value) if available(value) else MISSING
     form = column(key).format
@@ -102,12 +102,12 @@ def shown(key: str, value: object) -> str:
 
 
 def keys(rows: Iterable[Row]) -> list[str]:
-    """All keys of the rows, in the order in which they first occur."""
+    """All keys of the rows, in order of first occurrence."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def table(rows: list[Row], columns: list[str]) -> str:
-    """A Markdown table with these keys as columns, ending in a newline."""
+    """A Markdown table with these keys as columns. It ends with a newline."""
 
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in cells) + " |\n"
@@ -121,7 +121,7 @@ def table(rows: list[Row], columns: list[str]) -> str:
 def best(rows: list[Row]) -> set[tuple[int, str]]:
     """(index of the row, key) of the best values among the rows of equal steps.
 
-    Values that read the same are equally good; where all do, none is best.
+    Values that are formatted alike are equally good. If all are, none is best.
     """
     found = set()
     for key in keys(rows):

@@ -1,4 +1,4 @@
-"""Pipeline: network, process, codec and text joined for inference."""
+"""Pipeline: network, objective, codec and text encoder joined for inference."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,29 +19,29 @@ from flow.objective import Estimate, Model, Objective
 from flow.sampler import Callback, Denoiser, Noise
 from mmdit.network import Condition, Network
 from pipeline import folder as disk
-from pipeline.folder import Parts, Reading
+from pipeline.folder import LoadOptions, Parts
 from pipeline.sampling import Sampling, Walk, random_normals
 from storage.models import find_model
 
-TOKENS = 4096  # of pictures at a time
+TOKENS = 4096  # image tokens in a batch, by default
 
 
 class Pipeline:
-    """Prompts to pictures.
+    """Draws a picture for each prompt.
 
     Args:
         network: the trained network.
-        objective: path, target, shift and variance that it was trained with.
-        codec: latents to pixels.
-        text: prompts to conditions.
-        sampling: defaults for `__call__`.
+        objective: the objective that it was trained with: path, target, shift and perhaps a learned variance.
+        codec: turns latents into pixels.
+        text: turns prompts into conditions.
+        sampling: the default sampler, steps and guidance.
 
     Raises:
-        ValueError: if the network's channels are not those of codec, text and objective, or the objective cannot be
-            sampled as `sampling` says.
+        ValueError: the sizes of network, codec, text and objective do not fit together, or `sampling` does not fit the
+            objective.
 
     Example:
-        Of the digits' text encoder, with a network that has learned nothing:
+        The text encoder of the digits with an untrained network:
 
         >>> from data.latents import Pixels
         >>> from data.text.clip import CLIPText
@@ -76,21 +76,21 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     @property
     def sized(self) -> bool:
-        """Whether the network is told of sizes and crops, as its longer pooled vector says (`data.sizes`)."""
+        """Whether the pooled vector of the network also holds sizes and crops (`data.sizes`)."""
         return self.network.pooled_dim == self.text.pooled_dim + SIZE_FEATURES
 
     def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Condition:
-        """The prompts' condition, on the network's device. The empty prompt's is the null condition.
+        """The condition of the prompts, on the network's device. An empty prompt gives the null condition.
 
         Args:
             prompts: B texts.
-            height: of the pictures in pixels, for a network that is told of sizes; none takes the training's.
-            width: likewise.
+            height: height of the pictures in pixels, for a network with size conditioning; None means the training's.
+            width: the same for the width.
         """
         text, pooled = self.text.encode(prompts)
         if self.sized:
@@ -100,14 +100,14 @@ class Pipeline:
         mask = self.text.mask(prompts).to(self.device) if self.network.text_mask else None
         return Condition(text.to(self.device), pooled.to(self.device), mask)
 
-    def shown(self, picture: Tensor, latent: tuple[int, int], level: float, draw: Noise) -> Tensor:
-        """The latents (B, C, *latent) of a picture to work from, enlarged to the size of what is drawn.
+    def picture_latents(self, picture: Tensor, latent: tuple[int, int], level: float, draw: Noise) -> Tensor:
+        """The latents (B, C, *latent) of an input picture, which is enlarged to the size of the output.
 
         Args:
             picture: pixels in [0, 1], (B, pixel_channels, h, w).
             latent: height and width of the latents.
-            level: how much noise it is given, 0 to 1.
-            draw: gives the noise, (B, C, *latent).
+            level: how much noise is added to the latents, 0 to 1.
+            draw: returns the noise, (B, C, *latent).
         """
         height, width = (side * self.codec.factor for side in latent)
         latents = self.codec.encode(enlarged(picture.to(self.device), height, width))
@@ -130,45 +130,45 @@ class Pipeline:
         level: float = 0.0,
         callback: Callback | None = None,
     ) -> Tensor:
-        """One picture for each prompt.
+        """Draws one picture for each prompt.
 
         Args:
             prompts: B texts; an empty one is unconditional.
-            seeds: B seeds; picture i starts from `torch.randn` of a CPU generator seeded with seeds[i], from which a
-                stochastic sampler draws on.
-            negative: what guidance moves away from.
-            sampling: sampler, steps and guidance; none takes the model's own.
-            shift: α of the time grid; none takes that of the training for this size.
-            height: of the picture in pixels, a multiple of unit × codec factor; none takes the image's, or without one
-                the training's.
-            width: likewise.
-            image: what to start from, pixels in [0, 1], (B or 1, C, height, width); none starts from noise.
-            strength: share of the steps that change the image (SDEdit, Meng et al. 2022), with an image only: 1 forgets
-                it but for what the mask keeps.
-            mask: 1 where the image is to be made anew and 0 where it stays, (B or 1, 1, height, width); a latent pixel
-                with any 1 in it is made anew. None makes all anew.
-            picture: what a network with picture_channels works from, such as a small picture to enlarge: pixels in
+            seeds: B seeds; picture i starts from `torch.randn` of a CPU generator seeded with seeds[i]. A stochastic
+                sampler draws its further noise from the same generator.
+            negative: the negative prompt, which guidance moves away from.
+            sampling: sampler, steps and guidance; None means the model's own.
+            shift: α of the time grid; None means that of the training for this size.
+            height: height of the picture in pixels, a multiple of unit × codec factor; None means the image's, or
+                without an image the training's.
+            width: the same for the width.
+            image: the image to start from, pixels in [0, 1], (B or 1, C, height, width); None starts from noise.
+            strength: share of the steps that change the image (SDEdit, Meng et al. 2022). At 1 nothing of the image
+                remains but what the mask keeps.
+            mask: 1 where the image is drawn anew and 0 where it is kept, (B or 1, 1, height, width). A latent pixel
+                with any 1 in it is drawn anew. None draws everything anew.
+            picture: the input of a network with picture_channels, such as a small picture to enlarge: pixels in
                 [0, 1], (B or 1, C, h, w).
-            level: how much noise that picture is given, 0 to 1, for a network with level_embeds.
-            callback: called with (steps done, z, x̂0), first with (0, z, z) and then after each step.
+            level: how much noise is added to that picture, 0 to 1, for a network with level_embeds.
+            callback: called with (steps done, z, x̂0): first with (0, z, z), then after each step.
 
         Returns:
             Pixels in [0, 1], (B, C, height, width), on the CPU.
 
         Raises:
-            ValueError: for a size or number of steps that cannot be, a sampler that does not fit the process, and
-                numbers that overflow.
+            ValueError: an impossible size or number of steps, a sampler that does not fit the objective, or an
+                overflow.
         """
         sampling = sampling or self.sampling
         if image is not None:
             height, width = height or image.shape[-2], width or image.shape[-1]
         elif mask is not None:
-            raise ValueError("a mask needs an image")
+            raise ValueError("a mask needs an image: give one, or leave the mask out")
         latent, walk, times = self.plan(sampling, shift, height, width, 1.0 if image is None else strength)
         draw = random_normals(seeds, (self.network.in_channels, *latent), self.device)
         noise = draw()
-        told = self._told(len(prompts), latent, picture, level, draw)
-        estimate = self.denoiser(prompts, negative, sampling, times, height, width, told)
+        extra = self._picture_condition(len(prompts), latent, picture, level, draw)
+        estimate = self.denoiser(prompts, negative, sampling, times, height, width, extra)
         a, b = self.objective.path(times[0])
         if image is None:
             x0 = torch.zeros_like(noise)
@@ -185,7 +185,7 @@ class Pipeline:
         if callback:
             callback(0, z, z)
         z = walk(denoise, z, draw, callback)
-        if not z.isfinite().all():  # would be a black picture
+        if not z.isfinite().all():  # it would give a black picture
             dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
             raise ValueError(f"the network overflowed in {dtype}: take bfloat16 or float32, or less guidance")
         return self.codec.decode(z / self.scale_at(times[-1])).cpu()
@@ -194,23 +194,23 @@ class Pipeline:
     def integrate(
         self, z: Tensor, prompts: Sequence[str], sampling: Sampling | None = None, backward: bool = False
     ) -> Tensor:
-        """Where the model's path leads from z, in latents and in the training's size: pure noise to a picture, or back.
+        """Solves the model's ODE from z, in latents of the training's size: from noise to a picture, or back.
 
         Args:
-            z: noise at the first time of the sampling, or latents of pictures, (B, C, h, w).
+            z: unit noise, or latents of pictures, (B, C, h, w).
             prompts: B texts.
-            sampling: a sampler without noise of its own; none takes the model's.
-            backward: from pictures to noise, by euler, heun, midpoint or reference.
+            sampling: a deterministic sampler; None means the model's.
+            backward: solve from pictures to noise, by euler, heun, midpoint or reference.
 
         Returns:
-            (B, C, h, w) on the network's device.
+            The end of the trajectory, (B, C, h, w), on the network's device.
 
         Raises:
-            ValueError: the sampling does not fit, or not in this direction.
+            ValueError: the sampler draws noise, or does not fit the model or the direction.
         """
         sampling = sampling or self.sampling
         walk, times = sampling.walk(self.objective, self.shift(), backward=backward)
-        if sampling.noisy:
+        if sampling.stochastic:
             raise ValueError(f"sampler {sampling.sampler} draws noise on the way: take euler, heun or dpmpp_2m")
         self.plan(sampling)
         denoise = self.denoiser(prompts, "", sampling, times)
@@ -218,14 +218,14 @@ class Pipeline:
         return walk(denoise, first * z.to(self.device), lambda: z, None) / last
 
     def scale_at(self, t: Tensor) -> Tensor:
-        """z at t over what is told of it: pictures at t = 0, unit noise elsewhere, where data have unit variance."""
+        """The standard deviation of z at t, for data of unit variance; at t = 0 the factor of the picture in z."""
         a, b = self.objective.path(t)
         return a if t == 0 else (a**2 + b**2).sqrt()
 
-    def _told(
+    def _picture_condition(
         self, count: int, latent: tuple[int, int], picture: Tensor | None, level: float, draw: Noise
     ) -> dict[str, Tensor]:
-        """The parts of the condition that come from a picture. ValueError where network and picture do not fit."""
+        """The fields `picture` and `level` of the condition. ValueError if network and picture do not fit."""
         network = self.network
         if (picture is not None) != bool(network.picture_channels):
             raise ValueError("this network works from a picture: give one" if picture is None else
@@ -237,8 +237,8 @@ class Pipeline:
         if picture.shape[1] != self.codec.pixel_channels or len(picture) not in (1, count):
             wanted = f"(1 or {count}, {self.codec.pixel_channels}, …)"
             raise ValueError(f"the picture must be {wanted}, got {tuple(picture.shape)}")
-        told = {"picture": self.shown(picture.expand(count, -1, -1, -1), latent, level, draw)}
-        return told | ({"level": torch.full((count,), level, device=self.device)} if network.level_embeds else {})
+        fields = {"picture": self.picture_latents(picture.expand(count, -1, -1, -1), latent, level, draw)}
+        return fields | ({"level": torch.full((count,), level, device=self.device)} if network.level_embeds else {})
 
     def denoiser(
         self,
@@ -248,23 +248,23 @@ class Pipeline:
         times: Tensor,
         height: int | None = None,
         width: int | None = None,
-        told: Mapping[str, Tensor] | None = None,
+        extra: Mapping[str, Tensor] | None = None,
     ) -> Denoiser:
-        """The network's estimate for these prompts, guided as `sampling` says.
+        """The denoiser for these prompts, with the guidance of `sampling`.
 
         Args:
             prompts: B texts.
-            negative: what guidance moves away from.
+            negative: the negative prompt, which guidance moves away from.
             sampling: the guidance.
-            times: of the walk.
-            height: of the pictures in pixels; none takes the training's.
-            width: likewise.
-            told: further parts of the condition, by name.
+            times: the times of the sampler.
+            height: height of the pictures in pixels; None means the training's.
+            width: the same for the width.
+            extra: further fields of the condition, by name.
         """
-        condition = self.condition(prompts, height, width)._replace(**(told or {}))
+        condition = self.condition(prompts, height, width)._replace(**(extra or {}))
         if self.network.guidance_embeds:
             if negative:
-                raise ValueError("a network that has learned its guidance cannot be told what to move away from")
+                raise ValueError("this network has learned its guidance and takes no negative prompt: leave it out")
             scales = torch.full((len(prompts),), float(sampling.guidance), device=self.device)
             condition = condition._replace(guidance=scales)
         model = self._guided(sampling, lambda: condition.null(self.condition([negative], height, width)), times)
@@ -275,11 +275,11 @@ class Pipeline:
         return estimate
 
     def _guided(self, sampling: Sampling, negative: Callable[[], Condition], times: Tensor) -> Model:
-        """The network, guided as `sampling` says."""
+        """The network with the guidance of `sampling`."""
         if sampling.guidance == 1 or self.network.guidance_embeds:
             return self.network
         weak = None
-        if interval := sampling.skipping(times):
+        if interval := sampling.skip_times(times):
             weak = Weak(partial(self.network, skip_layers=sampling.skip_layers), sampling.skip_scale, interval)
         return ClassifierFree(
             self.network,
@@ -292,7 +292,7 @@ class Pipeline:
         )
 
     def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
-        """The image's latents, one for each noise (B, C, h, w)."""
+        """The latents of the image, expanded to the shape of the noise (B, C, h, w)."""
         wanted = (self.codec.pixel_channels, *(side * self.codec.factor for side in noise.shape[-2:]))
         if image.shape[1:] != wanted or len(image) not in (1, len(noise)):
             raise ValueError(f"the image must be (1 or {len(noise)}, {', '.join(map(str, wanted))}), "
@@ -307,23 +307,22 @@ class Pipeline:
         width: int | None = None,
         strength: float = 1.0,
     ) -> tuple[tuple[int, int], Walk, Tensor]:
-        """The latent's size, the sampler and its times: what can be known to fail before anything is drawn.
+        """The size of the latents, the sampler and its times. All checks that need no drawing are made here.
 
         Raises:
-            ValueError: in one line, if there is no such size, or the sampling does not fit process or network.
+            ValueError: in one line, if the size is impossible, or the sampling does not fit objective or network.
         """
         latent = self.latent_size(height, width)
         if not set(sampling.skip_layers) <= set(range(self.network.skippable)):
-            raise ValueError(f"skip_layers must be blocks of an MMDiT, got {sampling.skip_layers}")
+            raise ValueError(f"skip_layers must be blocks of an MMDiT, of which this network has "
+                             f"{self.network.skippable}, got {sampling.skip_layers}")  # fmt: skip
         if sampling.method == "meanflow" and not self.network.two_times:
-            raise ValueError("sampler meanflow needs a network of two times, and this one has one: use euler")
+            raise ValueError("sampler meanflow needs a network of two times, and this one has only one: use euler")
         if self.network.guidance_embeds and (sampling.rescale or sampling.skip_layers or sampling.interval != (0, 1)):
-            raise ValueError(
-                "this network has learned its guidance: rescale, interval and skip_layers cannot change it"
-            )
+            raise ValueError("this network has learned its guidance: leave out rescale, interval and skip_layers")
         shift = self.shift(height, width) if shift is None else shift
         walk, times = sampling.walk(self.objective, shift, strength)
-        if sampling.skip_layers and not sampling.skipping(times):
+        if sampling.skip_layers and not sampling.skip_times(times):
             raise ValueError(
                 f"skip-layer guidance works in the shares {sampling.skip_interval} of the steps, where none of "
                 f"{len(times) - 1} lies: take more steps or another skip_interval"
@@ -331,17 +330,17 @@ class Pipeline:
         return latent, walk, times
 
     def shift(self, height: int | None = None, width: int | None = None) -> float:
-        """α of the time grid for a picture's size, that of the training."""
+        """α of the time grid for a picture of this size, as in training."""
         h, w = self.latent_size(height, width)
         return self.objective.alpha(h * w)
 
     def batch_size(self, height: int | None = None, width: int | None = None) -> int:
-        """How many pictures of a size to draw at a time: as many as make 4,096 tokens, which is one of 1024² pixels."""
+        """The default batch size for pictures of this size: 4,096 tokens, which is one picture of 1024² pixels."""
         h, w = self.latent_size(height, width)
         return max(1, TOKENS * self.network.unit**2 // (h * w))
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """The latent's size for a picture's; ValueError if there is none."""
+        """Height and width of the latents for a size in pixels. ValueError if the model cannot draw this size."""
         unit, largest = self.network.unit * self.codec.factor, self.network.largest
         sizes = [self.network.sample_size * self.codec.factor if s is None else s for s in (height, width)]
         for name, size in zip(("height", "width"), sizes, strict=True):
@@ -354,7 +353,7 @@ class Pipeline:
 
     @property
     def parts(self) -> Parts:
-        """What it is made of."""
+        """The five parts of the pipeline."""
         return Parts(self.network, self.objective, self.codec, self.text, self.sampling)
 
     def save(self, folder: Path) -> None:
@@ -362,6 +361,6 @@ class Pipeline:
         disk.write(self.parts, folder)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], how: Reading | None = None) -> Self:
-        """Reads a model folder, a run's folder, a single file or a LoRA's folder (`pipeline.folder.read`)."""
-        return cls(*disk.read(find_model(Path(path)), how))
+    def load(cls, path: str | os.PathLike[str], options: LoadOptions | None = None) -> Self:
+        """Loads a model folder, a run's folder, a single file or a LoRA's folder (`pipeline.folder.read`)."""
+        return cls(*disk.read(find_model(Path(path)), options))

@@ -14,13 +14,13 @@ def parser() -> Parser:
     export.add_argument("model", type=Path, help="a run's folder, a model folder or a single file")
     export.add_argument("--format", choices=["diffusers", "single-file"], default="diffusers")
     export.add_argument("--out", type=Path, help="a new folder; default: export/FORMAT in a run's folder")
-    export.add_argument("--dtype", choices=DTYPES, help="of network and VAE; default: as stored")
+    export.add_argument("--dtype", choices=DTYPES, help="type of network and VAE; default: as stored")
     export.add_argument("--lora", type=Path, help="a LoRA to merge into the network")
-    export.add_argument("--parts", type=Path, help="a model folder with what a single file lacks")
+    export.add_argument("--parts", type=Path, help="model folder with the tokenizers and encoders a single file lacks")
     export.add_argument(
         "--push-to-hub",
         metavar="NAME",
-        help="then upload it to this Hugging Face repository; what was exported before is not made anew",
+        help="also upload it to this Hugging Face repository; an export that exists is uploaded as it is",
     )
     return p
 
@@ -32,15 +32,15 @@ def main(argv: list[str] | None = None) -> None:
         path = find_model(args.model)
         run = args.model if args.model.is_dir() else args.model.parent
         if args.out is None and not (run / "config.yaml").is_file():
-            raise ValueError(f"{args.model} is no run's folder: give --out, a new folder to write")
+            raise ValueError(f"{args.model} is no run's folder: give --out, the new folder to write")
         out = args.out or run / "export" / args.format
         if out.exists() and not args.push_to_hub:
             raise ValueError(f"{out} exists already: give another --out")
-        from pipeline import Pipeline, Reading  # slow
+        from pipeline import LoadOptions, Pipeline  # slow
         from pipeline.export import as_file, as_folder, upload
 
         if not out.exists():
-            pipe = Pipeline.load(path, Reading(dtype=args.dtype or "stored", lora=args.lora, parts=args.parts))
+            pipe = Pipeline.load(path, LoadOptions(dtype=args.dtype or "stored", lora=args.lora, parts=args.parts))
             write = as_folder if args.format == "diffusers" else as_file
             print(f"{out}: {write(pipe, out, run, (args.out or run).resolve().name)}")
         if args.push_to_hub:

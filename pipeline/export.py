@@ -1,4 +1,4 @@
-"""A model for others: a diffusers folder or a released model's single file, with a card that says what it is."""
+"""Exports a model for other tools: a diffusers folder, or a single file like the released ones, with a model card."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from diffusers import SD3Transformer2DModel
 network = SD3Transformer2DModel.from_pretrained("{place}", subfolder="transformer")
 ```"""
 FILE = """The tensors of `{place}.safetensors` have the names of the released single files. It holds no tokenizers:
-`--parts` names a folder of diffusers that has what it lacks.
+give `--parts` a diffusers folder that holds them.
 
 ```sh
 python sample.py --model {place}/{place}.safetensors --parts FOLDER --prompt "{prompt}"
@@ -37,13 +37,13 @@ python sample.py --model {place} --prompt "{prompt}"
 
 
 def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
-    """Writes a folder in diffusers' layout with its card. Returns a line that says what opens it.
+    """Writes a folder in diffusers' layout with its model card. Returns a line that says which program opens it.
 
     Raises:
-        OSError: if it cannot be written; nothing is then left.
+        OSError: the folder cannot be written; no part of it is left behind.
     """
     whole = opens_in_diffusers(pipe.parts)
-    library, kind = format_of(pipe.network).listed(pipe.network)
+    library, kind = format_of(pipe.network).index_entry(pipe.network)
     transformer = TRANSFORMER if kind == checkpoint.THEIRS else ""
     usage = "\n\n".join(filter(None, (FOLDER, DIFFUSERS if whole else transformer)))
     write(pipe.parts, out, {"README.md": card(pipe, run, name, usage)})
@@ -52,15 +52,15 @@ def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
     if library != "diffusers":
         return f"is for sample.py: diffusers has no {kind} of this kind"
     what = f"the {'transformer' if transformer else 'network'} opens in diffusers' {kind}"
-    return f"{what}; the whole is for sample.py, since codec, text or process are not Stable Diffusion 3's"
+    return f"{what}; the whole is for sample.py, since codec, text or process are not those of Stable Diffusion 3"
 
 
 def as_file(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
-    """Writes a folder with a single file and its card. Returns a line that says what the file holds.
+    """Writes a folder with a single file and its model card. Returns a line that says what the file holds.
 
     Raises:
-        ValueError: if the format could not tell what the network or the VAE is.
-        OSError: if it cannot be written; nothing is then left.
+        ValueError: the single-file format cannot describe the network or the VAE.
+        OSError: the folder cannot be written; no part of it is left behind.
     """
     tensors = single_file(pipe.parts)
     readme = card(pipe, run, name, FILE)
@@ -76,14 +76,14 @@ def as_file(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
 
 
 def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
-    """The model card, Markdown: what it is, how to use it, its data, how it was trained and what was measured.
+    """The model card in Markdown: what the model is, how to use it, its data, its training and its measured quality.
 
     Args:
         pipe: the model.
-        run: the folder of its training, of which `config.yaml`, `log.jsonl` and `evaluation/results.json` are told if
-            they are there.
-        name: what the model is called.
-        usage: how to use it, with {place}, {prompt}, {steps} and {guidance} to be filled in.
+        run: the folder of its training; the card reports `config.yaml`, `log.jsonl` and `evaluation/results.json` if
+            they exist.
+        name: the name of the model.
+        usage: how to use it, with the fields {place}, {prompt}, {steps} and {guidance}.
     """
     network, s = pipe.network, pipe.sampling
     count = sum(p.numel() for p in network.parameters())
@@ -105,7 +105,7 @@ def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
         f"A text-to-image model: {kind}, {count:,} parameters, for pictures of {side}×{side} pixels.",
         f"It learned {type(pipe.objective.target).__name__} on the path {type(pipe.objective.path).__name__}, with a "
         f"resolution shift of {pipe.shift():g} at this size, and is sampled by {s.sampler} in {s.steps} steps "
-        f"({s.spacing} spacing, guidance {s.guidance:g}) unless told otherwise.",
+        f"({s.spacing} spacing, guidance {s.guidance:g}) by default.",
         "",
         "## Use",
         "",
@@ -128,7 +128,7 @@ def _data(config: dict[str, Any]) -> list[str]:
     if "data" not in config:
         return []
     arguments = config["data"]["init_args"]
-    told = ", ".join(f"{key} {value}" for key, value in arguments.items() if value not in (None, [], False))
+    settings = ", ".join(f"{key} {value}" for key, value in arguments.items() if value not in (None, [], False))
     if config["data"]["class_path"].endswith("Digits"):
         source = (
             "The handwritten digits of the UCI Machine Learning Repository (E. Alpaydin and C. Kaynak), as shipped "
@@ -139,7 +139,7 @@ def _data(config: dict[str, Any]) -> list[str]:
         described = read_json(store)["source"] if store.is_file() else {}
         names = ", ".join(str(described[key]) for key in ("kind", "path", "count") if key in described)
         source = f"Pictures and captions ({names})" if names else "Pictures and captions"
-    return ["## Data", "", f"{source}; {told}.", ""]
+    return ["## Data", "", f"{source}; {settings}.", ""]
 
 
 def _results(run: Path) -> list[str]:
@@ -182,7 +182,7 @@ def _training(config: dict[str, Any]) -> list[str]:
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Uploads a folder to the Hugging Face hub, into a private repository if it is a new one; returns its address.
+    """Uploads a folder to the Hugging Face hub and returns its address. A new repository is private.
 
     Raises:
         OSError: in one line, if the hub cannot be reached or refuses.
@@ -193,7 +193,7 @@ def upload(folder: Path, repository: str) -> str:
         api = HfApi()
         api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:  # its own errors and those of its network client have no base in common
-        told = str(error).strip().partition("\n")[0]
-        raise OSError(f"could not upload to {repository}: {told}; the export is in {folder}") from None
+    except Exception as error:  # the hub's errors and those of its HTTP client have no common base class
+        cause = str(error).strip().partition("\n")[0]
+        raise OSError(f"could not upload to {repository}: {cause}; the export is in {folder}") from None
     return f"https://huggingface.co/{repository}"

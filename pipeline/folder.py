@@ -30,19 +30,19 @@ from pipeline.sampling import Sampling
 from storage.weights import DType, open_file, read_json, write_json
 
 INDEX = "model_index.json"
-SIZED = "size_conditioning"  # in the index, if the network's pooled vector also tells sizes
+SIZED = "size_conditioning"  # in the index, if the network's pooled vector also holds sizes
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
-OURS = {"shift", "path", "target", "variance", "sampling"}  # of the scheduler's config, if this project wrote it
+OURS = {"shift", "path", "target", "variance", "sampling"}  # keys of a scheduler config that this project wrote
 OTHER_GRIDS = (
     "use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
     "stochastic_sampling", "shift_terminal",
 )  # fmt: skip
 FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
-RELEASED_SHIFT = 3.0  # of all released models; a single file does not tell it
+RELEASED_SHIFT = 3.0  # shift of all released models; a single file does not hold it
 
 
 class Parts(NamedTuple):
-    """What a pipeline is made of."""
+    """The parts of a pipeline."""
 
     network: Network
     objective: Objective
@@ -52,24 +52,24 @@ class Parts(NamedTuple):
 
     @property
     def sized(self) -> bool:
-        """Whether the network is told of sizes and crops, as its longer pooled vector says (`data.sizes`)."""
+        """Whether the pooled vector of the network also holds sizes and crops (`data.sizes`)."""
         return self.network.pooled_dim == self.text.pooled_dim + SIZE_FEATURES
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a model is read.
+class LoadOptions:
+    """How a model is loaded.
 
     Args:
-        device: of network and codec.
-        dtype: of network and VAE; "stored" is each as stored, none is float32 on a CPU and elsewhere as the network
-            is stored.
+        device: device of network and codec.
+        dtype: type of network and VAE; "stored" keeps each as it is stored. None means float32 on a CPU, and elsewhere
+            the stored type of the network.
         parts: a model folder with what a single file lacks: the tokenizers, perhaps text encoders and VAE.
-        lora: a LoRA in diffusers' layout, a file or a folder, to be merged into the network.
-        text_device: where the text encoders compute; none is `device`.
-        text_dtype: of Stable Diffusion 3's text encoders; none is `dtype`.
+        lora: a LoRA in diffusers' layout, a file or a folder, which is merged into the network.
+        text_device: device of the text encoders; None means `device`.
+        text_dtype: type of Stable Diffusion 3's text encoders; None means `dtype`.
         max_sequence_length: tokens that T5 reads, at most 512.
-        text_cache: a folder where encoded prompts are kept.
+        text_cache: a folder that keeps encoded prompts.
     """
 
     device: str = "cpu"
@@ -82,7 +82,7 @@ class Reading:
     text_cache: Path | None = None
 
     def dtype_of(self, stored: torch.dtype) -> DType:
-        """The type in memory of weights that are stored in another."""
+        """The type in memory of weights, from the type in which they are stored."""
         if self.dtype and self.dtype != "stored":
             return self.dtype
         if stored == torch.float32 or (self.device == "cpu" and self.dtype != "stored"):
@@ -90,123 +90,123 @@ class Reading:
         return "float16" if stored == torch.float16 else "bfloat16"
 
 
-def read(path: Path, how: Reading | None = None) -> Parts:
-    """Reads a model: a model folder, a single file, or a folder with a LoRA that names the model it belongs to.
+def read(path: Path, options: LoadOptions | None = None) -> Parts:
+    """Loads a model: a model folder, a single file, or a folder with a LoRA that names its base model.
 
     Raises:
-        ValueError, FileNotFoundError: in one line, if anything is missing, truncated or of another kind.
+        ValueError, FileNotFoundError: in one line, if a file is missing, truncated or of another kind.
     """
-    how = how or Reading()
+    options = options or LoadOptions()
     if path.is_file():
-        parts = _read_file(path, how)
+        parts = _read_file(path, options)
     elif (path / INDEX).is_file():
-        parts = _read_folder(path, how)
+        parts = _read_folder(path, options)
     elif (path / lora.FILE).is_file():
         base = read_json(path / lora.CONFIG).get("base_model_name_or_path")
         if not isinstance(base, str):
-            raise ValueError(
-                f"{path / lora.CONFIG} does not tell base_model_name_or_path: give --model BASE --lora {path}"
-            )
+            raise ValueError(f"{path / lora.CONFIG} lacks base_model_name_or_path: give --model BASE --lora {path}")
         if (Path(base) / lora.FILE).is_file():
-            raise ValueError(f"{path / lora.CONFIG} names {base}, which is a LoRA and no model")
-        if how.lora:
+            raise ValueError(f"{path / lora.CONFIG} names {base}, which is a LoRA and no model: name a whole model")
+        if options.lora:
             raise ValueError(f"{path} is a LoRA itself: give its base as --model, and one of the two as --lora")
-        return read(Path(base), replace(how, lora=path))
+        return read(Path(base), replace(options, lora=path))
     else:
         raise FileNotFoundError(f"{path} is no model folder: it has no {INDEX}")
-    if how.lora:
+    if options.lora:
         if not isinstance(parts.network, MMDiT):
-            raise ValueError(f"{path} is a {type(parts.network).__name__}, and only an MMDiT takes a LoRA")
-        lora.merge(parts.network, how.lora)
+            raise ValueError(
+                f"{path} is a {type(parts.network).__name__}, and only an MMDiT takes a LoRA: leave it out"
+            )
+        lora.merge(parts.network, options.lora)
     return parts
 
 
-def _read_folder(folder: Path, how: Reading) -> Parts:
+def _read_folder(folder: Path, options: LoadOptions) -> Parts:
     index = read_json(folder / INDEX)
     kind = index.get("_class_name")
     if kind != "Pipeline" and not str(kind).startswith("StableDiffusion3"):
         raise ValueError(f"{folder} is a {kind}; this project reads StableDiffusion3Pipeline and its own models")
-    if how.parts:
-        raise ValueError(f"--parts is for single files, and {folder} is a model folder")
+    if options.parts:
+        raise ValueError(f"--parts is for single files, and {folder} is a model folder: leave it out")
     objective, sampling = read_process(folder / SCHEDULER)
-    network, dtype = networks.load(folder, how.device, how.dtype_of)
-    codec = load_codec(folder / "vae", None if how.dtype == "stored" else dtype).to(how.device)
+    network, dtype = networks.load(folder, options.device, options.dtype_of)
+    codec = load_codec(folder / "vae", None if options.dtype == "stored" else dtype).to(options.device)
     text: TextEncoder
-    if "text_encoder_3" in index:  # with null where it is absent; two CLIPs alone are another model's
+    if "text_encoder_3" in index:  # null if T5 is absent; a model with two CLIPs and no such key is no SD3
         pooled_dim = network.pooled_dim - (SIZE_FEATURES if index.get(SIZED) else 0)
-        text = _triple(folder, network.text_dim, pooled_dim, how, dtype)
+        text = _triple(folder, network.text_dim, pooled_dim, options, dtype)
     else:
-        if how.text_dtype or how.text_cache or how.max_sequence_length != Reading.max_sequence_length:
+        if options.text_dtype or options.text_cache or options.max_sequence_length != LoadOptions.max_sequence_length:
             raise ValueError(
-                f"text dtype, cache and length are for Stable Diffusion 3's encoders, not that of {folder}"
+                f"{folder} has no encoders of Stable Diffusion 3: leave out text dtype, cache and sequence length"
             )
-        text = CLIPText(folder).to(how.text_device or how.device)
+        text = CLIPText(folder).to(options.text_device or options.device)
     return Parts(network, objective, codec, text, sampling)
 
 
-def read_network(folder: Path, how: Reading) -> tuple[Network, Objective, Codec]:
-    """A model folder without its text encoders: for one that works with those of another. Errors as `read`'s."""
+def read_network(folder: Path, options: LoadOptions) -> tuple[Network, Objective, Codec]:
+    """Loads network, objective and codec of a model folder, without its text encoders. Errors are those of `read`."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is no model folder: it has no {INDEX}")
     objective, _ = read_process(folder / SCHEDULER)
-    return networks.load(folder, how.device, how.dtype_of)[0], objective, load_codec(folder / "vae")
+    return networks.load(folder, options.device, options.dtype_of)[0], objective, load_codec(folder / "vae")
 
 
-def _read_file(file: Path, how: Reading) -> Parts:
+def _read_file(file: Path, options: LoadOptions) -> Parts:
     weights = open_file(file)
     own = weights.under(checkpoint.PREFIX) or weights
-    checkpoint.infer(own)  # a foreign file is told first
-    if how.parts is None:
+    checkpoint.infer(own)  # a foreign file is the first error to report
+    if options.parts is None:
         raise ValueError(
             f"{file} is a single file, which holds no tokenizers: give --parts FOLDER with tokenizer/, tokenizer_2/ "
             "and tokenizer_3/, such as a Stable Diffusion 3 folder of diffusers"
         )
-    dtype = how.dtype_of(own.dtype)
-    network = checkpoint.load(file, dtype, how.device)
+    dtype = options.dtype_of(own.dtype)
+    network = checkpoint.load(file, dtype, options.device)
     with_vae = bool(weights.under(VAE_PREFIX))
-    codec_dtype = None if how.dtype == "stored" else dtype
-    codec = VAE(file, codec_dtype) if with_vae else load_codec(how.parts / "vae", codec_dtype)
-    text = _triple(how.parts, network.text_dim, network.pooled_dim, how, dtype, file)
-    if (how.parts / SCHEDULER).is_file():
-        objective, sampling = read_process(how.parts / SCHEDULER)
+    codec_dtype = None if options.dtype == "stored" else dtype
+    codec = VAE(file, codec_dtype) if with_vae else load_codec(options.parts / "vae", codec_dtype)
+    text = _triple(options.parts, network.text_dim, network.pooled_dim, options, dtype, file)
+    if (options.parts / SCHEDULER).is_file():
+        objective, sampling = read_process(options.parts / SCHEDULER)
     else:
         objective, sampling = Objective(shift=RELEASED_SHIFT), Sampling(spacing="flow_match")
-    return Parts(network, objective, codec.to(how.device), text, sampling)
+    return Parts(network, objective, codec.to(options.device), text, sampling)
 
 
 def _triple(
-    folder: Path, tokens_dim: int, pooled_dim: int, how: Reading, dtype: DType, file: Path | None = None
+    folder: Path, tokens_dim: int, pooled_dim: int, options: LoadOptions, dtype: DType, file: Path | None = None
 ) -> SD3Text:
     return SD3Text(
-        folder, tokens_dim, pooled_dim, how.max_sequence_length, how.text_dtype or dtype,
-        how.text_device or how.device, file, how.text_cache,
+        folder, tokens_dim, pooled_dim, options.max_sequence_length, options.text_dtype or dtype,
+        options.text_device or options.device, file, options.text_cache,
     )  # fmt: skip
 
 
 def read_process(file: Path) -> tuple[Objective, Sampling]:
-    """What a scheduler's config says of process and sampling: this project's own, or a released model's.
+    """Reads objective and sampling from a scheduler's config, of this project or of a released model.
 
     Raises:
-        ValueError, FileNotFoundError: in one line, if it says what cannot be done here.
+        ValueError, FileNotFoundError: in one line, if the config is missing, damaged or not supported.
     """
     config = read_json(file)
     if config.get("_class_name") == FLOW_MATCH and "path" not in config:
-        beyond = [key for key in OTHER_GRIDS if config.get(key)]
+        unsupported = [key for key in OTHER_GRIDS if config.get(key)]
         if config.get("num_train_timesteps", 1000) != 1000:
-            beyond.append("num_train_timesteps other than 1000")
-        if beyond:
-            raise ValueError(f"{file} asks for what no Stable Diffusion 3 does: {', '.join(beyond)}")
+            unsupported.append("num_train_timesteps other than 1000")
+        if unsupported:
+            raise ValueError(f"{file} sets {', '.join(unsupported)}, which no Stable Diffusion 3 uses: remove it")
         config |= {"path": {"class": "RectifiedFlow"}, "target": {"class": "Velocity"}, "variance": None}
         config |= {"shift": config.get("shift", 1.0), "sampling": {"spacing": "flow_match"}}
     if missing := sorted(OURS - config.keys()):
-        raise ValueError(f"{file} lacks {', '.join(missing)}: another program or version wrote it")
+        raise ValueError(f"{file} lacks {', '.join(missing)}: another program or version wrote it; export it anew")
     try:
         path, target = restore(paths.Path, config["path"]), restore(Target, config["target"])
         shifts = {"shift": config["shift"], "shift_area": config.get("shift_area")}
         objective = Objective(path, target, **shifts)
         if variance := config["variance"]:
             if variance.get("class") != LearnedVariance.__name__:
-                raise ValueError(f"there is no learned variance {variance}")
+                raise ValueError(f"there is no learned variance {variance}: only {LearnedVariance.__name__} is known")
             objective = LearnedVariance(path, target, vlb_weight=variance["weight"], **shifts)
         return objective, Sampling(**config["sampling"])
     except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -216,12 +216,12 @@ def read_process(file: Path) -> tuple[Objective, Sampling]:
 def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> None:
     """Writes the model folder, safetensors and JSON only, in diffusers' SD3 layout.
 
-    The folder is written beside its place and then renamed, so that a full disk leaves the old one as it was.
+    The folder is written under another name and then renamed, so that a full disk leaves the old one as it was.
 
     Args:
-        parts: what to write.
-        folder: where to.
-        more: text files to lay beside it, name → content.
+        parts: the model.
+        folder: the folder to write.
+        more: further text files in the folder, name → content.
     """
 
     def fill(new: Path) -> None:
@@ -233,7 +233,7 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
         write_json(scheduler, new / SCHEDULER)
         ours = scheduler["_class_name"] == "Objective"
         index: dict[str, Any] = {
-            form.subfolder: form.listed(parts.network),
+            form.subfolder: form.index_entry(parts.network),
             "scheduler": ["flow.objective" if ours else "diffusers", scheduler["_class_name"]],
             "vae": parts.codec.index(),
             **parts.text.index(),
@@ -242,7 +242,7 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
             index[SIZED] = True
         whole = opens_in_diffusers(parts)
         if whole:
-            index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}  # diffusers asks for them
+            index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}  # diffusers requires them
         write_json({"_class_name": "StableDiffusion3Pipeline" if whole else "Pipeline", **index}, new / INDEX)
         for name, content in (more or {}).items():
             (new / name).write_text(content, encoding="utf-8")
@@ -251,11 +251,11 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
 
 
 def opens_in_diffusers(parts: Parts) -> bool:
-    """Whether diffusers' StableDiffusion3Pipeline has all parts of the model."""
+    """Whether diffusers' StableDiffusion3Pipeline can load all parts of the model."""
     process = describe_process(parts.objective, parts.sampling)["_class_name"]
     return (
         process == FLOW_MATCH
-        and format_of(parts.network).listed(parts.network) == ["diffusers", checkpoint.THEIRS]
+        and format_of(parts.network).index_entry(parts.network) == ["diffusers", checkpoint.THEIRS]
         and parts.codec.index()[0] == "diffusers"
         and "text_encoder_3" in parts.text.index()
         and not parts.sized
@@ -263,7 +263,7 @@ def opens_in_diffusers(parts: Parts) -> bool:
 
 
 def describe_process(objective: Objective, sampling: Sampling) -> dict[str, Any]:
-    """The scheduler's config, which diffusers reads, too, if the process is rectified flow."""
+    """The scheduler's config. Diffusers can read it if the process is rectified flow."""
     described = objective.described()
     theirs = (described["path"], described["target"]) == ({"class": "RectifiedFlow"}, {"class": "Velocity"})
     return {
@@ -275,10 +275,10 @@ def describe_process(objective: Objective, sampling: Sampling) -> dict[str, Any]
 
 
 def single_file(parts: Parts) -> dict[str, Tensor]:
-    """The model's tensors as released single files name them: of the network, and of VAE and text if they are SD3's.
+    """The model's tensors, named as in the released single files: the network, and VAE and text encoders of SD3.
 
     Raises:
-        ValueError: if the format could not tell what the network or the VAE is.
+        ValueError: the single-file format cannot describe the network or the VAE.
     """
     network = parts.network
     if not isinstance(network, MMDiT):
@@ -287,7 +287,7 @@ def single_file(parts: Parts) -> dict[str, Tensor]:
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a new folder and puts it in the place of an old one. OSError if it cannot; the old one is then unharmed."""
+    """Fills a new folder, then replaces an old one by it. OSError on failure; the old folder is then unchanged."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     try:

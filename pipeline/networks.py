@@ -1,4 +1,4 @@
-"""Which networks a model folder can hold, and how each is read and written."""
+"""The networks that a model folder can hold, and how each is loaded and saved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +13,17 @@ from storage.weights import DType, dtype_of, open_folder, read_json
 
 
 class Format(NamedTuple):
-    """How a kind of network is kept.
+    """How a kind of network is stored.
 
     Args:
-        subfolder: of the model folder.
+        subfolder: its folder in the model folder.
         save: writes config and weights there; OSError on failure.
-        listed: library and class, for `model_index.json`.
+        index_entry: returns library and class of a network, for `model_index.json`.
     """
 
     subfolder: str
     save: Callable[[Any, Path], None]
-    listed: Callable[[Any], list[str]]
+    index_entry: Callable[[Any], list[str]]
 
 
 def _mmdit(network: Any) -> list[str]:
@@ -46,26 +46,26 @@ FORMATS = {  # by the network's class
 
 
 def format_of(network: Network) -> Format:
-    """How this network is kept."""
+    """How this network is stored."""
     return FORMATS[type(network).__name__]
 
 
 def load(folder: Path, device: str, dtype: Callable[[torch.dtype], DType]) -> tuple[Network, DType]:
-    """The network of a model folder and the type of its weights.
+    """Loads the network of a model folder. Returns it and the type of its weights in memory.
 
     Args:
         folder: the model folder.
-        device: where the network goes.
-        dtype: the type in memory of weights that are stored in another.
+        device: the device of the network.
+        dtype: stored type of the weights → type in memory.
 
     Raises:
-        ValueError, FileNotFoundError: in one line, if anything is missing, damaged or of another kind.
+        ValueError, FileNotFoundError: in one line, if a file is missing, damaged or of another kind.
     """
     if (folder / "unet").is_dir():
         from baselines.unet import UNet  # diffusers is slow to import
 
         if dtype(torch.float32) != "float32":
-            raise ValueError(f"{folder} holds a UNet, which is read in float32 only")
+            raise ValueError(f"{folder} holds a UNet, which can only be loaded in float32: give --dtype float32")
         return UNet.load(folder / "unet").to(device), "float32"
     place = folder / "transformer"
     held = dtype(open_folder(place, checkpoint.STEM).dtype)

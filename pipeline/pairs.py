@@ -1,8 +1,8 @@
-"""Reflow's coupling: noise, and the picture that a model makes of it, as a store to train from.
+"""Reflow's coupling: pairs of noise and the picture that a model makes from it, as a store to train from.
 
 Liu et al. 2022, algorithm 1: pairs (z at t = 1, z at t = 0) of a model's own trajectories. A network that learns them
-has straighter paths; its own pairs, straighter ones still. Noise is the same number for number on every machine, and
-pairs are made in blocks, so that a store is a function of model, prompts and settings alone.
+has straighter trajectories, and a network that learns its pairs has still straighter ones. The noise is the same on
+every machine, and pairs are made in blocks, so that a store is a function of model, prompts and settings alone.
 """
 
 from collections.abc import Sequence
@@ -29,15 +29,15 @@ UNIT, SHARD = 512, 2048  # pairs
 
 
 class Captions:
-    """What the pictures are to show: a text file's lines, or the captions of a store's samples.
+    """The prompts of the pairs: the lines of a text file, or the captions of a store's samples.
 
     Args:
-        source: prompts; or a store, whose samples can then be inverted, too.
-        seed: of the order, and of the choice among a sample's captions.
-        apart: samples of the store that are left out, those that training with `data.held_out` of it leaves out.
+        source: prompts; or a store, whose samples can also be inverted.
+        seed: seed of the order, and of the choice among the captions of a sample.
+        apart: number of held-out samples, which are not used: those that training with this `data.held_out` leaves out.
 
     Raises:
-        ValueError: the store has no more samples than that.
+        ValueError: the store has no other samples.
     """
 
     def __init__(self, source: Sequence[str] | Store, seed: int = 0, apart: int = 0) -> None:
@@ -46,14 +46,14 @@ class Captions:
             if not 0 <= apart < len(source):
                 raise ValueError(f"held-out must be from 0 to below the store's {len(source)} samples, got {apart}")
             self.rows = np.concatenate(divided(source, held_out(source, apart), False))
-            self.about: dict[str, Any] = {"store": source.report["index"], "held_out": apart}
+            self.identity: dict[str, Any] = {"store": source.report["index"], "held_out": apart}
         else:
             self.rows = np.arange(len(source))
-            self.about = {"prompts": sha256("\n".join(source).encode()).hexdigest()[:16]}
+            self.identity = {"prompts": sha256("\n".join(source).encode()).hexdigest()[:16]}
         self.rows = self.rows[order(seed, len(self.rows), 0)]
 
     def row(self, number: int) -> int:
-        """The line or sample of pair `number`; they come round again."""
+        """The line or sample of pair `number`. After the last row the first one follows again."""
         return int(self.rows[number % len(self.rows)])
 
     def __getitem__(self, number: int) -> str:
@@ -63,34 +63,34 @@ class Captions:
         u = stream(self.seed, Use.CAPTION, 0, number).random()
         return self.source.captions(row)[stored.chosen(self.source.weights(row), u)]
 
-    def invertible(self, size: tuple[int, int], codec: dict[str, Any]) -> None:
-        """ValueError unless the samples are single latents of that codec, of pictures of one size (H, W)."""
+    def check_invertible(self, size: tuple[int, int], codec: dict[str, Any]) -> None:
+        """ValueError unless the samples are single latents of this codec and of pictures of this size (H, W)."""
         if not isinstance(self.source, Store) or self.source.plan["latents"] not in ("mean", "draw"):
-            raise ValueError("only samples of a store with latents mean or draw can be inverted")
+            raise ValueError("only samples of a store with latents mean or draw can be inverted: leave out --invert")
         self.source.expect(codec=codec)
         sizes = [s for i, s in enumerate(self.source.buckets) if len(self.source.members(i))]
         if sizes != [size]:
             raise ValueError(
-                f"only pictures of {size[0]}×{size[1]} can be inverted, and {self.source.source} has others"
+                f"only pictures of {size[0]}×{size[1]} can be inverted, and {self.source.source} has other sizes"
             )
 
     def latents(self, numbers: np.ndarray) -> Tensor:
-        """The samples of these pairs, (n, C, h, w) float32."""
+        """The latents of the samples of these pairs, (n, C, h, w) float32."""
         assert isinstance(self.source, Store)
         return self.source.latents(np.array([self.row(int(n)) for n in numbers])).float()
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """How many pairs, and how they are made.
+    """How many pairs are made, and how.
 
     Args:
-        num: of all pairs.
-        inverted: how many of them, the last ones, are real samples of a store with the noise that the model's path
-            leads back to (Lee et al. 2024; Kim et al. 2025, "Balanced Conic Rectified Flow").
-        seed: of the noise.
-        batch_size: pairs in a block; other blocks round differently.
-        sampling: of the model; its guidance becomes part of what is learned.
+        num: number of all pairs.
+        inverted: how many of them, the last ones, are real samples of a store with their noise, found by solving the
+            model's ODE backward (Lee et al. 2024; Kim et al. 2025, "Balanced Conic Rectified Flow").
+        seed: seed of the noise.
+        batch_size: pairs in a block; another size rounds differently.
+        sampling: how the model is sampled; the student also learns its guidance.
     """
 
     num: int
@@ -105,17 +105,17 @@ class Coupling:
 
 
 class PairMaker:
-    """Fills a store with pairs, one rank's shards of it; what is there already is not made again.
+    """Fills a store with pairs. Shards that are done are not made again.
 
     Args:
         pipe: the model.
-        fingerprint: of its weights (`weights.fingerprint`), by which a training knows its teacher's pairs.
-        captions: what is drawn.
-        how: how.
-        folder: of the store.
+        fingerprint: hash of its weights (`storage.models.fingerprint`); the training checks that its teacher has it.
+        captions: the prompts.
+        how: number of pairs, seed and sampling.
+        folder: folder of the store.
 
     Raises:
-        ValueError: the store there holds other pairs, or the sampling does not fit.
+        ValueError: the folder holds a store of other pairs, or the sampling does not fit.
     """
 
     def __init__(self, pipe: Pipeline, fingerprint: str, captions: Captions, how: Coupling, folder: Path) -> None:
@@ -123,10 +123,10 @@ class PairMaker:
         self.latent, _, _ = pipe.plan(how.sampling)
         height, width = (side * pipe.codec.factor for side in self.latent)
         self.size = height, width
-        if how.sampling.noisy:
+        if how.sampling.stochastic:
             raise ValueError(f"sampler {how.sampling.sampler} draws noise on the way: take euler, heun or dpmpp_2m")
         if how.inverted:
-            captions.invertible((height, width), pipe.codec.fingerprint())
+            captions.check_invertible((height, width), pipe.codec.fingerprint())
             how.sampling.walk(pipe.objective, pipe.shift(), backward=True)
         plan = {
             "version": VERSION,
@@ -139,14 +139,14 @@ class PairMaker:
             "channels": 2 * pipe.codec.channels,
             "buckets": {"side": height, "step": pipe.codec.factor, "max_aspect": 1.0, "sizes": [[height, width]]},
             "teacher": fingerprint,
-            "source": {"sampling": asdict(how.sampling), "shift": pipe.shift(), **captions.about},
+            "source": {"sampling": asdict(how.sampling), "shift": pipe.shift(), **captions.identity},
             "pairs": {"num": how.num, "inverted": how.inverted, "batch_size": how.batch_size},
         }
         tokens, pooled = pipe.text.encode([""])
         self.writer = Writer(folder, plan, Text(tokens[0].cpu(), pooled[0].cpu()))
 
     def run(self, rank: int = 0, world: int = 1) -> dict[str, Any] | None:
-        """Makes this rank's shards; the report, if no shard of any rank is left to make."""
+        """Makes this rank's shards. Returns the store's report if the shards of all ranks are done, otherwise None."""
         shards = -(-self.how.num // SHARD)
         own = [range(s * SHARD, min((s + 1) * SHARD, self.how.num)) for s in range(shards)]
         total = sum(len(own[shard]) for shard in range(rank, shards, world))
@@ -166,11 +166,11 @@ class PairMaker:
         return self.writer.finish(shards, None)
 
     def noise(self, numbers: np.ndarray) -> Tensor:
-        """What pairs of these numbers start from, (n, C, h, w), as a store can hold it."""
+        """The noise of the pairs with these numbers, (n, C, h, w), rounded to bfloat16 as the store holds it."""
         return normal(self.how.seed, Use.PAIR, 0, numbers, (self.pipe.codec.channels, *self.latent)).bfloat16().float()
 
     def block(self, numbers: np.ndarray) -> list[Sample]:
-        """Pairs of consecutive numbers."""
+        """Makes the pairs of one block, for consecutive numbers."""
         captions = [self.captions[int(number)] for number in numbers]
         real = numbers >= self.how.num - self.how.inverted
         x0, noise = (torch.empty(len(numbers), self.pipe.codec.channels, *self.latent) for _ in range(2))

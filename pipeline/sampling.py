@@ -1,4 +1,4 @@
-"""How a model is sampled, in words that a command line or a model folder can hold: `ddim:eta=1`, `karras:rho=5`."""
+"""How a model is sampled, as text for a command line or a model folder, such as `ddim:eta=1` or `karras:rho=5`."""
 
 import inspect
 import math
@@ -30,21 +30,21 @@ Walk = Callable[[sampler.Denoiser, Tensor, sampler.Noise, sampler.Callback | Non
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model is sampled unless the caller says otherwise. Stored with the model.
+    """How a model is sampled by default. The model folder stores it.
 
     Args:
-        steps: of the sampler, at least 1.
-        guidance: scale of classifier-free guidance; 1 is none and costs half.
+        steps: steps of the sampler, at least 1.
+        guidance: scale of classifier-free guidance; 1 turns guidance off and halves the cost.
         sampler: euler, meanflow (for a network of two times), heun, midpoint, dpmpp_2m, reference, ddim, ddpm, edm or
             langevin, with options after a colon, such as ddim:eta=1 or ddpm:variance=large.
-        spacing: of the times: trailing, flow_match (the released models'), leading, linspace, karras with options as
-            karras:sigma_max=80, or given with the times themselves, one a step: given:times=1/0.83/0.4.
-        rescale: φ of the guidance, 0 to 1.
-        interval: the times (from, to) in which guidance works.
+        spacing: the time grid: trailing, flow_match (the released models'), leading, linspace, karras with options
+            such as karras:sigma_max=80, or given with one time for each step: given:times=1/0.83/0.4.
+        rescale: guidance rescale φ, 0 to 1.
+        interval: the times (from, to) at which guidance is used.
         skip_layers: blocks of the network that skip-layer guidance leaves out; 7, 8 and 9 in Stable Diffusion 3.5
             medium. Needs classifier-free guidance.
-        skip_scale: how far it moves away from the network without them.
-        skip_interval: the shares of the steps (after, before) in which it does.
+        skip_scale: scale of skip-layer guidance.
+        skip_interval: the shares (from, to) of the steps between which skip-layer guidance is used.
     """
 
     steps: int = 28
@@ -61,13 +61,13 @@ class Sampling:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not isinstance(self.sampler, str) or not isinstance(self.spacing, str):
-            raise ValueError(f"sampler and spacing are words, got {self.sampler} and {self.spacing}")
+            raise ValueError(f"sampler and spacing must be text, got {self.sampler} and {self.spacing}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must be between 0 and 1, got {self.rescale}")
         for name in ("interval", "skip_interval"):
-            ends = tuple(float(end) for end in getattr(self, name))  # JSON knows only lists
+            ends = tuple(float(end) for end in getattr(self, name))  # JSON gives lists
             object.__setattr__(self, name, ends)
             if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
                 raise ValueError(f"{name} must be two numbers, 0 <= from <= to <= 1, got {ends}")
@@ -76,8 +76,8 @@ class Sampling:
             raise ValueError("skip_layers need classifier-free guidance: give a guidance other than 1")
         if not math.isfinite(self.skip_scale):
             raise ValueError(f"skip_scale must be a finite number, got {self.skip_scale}")
-        chosen(SAMPLERS, "sampler", self.sampler)
-        chosen(GRIDS, "spacing", self.spacing)
+        parse_choice(SAMPLERS, "sampler", self.sampler)
+        parse_choice(GRIDS, "spacing", self.spacing)
 
     @property
     def method(self) -> str:
@@ -85,26 +85,26 @@ class Sampling:
         return self.sampler.partition(":")[0]
 
     @property
-    def noisy(self) -> bool:
-        """Whether the sampler may draw noise on the way."""
+    def stochastic(self) -> bool:
+        """Whether the sampler can draw noise between its steps."""
         return "noise" in inspect.signature(SAMPLERS[self.method]).parameters
 
     def walk(
         self, objective: Objective, shift: float | None = None, strength: float = 1.0, backward: bool = False
     ) -> tuple[Walk, Tensor]:
-        """The sampler as a function (denoise, z, noise, callback) → z, and its times, one more than steps, float64.
+        """The sampler as a function (denoise, z, noise, callback) → z, and its times (steps + 1,), float64.
 
         Args:
             objective: what the model was trained on.
-            shift: α of the grid; none takes that of the training.
-            strength: share of the steps that are taken, the last ones, rounded up.
-            backward: from data to noise, by a deterministic sampler.
+            shift: α of the grid; None means that of the training.
+            strength: share of the steps that are taken: the last ones, rounded up.
+            backward: walk from data to noise, by a deterministic sampler.
 
         Raises:
             ValueError: in one line, if sampler, spacing, steps, path and target do not fit each other.
         """
-        method = chosen(SAMPLERS, "sampler", self.sampler)
-        grid = chosen(GRIDS, "spacing", self.spacing)
+        method = parse_choice(SAMPLERS, "sampler", self.sampler)
+        grid = parse_choice(GRIDS, "spacing", self.spacing)
         if not 0 < strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
         times = grid(objective.path, self.steps, objective.shift if shift is None else shift)
@@ -119,7 +119,7 @@ class Sampling:
         def walk(
             denoise: sampler.Denoiser, z: Tensor, noise: sampler.Noise, callback: sampler.Callback | None = None
         ) -> Tensor:
-            more = {"noise": noise} if self.noisy else {}
+            more = {"noise": noise} if self.stochastic else {}
             return method(denoise, objective.path, z, times.to(z.device), callback=callback, **more)
 
         pixel = torch.zeros(1, 1, dtype=torch.float64)
@@ -127,24 +127,24 @@ class Sampling:
 
         def probe(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
             if not determinant(objective.path, objective.target, t).abs() > 1e-9:  # zero or NaN
-                raise ValueError(f"at t = {t[0]:g} {target} does not tell picture from noise; train on V, say")
+                raise ValueError(f"at t = {t[0]:g} {target} does not determine picture and noise; train on V, say")
             return Estimate(z, z, z if objective.outputs == 2 else None)
 
-        try:  # one pixel and no network: whatever does not fit shows before any work
+        try:  # a dry run on one pixel without a network finds everything that does not fit
             walk(probe, pixel, lambda: pixel)
         except ValueError as error:
             raise ValueError(f"sampler {self.sampler} with {self.spacing} spacing: {error}") from None
         return walk, times
 
-    def skipping(self, times: Tensor) -> tuple[float, float] | None:
-        """The times (from, to) of the steps in which skip-layer guidance works; none if there are none."""
+    def skip_times(self, times: Tensor) -> tuple[float, float] | None:
+        """The first and last t (from, to) at which skip-layer guidance is used; None if there is no such step."""
         first, last = (self.steps * share for share in self.skip_interval)
         inside = [float(t) for i, t in enumerate(times[:-1].float()) if first < i < last]  # the model's t is float32
         return (inside[-1], inside[0]) if inside and self.skip_layers else None
 
 
-def chosen(table: dict[str, Callable[..., Tensor]], kind: str, text: str) -> partial:
-    """The function that `name` or `name:key=value,key=value` stands for; ValueError in one line if there is none."""
+def parse_choice(table: dict[str, Callable[..., Tensor]], kind: str, text: str) -> partial:
+    """The function with options that `name` or `name:key=value,key=value` means. ValueError in one line if unknown."""
     name, _, rest = text.partition(":")
     if name not in table:
         raise ValueError(f"there is no {kind} {name!r}: choose one of {', '.join(table)}")
@@ -168,9 +168,10 @@ def chosen(table: dict[str, Callable[..., Tensor]], kind: str, text: str) -> par
 
 
 def random_normals(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
-    """Fresh normals (B, *shape) at each call, picture i's from a CPU generator of its own, seeded with seeds[i].
+    """A function that returns fresh normal numbers (B, *shape) at each call.
 
-    The first call gives what `torch.randn(shape, generator)` would, so a picture does not depend on its batch.
+    Picture i has its own CPU generator, seeded with seeds[i]. The first call returns what `torch.randn(shape,
+    generator)` does, so a picture does not depend on its batch.
     """
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(device)

@@ -1,4 +1,4 @@
-"""Times that suit a model in few steps of Euler's method: recorded, searched, tested on other noise (`flow.search`)."""
+"""Searches the best times for a few steps of Euler's method and tests them on other noise (`flow.search`)."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,15 +19,15 @@ from pipeline.sampling import Sampling, random_normals
 
 @dataclass(frozen=True)
 class Request:
-    """What is searched.
+    """The settings of a search. A walk is one run of the sampler, from noise to a picture.
 
     Args:
-        steps: of the walks that are to be good, one search for each.
-        num: of all walks; the first half to search on, the others to test on.
-        fine: steps of the walks that count as right, spaced as the model's own.
+        steps: the numbers of steps, one search for each.
+        num: number of all walks; the first half is for the search, the other half for the test.
+        fine: steps of the reference walks, on the model's own time grid.
         seed: walk i starts from the noise of seed + i.
-        batch_size: walks at a time; none takes the pipeline's.
-        sampling: the model's, by Euler's method. Times written out (`given`) are left for trailing ones.
+        batch_size: walks at a time; None means the pipeline's batch size.
+        sampling: the model's, with Euler's method. Trailing spacing takes the place of `given` times.
 
     Raises:
         ValueError: in one line, if these do not fit each other.
@@ -45,21 +45,23 @@ class Request:
             raise ValueError(f"num must be at least 2, half to search on and half to test on, got {self.num}")
         for steps in self.steps:
             if not 1 <= steps <= self.fine:
-                raise ValueError(f"steps must be from 1 to the {self.fine} of the fine walk, got {steps}: raise --fine")
+                raise ValueError(
+                    f"steps must be from 1 to the {self.fine} of the reference walk, got {steps}: raise --fine"
+                )
         if self.sampling.sampler != "euler":
             raise ValueError(f"times are searched for sampler euler, not for {self.sampling.sampler}")
         if self.sampling.skip_layers:
-            raise ValueError("skip-layer guidance works by shares of the steps, which fine and few steps do not share")
+            raise ValueError("skip-layer guidance depends on the number of steps: search without --skip-layers")
         if self.sampling.spacing.partition(":")[0] == "given":
             object.__setattr__(self, "sampling", replace(self.sampling, spacing="trailing"))
 
     def spaced(self, steps: int, spacing: str | None = None) -> Sampling:
-        """The sampling in so many steps; none takes its own spacing."""
+        """The sampling with this number of steps. The spacing None means its own."""
         return replace(self.sampling, steps=steps, spacing=spacing or self.sampling.spacing)
 
 
 class Batch(NamedTuple):
-    """Walks at a time: what starts them, what guides them and where the fine one ends."""
+    """A batch of walks: their noise, their denoiser and the ends of the reference walks."""
 
     noise: Tensor  # (B, C, h, w)
     denoise: Denoiser
@@ -67,12 +69,12 @@ class Batch(NamedTuple):
 
 
 class GridSearch:
-    """Records, searches and tests. ValueError in one line for what does not fit the model.
+    """Records reference walks, searches times and tests them. ValueError in one line if the request does not fit.
 
     Args:
         pipe: the model.
-        captions: what the walks draw.
-        request: what is searched.
+        captions: the prompts.
+        request: the settings.
     """
 
     def __init__(self, pipe: Pipeline, captions: Captions, request: Request) -> None:
@@ -84,18 +86,18 @@ class GridSearch:
 
     @torch.inference_mode()
     def run(self) -> list[dict[str, Any]]:
-        """For each number of steps: the spacing found, and the distances on the test half by name of the spacing.
+        """For each number of steps: the spacing found, and the distance on the test half for each spacing.
 
-        A distance is the root mean square over walks and latent values between the end of a walk and the fine one's.
+        The distance is the root mean square, over walks and latents, between the ends of a walk and of its reference.
         """
         half, num = self.request.num // 2, self.request.num
-        with tqdm(total=num * self.request.fine, desc="fine walks", unit="step", leave=False) as bar:
+        with tqdm(total=num * self.request.fine, desc="reference walks", unit="step", leave=False) as bar:
             search, cost = self._recorded(range(half), bar)
             test, _ = self._recorded(range(half, num), bar)
         return [self._searched(steps, search, test, cost) for steps in self.request.steps]
 
     def _recorded(self, numbers: range, bar: tqdm) -> tuple[list[Batch], Tensor]:
-        """The fine walks of these numbers, and the mean cost of each step along them, (fine, fine + 1)."""
+        """The reference walks with these numbers, and the mean cost of each step along them, (fine, fine + 1)."""
         size = self.request.batch_size or self.pipe.batch_size()
         batches, total = [], torch.zeros(self.request.fine, self.request.fine + 1, dtype=torch.float64)
         times = self.times.to(self.pipe.device)
@@ -105,10 +107,10 @@ class GridSearch:
             prompts = [self.captions[number] for number in part]
             denoise = self.pipe.denoiser(prompts, "", self.request.spaced(self.request.fine), times)
 
-            def told(done: int, z: Tensor, x0: Tensor, walks: int = len(part)) -> None:
+            def on_step(done: int, z: Tensor, x0: Tensor, walks: int = len(part)) -> None:
                 bar.update(walks)
 
-            fine = record(denoise, self.path, self.pipe.scale_at(times[0]) * noise, times, told)
+            fine = record(denoise, self.path, self.pipe.scale_at(times[0]) * noise, times, on_step)
             if not fine.states[-1].isfinite().all():
                 raise ValueError("the network overflowed: take bfloat16 or float32, or less guidance")
             total += costs(fine) * len(part) / len(numbers)
@@ -116,7 +118,7 @@ class GridSearch:
         return batches, total
 
     def _distance(self, batches: Sequence[Batch], times: Tensor, callback: Callback | None = None) -> float:
-        """How far from the fine ends walks on these times end, in latents."""
+        """The distance of walks on these times to the reference walks, in latents."""
         times = times.to(self.pipe.device)
         a, b = self.path(times[-1])
         squares = torch.zeros((), dtype=torch.float64)
@@ -136,7 +138,7 @@ class GridSearch:
             stops = descend(error, min(cheapest(cost, steps), even, key=error))
         written = "/".join(f"{t:.6g}" for t in self.times[stops[:-1]].tolist())
         rows = {}
-        with suppress(ValueError):  # a target that tells nothing at pure noise cannot begin there
+        with suppress(ValueError):  # some targets do not determine the picture at pure noise
             rows["uniform"] = request.spaced(steps, "trailing").walk(objective, 1.0)[1]
         rows["own"] = self.pipe.plan(request.spaced(steps))[2]
         rows["searched"] = given(self.path, steps, times=written)
@@ -149,9 +151,9 @@ class GridSearch:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Distances on the test half, and below them what to copy."""
+    """The distances on the test half, followed by the flags to copy."""
     names = list(found[0]["distance"])
-    title = f"distance to the end of the fine walk (rms); own: {found[0]['own']}"
+    title = f"distance to the end of the reference walk (rms); own: {found[0]['own']}"
     head = f"{'steps':>5}" + "".join(f"{name:>10}" for name in names)
     rows = [f"{row['steps']:5}" + "".join(f"{row['distance'][name]:10.4f}" for name in names) for row in found]
     flags = [f"--sampler euler --steps {row['steps']} --spacing {row['spacing']}" for row in found]

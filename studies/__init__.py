@@ -1,1 +1,1 @@
-"""Models measured: one by one, by category, and in studies."""
+"""Measures models: one by one, by category, and in studies."""

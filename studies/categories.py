@@ -1,4 +1,4 @@
-"""Scores by category, as GenEval does (Ghosh et al. 2023): the share of the pictures that show what was asked for."""
+"""Scores by category, like GenEval (Ghosh et al. 2023): the share of pictures that show what the prompt says."""
 
 from pathlib import Path
 
@@ -17,21 +17,21 @@ from studies.measure import Drawn, Setting
 
 SHOWN = 8  # pictures of each category on the sheet
 BATCH = 64  # pictures at a time
-FRAME = 2  # pixels
+FRAME = 2  # width of a frame, in pixels
 RED, GREEN = (0.85, 0.1, 0.1), (0.1, 0.65, 0.2)
 
 
 class ByCategory:
-    """Counts for each setting and category how many pictures are right.
+    """Measures the share of right pictures for each setting and category.
 
     Args:
-        examined: as many prompts of each category, category after category.
+        examined: the same number of prompts for each category, category after category.
         out: folder of results and sheets.
-        seed: of the prompts and of the first picture, to write down.
+        seed: seed of the prompts and of the first picture, for the record.
 
     Raises:
-        ValueError: in one line, the network that classifies the pictures is damaged.
-        FileNotFoundError: likewise, it is missing.
+        ValueError: in one line, if the network that classifies the pictures is damaged.
+        FileNotFoundError: in one line, if it is missing.
     """
 
     def __init__(self, examined: Examined, out: Path, seed: int = 0) -> None:
@@ -40,16 +40,16 @@ class ByCategory:
         self.rows: list[Row] = []
 
     def batch_size(self, pipe: Pipeline) -> int:
-        """Pictures at a time, unless the user says otherwise."""
+        """The default batch size."""
         return BATCH
 
     def classes(self, pictures: Tensor) -> list[int]:
-        """What the network takes each picture for; nothing where the pictures are read by rule."""
+        """The class that the network gives to each picture; empty if the pictures are read by rule."""
         logits = None if self.network is None else self.network(pictures).logits
         return [] if logits is None else logits.argmax(dim=1).tolist()
 
     def add(self, setting: Setting, drawn: Drawn) -> None:
-        """Scores the pictures of a setting; writes the sheet, and what is in each picture."""
+        """Scores the pictures of a setting, and writes the sheet and the contents of each picture."""
         number, categories = len(self.rows), self.examined.categories
         verdicts = self.examined.verdicts(drawn.pictures, self.classes(drawn.pictures))
         right = np.array([verdict.right for verdict in verdicts]).reshape(len(categories), -1)
@@ -68,22 +68,22 @@ class ByCategory:
         write_json(content, self.out / f"pictures-{number}.json")
 
     def finish(self) -> str:
-        """Writes the results; returns what to tell the user."""
+        """Writes the results; returns the text for the user."""
         each = len(self.examined.prompts) // len(self.examined.categories)
         common = {"data": self.examined.name, "per_category": each, "seed": self.seed}
         write_json(common | {"rows": self.rows}, self.out / "results.json")
         printed = [key for key in keys(self.rows) if key != "folder"]
-        look = f"Look at {self.out / 'sheet-0.png'}: a row for each category, framed green where it is right"
+        look = f"Look at {self.out / 'sheet-0.png'}: a row for each category; right pictures have a green frame"
         return table(self.rows, printed) + look
 
 
 def framed(pictures: Tensor, right: Tensor, side: int) -> Tensor:
-    """Pictures in frames, green where they are right and red where they are wrong.
+    """Adds a frame to each picture: green if it is right, red if it is wrong.
 
     Args:
         pictures: `(N, 1 or 3, H, W)` in [0, 1].
         right: `(N,)` bool.
-        side: in pixels; smaller pictures are enlarged to it by whole pixels.
+        side: smaller pictures are enlarged to about this side in pixels, by an integer factor.
 
     Returns:
         `(N, 3, H', W')`

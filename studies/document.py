@@ -1,4 +1,4 @@
-"""docs/compare.md, from the results of a study of recipes: claims, tables and a plot."""
+"""Writes docs/compare.md from the results of a study of recipes: claims, tables and a plot."""
 
 import math
 import shutil
@@ -17,13 +17,13 @@ from studies.results import KEY, Result, read, select, unique
 
 
 def first_order(results: Sequence[Result]) -> list[Result]:
-    """Those of the sampler that all recipes share: Euler, which is DDIM on a chain, on each recipe's first spacing."""
+    """The results of Euler's method, which is DDIM on a chain, on the first spacing of each recipe."""
     own = {r["recipe"]: r["spacing"] for r in reversed(select(results, sampler="euler"))}
     return [r for r in select(results, sampler="euler") if r["spacing"] == own[r["recipe"]]]
 
 
 def average_ranks(results: Sequence[Result], steps: Sequence[int]) -> dict[str, float]:
-    """Mean Pareto rank of each recipe by distance and accuracy, over these step counts and all seeds."""
+    """The mean Pareto rank of each recipe by distance and accuracy, over these step counts and all seeds."""
     ranks: dict[str, list[int]] = {}
     for count in steps:
         for seed in unique(results, "seed"):
@@ -35,7 +35,10 @@ def average_ranks(results: Sequence[Result], steps: Sequence[int]) -> dict[str, 
 
 
 def best_within(results: Sequence[Result], recipe: str, evaluations: float) -> tuple[float, list[float], str] | None:
-    """(mean, values over the seeds, how) of the way with the least distance ratio in at most so many evaluations."""
+    """The best sampler, spacing and steps with at most so many evaluations: (mean, value for each seed, its name).
+
+    The best has the least mean distance ratio. None if there is no such result.
+    """
     ways: dict[tuple, list[Result]] = {}
     for r in select(results, recipe=recipe):
         if r["evaluations"] <= evaluations and r[KEY] is not None:
@@ -52,15 +55,15 @@ def best_within(results: Sequence[Result], recipe: str, evaluations: float) -> t
 
 
 class Claim(NamedTuple):
-    """A claim of the field as a ratio of two distances."""
+    """A claim of the literature: the ratio of two distances is at most `asked`."""
 
     text: str
-    asked: float  # the ratio is at most this
-    above: Sequence[float]  # over the seeds
-    below: Sequence[float]
+    asked: float
+    above: Sequence[float]  # the numerator, for each seed
+    below: Sequence[float]  # the denominator, for each seed
 
     def row(self) -> list[str]:
-        """Text, asked, found and whether it holds: for the means, and for the worst or best pair of seeds."""
+        """Text, asked ratio, found ratio and whether the claim holds, for the means and for every pair of seeds."""
         ratio = statistics.fmean(self.above) / statistics.fmean(self.below)
         found = f"{ratio:.2f} ({spread(self.above)} against {spread(self.below)})"
         low, high = min(self.above) / max(self.below), max(self.above) / min(self.below)
@@ -71,10 +74,10 @@ class Claim(NamedTuple):
 def claims(
     results: Sequence[Result], longer: Sequence[Result], chains: Sequence[str], others: Sequence[str]
 ) -> list[Claim]:
-    """What can be tested of the field's claims with these results.
+    """The claims of the literature that these results can test.
 
     Args:
-        results: of all samplers.
+        results: results of all samplers.
         longer: results of longer trainings, with a `budget` in steps.
         chains: the recipes that are DDPM on the same network.
         others: the recipes on another network.
@@ -123,7 +126,7 @@ def claims(
     return found
 
 
-REST = {  # key → how a column is written
+REST = {  # the other measures: key → number format
     "accuracy": ".1%", "kernel_distance": ".4f", "inception_score": ".2f", "spatial_distance": ".2f",
     "precision": ".1%", "recall": ".1%", "neighbour_ratio": ".2f", "path_length": ".2f", "straightness": ".2f",
 }  # fmt: skip
@@ -133,11 +136,11 @@ INTRODUCTION = """\
 
 Written by `{command}` from its results alone.
 
-{note}Every recipe is trained with {seeds}; of one seed, all see the same batches in the same order with the same noise.
-Numbers are mean ± standard deviation over the seeds' models: {samples:,} samples each, {per_digit} of each digit, from
-held-out captions, at guidance {guidance:g}. The *FD ratio* is the Fréchet distance to the held-out digits on a
-classifier's features, over that of the training digits ({real_distance:.2f}). Real digits, as many
-of each, score {floor:.2f}.
+{note}Every recipe is trained with {seeds}. For one seed, all recipes see the same batches in the same order with the
+same noise. Numbers are mean ± standard deviation over the models of the seeds: {samples:,} samples each, {per_digit} of
+each digit, from held-out captions, at guidance {guidance:g}. The *FD ratio* is the Fréchet distance to the held-out
+digits on a classifier's features, divided by that of the training digits ({real_distance:.2f}). The same number of real
+digits has {floor:.2f}.
 
 ![Fréchet distance against function evaluations](compare.png)
 
@@ -145,28 +148,28 @@ of each, score {floor:.2f}.
 """
 
 QUICK = """\
-**The quick version: too little training and too few pictures for a result. It shows the way.**
+**The quick version: it has too little training and too few pictures for a result.**
 
 """
 
 CLAIMS = """\
-## What was claimed, and what was found
+## Claims and results
 
-"The best" of several is chosen on these same numbers.
+"The best" of several is chosen by these same numbers.
 """
 
 FIRST_ORDER = """\
 ## FD ratio by first-order steps
 
-Euler's method, which on a chain is DDIM with η = 0: one evaluation a step, each recipe on its own spacing of the times
+Euler's method, which on a chain is DDIM with η = 0. A step is one evaluation. Each recipe has its own time spacing
 ({spacings}).
 """
 
 BEST = """\
-## FD ratio by the best way tried
+## FD ratio of the best sampler
 
-In at most so many evaluations, by the best of the samplers and spacings that were measured. The choice is made on the
-same pictures, so it flatters the recipes with more choices.
+The columns limit the number of evaluations. The best of the measured samplers and spacings is chosen on the same
+pictures, so recipes with more choices look somewhat better than they are.
 """
 
 RANKS = """\
@@ -178,13 +181,13 @@ Mean Pareto rank by Fréchet distance and accuracy over seeds and step counts (E
 STRAIGHT = """\
 ## The other measures, {steps} Euler steps
 
-Path length and straightness are in the coordinates w = z/(a + b), τ = b/(a + b), in which every path is a straight
-line, so that they compare. KD and sFD are kernel distance and spatial Fréchet distance.
+Path length and straightness are measured in the coordinates w = z/(a + b), τ = b/(a + b). In these every path is a
+straight line, so recipes can be compared. KD and sFD are kernel distance and spatial Fréchet distance.
 """
 
 TUNED = """\
 The learning rates are chosen by the Fréchet distance to the *training* digits, by Euler's method, after a training with
-a seed of its own. Network, batch and steps come from the demo, where they were chosen for rf-lognorm on the held-out
+a separate seed. Network, batch and steps come from the demo, where they were chosen for rf-lognorm on the held-out
 digits.
 """
 
@@ -199,15 +202,15 @@ def document(
     chains: Sequence[str] = ("eps-linear", "ddpm"),
     others: Sequence[str] = (),
 ) -> str:
-    """The whole document in Markdown, but for its pictures `compare.png` and `compare-sheet.png`.
+    """The whole document in Markdown, without its pictures `compare.png` and `compare-sheet.png`.
 
     Args:
-        results: of all models, samplers and step counts.
-        longer: of longer trainings.
-        tuned: distance to the training pictures for each recipe and learning rate.
-        facts: (parameters, learning rate) of each recipe.
-        command: repeats the study.
-        settings: of the measurements, with the floor.
+        results: results of all models, samplers and step counts.
+        longer: results of longer trainings.
+        tuned: recipe → learning rate → distance to the training pictures.
+        facts: recipe → (parameters, learning rate).
+        command: the command that repeats the study.
+        settings: settings of the measurements, with the floor.
         chains: as for `claims`.
         others: as for `claims`.
     """
@@ -274,7 +277,7 @@ def document(
     rates = sorted({rate for found in tuned.values() for rate in found})
     if max(map(len, tuned.values())) > 1:
         body = (
-            [r, *("–" if rate not in found else marked(found[rate], found) for rate in rates)]
+            [r, *("–" if rate not in found else bold_if_least(found[rate], found) for rate in rates)]
             for r, found in tuned.items()
         )
         parts += [TUNED, table(["recipe", *(f"{rate:g}" for rate in rates)], body)]
@@ -282,15 +285,15 @@ def document(
     return "\n".join(parts)
 
 
-def marked(distance: float, found: dict[float, float]) -> str:
+def bold_if_least(distance: float, found: dict[float, float]) -> str:
     """The distance, in bold if it is the least."""
     return f"**{distance:.2f}**" if distance == min(found.values()) else f"{distance:.2f}"
 
 
 def parameters(model: Path) -> int:
-    """Learned numbers of the network in a model folder."""
+    """The number of parameters of the network in a model folder."""
     with safe_open(next(model.glob("*/diffusion_pytorch_model.safetensors")), "pt") as file:
-        names = set(file.keys()) - {"pos_embed.pos_embed"}  # a fixed table
+        names = set(file.keys()) - {"pos_embed.pos_embed"}  # a fixed table is no parameter
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
@@ -298,15 +301,15 @@ def write(study: Recipes, out: Path, docs: Path, command: str) -> Path:
     """Writes compare.md, compare.png and compare-sheet.png from the results alone. Returns the document.
 
     Args:
-        study: which has been run.
+        study: the study; it must have been run.
         out: the folder of its results.
         docs: the folder of the document.
-        command: repeats the study.
+        command: the command that repeats the study.
 
     Raises:
         FileNotFoundError: a result is missing.
     """
-    plan, rates = study.plan(out), study.chosen(out)
+    plan, rates = study.plan(out), study.chosen_rates(out)
     found = [
         row | {"recipe": name, "seed": int(Path(row["folder"]).name.removeprefix("seed-"))}
         for (name, _), step in plan.measured.items()

@@ -1,6 +1,6 @@
-"""docs/fewstep.md, from the results of configs/studies/fewstep.yaml: claims, tables and pictures.
+"""Writes docs/fewstep.md from the results of configs/studies/fewstep.yaml: claims, tables and pictures.
 
-The file fewstep.md beside this one holds the text, with a name in braces for each table.
+The template fewstep.md in this folder holds the text, with a name in braces for each table.
 """
 
 import json
@@ -24,27 +24,27 @@ from studies.steps import Steps
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 STEPS = (1, 2, 4, 8)
-WALKS, FINE = 24, 50  # trajectories that are drawn, and their steps
+WALKS, FINE = 24, 50  # number of plotted trajectories, and their steps
 
 
 def rows_of(folder: Path, seed: int | None = None) -> list[Result]:
-    """The rows of an evaluation, each with the name of the model's folder as its recipe."""
+    """The rows of an evaluation. The recipe of a row is the name of the model's folder."""
     return [row | {"recipe": Path(row["folder"]).name, "seed": seed} for row in read(folder)["rows"]]
 
 
 def values(rows: Sequence[Result], key: str, **wanted: object) -> list[float]:
-    """A key of the rows whose other keys have these values."""
+    """The values of a key, from the rows whose other keys have the wanted values."""
     return [row[key] for row in select(rows, **wanted)]
 
 
 def ratios(rows: Sequence[Result], key: str, above: dict[str, Any], below: dict[str, Any]) -> list[float]:
-    """One measurement over another, seed by seed."""
+    """One measurement divided by another, for each seed."""
     pairs = zip(values(rows, key, **above), values(rows, key, **below), strict=True)
     return [a / b for a, b in pairs]
 
 
 class Claim(NamedTuple):
-    """A number that was asked for, and what was found, one value for each seed."""
+    """A claim: the asked number, and the numbers found, one for each seed."""
 
     what: str
     asked: str
@@ -54,7 +54,7 @@ class Claim(NamedTuple):
 
 
 def claims(rows: list[Result], straight: list[Result], guided: list[Result]) -> list[Claim]:
-    """Those of the digits."""
+    """The claims about the digits."""
     teacher, two = {"recipe": "teacher", "steps": FINE}, {"recipe": "2-rectified", "steps": FINE}
     one = {"recipe": "2-rectified", "steps": 1}
     s = ratios(straight, "straightness", two, teacher)
@@ -75,8 +75,8 @@ def claims(rows: list[Result], straight: list[Result], guided: list[Result]) -> 
         Claim("straightness S of the 2-rectified model over the teacher's", "≤ 0.05", s, mean(s) <= 0.05, ".4f"),
         Claim("one Euler step, 2-rectified: FD ratio", "≤ 1.03", fd, mean(fd) <= 1.03),
         Claim("one Euler step, 2-rectified: accuracy", "≥ 98 %", right, mean(right) >= 0.98, ".1%"),
-        Claim("MeanFlow from nothing, one step: FD ratio", "≤ 1.3", mean1, mean(mean1) <= 1.3),
-        Claim("MeanFlow from nothing, two steps: FD ratio", "≤ 1.15", mean2, mean(mean2) <= 1.15),
+        Claim("MeanFlow from scratch, one step: FD ratio", "≤ 1.3", mean1, mean(mean1) <= 1.3),
+        Claim("MeanFlow from scratch, two steps: FD ratio", "≤ 1.15", mean2, mean(mean2) <= 1.15),
         Claim("learned guidance over the guided teacher, 8 steps: FD", "within 5 %", by_scale,
               abs(mean(by_scale) - 1) <= 0.05),
         Claim("its evaluations over the teacher's", "0.5", cost, mean(cost) == 0.5),
@@ -91,7 +91,7 @@ def by_steps(rows: list[Result], recipes: Sequence[str], key: str, form: str) ->
 
 
 def walk(pipe: Pipeline, prompts: list[str]) -> Tensor:
-    """States of fine Euler walks, (FINE + 1, WALKS, numbers)."""
+    """The states of Euler walks in FINE steps, (FINE + 1, WALKS, numbers)."""
     found: list[Tensor] = []
     sampling = Sampling(FINE, 1.0)
     pipe(prompts, range(len(prompts)), sampling=sampling, callback=lambda done, z, x0: found.append(z.flatten(1)))
@@ -99,7 +99,7 @@ def walk(pipe: Pipeline, prompts: list[str]) -> Tensor:
 
 
 def trajectories(before: Path, after: Path, file: Path) -> None:
-    """Walks of the teacher and of its student from the same noise, in the plane where the teacher's vary most."""
+    """Plots walks of teacher and student from the same noise, on the first two principal axes of the teacher's."""
     prompts = [digits.captions(i % 10, digits.HELD_OUT_TEMPLATES)[0] for i in range(WALKS)]
     walks = {name: walk(Pipeline.load(path / "model"), prompts) for name, path in
              (("teacher", before), ("2-rectified", after))}  # fmt: skip
@@ -121,7 +121,7 @@ def trajectories(before: Path, after: Path, file: Path) -> None:
 
 
 def shapes(measured: list[Result], judged: list[Result], teacher: str) -> tuple[str, str]:
-    """Tables of the shapes: distances, and the share of right pictures by category. `teacher` is a recipe's name."""
+    """Two tables of the shapes: distances, and the share of right pictures by category. `teacher` is its recipe."""
 
     def name(row: Result) -> str:
         recipe = "teacher" if row["recipe"] == teacher else row["recipe"]
@@ -150,10 +150,10 @@ def write(study: Steps, out: Path, docs: Path, command: str) -> Path:
     """Writes fewstep.md and its pictures from the results alone. Returns the document.
 
     Args:
-        study: which has been run.
+        study: the study; it must have been run.
         out: the folder of its results.
         docs: the folder of the document.
-        command: repeats the study.
+        command: the command that repeats the study.
 
     Raises:
         FileNotFoundError: a result is missing.

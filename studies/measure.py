@@ -1,4 +1,4 @@
-"""Draws pictures with one setting of a model and compares them with real ones."""
+"""Draws pictures with one setting of a model and compares them with real pictures."""
 
 import platform
 import time
@@ -14,7 +14,7 @@ from data.examined import Examined, Half
 from metrics import report
 from metrics.clip_score import clip_score
 from metrics.distance import Measure
-from metrics.distribution import enough
+from metrics.distribution import check_count
 from metrics.features import CLIPFeatures, load_features
 from metrics.figures import sheet_image
 from metrics.straightness import path_length, straightness
@@ -26,26 +26,26 @@ PRINTED = ["model", "sampler", "steps", "evaluations", "accuracy", "distance_rat
 
 
 class Setting(NamedTuple):
-    """What one row of the result is about."""
+    """A model and how it is sampled: one row of the results."""
 
-    name: str  # of the model
+    name: str  # name of the model
     folder: str
     pipe: Pipeline
     sampling: Sampling
 
 
 class Drawn(NamedTuple):
-    """Pictures, and how they came about."""
+    """Pictures, with the cost and the shape of their walks."""
 
-    pictures: Tensor  # (N, C, H, W) in [0, 1], in 256 levels, as a PNG would hold them
-    evaluations: float  # of the network, for each picture
-    seconds: float  # for each picture
-    path_length: float  # means over the pictures, in straight coordinates
-    straightness: float
+    pictures: Tensor  # (N, C, H, W) in [0, 1], in 256 levels as in a PNG
+    evaluations: float  # network evaluations for each picture
+    seconds: float  # seconds for each picture
+    path_length: float  # mean over the pictures, as in `metrics.straightness`
+    straightness: float  # mean over the pictures, as in `metrics.straightness`
 
 
-def labels(paths: Sequence[Path]) -> list[str]:
-    """The paths without the folders that all of them begin with and end with: a/rf/1 and a/edm/1 are rf and edm."""
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The paths without their common first and last folders: a/rf/1 and a/edm/1 become rf and edm."""
     parts = [path.parts for path in paths]
     while len(paths) > 1 and min(map(len, parts)) > 1:
         for end in (0, -1):
@@ -64,17 +64,17 @@ def draw(
     batch_size: int,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Drawn:
-    """A picture for each prompt, with everything measured on the way.
+    """Draws a picture for each prompt and measures the walks.
 
     Args:
         setting: model and sampling.
-        examined: the prompts, and how pictures are compared.
-        first_seed: of the first picture; the next one's is one more.
+        examined: the prompts, and the form in which pictures are compared.
+        first_seed: seed of the first picture; each next picture has the next seed.
         batch_size: pictures at a time.
-        progress: called with the number of pictures after each batch.
+        progress: called after each batch with its number of pictures.
 
     Raises:
-        ValueError: in one line, if the model cannot be sampled so.
+        ValueError: in one line, if the sampling does not fit the model.
     """
     _, _, pipe, sampling = setting
     prompts = examined.prompts
@@ -82,7 +82,7 @@ def draw(
     _, _, times = pipe.plan(sampling)
     a, b = pipe.objective.path(times)
     scale, tau = a + b, b / (a + b)
-    pictures, lengths, bends, calls, seconds = [], [], [], 0, 0.0
+    pictures, lengths, deviations, calls, seconds = [], [], [], 0, 0.0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal calls
@@ -102,30 +102,29 @@ def draw(
         seconds += time.perf_counter() - began
         pictures.append(examined.compared(images).mul(255).round() / 255)
         lengths.append(path_length(walk))
-        bends.append(straightness(walk, tau))
+        deviations.append(straightness(walk, tau))
         progress(len(images))
     hook.remove()
     n = len(prompts)
-    return Drawn(
-        torch.cat(pictures), calls / n, seconds / n, torch.cat(lengths).mean().item(), torch.cat(bends).mean().item()
-    )
+    length, deviation = (torch.cat(parts).mean().item() for parts in (lengths, deviations))
+    return Drawn(torch.cat(pictures), calls / n, seconds / n, length, deviation)
 
 
 class AgainstReal:
-    """Compares the pictures of each setting with real ones: one row of distances for each.
+    """Compares the pictures of each setting with real pictures: one row of distances for each.
 
     Args:
         examined: prompts and real pictures.
         out: folder of results, plot, sheet and report.
-        reference: the half of the real pictures that distances are to.
-        features: the network of features, as `metrics.features.load_features` reads it; none takes the data set's own.
-        clip: folder of a CLIP model for the CLIP score; none leaves the score out.
-        seed: of the first picture, to write down.
-        device: of the models, to write down.
+        reference: the half of the real pictures that the samples are compared with.
+        features: the feature network, as for `metrics.features.load_features`; None means the data set's own.
+        clip: folder of a CLIP model for the CLIP score; None leaves the score out.
+        seed: seed of the first picture, for the record.
+        device: device of the models, for the record.
 
     Raises:
-        ValueError: in one line, where these do not fit each other, or there are too few samples.
-        FileNotFoundError: likewise, a network is missing.
+        ValueError: in one line, if these do not fit together, or there are too few samples.
+        FileNotFoundError: in one line, if a network is missing.
     """
 
     def __init__(
@@ -142,8 +141,8 @@ class AgainstReal:
         network = load_features(features or examined.features)
         self.clip = CLIPFeatures(clip) if clip else None
         if self.clip:
-            self.clip.text(["a picture"])  # a folder without a tokenizer should fail now
-        enough(len(examined.prompts), network.num_features)
+            self.clip.text(["a picture"])  # fails now if the folder has no tokenizer
+        check_count(len(examined.prompts), network.num_features)
         self.other: Half = "train" if reference == "held_out" else "held_out"
         self.measure = Measure(network, examined.real[self.other], examined.real[reference])
         real = examined.alike(self.other)
@@ -165,7 +164,7 @@ class AgainstReal:
         self.shown: list[tuple[Setting, Tensor]] = []
 
     def batch_size(self, pipe: Pipeline) -> int:
-        """Pictures at a time, unless the user says otherwise."""
+        """The default batch size."""
         return pipe.batch_size()
 
     def add(self, setting: Setting, drawn: Drawn) -> None:
@@ -191,7 +190,7 @@ class AgainstReal:
         self.shown.append((setting, drawn.pictures[self.examined.shown]))
 
     def finish(self) -> str:
-        """Writes results, plot, sheet and report; returns what to tell the user."""
+        """Writes results, plot, sheet and report; returns the text for the user."""
         several = len({setting.sampling.sampler for setting, _ in self.shown}) > 1
         sheet = {
             (f"{s.name}, {s.sampling.sampler}" if several else s.name, s.sampling.steps): some for s, some in self.shown

@@ -1,4 +1,4 @@
-"""Results as the documents show them: numbers over seeds, Markdown tables and a plot."""
+"""How the documents show results: numbers over seeds, Markdown tables and a plot."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from studies.results import KEY, Result, select, unique
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean ± sample standard deviation, the latter from two values on; a dash if any is missing."""
+    """Mean ± sample standard deviation; for one value only the mean; a dash if a value is missing."""
     if not values or any(value is None for value in values):
         return "–"
     mean = format(statistics.fmean(values), form)
@@ -26,7 +26,7 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def curves(results: Sequence[Result], floor: float | None, file: Path) -> None:
-    """Distance ratio against evaluations, a line for each recipe, with a bar from the lowest to the highest seed."""
+    """Plots distance ratio against evaluations: a line for each recipe, with bars from lowest to highest seed."""
     figure = Figure(figsize=(9, 5), layout="constrained", dpi=150)
     axes = figure.subplots()
     for i, recipe in enumerate(unique(results, "recipe")):

@@ -1,4 +1,4 @@
-"""A study of recipes × seeds, such as configs/studies/digits.yaml: each is tuned, trained and measured alike."""
+"""A study of recipes × seeds, such as configs/studies/digits.yaml. All are tuned, trained and measured alike."""
 
 import math
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from studies.runner import ROOT, Step, result_of, run
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is special about one model.
+    """The settings of one model.
 
     Args:
         overlays: YAML files on top of the study's base.
-        tuned_as: the recipe whose learning rate it takes; none: it has its own.
-        learning_rates: candidates of its own; none: those of the tuning.
+        tuned_as: the recipe whose learning rate is used; None means that this recipe is tuned itself.
+        learning_rates: its candidates; empty means those of the tuning.
     """
 
     overlays: tuple[str, ...] = ()
@@ -36,8 +36,8 @@ class Tuning:
 
     Args:
         learning_rates: the candidates.
-        seed: of the trainings, not one of the study's.
-        steps: of Euler's method.
+        seed: seed of the trainings; it must not be one of the study's seeds.
+        steps: steps of Euler's method.
     """
 
     learning_rates: tuple[float, ...]
@@ -51,9 +51,9 @@ class Measurement:
 
     Args:
         steps: numbers of sampling steps.
-        samplers: each of them.
-        recipes: whose models; none: all.
-        spacing: of the times; none: the models' own.
+        samplers: samplers; each is measured with all steps.
+        recipes: the recipes that are measured; empty means all.
+        spacing: spacing of the times; None means the models' own.
         per_digit: samples of each digit.
     """
 
@@ -65,7 +65,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Way:
+class SamplerSteps:
     """A sampler and its number of steps."""
 
     sampler: str
@@ -77,24 +77,24 @@ class Budgets:
     """Longer trainings of some recipes.
 
     Args:
-        steps: of the trainings, besides the study's own.
-        recipes: which, and how they are sampled.
-        seed: of the trainings, one of the study's.
+        steps: training steps, besides the study's own.
+        recipes: the recipes, and how they are sampled.
+        seed: seed of the trainings; it must be one of the study's seeds.
     """
 
     steps: tuple[int, ...] = ()
-    recipes: dict[str, Way] = field(default_factory=dict)
+    recipes: dict[str, SamplerSteps] = field(default_factory=dict)
     seed: int = 1
 
 
 class Plan(NamedTuple):
-    """What follows the tuning.
+    """The steps after the tuning.
 
     Attributes:
-        trained: (recipe, seed) → a model.
-        measured: (recipe, number of the measurement) → the measurement of its models of all seeds.
-        longer: (recipe, training steps) → the measurement of a model with that budget.
-        sheet: pictures of all recipes' models.
+        trained: (recipe, seed) → the training of a model.
+        measured: (recipe, index of the measurement) → the measurement of its models of all seeds.
+        longer: (recipe, training steps) → the measurement of a model with this budget.
+        sheet: the measurement that draws pictures of all recipes.
     """
 
     trained: dict[tuple[str, int], Step]
@@ -105,12 +105,12 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipes:
-    """What is trained and measured.
+    """A study: the models that are trained, and how they are measured.
 
     Args:
         base: the YAML file that all recipes share.
-        recipes: the models, by name.
-        seeds: each recipe is trained with each.
+        recipes: name → recipe.
+        seeds: each recipe is trained with each seed.
         measurements: how the trained models are measured.
         tuning: the search for learning rates.
         budgets: longer trainings.
@@ -130,7 +130,7 @@ class Recipes:
         named = {r.tuned_as for r in self.recipes.values() if r.tuned_as} | self.budgets.recipes.keys()
         named |= {name for m in self.measurements for name in m.recipes}
         if unknown := sorted(named - self.recipes.keys()):
-            raise ValueError(f"there is no recipe {unknown[0]}: the study has {', '.join(self.recipes)}")
+            raise ValueError(f"there is no recipe {unknown[0]}: choose one of {', '.join(self.recipes)}")
         for name, recipe in self.recipes.items():
             if recipe.tuned_as and self.recipes[recipe.tuned_as].tuned_as:
                 raise ValueError(f"{name} is tuned as {recipe.tuned_as}, which must be tuned itself")
@@ -153,7 +153,7 @@ class Recipes:
             )
 
     def check(self) -> None:
-        """ValueError in one line if a recipe cannot be built, or not be sampled as the study says."""
+        """ValueError in one line if a recipe cannot be built, or its samplers do not fit it."""
         p = ArgumentParser(exit_on_error=False)
         p.add_class_arguments(Objective, "objective")
         p.add_class_arguments(Sampling, "sampling")
@@ -179,7 +179,7 @@ class Recipes:
                 raise ValueError(f"recipe {name}: {error}") from None
 
     def quick(self) -> "Recipes":
-        """300 training steps, the first seed only, one learning rate, few pictures."""
+        """A short version: 300 training steps, the first seed, one learning rate, few pictures."""
 
         def middle(rates: tuple[float, ...]) -> tuple[float, ...]:
             return rates[len(rates) // 2 :][:1]
@@ -195,16 +195,16 @@ class Recipes:
         )
 
     def run(self, out: Path, at_once: int) -> None:
-        """Tunes, then trains and measures what is not done yet, at most so many commands at once.
+        """Tunes, then trains and measures what is not done yet, with `at_once` commands at a time.
 
-        Errors as those of `runner.run`.
+        Errors are those of `runner.run`.
         """
         run(self.tuning_steps(out).values(), "tuning", at_once)
         plan = self.plan(out)
         run([*plan.trained.values(), *plan.measured.values(), *plan.longer.values(), plan.sheet], "study", at_once)
 
     def tuning_steps(self, out: Path) -> dict[tuple[str, float], Step]:
-        """(recipe, learning rate) → the measurement of a model of it; none if no recipe has anything to choose."""
+        """(recipe, learning rate) → the measurement of such a model; empty if no recipe has several learning rates."""
         candidates = [
             (name, rate)
             for name, recipe in self.recipes.items()
@@ -214,16 +214,16 @@ class Recipes:
         if len(candidates) == len({name for name, _ in candidates}):
             return {}
         by = Measurement((self.tuning.steps,), ("euler",))
-        flags = ("--reference", "train", "--seed", "1000000")  # seeds of its own
+        flags = ("--reference", "train", "--seed", "1000000")  # other samples than those of the results
         steps = {}
         for name, rate in candidates:
             place = out / "tuning" / name / f"lr-{rate:g}"
             model = replace(self.training(name, self.tuning.seed, place, rate), failure="try a lower lr")
-            steps[name, rate] = measuring([model], place / "evaluation", by, *flags)
+            steps[name, rate] = measurement([model], place / "evaluation", by, *flags)
         return steps
 
     def distances(self, out: Path) -> dict[str, dict[float, float]]:
-        """Recipe → learning rate → distance to the training pictures: ∞ after divergence, NaN without a tuning."""
+        """Recipe → learning rate → distance to the training pictures: ∞ after divergence, NaN without tuning."""
         steps = self.tuning_steps(out)
         found: dict[str, dict[float, float]] = {}
         for name, recipe in self.recipes.items():
@@ -231,21 +231,21 @@ class Recipes:
                 found.setdefault(name, {})[rate] = distance(steps[name, rate]) if steps else math.nan
         return found
 
-    def chosen(self, out: Path) -> dict[str, float]:
-        """Recipe → learning rate, by the least distance."""
+    def chosen_rates(self, out: Path) -> dict[str, float]:
+        """Recipe → the learning rate with the least distance."""
         found = {name: min(rates, key=lambda rate: rates[rate]) for name, rates in self.distances(out).items()}
         return {name: found[recipe.tuned_as or name] for name, recipe in self.recipes.items()}
 
     def plan(self, out: Path) -> Plan:
-        """The steps after the tuning, with the learning rates that it chose."""
-        rates = self.chosen(out)
+        """The steps after the tuning, with the chosen learning rates."""
+        rates = self.chosen_rates(out)
         trained = {
             (name, seed): self.training(name, seed, out / name / f"seed-{seed}", rates[name])
             for seed in self.seeds
             for name in self.recipes
         }
         measured = {
-            (name, i): measuring([trained[name, seed] for seed in self.seeds], out / name / f"evaluation-{i}", m)
+            (name, i): measurement([trained[name, seed] for seed in self.seeds], out / name / f"evaluation-{i}", m)
             for i, m in enumerate(self.measurements)
             for name in m.recipes or self.recipes
         }
@@ -255,13 +255,13 @@ class Recipes:
                 place = out / "budgets" / name / f"steps-{steps}"
                 model = self.training(name, self.budgets.seed, place, rates[name], steps)
                 by = replace(self.measurements[0], steps=(way.steps,), samplers=(way.sampler,))
-                longer[name, steps] = measuring([model], place / "evaluation", by)
+                longer[name, steps] = measurement([model], place / "evaluation", by)
         shown = Measurement((1, 2, 4, 8, 50), ("euler",), per_digit=10)
-        sheet = measuring([trained[name, self.seeds[0]] for name in self.recipes], out / "sheet", shown)
+        sheet = measurement([trained[name, self.seeds[0]] for name in self.recipes], out / "sheet", shown)
         return Plan(trained, measured, longer, sheet)
 
     def training(self, name: str, seed: int, folder: Path, lr: float, steps: int | None = None) -> Step:
-        """A model of a recipe."""
+        """The step that trains a model of a recipe."""
         flags = self.flags | {"run.folder": folder, "run.seed": seed, "optimization.lr": lr}
         if steps:
             flags |= {"run.steps": steps, "run.validate_every": steps}
@@ -270,8 +270,8 @@ class Recipes:
         return step_of(["train.py", "fit", *configs, *options], folder)
 
 
-def measuring(models: Sequence[Step], out: Path, m: Measurement, *flags: str) -> Step:
-    """The measurement of trained models."""
+def measurement(models: Sequence[Step], out: Path, m: Measurement, *flags: str) -> Step:
+    """The step that measures trained models."""
     named = [part for model in models for part in ("--model", str(model.folder))]
     ways = [part for sampler in m.samplers for part in ("--sampler", sampler)]
     ways += ["--steps", ",".join(map(str, m.steps)), "--per-digit", str(m.per_digit), "--out", str(out)]
@@ -280,11 +280,11 @@ def measuring(models: Sequence[Step], out: Path, m: Measurement, *flags: str) ->
 
 
 def step_of(command: Sequence[str], folder: Path, needs: tuple[Step, ...] = ()) -> Step:
-    """The step that a command of this project is."""
+    """A command of this project as a step."""
     return Step(tuple(command), folder, result_of(command), needs)
 
 
 def distance(tuned: Step) -> float:
-    """What a measurement of the tuning found; ∞ if its training diverged or its pictures are all alike."""
+    """The distance that the tuning measured; ∞ if the training diverged or too many pictures are duplicates."""
     found = read(tuned.folder)["rows"][0]["distance"] if tuned.is_done() else None
     return math.inf if found is None else found

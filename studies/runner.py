@@ -1,4 +1,4 @@
-"""Runs the steps of a study: each after those that it needs, several at a time, and none twice."""
+"""Runs the steps of a study: each after the steps that it needs, several at a time, and each only once."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from subprocess import DEVNULL, STDOUT, Popen
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-RESULTS = {  # command → the file in its folder that is there once it has succeeded
+RESULTS = {  # command → the file that it writes last into its folder, when it succeeds
     "train.py fit": "model/model_index.json",
     "sample.py pairs": "report.json",
     "sample.py grid": "grid.json",
@@ -24,7 +24,7 @@ POLL = 0.05  # seconds between two looks at the running commands
 
 
 def result_of(command: Sequence[str]) -> str:
-    """The file that a command of this project leaves in its folder; ValueError if it is no such command."""
+    """The file in its folder that shows that a command succeeded. ValueError for an unknown command."""
     for words, file in RESULTS.items():
         if list(command[: len(words.split())]) == words.split():
             return file
@@ -35,15 +35,15 @@ def result_of(command: Sequence[str]) -> str:
 class Step:
     """A command whose result is a folder.
 
-    The command is kept beside the folder as `NAME.command.json`, so that the result of another command is not taken for
-    this one's. What it prints follows it in `NAME.log`.
+    The command is stored beside the folder as `NAME.command.json`, so that the result of another command is not taken
+    for its result. `NAME.log` holds the command and its output.
 
     Args:
-        command: what follows `python`.
-        folder: of the result.
-        result: the file in the folder that is there once the command has succeeded.
-        needs: the steps whose results it reads.
-        failure: words in its error message with which a failure counts as a result; steps that need it are left out.
+        command: the command without `python`.
+        folder: folder of the result.
+        result: the file in the folder that exists when the command has succeeded.
+        needs: the steps whose results the command reads.
+        failure: a failure with these words in its error message counts as a result; steps that need it are left out.
     """
 
     command: tuple[str, ...]
@@ -59,11 +59,11 @@ class Step:
 
     @property
     def log(self) -> Path:
-        """The file that holds what the command printed."""
+        """The file that holds the output of the command."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def is_done(self) -> bool:
-        """Whether the result is there; ValueError if it is, but of another command."""
+        """Whether the result exists. ValueError if it is the result of another command."""
         if not (self.note.is_file() and (self.folder / self.result).is_file()):
             return False
         if json.loads(self.note.read_text(encoding="utf-8")) != list(self.command):
@@ -71,7 +71,7 @@ class Step:
         return True
 
     def start(self, threads: int) -> Popen:
-        """Starts the command. One that has been stopped before goes on, as all commands of this project do."""
+        """Starts the command. It resumes if it was stopped before, as all commands of this project do."""
         self.note.unlink(missing_ok=True)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
@@ -81,11 +81,11 @@ class Step:
             return Popen(command, stdin=DEVNULL, stdout=log, stderr=STDOUT, cwd=ROOT, env=environment)
 
     def finish(self, status: int) -> bool:
-        """Notes that the command has ended with this status. Returns whether there is a result.
+        """Called when the command has ended with this status. Returns whether there is a result.
 
         Raises:
-            ValueError: it failed.
-            OSError: it failed with status 1, which is the machine's fault.
+            ValueError: the command failed.
+            OSError: the command failed with status 1, which is a fault of the machine.
         """
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         reason = lines[-1].removeprefix("error: ") if len(lines) > 1 else "no message"
@@ -101,7 +101,7 @@ class Step:
 
 
 def ordered(goals: Iterable[Step]) -> list[Step]:
-    """The goals and all that they need, each step after its needs; ValueError if two have the same folder."""
+    """The goals and all steps that they need, each after its needs. ValueError if two steps have the same folder."""
     found: dict[Path, Step] = {}
 
     def add(step: Step) -> None:
@@ -116,7 +116,7 @@ def ordered(goals: Iterable[Step]) -> list[Step]:
 
 
 def check_sources(steps: Iterable[Step], done: set[Step]) -> None:
-    """ValueError if a result was made from one that is not there any more, and would be made anew."""
+    """ValueError if a result exists, but a result that it was made from does not."""
     for step in steps:
         for need in step.needs:
             if step in done and need not in done:
@@ -124,16 +124,16 @@ def check_sources(steps: Iterable[Step], done: set[Step]) -> None:
 
 
 def run(goals: Iterable[Step], title: str, at_once: int) -> None:
-    """Runs what is not done yet of the goals and of all that they need. At the first failure all other commands stop.
+    """Runs the goals and all steps that they need, unless they are done. The first failure stops all other commands.
 
     Args:
         goals: the steps whose results are wanted.
-        title: of the progress bar.
-        at_once: commands at a time, which share the cores.
+        title: title of the progress bar.
+        at_once: number of commands at a time; they share the cores.
 
     Raises:
         ValueError: a step failed, or a folder holds the result of another command.
-        OSError: a step failed through the machine's fault.
+        OSError: a step failed by a fault of the machine.
     """
     steps = ordered(goals)
     done = {step for step in steps if step.is_done()}
@@ -149,23 +149,23 @@ def run(goals: Iterable[Step], title: str, at_once: int) -> None:
                     waiting.remove(step)
                     running[step] = step.start(threads)
                 bar.set_postfix_str(", ".join("/".join(step.folder.parts[-2:]) for step in running))
-                step = first_to_end(running)
+                step = wait_for_first(running)
                 if step.finish(running.pop(step).returncode):
                     done.add(step)
                 else:
-                    left_out = needing(step, waiting)
+                    left_out = dependents(step, waiting)
                     waiting = [other for other in waiting if other not in left_out]
                     bar.update(len(left_out))
                 bar.update()
         finally:
             for process in running.values():
-                process.terminate()  # a training ends its step and writes a checkpoint
+                process.terminate()  # a training finishes its step and writes a checkpoint
             for process in running.values():
                 process.wait()
 
 
-def first_to_end(running: dict[Step, Popen]) -> Step:
-    """Waits until one of the commands has ended."""
+def wait_for_first(running: dict[Step, Popen]) -> Step:
+    """Waits until one of the commands has ended, and returns its step."""
     while True:
         for step, process in running.items():
             if process.poll() is not None:
@@ -173,8 +173,8 @@ def first_to_end(running: dict[Step, Popen]) -> Step:
         time.sleep(POLL)
 
 
-def needing(step: Step, others: Iterable[Step]) -> set[Step]:
-    """Those of the others, in order, that need a step or need one that does."""
+def dependents(step: Step, others: Iterable[Step]) -> set[Step]:
+    """The steps among the others, which are in order, that need a step directly or indirectly."""
     found = {step}
     for other in others:
         if not found.isdisjoint(other.needs):

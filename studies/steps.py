@@ -1,4 +1,4 @@
-"""A study as named commands that read each other's results, such as configs/studies/fewstep.yaml."""
+"""A study of named commands that read each other's results, such as configs/studies/fewstep.yaml."""
 
 import re
 import shlex
@@ -18,17 +18,17 @@ FILE = re.compile(r"[^-].*\.(py|yaml|txt)")  # a word of a command that names a 
 
 @dataclass(frozen=True)
 class Steps:
-    """Commands of this project, each with a folder of its own for its result.
+    """A study of commands of this project. Each command writes its result to its own folder.
 
-    A step's name is its folder under that of the study. A name with {seed} stands for one step for each seed. In a
-    command, {seed} is the seed, {out} the step's own folder, and {NAME} the folder of another step, which then comes
-    first: of one in the same folder of the study, such as {teacher}, or of any by its whole name.
+    The name of a step is its folder in the study's folder. A name with {seed} means one step for each seed. In a
+    command, {seed} is the seed, {out} the folder of the step, and {NAME} the folder of another step, which runs first.
+    NAME is a whole name, or for a step in the same folder its last part, such as {teacher}.
 
     Args:
         steps: name → command, as it is typed after `python`.
-        seeds: of the steps with {seed} in their names.
-        folders: name → folder in the project, for commands that write to a folder of their own instead of {out}.
-        document: what is written from the results.
+        seeds: the seeds of the steps with {seed} in their names.
+        folders: name → folder in the project, for commands that write to a fixed folder instead of {out}.
+        document: the document that is written from the results.
     """
 
     steps: dict[str, str]
@@ -37,10 +37,10 @@ class Steps:
     document: Literal["fewstep"] | None = None
 
     def commands(self) -> dict[str, str]:
-        """Name → command of every step, one for each seed where the name holds {seed}.
+        """Name → command of every step; a name with {seed} gives one step for each seed.
 
         Raises:
-            ValueError: two steps of one name, or a name that is none.
+            ValueError: two steps have the same name, or a name is invalid or unknown.
         """
         found: dict[str, str] = {}
         for template, command in self.steps.items():
@@ -53,20 +53,20 @@ class Steps:
                     raise ValueError(f"a step cannot be called {name}: take letters and digits, with / for folders")
                 found[name] = command.replace(SEED, seed)
         if unknown := sorted(self.folders.keys() - found.keys()):
-            raise ValueError(f"folders names the step {unknown[0]}, which does not exist")
+            raise ValueError(f"folders names the step {unknown[0]}, which does not exist: name one of the steps")
         if not found:
             raise ValueError("a study needs steps, and seeds if their names hold {seed}")
         return found
 
     def folder(self, name: str, out: Path) -> Path:
-        """The folder of a step, in the study's folder `out` or where `folders` says."""
+        """The folder of a step: that in `folders`, or one in the study's folder `out`."""
         return ROOT / self.folders[name] if name in self.folders else out / name
 
     def build(self, out: Path) -> dict[str, Step]:
         """Name → step, with its result in the study's folder `out`.
 
         Raises:
-            ValueError: an unknown command or name, steps that need each other, or a command that does not say {out}.
+            ValueError: an unknown command or name, steps that need each other, or a command without {out}.
             FileNotFoundError: a command names a file that does not exist.
         """
         commands = self.commands()
@@ -79,27 +79,27 @@ class Steps:
             raise ValueError(f"these steps need each other in a circle: {' → '.join(error.args[1])}") from None
         for name in order:
             if name not in self.folders and "out" not in named[name]:
-                raise ValueError(f"step {name}: the command must say {{out}}, the folder of its result")
+                raise ValueError(f"step {name}: the command must contain {{out}}, the folder of its result")
             places = {word: self.folders.get(other, str(out / other)) for word, other in named[name].items()}
             words = filled(name, commands[name], places)
             built[name] = Step(words, self.folder(name, out), result(name, words), tuple(built[n] for n in needs[name]))
         return {name: built[name] for name in commands}
 
     def check(self) -> None:
-        """Finds what is wrong before any work. Errors as those of `build`."""
+        """Checks the study before any work. Errors are those of `build`."""
         self.build(Path("out"))
 
     def quick(self) -> "Steps":
         """ValueError: there is no quick version."""
-        raise ValueError("--quick is for studies of recipes: a study of steps has no quick version")
+        raise ValueError("--quick is for studies of recipes, and a study of steps has no quick version: leave it out")
 
     def run(self, out: Path, at_once: int) -> None:
-        """Runs all steps that are not done, at most so many at once. Errors as those of `build` and `runner.run`."""
+        """Runs all steps that are not done, `at_once` at a time. Errors are those of `build` and `runner.run`."""
         run(self.build(out).values(), "study", at_once)
 
 
 def references(name: str, command: str, names: Container[str]) -> dict[str, str]:
-    """What stands in braces in a step's command → the step that it means; {out} is the step itself.
+    """Each placeholder of a step's command → the step that it means; {out} means the step itself.
 
     Raises:
         ValueError: there is no such step.
@@ -109,15 +109,15 @@ def references(name: str, command: str, names: Container[str]) -> dict[str, str]
         beside = str(PurePosixPath(name).parent / word)
         meant = name if word == "out" else beside if beside in names else word
         if word == "seed":
-            raise ValueError(f"step {name}: the command says {{seed}}, so the name must hold it, too")
+            raise ValueError(f"step {name}: the command contains {{seed}}, so the name must contain it, too")
         if meant not in names:
-            raise ValueError(f"step {name}: the command says {{{word}}}, and there is no step {word}")
+            raise ValueError(f"step {name}: the command contains {{{word}}}, but there is no step {word}: add it")
         found[word] = meant
     return found
 
 
 def filled(name: str, command: str, places: dict[str, str]) -> tuple[str, ...]:
-    """The words of a step's command, as a shell reads them, with folders in the place of names.
+    """The words of a step's command, as in a shell, with folders in place of the placeholders.
 
     Raises:
         ValueError: a quotation has no end.

@@ -14,7 +14,7 @@ from torch import nn
 from baselines.dit import CONFIG, KINDS, STEM, DiffusionTransformer, DiT
 from data.text.clip import CLIPText
 from flow.objective import Objective
-from pipeline import Pipeline, Reading
+from pipeline import LoadOptions, Pipeline
 from pipeline.export import as_folder
 from pipeline.folder import single_file
 from pipeline.sampling import Sampling
@@ -103,10 +103,12 @@ def test_it_is_saved_in_a_model_folder(kind, text: CLIPText, pipe: Pipeline, tmp
     assert type(back.network) is KINDS[kind.__name__] is kind
     prompts = ["a handwritten seven", ""]
     assert torch.equal(back(prompts, [0, 1], height=10), ours(prompts, [0, 1], height=10))
-    half = Pipeline.load(tmp_path / "model", Reading(dtype="bfloat16"))
+    half = Pipeline.load(tmp_path / "model", LoadOptions(dtype="bfloat16"))
     assert {p.dtype for p in half.network.parameters()} == {torch.bfloat16}
     half.save(tmp_path / "half")
-    assert next(Pipeline.load(tmp_path / "half", Reading(dtype="stored")).network.parameters()).dtype == torch.bfloat16
+    assert (
+        next(Pipeline.load(tmp_path / "half", LoadOptions(dtype="stored")).network.parameters()).dtype == torch.bfloat16
+    )
     assert next(Pipeline.load(tmp_path / "half").network.parameters()).dtype == torch.float32
     with pytest.raises(ValueError, match="height must be a multiple of 2"):
         ours(prompts, [0, 1], height=9)
@@ -122,7 +124,7 @@ def test_features_of_mmdit_alone_are_refused(kind, text: CLIPText, pipe: Pipelin
     ours, name = whole(kind, text, pipe), kind.__name__
     ours.save(tmp_path / "model")
     with pytest.raises(ValueError, match=f"is a {name}, and only an MMDiT takes a LoRA"):
-        Pipeline.load(tmp_path / "model", Reading(lora=tmp_path))
+        Pipeline.load(tmp_path / "model", LoadOptions(lora=tmp_path))
     with pytest.raises(ValueError, match=f"the single-file format holds an MMDiT, not a {name}"):
         single_file(ours.parts)
     with pytest.raises(ValueError, match="skip_layers"):

@@ -272,7 +272,7 @@ def test_keys_that_do_no_harm_may_change_and_are_named(
     go_on(config, half, "--data.workers", "1", "--run.checkpoint_every", "7", "--grid.columns", "3")
     told = capsys.readouterr().err
     for key, there, now in (("data.init_args.workers", 0, 1), ("run.checkpoint_every", 5, 7), ("grid.columns", 2, 3)):
-        assert f"going on although {key} is {there} there and {now} now" in told
+        assert f"warning: the run resumes, but {key} is {there} there and {now} now" in told
     assert_same(state(half), state(straight))
     assert_same(logged(half), logged(straight))
 

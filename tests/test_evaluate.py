@@ -13,7 +13,7 @@ from data.examined import Digits
 from flow.objective import Objective
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
-from studies.measure import Setting, draw, labels
+from studies.measure import Setting, draw, short_names
 
 ROOT = Path(__file__).parents[1]
 JUDGE = ["--features", f"judge:{ROOT / 'assets/digits/judge'}"]
@@ -67,7 +67,7 @@ def test_the_pictures_do_not_depend_on_the_batch_and_references_differ(model: Pa
     ],
 )
 def test_models_are_named_by_what_tells_them_apart(paths: list[str], expected: list[str]) -> None:
-    assert labels([Path(p) for p in paths]) == expected
+    assert short_names([Path(p) for p in paths]) == expected
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_measures_shapes(drawer: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["--model", "SHAPES", "--per-digit", "10"], "--per-digit counts digits; with --data shapes give --samples"),
         (["--model", "SHAPES", "--samples", "64"], "more than 64 samples, got 64"),
         (["--model", "SHAPES", "--samples", "70", "--per-digit", "7"], "not allowed with"),
-        (["--model", "SHAPES", *JUDGE], "judge knows pictures of (1, 8, 8), got (3, 64, 64)"),
+        (["--model", "SHAPES", *JUDGE], "judge needs pictures of (1, 8, 8), got (3, 64, 64)"),
         (["--model", "DIGITS", "--data", "digits", "--samples", "75"], "take a multiple of 10"),
         (["--model", "DIGITS", "--data", "letters"], "letters"),
     ],

@@ -76,7 +76,7 @@ def test_claims_compare_seed_by_seed() -> None:
     assert (straight.found, straight.holds) == ([0.02, 0.02], True)
     one = found["one Euler step, 2-rectified: FD ratio"]
     assert (one.found, one.holds) == ([1.0, 1.1], False)  # 1.05 in the mean
-    assert found["MeanFlow from nothing, one step: FD ratio"].holds
+    assert found["MeanFlow from scratch, one step: FD ratio"].holds
     assert not found["learned guidance over the guided teacher, 8 steps: FD"].holds
     assert found["its evaluations over the teacher's"].found == [0.5]
     assert found["recall of one step, 2-rectified, over the teacher's in 8"].found == [1.0, 1.0]

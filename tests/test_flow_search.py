@@ -72,7 +72,7 @@ def test_the_mean_over_batches_is_the_cost_of_all() -> None:
 
 @pytest.mark.parametrize("steps", [0, 9])
 def test_more_steps_than_fine_ones_are_refused(steps: int) -> None:
-    with pytest.raises(ValueError, match=f"from 1 to the 8 of the fine walk, got {steps}"):
+    with pytest.raises(ValueError, match=f"from 1 to the 8 of the reference walk, got {steps}"):
         cheapest(costs(walked(TWO, RectifiedFlow(), 8)[0]), steps)
 
 
@@ -202,7 +202,7 @@ def test_a_chain_is_searched_among_its_own_times(pipe: Pipeline, spacing: str) -
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--steps", "9", "--fine", "8"], "steps must be from 1 to the 8 of the fine walk, got 9: raise --fine"),
+        (["--steps", "9", "--fine", "8"], "steps must be from 1 to the 8 of the reference walk, got 9: raise --fine"),
         (["--num", "1"], "num must be at least 2"),
         (["--num", "0"], "must be at least 1"),
         (["--sampler", "heun"], "searched for sampler euler, not for heun"),

@@ -12,7 +12,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from data import digits
-from metrics.distribution import enough, frechet_distance, inception_score, kernel_distance, precision_recall
+from metrics.distribution import check_count, frechet_distance, inception_score, kernel_distance, precision_recall
 from metrics.features import DigitsJudge
 
 
@@ -211,7 +211,7 @@ def test_features_that_cannot_be_compared_are_refused_in_one_line(function, x: T
     assert "\n" not in str(error.value)
 
 
-def test_a_covariance_needs_more_samples_than_features():
-    enough(65, 64)
-    with pytest.raises(ValueError, match="needs more than 64 samples, got 64: a covariance of fewer is singular"):
-        enough(64, 64)
+def test_a_covariance_needs_more_samples_than_features() -> None:
+    check_count(65, 64)
+    with pytest.raises(ValueError, match="needs more than 64 samples, got 64: with fewer the covariance is singular"):
+        check_count(64, 64)

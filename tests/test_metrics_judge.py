@@ -55,7 +55,7 @@ def test_features_do_not_depend_on_the_chunks(network: DigitsJudge):
         (torch.zeros(0, 1, 8, 8), "floats"),
         (torch.full((2, 1, 8, 8), -0.1), "in .0, 1., got -0.1"),
         (torch.full((2, 1, 8, 8), torch.nan), "in .0, 1."),
-        (torch.zeros(2, 3, 8, 8), "the judge knows pictures of .1, 8, 8., got .3, 8, 8."),
+        (torch.zeros(2, 3, 8, 8), "the judge needs pictures of .1, 8, 8., got .3, 8, 8."),
     ],
 )
 def test_wrong_pictures_are_refused(network: DigitsJudge, pictures: Tensor, words: str):

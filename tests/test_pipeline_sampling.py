@@ -13,7 +13,7 @@ from flow.objective import Objective
 from flow.path import EDM, Cosine, DDPMLinear, LDMLinear, RectifiedFlow, ZeroTerminalSNR
 from flow.target import X0, Epsilon, Preconditioned, V, Velocity
 from flow.variance import LearnedVariance
-from pipeline.sampling import GRIDS, SAMPLERS, Sampling, chosen, random_normals
+from pipeline.sampling import GRIDS, SAMPLERS, Sampling, parse_choice, random_normals
 
 LINE = Objective()
 CHAIN = Objective(LDMLinear(), Epsilon())
@@ -40,7 +40,7 @@ def words(thing: object) -> str:
     ],
 )
 def test_a_sampler_is_a_name_and_options(text: str, function: str, options: dict[str, Any]) -> None:
-    found = chosen(SAMPLERS, "sampler", text)
+    found = parse_choice(SAMPLERS, "sampler", text)
     assert found.func is SAMPLERS[function]
     assert found.keywords == options
     assert all(type(found.keywords[key]) in (float, int, str) for key in options)
@@ -48,7 +48,7 @@ def test_a_sampler_is_a_name_and_options(text: str, function: str, options: dict
 
 
 def test_a_spacing_is_a_name_and_options() -> None:
-    found = chosen(GRIDS, "spacing", "karras:rho=5,sigma_max=40")
+    found = parse_choice(GRIDS, "spacing", "karras:rho=5,sigma_max=40")
     assert found.func is karras
     times = Sampling(steps=6, spacing="karras:rho=5,sigma_max=40").walk(KARRAS)[1]
     assert torch.equal(times, karras(EDM(), 6, rho=5.0, sigma_max=40.0))
@@ -97,7 +97,7 @@ def test_an_interval_from_json_is_a_tuple_of_floats() -> None:
     assert Sampling(interval=[0, 1]) == Sampling()  # type: ignore[arg-type]
 
 
-SINGULAR = "does not tell picture from noise"
+SINGULAR = "does not determine picture and noise"
 PURE = "starts from a finite sigma, and this grid from pure noise: use karras spacing"
 BETWEEN = "LDMLinear is discrete and has no times in between"
 
@@ -222,10 +222,10 @@ def test_skip_layer_guidance_works_in_its_share_of_the_steps() -> None:
     """Where 0.01·steps < i < 0.2·steps, as in the released model's code: the second to the sixth of 28."""
     sampling = Sampling(steps=28, skip_layers=[7, 8, 9], spacing="flow_match")
     times = sampling.walk(LINE, 3.0)[1]
-    first, last = sampling.skipping(times)
+    first, last = sampling.skip_times(times)
     assert [i for i, t in enumerate(times.float()) if first <= t <= last] == [1, 2, 3, 4, 5]
-    assert Sampling(steps=28).skipping(times) is None
-    assert Sampling(steps=4, skip_layers=(1,)).skipping(Sampling(steps=4).walk(LINE)[1]) is None
+    assert Sampling(steps=28).skip_times(times) is None
+    assert Sampling(steps=4, skip_layers=(1,)).skip_times(Sampling(steps=4).walk(LINE)[1]) is None
     with pytest.raises(ValueError, match="need classifier-free guidance"):
         Sampling(skip_layers=(7,), guidance=1.0)
 

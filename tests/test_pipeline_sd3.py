@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
-from pipeline import Pipeline, Reading
+from pipeline import LoadOptions, Pipeline
 from pipeline.folder import single_file
 from storage.weights import write_tensors
 
@@ -121,7 +121,7 @@ def test_what_the_mask_keeps_comes_back_as_it_went_in(ours: dict[str, Pipeline])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_file_is_the_same_model(released: dict, ours: dict[str, Pipeline], kind: str, tmp_path: Path) -> None:
     write_tensors(single_file(ours[kind].parts), tmp_path / "one.safetensors")
-    back = Pipeline.load(tmp_path / "one.safetensors", Reading(parts=released[kind][1]))
+    back = Pipeline.load(tmp_path / "one.safetensors", LoadOptions(parts=released[kind][1]))
     assert torch.equal(mine(back, 4, 5.0, 64, 64), mine(ours[kind], 4, 5.0, 64, 64))
 
 
@@ -129,7 +129,7 @@ def test_half_precision_is_close_and_overflow_is_an_error(released: dict, ours: 
     folder = released["sd35_medium"][1]
     full = mine(ours["sd35_medium"], 4, 5.0, 64, 64)
     for dtype in ("bfloat16", "float16"):
-        half = Pipeline.load(folder, Reading(dtype=dtype))
+        half = Pipeline.load(folder, LoadOptions(dtype=dtype))
         assert {p.dtype for p in half.network.parameters()} == {getattr(torch, dtype)}
         assert (mine(half, 4, 5.0, 64, 64) - full).abs().mean() < 0.05
     half.network.final.linear.weight.data *= 1e6

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_tensor
 
 import sample
 from mmdit import checkpoint, lora
-from pipeline import Pipeline, Reading
+from pipeline import LoadOptions, Pipeline
 from pipeline.folder import single_file
 from storage.weights import write_tensors
 
@@ -150,7 +150,7 @@ def spoil_schedule(base: Path) -> None:
         (spoil_flux, [], "is a FluxPipeline; this project reads StableDiffusion3Pipeline"),
         (spoil_text, [], "truncated or no safetensors"),
         (spoil_vae, [], "holds only a pickle"),
-        (spoil_schedule, [], "asks for what no Stable Diffusion 3 does: use_dynamic_shifting"),
+        (spoil_schedule, [], "sets use_dynamic_shifting, which no Stable Diffusion 3 uses"),
         (lambda base: shutil.rmtree(base / "tokenizer_2"), [], "tokenizer_2"),
         (None, ["--height", "65"], "height must be a multiple of 16"),
         (None, ["--height", "528"], "height must be at most 512, the size of the positional table"),
@@ -244,7 +244,7 @@ def test_long_prompts_are_cut_and_it_is_said_once(released: Path, tmp_path: Path
 
 def test_a_missing_positional_table_row_is_never_read(released: Path) -> None:
     """The largest picture that the table holds can be drawn, one patch more cannot."""
-    pipe = Pipeline.load(released / "base", Reading())
+    pipe = Pipeline.load(released / "base", LoadOptions())
     assert pipe.latent_size(512, 16) == (64, 2)
     with pytest.raises(ValueError, match="at most 512"):
         pipe.latent_size(528, 16)

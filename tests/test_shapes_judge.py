@@ -108,7 +108,7 @@ def test_features_are_those_of_the_judge_and_small_on_disk(network: ShapesJudge,
     torch.testing.assert_close(pooled, alone, rtol=1e-4, atol=1e-4)
     assert frechet_distance(network(fresh).pooled, network(fresh.flip(0)).pooled) == pytest.approx(0, abs=1e-4)
     assert sum(file.stat().st_size for file in JUDGE.iterdir()) <= 600_000
-    with pytest.raises(ValueError, match=r"knows pictures of .3, 64, 64., got .1, 8, 8."):
+    with pytest.raises(ValueError, match=r"needs pictures of .3, 64, 64., got .1, 8, 8."):
         network(torch.zeros(1, 1, 8, 8))
 
 

@@ -67,13 +67,13 @@ def test_a_command_may_have_a_folder_of_its_own_and_quoted_words() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"steps": {"a": f"{EVALUATION} {{b}}"}}, "step a: the command says {b}, and there is no step b"),
+        ({"steps": {"a": f"{EVALUATION} {{b}}"}}, "step a: the command contains {b}, but there is no step b"),
         ({"steps": {"a": f"{EVALUATION} {{b}}", "b": f"{TEACHER} {{a}}"}}, "these steps need each other in a circle: "),
         ({"steps": {"a": f"{EVALUATION} {{a}}"}}, "each other in a circle: a → a"),
         ({"steps": {"a": "rm -r {out}"}}, "step a: `rm -r` is no command of a study: take train.py fit"),
         ({"steps": {"a": "train.py fit --config nowhere.yaml {out}"}}, "step a: the command names nowhere.yaml"),
-        ({"steps": {"a": "train.py fit --config configs/digits.yaml"}}, "step a: the command must say {out}"),
-        ({"steps": {"a": f"{TEACHER} {{seed}}"}, "seeds": [1]}, "step a: the command says {seed}, so the name must"),
+        ({"steps": {"a": "train.py fit --config configs/digits.yaml"}}, "step a: the command must contain {out}"),
+        ({"steps": {"a": f"{TEACHER} {{seed}}"}, "seeds": [1]}, "the command contains {seed}, so the name must"),
         ({"steps": {"a": f"{TEACHER} 'b"}}, "step a: the command cannot be read: No closing quotation"),
         ({"steps": {"{seed}": TEACHER}, "seeds": [1, 1]}, "there are two steps 1: seeds and names must differ"),
         ({"steps": {"{seed}": TEACHER, "1": TEACHER}, "seeds": [1]}, "there are two steps 1"),
@@ -205,7 +205,7 @@ def test_a_stopped_study_stops_its_commands(tmp_path: Path) -> None:
         time.sleep(0.1)
     process.terminate()
     assert process.wait() == 128 + signal.SIGINT
-    assert (tmp_path / "said").read_text().splitlines()[-1] == "error: stopped; the same command goes on"
+    assert (tmp_path / "said").read_text().splitlines()[-1] == "error: stopped; the same command resumes"
     step = state(out / "teacher")["step"]  # the training has written a last checkpoint before it ended
     time.sleep(0.5)
     assert state(out / "teacher")["step"] == step

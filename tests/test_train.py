@@ -164,7 +164,7 @@ def test_a_run_may_be_moved(config: Path, capsys: pytest.CaptureFixture) -> None
         (["--objective.path", "DDPMLinear"], "is discrete and has no rate"),
         (
             ["--objective.path", "Cosine", "--objective.target", "Epsilon"],
-            "at t = 1 Epsilon does not tell picture from noise",
+            "at t = 1 Epsilon does not determine picture and noise",
         ),
         (["--objective", "LearnedVariance"], "the following arguments are required: path"),
         (["--objective", "LearnedVariance", "--objective.path", "Cosine"], "needs a discrete path"),

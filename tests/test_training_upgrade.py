@@ -112,6 +112,6 @@ def test_todays_files_need_no_such_line(capsys: pytest.CaptureFixture) -> None:
 def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     tree = yaml.safe_load(small(tmp_path).read_text())
     tree["text"]["class_path"] = "data.nothing.Text"
-    with pytest.raises(ValueError, match="another version of this project wrote the run's config") as error:
+    with pytest.raises(ValueError, match="this version cannot read the run's config") as error:
         resolve(tree)
     assert "\n" not in str(error.value)

@@ -1,1 +1,1 @@
-"""Where network, process and data meet for training."""
+"""Training: network, objective and data joined."""

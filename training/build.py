@@ -1,4 +1,4 @@
-"""A config to the trainer, the module and the data."""
+"""Builds the trainer, the module and the data from a config."""
 
 import hashlib
 from inspect import signature
@@ -26,59 +26,59 @@ from training.run_folder import CHECKPOINTS, Run
 from training.saving import ModelWriter, Snapshots
 
 
-def base_of(config: Namespace) -> str | None:
-    """Where the network comes from, if low-rank updates of it are to be trained; ValueError if it is a new one."""
+def lora_base(config: Namespace) -> str | None:
+    """The base model of a LoRA training; None for other trainings. ValueError if there is no such model on disk."""
     if config.lora is None:
         return None
     if config.network.class_path != "mmdit.checkpoint.load":
-        raise ValueError("lora updates a network from disk: network.class_path must be mmdit.checkpoint.load")
+        raise ValueError("lora needs a network from disk: network.class_path must be mmdit.checkpoint.load")
     arguments = config.network.init_args
     grown = [name for name in signature(MMDiT.grow).parameters if name != "self" and arguments[name]]
     if grown:
-        raise ValueError(f"lora updates the network as it is: it cannot learn network.{', '.join(grown)}")
+        raise ValueError(f"lora cannot train new parts of a network: leave out network.{', '.join(grown)}")
     base = Path(config.network.init_args.path).resolve()
     base = base.parent if base.name == "transformer" and not (base / "model_index.json").exists() else base
     if base.is_dir() and not (base / "model_index.json").is_file():
-        raise ValueError(f"lora needs the whole model, to sample with: {base} has no model_index.json")
+        raise ValueError(f"lora needs a whole model folder, and {base} has no model_index.json: give another path")
     return str(base)
 
 
 def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Data]:
-    """The trainer, the module and the data of an instantiated config.
+    """Builds the trainer, the module and the data of an instantiated config.
 
     Args:
         config: all sections.
-        base: where a network comes from of which low-rank updates are trained.
+        base: the base model of a LoRA training.
 
     Raises:
-        ValueError: the sections do not fit each other.
+        ValueError: the sections do not fit together.
     """
     generator, data = build_generator(config, base)
     return build_trainer(config, generator), generator, data
 
 
 def build_generator(config: Namespace, base: str | None) -> tuple[Generator, Data]:
-    """The module and the data. Arguments and errors as `build`'s."""
+    """Builds the module and the data. Arguments and errors are those of `build`."""
     run: Run = config.run
     network, text, codec, objective = config.network.train(), config.text, config.codec, config.objective
     if config.lora:
         lora.add(network, config.lora)
     if any(p.requires_grad and p.dtype != torch.float32 for p in network.parameters()):
-        raise ValueError("weights that learn must be float32, or small steps vanish: leave out network.init_args.dtype")
+        raise ValueError("trained weights must be float32, or small steps vanish: leave out network.init_args.dtype")
     data: Data = config.data(text, codec, run.seed)
     config.strategy.check(run.world, data.batch_size)
     data.check(run.world)
     for name in ("text_mask", "picture_channels", "level_embeds"):
         needed = getattr(data, name)
         if getattr(network, name) != needed:
-            raise ValueError(f"network.{name} is {getattr(network, name)} and the data need {needed}: make them agree")
+            raise ValueError(f"network.{name} is {getattr(network, name)}, but the data need {needed}: make them equal")
     teacher = config.teacher and config.teacher.load(objective, codec, text, network, data.sized)
     pipeline = Pipeline(network, objective, codec, text, config.sampling)
     if data.sized != pipeline.sized:
         needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)
         how = "with" if data.sized else "without"
         raise ValueError(f"network.pooled_dim must be {needed} {how} data.size_conditioning, got {network.pooled_dim}")
-    for height, width in {(data.side, data.side), *data.sizes}:  # a patch that does not fit should fail now
+    for height, width in {(data.side, data.side), *data.sizes}:  # fails now if a size does not fit the patch size
         pipeline.plan(config.sampling, None, height, width)
     config.optimization.check(run.steps)
     generator = Generator(
@@ -89,12 +89,12 @@ def build_generator(config: Namespace, base: str | None) -> tuple[Generator, Dat
 
 
 def build_trainer(config: Namespace, generator: Generator) -> L.Trainer:
-    """Lightning's trainer of a module."""
+    """Builds Lightning's trainer for a module."""
     run, strategy, writer = config.run, config.strategy, generator.writer
     loggers: list[Logger] = [JSONLinesLogger(run.folder / "log.jsonl")]
     if run.wandb != "off":
         place = run.folder.resolve()
-        identity = hashlib.sha256(str(place).encode()).hexdigest()[:12]  # a resumed run goes on in the same place
+        identity = hashlib.sha256(str(place).encode()).hexdigest()[:12]  # a resumed run continues the same W&B run
         offline = run.wandb == "offline"
         loggers.append(WandbLogger(project="mmdit", name=place.name, id=identity, save_dir=run.folder, offline=offline))
     cost = StepCost(writer.network, generator.objective, generator.teacher, writer.base is None)
@@ -119,7 +119,7 @@ def build_trainer(config: Namespace, generator: Generator) -> L.Trainer:
         log_every_n_steps=run.log_every,
         logger=loggers,
         callbacks=callbacks,
-        inference_mode=False,  # or the weights that validation gathers could not be trained on
+        inference_mode=False,  # weights that are gathered in inference mode could not be trained any more
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=run.folder,

@@ -1,4 +1,4 @@
-"""What a batch costs: pictures, tokens and FLOPs of a training step."""
+"""The cost of a batch: pictures, tokens and FLOPs of a training step."""
 
 import torch
 from torch import Tensor
@@ -8,20 +8,20 @@ from engine.flops import forward_flops
 from engine.meter import Cost
 from flow.objective import Objective
 from mmdit.network import Condition, Network
-from training.teacher import Teaching
+from training.teacher import TeacherModel
 
 
 class StepCost:
-    """cost(batch) → Cost. The backward pass counts as two forward ones, for low-rank updates as one.
+    """cost(batch) → Cost. The backward pass counts as two forward passes, for a LoRA as one.
 
     Args:
-        network: without numbers.
-        objective: what it learns.
-        teacher: what it learns from.
-        whole: all weights learn, and not only low-rank updates.
+        network: the network, on the meta device.
+        objective: what the network learns.
+        teacher: the model that it learns from.
+        whole: whether all weights are trained, and not only a LoRA.
     """
 
-    def __init__(self, network: Network, objective: Objective, teacher: Teaching | None, whole: bool) -> None:
+    def __init__(self, network: Network, objective: Objective, teacher: TeacherModel | None, whole: bool) -> None:
         self.network, self.objective, self.teacher = network, objective, teacher
         self.passes = (3 if whole else 2) + objective.extra_passes
         self.known: dict[tuple[tuple[int, ...], ...], Cost] = {}  # by the shapes of latents and text

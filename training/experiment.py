@@ -1,4 +1,4 @@
-"""An experiment's YAML file: its sections, and how they are read. `encode.py` and `train.py` work on the same file."""
+"""The YAML file of an experiment: its sections and its parser. `encode.py` and `train.py` read the same file."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ from data.store.encoding import Encoding
 from data.text.encoder import TextEncoder
 from engine.ema import Averages
 from engine.strategy import Strategy
-from flow import meanflow, stepmap, variance  # noqa: F401  so that YAML files may name their classes
+from flow import meanflow, stepmap, variance  # noqa: F401  YAML files name their classes
 from flow.objective import Objective
 from mmdit.lora import LoRA
 from mmdit.network import Network
@@ -28,7 +28,7 @@ from training.run_folder import Run
 from training.teacher import Teacher
 from training.terms import LossTerm
 
-RENAMED = {  # classes that YAML files name
+RENAMED = {  # class_path of an earlier version → class_path of today
     "data.text.CLIPText": "data.text.clip.CLIPText",
     "data.sd3_text.SD3Text": "data.text.sd3.SD3Text",
     "data.sources.Pictures": "data.raw.sources.Pictures",
@@ -37,10 +37,10 @@ RENAMED = {  # classes that YAML files name
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, with errors in one line. It also reads what earlier versions wrote."""
+    """jsonargparse's parser, with errors in one line. It also reads YAML files of earlier versions."""
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:  # type: ignore[override]
-        """As jsonargparse's; a --config file with names of before is read with those of today."""
+        """Like jsonargparse's, but old names in a --config file are replaced by the new ones."""
         given = list(sys.argv[1:] if args is None else args)
         for i, (flag, value) in enumerate(pairwise(given)):
             name, content = flag, value
@@ -55,21 +55,21 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        fail(plain(message))
+        fail(short_cause(message))
 
 
 def resolve(tree: Any) -> str:
-    """A whole config as YAML, with the names and defaults of today. ValueError if it cannot be read so."""
+    """A whole config as YAML, with the names and defaults of today. ValueError if this version cannot read it."""
     p = parser("", exit_on_error=False)
     try:
         return p.dump(p.parse_object(upgraded(tree)), skip_validation=True)
     except (ArgumentError, TypeError, KeyError) as error:
-        cause = " ".join(plain(str(error)).split())
-        raise ValueError(f"another version of this project wrote the run's config: {cause}") from None
+        cause = " ".join(short_cause(str(error)).split())
+        raise ValueError(f"this version cannot read the run's config, choose another run.folder: {cause}") from None
 
 
 def upgraded(tree: Any) -> Any:
-    """A config, or a part of one, with the names of today for those of earlier versions."""
+    """A config, or a part of one, in which new names replace those of earlier versions."""
     if isinstance(tree, list):
         return [upgraded(branch) for branch in tree]
     if not isinstance(tree, dict):
@@ -83,7 +83,7 @@ def upgraded(tree: Any) -> Any:
 
 
 def _objective(old: dict[str, Any]) -> dict[str, Any]:
-    """Before, one class learned all there is to learn, as its arguments said."""
+    """The class and arguments of an objective of an earlier version, when one class had the arguments of all four."""
     rest = {name: value for name, value in old.items() if name not in ("average", "variance")}
     shared = {name: rest[name] for name in ("shift", "shift_area", "penalty") if name in rest}
     density = rest.get("density")
@@ -104,19 +104,19 @@ def _objective(old: dict[str, Any]) -> dict[str, Any]:
 def _yaml(file: Path) -> Any:
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):  # the parser tells it
+    except (yaml.YAMLError, UnicodeDecodeError):  # the parser reports it
         return None
 
 
-def plain(message: str) -> str:
-    """The cause, where jsonargparse tells all that a value could have been."""
+def short_cause(message: str) -> str:
+    """jsonargparse's message, cut to the first cause if it lists every type that a value could have had."""
     where = re.match(r"(.*?)Does not validate against any of the Union subtypes", message, re.DOTALL)
     cause = re.search(r"Errors:\s+- (.*?)\s*(?:\n\s*- |Given value|$)", message, re.DOTALL)
     return f"{where[1]}{cause[1]}" if where and cause else message
 
 
 def parser(description: str, exit_on_error: bool = True) -> Parser:
-    """Every key of the YAML file is a constructor's argument, documented there."""
+    """The parser of the YAML file. Every key is an argument of a constructor and is documented there."""
     p = Parser(description=description, exit_on_error=exit_on_error)
     p.add_argument(
         "--config", action="config", required=exit_on_error, help="a YAML file; later ones and flags override it"
@@ -124,11 +124,11 @@ def parser(description: str, exit_on_error: bool = True) -> Parser:
     p.add_class_arguments(Run, "run")
     p.add_subclass_arguments(TextEncoder, "text", required=True)
     p.add_subclass_arguments(Codec, "codec", required=True)
-    p.add_argument("--encode", type=Encoding | None, help="what encode.py makes a store of")
+    p.add_argument("--encode", type=Encoding | None, help="the pictures that encode.py encodes into a store")
     p.add_argument("--data", type=Callable[[TextEncoder, Codec, int], Data], required=True)
     p.add_subclass_arguments(Network, "network", required=True)
-    p.add_argument("--lora", type=LoRA | None, help="train low-rank updates of a network that is read from disk")
-    p.add_argument("--teacher", type=Teacher | None, help="learn from a model's output")
+    p.add_argument("--lora", type=LoRA | None, help="train a LoRA of a network that is loaded from disk")
+    p.add_argument("--teacher", type=Teacher | None, help="learn the output of this model (distillation)")
     p.add_subclass_arguments(Objective, "objective", default={"class_path": "flow.objective.Objective"})
     p.add_argument("--terms", type=list[LossTerm], default=[], help="losses on hidden states beside the objective")
     p.add_class_arguments(Optimization, "optimization")

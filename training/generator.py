@@ -1,4 +1,4 @@
-"""Generator: the only place where network, process and data meet for training."""
+"""Generator: the Lightning module. It holds the training step, the validation and the samples."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ from mmdit.network import Condition, HiddenStates
 from pipeline import Pipeline
 from training.optimization import Optimization
 from training.run_folder import Run
-from training.saving import ModelWriter, gathered
-from training.teacher import Teaching
+from training.saving import ModelWriter, gather
+from training.teacher import TeacherModel
 from training.terms import LossTerm
 
 VALIDATION_TIMES = 8
@@ -34,11 +34,11 @@ SAMPLED = 64  # pictures at a time
 
 @dataclass(frozen=True)
 class Grid:
-    """The sheet of samples drawn at each validation: one row per prompt.
+    """The sheet of samples that each validation draws: one row for each prompt.
 
     Args:
-        prompts: what to draw.
-        columns: pictures of each.
+        prompts: the prompts.
+        columns: pictures for each prompt.
     """
 
     prompts: tuple[str, ...] = ()
@@ -50,24 +50,24 @@ class Grid:
 
 
 class Generator(L.LightningModule):
-    """Trains a network on an objective; draws samples and writes model folders as it goes.
+    """Trains a network on an objective, validates it, draws samples and writes the best model.
 
     Args:
         pipeline: the model that is trained: network, objective, codec, text and sampling.
-        run: its folder, seed, number of steps and log.
-        batch_size: of the global batch.
-        optimization: how it is trained.
-        averages: which averages of the weights are kept.
-        strategy: how the training is spread and fitted into memory.
-        grid: which samples are drawn.
+        run: folder, seed, number of steps and log of the run.
+        batch_size: pictures in the global batch.
+        optimization: optimizer and schedule.
+        averages: the averages of the weights that are kept.
+        strategy: how the training is divided among processes and fits into memory.
+        grid: the samples that are drawn.
         side: height and width of the samples, in pixels.
         writer: writes the model.
-        teacher: what it learns from.
+        teacher: the model that the network learns from.
         terms: further losses, on hidden states.
-        examples: pictures that samples are made of, for a network that works from pictures.
+        examples: input pictures of the samples, for a network that works from pictures.
 
     Raises:
-        ValueError: the network is not told what it is to learn, or lacks a block that a term reads.
+        ValueError: network.guidance_embeds does not fit the teacher, or the network lacks a block that a term reads.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Generator(L.LightningModule):
         grid: Grid,
         side: int,
         writer: ModelWriter,
-        teacher: Teaching | None = None,
+        teacher: TeacherModel | None = None,
         terms: Sequence[LossTerm] = (),
         examples: Examples | None = None,
     ) -> None:
@@ -96,15 +96,15 @@ class Generator(L.LightningModule):
         self.read_blocks = frozenset(block for term in self.terms for block in term.blocks)
         if not self.read_blocks <= set(range(self.network.skippable)):
             raise ValueError(f"terms read the blocks {sorted(self.read_blocks)} of an MMDiT, and this network has "
-                             f"{self.network.skippable}")  # fmt: skip
+                             f"{self.network.skippable}: name other blocks")  # fmt: skip
         self.bins = TimeBins()
         self.guard = Guard()
-        self.losses = torch.zeros(1 + len(self.terms))  # of the global batch so far, this rank's means
+        self.losses = torch.zeros(1 + len(self.terms))  # mean losses of this rank's share of the global batch so far
         self.best = math.inf
         self.loaded_step = 0
 
     def configure_model(self) -> None:
-        """Divides the network among the processes, makes its averages, and lets the pipeline draw with the first."""
+        """Shards the network, makes the averages of its weights, and gives the first average to the pipeline."""
         if hasattr(self, "ema"):
             return
         strategy, device, world = self.strategy, self.trainer.strategy.root_device, self.trainer.world_size
@@ -126,7 +126,7 @@ class Generator(L.LightningModule):
     # One step: draw t, mix picture and noise, compare (Esser et al. 2024, §2 and §3.1).
 
     def training_step(self, batch: Batch) -> Tensor:
-        """The mean loss of a part of this rank's share of global batch `batch.step`."""
+        """The mean loss of one micro-batch: a part of this rank's share of global batch `batch.step`."""
         u = self.uniforms(batch)
         t, end = (None if x is None else x.to(batch.x0.device) for x in self.objective.times(u[:3], area(batch)))
         assert t is not None
@@ -135,30 +135,30 @@ class Generator(L.LightningModule):
         loss = self.loss_of(model, batch, t, u[3].float(), end)
         self.bins.add(t, loss)
         means = torch.stack([loss.mean(), *(term(states.tokens).mean() for term in self.terms)])
-        self.tally(means.detach(), batch)
+        self.add_losses(means.detach(), batch)
         return spread_nonfinite(means.sum())
 
     def uniforms(self, batch: Batch) -> Tensor:
-        """Four uniform numbers a picture, (4, b), stratified over the global batch: a function of (seed, step)."""
+        """Four uniform numbers for each picture, (4, b), stratified over the global batch by (seed, step)."""
         seed = int(stream(self.run.seed, Use.TIME, batch.step).bit_generator.random_raw())
         draw = torch.Generator().manual_seed(seed)
         return torch.stack([stratified(self.batch_size, draw) for _ in range(4)])[:, batch.positions]
 
     def loss_of(self, model: Model, batch: Batch, t: Tensor, u: Tensor, end: Tensor | None = None) -> Tensor:
-        """The loss of each picture, (b,), with the guidance that uniform numbers u (b,) draw, if there is a teacher."""
+        """The loss of each picture, (b,). With a teacher, the uniform numbers u (b,) draw the guidance scales."""
         condition, field = Condition(**batch.condition()), None
         if self.teacher:
-            condition, field = self.teacher.lesson(condition, u)
+            condition, field = self.teacher.guided_field(condition, u)
         return self.objective.loss(model, batch.x0, batch.noise, t, condition, end, field)
 
-    def tally(self, means: Tensor, batch: Batch) -> None:
-        """Adds mean losses to those of this rank's share of the global batch, for the log."""
+    def add_losses(self, means: Tensor, batch: Batch) -> None:
+        """Adds the mean losses of a micro-batch to those of this rank's share of the global batch, for the log."""
         share = means / self.strategy.accumulate_grad_batches
         begins = batch.positions[0] % (self.batch_size // self.trainer.world_size) == 0
         self.losses = share if begins else self.losses + share
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Clips the norm of the whole gradient, and lets the optimizer leave out a step that is not finite."""
+        """Clips the norm of the whole gradient, and makes the optimizer skip a step that is not finite."""
         norm = whole(torch.nn.utils.clip_grad_norm_(self.weights, self.optimization.clip))
         self.trainer.optimizers[0].found_inf = self.guard.check(norm)  # type: ignore[attr-defined]
         step, most = self.global_step + 1, self.optimization.max_skipped
@@ -168,7 +168,7 @@ class Generator(L.LightningModule):
         if longest > most:
             raise FloatingPointError(
                 f"loss or gradient was not finite in {longest} steps in a row, up to step {step}: "
-                "try a lower lr, or look at the pictures of these steps"
+                "try a lower lr, or check the pictures of these steps"
             )
         if step % self.run.log_every == 0:
             self.log("step", float(step))
@@ -182,7 +182,7 @@ class Generator(L.LightningModule):
             self.log_dict({f"train/{name}": float(value) for name, value in values.items()})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's, after which the averages take in the new weights."""
+        """Takes Lightning's step, then updates the averages of the weights."""
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.network, self.global_step + 1)
 
@@ -192,16 +192,16 @@ class Generator(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: object, step: int | None = None) -> None:
-        """timm's schedules count updates."""
+        """Sets timm's schedule to the step; it counts updates, where Lightning's call would count epochs."""
         scheduler.step_update(self.global_step if step is None else step)
 
     # Validation: the same pictures, noise and times each time.
 
     def on_validation_epoch_start(self) -> None:
-        self.sums = torch.zeros(VALIDATION_TIMES + 1, dtype=torch.float64, device=self.device)  # loss per t; pictures
+        self.sums = torch.zeros(VALIDATION_TIMES + 1, dtype=torch.float64, device=self.device)  # losses by t; count
 
     def validation_step(self, batch: Batch) -> None:
-        """Adds up the main average's loss at eight equally spaced t, each picture with its own fixed noise."""
+        """Adds up the loss of the main average at eight equally spaced t. Each picture has its own fixed noise."""
         counted = batch.step != NOT_COUNTED
         half = torch.full((len(batch.x0),), 0.5)
         for i in range(VALIDATION_TIMES):
@@ -211,7 +211,7 @@ class Generator(L.LightningModule):
         self.sums[-1] += counted * len(batch.x0)
 
     def on_validation_epoch_end(self) -> None:
-        """Reports the loss, draws the samples and keeps the best model."""
+        """Logs the loss, draws the samples and writes the model if it is the best so far."""
         sums = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
         losses = (sums[:-1] / sums[-1]).tolist()
         mean = sum(losses) / len(losses)
@@ -225,14 +225,14 @@ class Generator(L.LightningModule):
         self.draw_samples()
         if mean < self.best:
             self.best = mean
-            weights = gathered(self.trainer, self.ema.main.state_dict())
+            weights = gather(self.trainer, self.ema.main.state_dict())
             if weights is not None:
                 self.writer.write(weights)
 
     def draw_samples(self) -> None:
         """Draws the sheet of samples into the run's folder and the loggers. Every rank draws; rank 0 writes.
 
-        From pictures it shows those, what is made of them, and the real ones, row by row.
+        For a network that works from pictures, the rows are its inputs, its outputs and the real pictures.
         """
         if self.examples:
             shown, columns = self.examples, len(self.examples.captions)
@@ -256,19 +256,19 @@ class Generator(L.LightningModule):
     # What a checkpoint holds (`engine.resume`).
 
     def state(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-        """All numbers that training changes, by name."""
+        """All tensors that training changes, by name."""
         self.bins.sums = self.trainer.strategy.reduce(self.bins.sums.to(self.device), reduce_op="sum")
         if not self.trainer.is_global_zero:
             self.bins.sums.zero_()
-        state = self.learned()
+        state = self.network_state()
         state |= {f"average.{name}": tensor for name, tensor in self.ema.named().items()}
         state |= {f"guard.{name}": tensor for name, tensor in self.guard.named_buffers()}
         if optimizer:
             state |= {f"optimizer.{name}": tensor for name, tensor in adam(optimizer, self.network).items()}
         return state | {"bins": self.bins.sums}
 
-    def learned(self) -> dict[str, Tensor]:
-        """The network's part of the state: without what does not learn, if that is on disk as the base."""
+    def network_state(self) -> dict[str, Tensor]:
+        """The network's part of the state: all its tensors, or for a LoRA training only the trained ones."""
         learning = {name for name, p in self.network.named_parameters() if p.requires_grad}
         state: Mapping[str, Tensor] = self.network.state_dict()
         return {f"network.{name}": t for name, t in state.items() if self.writer.base is None or name in learning}
@@ -278,10 +278,10 @@ class Generator(L.LightningModule):
 
     def on_resume(self, step: int, numbers: dict[str, Any]) -> None:
         self.best = math.inf if numbers["best"] is None else numbers["best"]
-        self.loaded_step = step  # Lightning's own is only for training
+        self.loaded_step = step  # Lightning keeps its own step only for training
         self.guard.reset(self.optimization.max_skipped)
         if not self.trainer.is_global_zero:
-            self.bins.sums.zero_()  # which stand for all processes
+            self.bins.sums.zero_()  # rank 0 keeps the sums of all processes
         if self.trainer.state.fn == "fit":
             self.lr_scheduler_step(self.lr_schedulers(), None, step)
 

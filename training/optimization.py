@@ -1,4 +1,4 @@
-"""How weights are changed: the optimizer and its schedule."""
+"""The optimizer and its learning-rate schedule."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW, warmed up linearly and decayed along a cosine to zero.
+    """AdamW with linear warm-up and cosine decay to zero.
 
     Args:
         lr: the peak learning rate.
-        warmup: steps up to it.
-        weight_decay: on matrices; biases and gains have none.
+        warmup: steps of the warm-up.
+        weight_decay: weight decay of matrices; biases and gains have none.
         clip: largest norm of the whole gradient.
-        max_skipped: steps in a row that may be skipped because loss or gradient is not finite; more end the run.
+        max_skipped: the run ends after more skipped steps in a row than this. A step is skipped if its loss or
+            gradient is not finite.
     """
 
     lr: float = 1e-4
@@ -34,17 +35,17 @@ class Optimization:
             )
 
     def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
-        """Of the network's weights that learn."""
+        """AdamW for the trained weights of the network."""
         groups = param_groups_weight_decay(network, self.weight_decay)
         return torch.optim.AdamW(groups, lr=self.lr, fused=True)
 
     def check(self, steps: int) -> None:
-        """ValueError if the warm-up is not shorter than a training of so many steps."""
+        """ValueError if the warm-up is not shorter than a training of this many steps."""
         if self.warmup >= steps:
             raise ValueError(f"optimization.warmup must be below run.steps {steps}, got {self.warmup}")
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> CosineLRScheduler:
-        """Of a training of so many steps."""
+        """The schedule for a training of this many steps."""
         return CosineLRScheduler(
             optimizer, steps - self.warmup, warmup_t=self.warmup, warmup_prefix=True, t_in_epochs=False
         )

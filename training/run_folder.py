@@ -1,4 +1,4 @@
-"""A run and its folder: what it is called, who may write there, whether it is the same run."""
+"""A run and its folder: its settings, and whether a folder may be used for it."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ import yaml
 from storage.files import commit_bytes
 from storage.weights import read_json, write_json
 
-FREE = (  # may differ on going on
+FREE = (  # keys that may change when a run is resumed
     "run.folder", "run.accelerator", "run.devices", "run.num_nodes", "run.wandb", "run.checkpoint_every",
     "run.validate_every", "data.init_args.workers", "strategy.", "grid.", "encode",
 )  # fmt: skip
@@ -25,17 +25,17 @@ class Run:
     """The run as a whole.
 
     Args:
-        folder: everything that the run writes.
-        seed: of initial weights, order, captions, noise and times.
-        steps: optimizer steps.
-        validate_every: steps between validations, samples and, where the loss is the best so far, model folders.
+        folder: the folder of everything that the run writes.
+        seed: seed of initial weights, order, captions, noise and times.
+        steps: number of optimizer steps.
+        validate_every: steps between validations. Each draws samples, and writes the model if its loss is the best.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of the log.
-        accelerator: as Lightning's.
+        accelerator: Lightning's argument of this name.
         devices: processes on each machine.
-        num_nodes: machines.
-        precision: as Lightning's.
-        wandb: also log to Weights & Biases; offline needs no account and no network.
+        num_nodes: number of machines.
+        precision: Lightning's argument of this name.
+        wandb: also log to Weights & Biases; offline needs no account and no internet.
     """
 
     folder: Path
@@ -60,23 +60,23 @@ class Run:
 
     @property
     def world(self) -> int:
-        """Processes of the whole training."""
+        """Number of all processes of the training."""
         return self.devices * self.num_nodes
 
 
 def claim(folder: Path, resolved: str, identity: dict[str, str], resolve: Callable[[Any], str]) -> None:
-    """Leaves the resolved config in a new run folder; refuses one that holds work done with another config or data.
+    """Writes the resolved config into a new run folder, or checks that the folder holds the same run.
 
     Only the first process writes.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         resolved: the config with all its defaults, YAML.
-        identity: what tells the data and models from others in the same place.
-        resolve: gives a config that an earlier version wrote the names and defaults of today.
+        identity: path → hash of the data and models that the run uses.
+        resolve: adds today's names and defaults to a config that an earlier version wrote.
 
     Raises:
-        ValueError: the folder holds another run, or something else.
+        ValueError: the folder holds a run with another config or other data, or is no run's folder.
     """
     file, known = folder / "config.yaml", folder / "data.json"
     if file.exists() and any((folder / work).exists() for work in (CHECKPOINTS, "log.jsonl")):
@@ -91,9 +91,9 @@ def claim(folder: Path, resolved: str, identity: dict[str, str], resolve: Callab
             raise ValueError(f"{folder} holds a run with another config ({different}); choose another run.folder")
         if identity and (other := identity.items() - (read_json(known) if known.exists() else {}).items()):
             places = ", ".join(sorted(name for name, _ in other))
-            raise ValueError(f"{folder} holds a run on other data than now lie in {places}; choose another run.folder")
+            raise ValueError(f"{folder} holds a run on other data than {places} holds now; choose another run.folder")
         for line in lines.values() if is_first() else ():
-            print(f"going on although {line}", file=sys.stderr)
+            print(f"warning: the run resumes, but {line}", file=sys.stderr)
         return
     if not is_first():
         return
@@ -106,14 +106,14 @@ def claim(folder: Path, resolved: str, identity: dict[str, str], resolve: Callab
 
 
 def is_first() -> bool:
-    """Whether this is the first process of the training, by what torchrun, SLURM or Lightning says before it begins."""
+    """Whether this is the first process, from the environment variables of torchrun, SLURM or Lightning."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
     ranks = (rank,) if rank is not None else (os.environ.get("NODE_RANK", "0"), os.environ.get("LOCAL_RANK", "0"))
     return all(one == "0" for one in ranks)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
+    """A nested mapping as a flat one with dotted keys."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for name, branch in tree.items() for k, v in flat(branch, f"{prefix}.{name}".lstrip(".")).items()}

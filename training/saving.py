@@ -1,4 +1,4 @@
-"""What a training writes for others: model folders, or low-rank updates alone, and snapshots of averages."""
+"""The models that a training writes: model folders, LoRA folders, and snapshots of averaged weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +19,12 @@ from pipeline.folder import replace_folder
 
 
 class ModelWriter:
-    """Writes weights as a model folder, or where only low-rank updates are trained, as a folder of these.
+    """Writes weights as a model folder, or in a LoRA training as a LoRA folder.
 
     Args:
-        pipeline: the model, whose other parts are written with the weights.
-        run_folder: of the training.
-        base: where the network came from, if what is trained are low-rank updates of it.
+        pipeline: the model; its other parts are written with the weights.
+        run_folder: folder of the training.
+        base: the base model of a LoRA training.
     """
 
     def __init__(self, pipeline: Pipeline, run_folder: Path, base: str | None) -> None:
@@ -32,34 +32,34 @@ class ModelWriter:
         self.folder = run_folder / ("model" if base is None else "lora")
 
     def write(self, weights: Mapping[str, Tensor], folder: Path | None = None) -> None:
-        """Writes these weights; none is the run's own model. OSError if it cannot."""
-        network, folder = self.filled(weights), folder or self.folder
+        """Writes these weights. The folder None means the run's model. OSError if it cannot be written."""
+        network, folder = self.network_with(weights), folder or self.folder
         if self.base is None:
             Pipeline(network, *self.parts[1:]).save(folder)
         else:
             updated, base = cast(MMDiT, network), self.base
             replace_folder(folder, lambda new: lora.save(updated, new, base))
 
-    def filled(self, weights: Mapping[str, Tensor]) -> Network:
-        """A network like the one that learns, with these weights."""
+    def network_with(self, weights: Mapping[str, Tensor]) -> Network:
+        """A copy of the trained network with these weights."""
         network = skeleton(self.network)
         network.load_state_dict(dict(weights), assign=True)
         return network
 
 
 class Snapshots(L.Callback):
-    """Keeps power-function averages every few steps (`engine.posthoc`).
+    """Writes the power-function averages every few steps (`engine.posthoc`).
 
     Args:
-        folder: where.
-        every: steps.
-        widths: of the averages.
+        folder: folder of the snapshots.
+        every: steps between two snapshots.
+        widths: relative widths of the averages.
         meter: paused while writing.
     """
 
     def __init__(self, folder: Path, every: int, widths: tuple[float, ...], meter: Meter) -> None:
         self.folder, self.every, self.widths, self.meter = folder, every, widths, meter
-        self.saved = 0  # the last step at which
+        self.saved = 0  # step of the last snapshot
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
         step = trainer.global_step
@@ -67,19 +67,19 @@ class Snapshots(L.Callback):
             return
         self.saved = step
         self.meter.pause()
-        averages = {width: gathered(trainer, average(module.ema, width)) for width in self.widths}
+        averages = {width: gather(trainer, average(module.ema, width)) for width in self.widths}
         if trainer.is_global_zero:
             write_snapshot(self.folder, step, cast(dict[float, dict[str, Tensor]], averages))
 
 
 def average(ema: EMA, width: float) -> dict[str, Tensor]:
-    """The average of a width by the names of the network."""
+    """The averaged weights of one width, by their names in the network."""
     prefix = f"width-{width}."
     return {name.removeprefix(prefix): tensor for name, tensor in ema.named().items() if name.startswith(prefix)}
 
 
-def gathered(trainer: L.Trainer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The tensors whole, in the memory of the first process; none in the others. All processes must ask."""
+def gather(trainer: L.Trainer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Gathers sharded tensors in the first process, on the CPU; None in the others. All processes must call it."""
     first = trainer.is_global_zero
     held = {name: whole(tensor).cpu() if first else whole(tensor).numel() for name, tensor in tensors.items()}
     return cast(dict[str, Tensor], held) if first else None

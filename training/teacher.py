@@ -1,4 +1,4 @@
-"""A model that is learned from: its output takes the place of what picture and noise say."""
+"""Distillation: a student learns the output of a teacher in place of the target of picture and noise."""
 
 import math
 from dataclasses import dataclass
@@ -16,19 +16,20 @@ from engine.strategy import skeleton
 from flow.guidance import ClassifierFree
 from flow.objective import Field, Model, Objective
 from mmdit.network import Condition, Network
-from pipeline import Pipeline, Reading
+from pipeline import LoadOptions, Pipeline
 from pipeline.folder import read_network
 from storage.models import find_model
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model whose output is learned, in the place of what picture and noise say.
+    """A model whose output is learned, in place of the target of picture and noise.
 
     Args:
-        model: its folder, or a run's.
-        guidance: scale of its classifier-free guidance, which the student so learns to do without; two numbers are the
-            ends of a range, from which one is drawn for each picture and told to a network with guidance_embeds.
+        model: a model folder or a run's folder.
+        guidance: scale of the teacher's classifier-free guidance, which the student learns with one call of its
+            network. Two numbers are the ends of a range: each picture draws a scale, and the student needs
+            guidance_embeds, which receive the scale.
     """
 
     model: Path
@@ -41,32 +42,35 @@ class Teacher:
 
     @property
     def range(self) -> tuple[float, float]:
-        """Its ends."""
+        """The least and the largest guidance scale."""
         return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
 
-    def load(self, objective: Objective, codec: Codec, text: TextEncoder, student: Network, sized: bool) -> "Teaching":
-        """The model, with the training's codec and text encoders.
+    def load(
+        self, objective: Objective, codec: Codec, text: TextEncoder, student: Network, sized: bool
+    ) -> "TeacherModel":
+        """Loads the model, with the training's codec and text encoders.
 
         Raises:
-            ValueError: its output is not what the student is to learn.
+            ValueError: the student cannot learn the model's output.
             FileNotFoundError: there is no model.
         """
         folder = find_model(self.model)
-        network, process, own = read_network(folder, Reading(dtype="stored"))
+        network, process, own = read_network(folder, LoadOptions(dtype="stored"))
         codecs = [{name: value for name, value in c.fingerprint().items() if name != "dtype"} for c in (own, codec)]
         if codecs[0] != codecs[1]:
-            raise ValueError(f"teacher.model {self.model} has another codec")
+            raise ValueError(f"teacher.model {self.model} has another codec than the training: use its codec")
         if isinstance(text, CLIPText) and CLIPText(folder).fingerprint() != text.fingerprint():
-            raise ValueError(f"teacher.model {self.model} has other text encoders")
+            raise ValueError(f"teacher.model {self.model} has other text encoders than the training: use its encoders")
         for name in ("path", "target"):
             theirs, ours = (described.described()[name] for described in (process, objective))
             if theirs != ours:
                 raise ValueError(
-                    f"teacher.model {self.model} learned another {name}: {theirs['class']}, not {ours['class']}"
+                    f"teacher.model {self.model} learned another {name}: {theirs['class']}, not {ours['class']}: "
+                    f"set objective.{name} to the teacher's"
                 )
         if process.outputs > 1 or network.guidance_embeds:
             raise ValueError(
-                f"teacher.model {self.model} has learned a variance or its guidance: it cannot be guided to teach"
+                f"teacher.model {self.model} has learned a variance or its guidance: choose a teacher without these"
             )
         for name in ("picture_channels", "level_embeds", "text_mask"):
             if getattr(network, name) != getattr(student, name):
@@ -74,13 +78,13 @@ class Teacher:
         pipe = Pipeline(network, process, codec, text)
         if pipe.sized != sized:
             raise ValueError(
-                f"teacher.model {self.model} must be told of sizes like its student: set data.size_conditioning"
+                f"teacher.model {self.model} and data.size_conditioning {sized} do not fit together: change one of them"
             )
-        return Teaching(self, pipe)
+        return TeacherModel(self, pipe)
 
 
-class Teaching:
-    """A teacher at work.
+class TeacherModel:
+    """A loaded teacher.
 
     Args:
         teacher: its settings.
@@ -92,15 +96,15 @@ class Teaching:
         self.null: Condition | None = None
 
     def to(self, device: torch.device) -> None:
-        """Moves the network, which does not learn."""
+        """Moves the network to a device and freezes it."""
         self.pipe.network.to(device).requires_grad_(False)
 
-    def lesson(self, condition: Condition, u: Tensor) -> tuple[Condition, Field]:
-        """What the student is told, and the teacher's guided output as a field.
+    def guided_field(self, condition: Condition, u: Tensor) -> tuple[Condition, Field]:
+        """The condition of the student, and the guided output of the teacher as the field to learn.
 
         Args:
-            condition: what the teacher is told.
-            u: uniform numbers (b,), which draw each picture's guidance.
+            condition: the condition of the teacher.
+            u: uniform numbers (b,) that draw the guidance scale of each picture.
         """
         low, high = self.teacher.range
         scale = (low + (high - low) * u).to(condition.text.device)
@@ -118,10 +122,10 @@ class Teaching:
             self.null = self.pipe.condition([""])
         if not self.pipe.sized:
             return self.null
-        pooled = self.null.pooled[:, :-SIZE_FEATURES].expand(len(condition.pooled), -1)  # both halves of the same sizes
+        pooled = self.null.pooled[:, :-SIZE_FEATURES].expand(len(condition.pooled), -1)  # both halves have equal sizes
         return self.null._replace(pooled=torch.cat([pooled, condition.pooled[:, -SIZE_FEATURES:]], 1))
 
     def flops(self, z: Tensor, t: Tensor, condition: Condition) -> int:
-        """Of one output."""
+        """FLOPs of one guided output."""
         passes = 1 if self.teacher.range == (1, 1) else 2
         return passes * forward_flops(skeleton(self.pipe.network), z, t, condition)

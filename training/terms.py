@@ -1,4 +1,4 @@
-"""Loss terms beside the objective, on the hidden states of the same forward pass."""
+"""Loss terms that are added to the objective. They read the hidden states of the same forward pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -8,28 +8,32 @@ from torch import Tensor
 
 
 class LossTerm(ABC):
-    """One term. The YAML names it in `terms`; validation does not count it.
+    """One loss term. The YAML file names it in `terms`. The validation loss does not include it.
 
     Attributes:
-        blocks: of the network, from 0, whose image tokens it reads.
+        blocks: the blocks of the network, counted from 0, whose image tokens the term reads.
     """
 
     blocks: tuple[int, ...]
 
     @abstractmethod
     def __call__(self, tokens: Mapping[int, Tensor]) -> Tensor:
-        """What it adds to each picture's loss, (B,), for block → image tokens (B, M, width) after it."""
+        """The term for each picture, (B,).
+
+        Args:
+            tokens: block → image tokens after it, (B, M, width).
+        """
 
 
 class LayerSync(LossTerm):
-    """weight·(1 − mean cos(h_weak, sg(h_strong))): an early block learns to say what a later one does.
+    """weight·(1 − mean cos(h_weak, sg(h_strong))): the features of an early block learn those of a later one.
 
-    LayerSync (Haghighi et al. 2025). No gradient flows into the later block; it needs no further network or pass.
+    LayerSync (Haghighi et al. 2025). No gradient flows into the later block. The term needs no other network or pass.
 
     Args:
-        weak: the block that learns, from 0.
-        strong: the later one that it learns from.
-        weight: of the term.
+        weak: the early block, which learns; counted from 0.
+        strong: the later block, which it learns from.
+        weight: factor of the term.
 
     Example:
         >>> import torch
