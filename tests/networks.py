@@ -11,9 +11,9 @@ from mmdit.model import Condition, MMDiT
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def stirred(network: Network, scale: float = 0.1) -> Network:
-    """With noise added to every weight, the same at each call, so that nothing is hidden behind a zero gate."""
-    draw = torch.Generator().manual_seed(0)
+def stirred(network: Network, scale: float = 0.1, draw: torch.Generator | None = None) -> Network:
+    """Adds noise to every weight, so that nothing is hidden behind a zero gate; without `draw` always the same."""
+    draw = draw or torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.data += scale * torch.randn(parameter.shape, generator=draw).to(parameter)
     return network.eval()

@@ -56,7 +56,7 @@ def pipeline(
 
 
 def frozen(module: nn.Module) -> nn.Module:
-    return stirred(module, 0.05).requires_grad_(False)
+    return stirred(module, 0.05, torch.default_generator).requires_grad_(False)
 
 
 def transformer(kind: str) -> SD3Transformer2DModel:
