@@ -77,7 +77,7 @@ class ClassifierFree:
 def inpaint(denoise: Denoiser, x0: Tensor, noise: Tensor, mask: Tensor) -> Denoiser:
     """A denoiser for inpainting: where the mask is 0, it returns the known picture and noise.
 
-    With Euler's method z is then a(s)·x0 + b(s)·noise after each step: the known picture at the right noise level.
+    With Euler's method the known part of z is a(s)·x0 + b(s)·noise after each step, as noisy as the rest of z.
     This is the latent blending of Avrahami et al. 2022, algorithm 1, with one noise instead of a fresh one per step.
 
     Args:

@@ -50,9 +50,7 @@ def crop_centre(table: Tensor, height: int, width: int) -> Tensor:
     """
     side = len(table)
     if height > side or width > side:
-        raise ValueError(
-            f"{height}×{width} patches do not fit the positional table of {side}×{side}: use a smaller size"
-        )
+        raise ValueError(f"{height}×{width} patches do not fit the positional table of {side}×{side}: draw smaller")
     top, left = (side - height) // 2, (side - width) // 2
     return table[top : top + height, left : left + width].flatten(0, 1)
 

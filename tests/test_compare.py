@@ -108,7 +108,7 @@ def test_a_missing_study_ends_in_one_line(capsys: pytest.CaptureFixture) -> None
     with pytest.raises(SystemExit) as end:
         compare.main(["nowhere.yaml"])
     assert end.value.code == 2
-    assert capsys.readouterr().err == "error: there is no study file nowhere.yaml\n"
+    assert capsys.readouterr().err.startswith("error: there is no study file nowhere.yaml: ")
 
 
 def test_the_committed_study_is_sound_and_quick_is_smaller() -> None:

@@ -85,7 +85,7 @@ def test_models_are_named_by_what_tells_them_apart(paths: list[str], expected: l
         (["--model", "MODEL", "--sampler", "ddpm"], "RectifiedFlow is continuous"),
         (["--model", "MODEL", "--sampler", "edm"], "use karras"),
         (["--model", "MODEL", "--skip-layers", "7"], "skip_layers must be blocks"),
-        (["--model", "MODEL", "--text-cache", "cache"], "for Stable Diffusion 3's encoders"),
+        (["--model", "MODEL", "--text-cache", "cache"], "has no encoders of Stable Diffusion 3"),
         (["--model", "MODEL", "--device", "abacus"], "no device abacus"),
         (["--model", "MODEL", "--model", "OTHER"], "8×8"),
         (["--model", "MODEL", "--model", "MODEL"], "given twice"),

@@ -206,7 +206,7 @@ def test_a_chain_is_searched_among_its_own_times(pipe: Pipeline, spacing: str) -
         (["--num", "1"], "num must be at least 2"),
         (["--num", "0"], "must be at least 1"),
         (["--sampler", "heun"], "searched for sampler euler, not for heun"),
-        (["--skip-layers", "1"], "skip-layer guidance works by shares of the steps"),
+        (["--skip-layers", "1"], "skip-layer guidance depends on the number of steps"),
         (["--spacing", "leading"], "needs a discrete path"),
         (["--prompts", "nowhere.txt"], "no prompt file nowhere.txt"),
         (["--model", "nowhere"], "nowhere is no model folder"),

@@ -166,7 +166,7 @@ def test_a_run_may_be_moved(config: Path, capsys: pytest.CaptureFixture) -> None
             ["--objective.path", "Cosine", "--objective.target", "Epsilon"],
             "at t = 1 Epsilon does not determine picture and noise",
         ),
-        (["--objective", "LearnedVariance"], "the following arguments are required: path"),
+        (["--objective", "LearnedVariance"], "LearnedVariance needs a discrete path, such as"),
         (["--objective", "LearnedVariance", "--objective.path", "Cosine"], "needs a discrete path"),
         (["--sampling.sampler", "ddpm"], "RectifiedFlow is continuous"),
         (["--sampling.spacing", "leading"], "needs a discrete path"),
