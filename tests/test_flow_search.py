@@ -72,7 +72,7 @@ def test_the_mean_over_batches_is_the_cost_of_all() -> None:
 
 @pytest.mark.parametrize("steps", [0, 9])
 def test_more_steps_than_fine_ones_are_refused(steps: int) -> None:
-    with pytest.raises(ValueError, match=f"from 1 to the 8 of the reference walk, got {steps}"):
+    with pytest.raises(ValueError, match=f"from 1 to the 8 of the fine walk, got {steps}"):
         cheapest(costs(walked(TWO, RectifiedFlow(), 8)[0]), steps)
 
 

@@ -100,4 +100,4 @@ def test_it_trains_by_its_overlay_and_is_not_half_asked_for(tmp_path: Path, caps
     fit(config, "--config", str(ROOT / "configs/text/masked.yaml"))
     assert Pipeline.load(tmp_path / "run").network.text_mask
     flags = ["--data.text_mask", "true", "--run.folder", str(tmp_path / "other")]
-    assert "network.text_mask is False but the data need True: make them equal" in refused(capsys, config, *flags)
+    assert "network.text_mask is False, but the data need True: make them equal" in refused(capsys, config, *flags)
