@@ -194,7 +194,7 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved(
 ) -> None:
     generator, _ = built(tmp_path / "config.yaml", *student("guidance"))
     before = Pipeline.load(trained / "run/model").network.state_dict()
-    held = generator.teacher[0][1].network.state_dict()
+    held = generator.teacher.pipe.network.state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in held.items())
     own = {name.removeprefix("network.") for name in generator.state_dict() if not name.startswith("guard.")}
     assert own == set(generator.network.state_dict())
@@ -251,9 +251,9 @@ def test_a_store_of_no_pairs_is_no_coupling(
         ("reflow", ["--data.teacher", "nowhere"], "nowhere is no model folder"),
         ("reflow", ["--data.store", "nowhere"], "there is no store at nowhere"),
         ("guidance", ["--teacher.model", "nowhere"], "nowhere is no model folder"),
-        ("reflow", ["--data.teacher", "null"], "holds pairs: name the model that made them as data.teacher"),
+        ("reflow", ["--data.teacher", "null"], "holds pairs: set data.teacher to the model folder that made them"),
         ("guidance", ["--objective.target", "V"], "learned another target: Velocity, not V"),
-        ("guidance", ["--lora.rank", "2"], "it cannot learn network.guidance_embeds"),
+        ("guidance", ["--lora.rank", "2"], "leave out network.guidance_embeds"),
         ("guidance", ["--teacher.guidance", "[3.0, 1.0]"], "or two that rise"),
         ("guidance", ["--teacher.guidance", "3.0"], "need each other"),
         ("guidance", ["--codec.shift", "0.2"], "has another codec"),
