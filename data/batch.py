@@ -34,7 +34,7 @@ class Batch(NamedTuple):
         return self._replace(**moved)
 
     def condition(self) -> dict[str, Any]:
-        """What the network is told besides z and t, by the names of `mmdit.network.Condition`."""
+        """The network's inputs besides z and t, under the field names of `mmdit.network.Condition`."""
         return {
             "text": self.text, "pooled": self.pooled, "mask": self.mask, "picture": self.picture, "level": self.level,
         }  # fmt: skip

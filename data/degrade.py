@@ -13,8 +13,8 @@ class Degrade:
 
     Args:
         factor: height and width become so many times smaller.
-        noise: each picture is given noise of a level drawn from 0 to this, which the network is told: what an upscaler
-            needs if what it enlarges is not real, but the sample of another model. 0 is none.
+        noise: largest noise level, 0 to 1. Each picture gets a level drawn uniformly from 0 to this, and the network
+            gets the level as an input. An upscaler of another model's samples needs it; 0 adds no noise.
     """
 
     factor: int = 2

@@ -36,5 +36,5 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def linear(z: Tensor, t: Tensor, condition: object, end: Tensor | None = None) -> Tensor:
-    """A model of one time, that may be told the other."""
+    """A model of one time that accepts an end and ignores it."""
     return 0.7 * z - expand_as(t, z)
