@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from cli import Parser, fail, one_line_errors, positive
+from storage.text import read_yaml
 from studies import document, fewstep
 from studies.recipes import Recipes
 from studies.runner import ROOT
@@ -45,10 +45,10 @@ def read(file: Path) -> Recipes | Steps:
         raise FileNotFoundError(f"there is no study file {file}: give one, such as configs/studies/digits.yaml")
     p = ArgumentParser(exit_on_error=False)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file)
         p.add_argument("--study", type=Steps if "steps" in (content or ()) else Recipes, required=True)
         return p.instantiate(p.parse_object({"study": content})).study
-    except (ArgumentError, yaml.YAMLError) as error:
+    except ArgumentError as error:
         raise ValueError(f"{file}: {error}") from None
 
 

@@ -28,8 +28,8 @@ from cli import (
 from data.latents import VAE
 from data.prompts import prompts_or_store, read_prompts
 from data.raw.pictures import load_picture
+from storage.files import commit_json
 from storage.models import find_model, fingerprint
-from storage.weights import write_json
 
 if TYPE_CHECKING:  # slow to import; wrong flags are reported before
     from pipeline import Pipeline
@@ -142,7 +142,7 @@ def search_grid(argv: list[str]) -> None:
         found = GridSearch(pipe, Captions(source, args.seed), request).run()
         print(table(found))
         if args.out:
-            write_json({"model": str(path), "prompts": str(args.prompts), **asdict(request), "found": found}, args.out)
+            commit_json(args.out, {"model": str(path), "prompts": str(args.prompts), **asdict(request), "found": found})
 
 
 def input_pictures(args: Namespace, pipe: "Pipeline") -> dict[str, Any]:

@@ -14,7 +14,9 @@ from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, times
 from mmdit.layers import FinalLayer, Modulation, Stream, modulate, scaled_dot_product
 from mmdit.model import TIME_FEATURES
 from mmdit.network import Condition, Network
-from storage.weights import check_tensors, open_folder, read_json, shorten, write_json, write_tensors
+from storage.files import commit_json
+from storage.text import read_json
+from storage.weights import check_tensors, open_folder, shorten, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
@@ -166,7 +168,7 @@ class DiffusionTransformer(Network, ABC):
 
     def save(self, folder: Path) -> None:
         """Writes config and weights. OSError on failure."""
-        write_json({"_class_name": type(self).__name__} | self.settings, folder / CONFIG)
+        commit_json(folder / CONFIG, {"_class_name": type(self).__name__} | self.settings)
         write_tensors(self.state_dict(), folder / f"{STEM}.safetensors")
 
     @classmethod

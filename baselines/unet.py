@@ -9,7 +9,9 @@ from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
 from mmdit.network import Condition, Network
-from storage.weights import check_tensors, open_folder, read_json, shorten, write_json, write_tensors
+from storage.files import commit_json
+from storage.text import read_json
+from storage.weights import check_tensors, open_folder, shorten, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
@@ -118,7 +120,7 @@ class UNet(Network):
 
     def save(self, folder: Path) -> None:
         """Writes config and weights so that `UNet2DConditionModel.from_pretrained` reads them. OSError on failure."""
-        write_json({"_class_name": "UNet2DConditionModel"} | self.settings, folder / CONFIG)
+        commit_json(folder / CONFIG, {"_class_name": "UNet2DConditionModel"} | self.settings)
         write_tensors(self.net.state_dict(), folder / f"{STEM}.safetensors")
 
     @classmethod

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from storage import weights
+from storage.files import commit_json
+from storage.text import read_json
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 PREFIX = "first_stage_model."  # of the VAE's tensors in a single file
@@ -90,7 +92,7 @@ class Pixels(Codec):
         return (latents / self.scale + self.shift).clamp(0, 1)
 
     def save(self, folder: Path) -> None:
-        weights.write_json({"_class_name": "Pixels"} | self._config, folder / CONFIG)
+        commit_json(folder / CONFIG, {"_class_name": "Pixels"} | self._config)
 
     def index(self) -> list[str]:
         return ["data.latents", "Pixels"]
@@ -131,7 +133,7 @@ class VAE(Codec):
                 raise ValueError(f"{path} holds no whole VAE of SD3's kind under {PREFIX}: {error}") from None
         else:
             path = path / "vae" if (path / "vae").is_dir() else path
-            config = weights.read_json(path / CONFIG)
+            config = read_json(path / CONFIG)
             if config.get("_class_name") != "AutoencoderKL":
                 raise ValueError(f"{path / CONFIG} describes a {config.get('_class_name')}, not an AutoencoderKL")
             stored = weights.open_folder(path, STEM)
@@ -197,7 +199,7 @@ class VAE(Codec):
 
     def save(self, folder: Path) -> None:
         """Writes config and weights, in their type in memory, as `AutoencoderKL.from_pretrained` reads them."""
-        weights.write_json(self._config, folder / CONFIG)
+        commit_json(folder / CONFIG, self._config)
         weights.write_tensors(self.vae.state_dict(), folder / f"{STEM}.safetensors")
 
     def index(self) -> list[str]:
@@ -329,7 +331,7 @@ def load_codec(folder: Path, dtype: weights.DType | None = "float32") -> Codec:
         ValueError, FileNotFoundError: in one line, if the folder holds no codec of this project, or a damaged one.
     """
     try:
-        config = weights.read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG)
     except FileNotFoundError:
         raise ValueError(f"no codec config at {folder / CONFIG}") from None
     match config.get("_class_name"):

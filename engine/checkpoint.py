@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from engine.strategy import local, whole
 from storage.files import commit_json, file_checksum, sync
-from storage.weights import mismatch, read_json, write_tensors
+from storage.text import read_json
+from storage.weights import mismatch, write_tensors
 
 KEPT = 2  # complete checkpoints, so that one is left if the newest is damaged
 FORMAT = 1

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from metrics.judge import Judge
+from storage.text import read_json
 
 
 class Features(NamedTuple):
@@ -229,7 +230,7 @@ class CLIPFeatures(FeatureNetwork):
                     f"{file} is missing: a CLIP folder holds config.json, model.safetensors, preprocessor_config.json"
                 )
         try:
-            if (kind := json.loads(files[0].read_text())["model_type"]) != "clip":
+            if (kind := read_json(files[0])["model_type"]) != "clip":
                 raise ValueError(f"its model_type is {kind!r} instead of 'clip'")
             self.clip = CLIPModel(CLIPConfig.from_pretrained(self.folder, local_files_only=True))
         except (AttributeError, TypeError, ValueError, KeyError, OSError) as error:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from storage.text import read_json
+
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1), nn.GroupNorm(8, outputs), nn.GELU())
@@ -97,7 +99,7 @@ class Judge(nn.Module):
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing: a judge's folder holds config.json and model.safetensors")
         try:
-            judge = cls(**json.loads(config_file.read_text()))
+            judge = cls(**read_json(config_file))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{config_file} is no judge's config.json: {error}") from error
         try:

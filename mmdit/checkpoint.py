@@ -16,18 +16,9 @@ from torch import Tensor
 from mmdit.embed import TIME_SCALE
 from mmdit.layers import JointBlock
 from mmdit.model import MMDiT
-from storage.weights import (
-    DType,
-    Weights,
-    check_tensors,
-    dtype_of,
-    open_file,
-    open_folder,
-    read_json,
-    shorten,
-    write_json,
-    write_tensors,
-)
+from storage.files import commit_json
+from storage.text import read_json
+from storage.weights import DType, Weights, check_tensors, dtype_of, open_file, open_folder, shorten, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 DIFFUSERS_CLASS, OUR_CLASS = "SD3Transformer2DModel", "MMDiT"
@@ -300,7 +291,7 @@ def save(network: MMDiT, folder: Path) -> None:
         "qk_norm": "rms_norm" if network.qk_norm else None,
         **extra,
     }
-    write_json(config, folder / CONFIG)
+    commit_json(folder / CONFIG, config)
     write_tensors(export(network, "diffusers"), folder / f"{STEM}.safetensors")
 
 

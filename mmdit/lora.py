@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mmdit.checkpoint import parts, swap
 from mmdit.model import MMDiT
-from storage.weights import Weights, open_file, shorten, write_json, write_tensors
+from storage.files import commit_json
+from storage.weights import Weights, open_file, shorten, write_tensors
 
 FILE, CONFIG, PREFIX = "pytorch_lora_weights.safetensors", "adapter_config.json", "transformer."
 
@@ -89,7 +90,7 @@ def save(network: MMDiT, folder: Path, base: str) -> None:
         folder: the output folder.
         base: path or name of the model that the updates belong to, stored in the folder's config.
     """
-    write_json({"peft_type": "LORA", "base_model_name_or_path": base}, folder / CONFIG)
+    commit_json(folder / CONFIG, {"peft_type": "LORA", "base_model_name_or_path": base})
     write_tensors(export(network), folder / FILE)
 
 

@@ -1,6 +1,5 @@
 """Exports a model for other tools: a diffusers folder, or a single file like the released ones, with a model card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,11 @@ from data.latents import PREFIX as VAE_PREFIX
 from mmdit import checkpoint
 from mmdit.checkpoint import PREFIX
 from pipeline import Pipeline
-from pipeline.folder import opens_in_diffusers, replace_folder, single_file, write
+from pipeline.folder import opens_in_diffusers, single_file, write
 from pipeline.networks import format_of
-from storage.weights import read_json, write_tensors
+from storage.files import replace_folder
+from storage.text import parse_json, read_json, read_text, read_yaml, split_lines
+from storage.weights import write_tensors
 
 DIFFUSERS = """```python
 from diffusers import StableDiffusion3Pipeline
@@ -120,7 +121,7 @@ def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
 
 def _config(run: Path) -> dict[str, Any]:
     file = run / "config.yaml"
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    content = read_yaml(file) if file.is_file() else None
     return content if isinstance(content, dict) else {}
 
 
@@ -146,7 +147,7 @@ def _results(run: Path) -> list[str]:
     lines: list[str] = []
     log = run / "log.jsonl"
     if log.is_file():
-        entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        entries = [parse_json(line, log) for line in split_lines(read_text(log)) if line.strip()]
         losses = [(entry["val/loss"], int(entry["step"])) for entry in entries if entry.get("val/loss") is not None]
         if losses:
             loss, step = min(losses)
@@ -156,7 +157,7 @@ def _results(run: Path) -> list[str]:
             ]
     file = run / "evaluation" / "results.json"
     if file.is_file():
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         columns = [
             c for c in ("sampler", "steps", "evaluations", "accuracy", "distance_ratio") if c in record["rows"][0]
         ]

@@ -1,8 +1,6 @@
 """The model on disk: a folder in diffusers' SD3 layout, a released single file, or a LoRA on top of either."""
 
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +25,9 @@ from mmdit.network import Network
 from pipeline import networks
 from pipeline.networks import format_of
 from pipeline.sampling import Sampling
-from storage.weights import DType, open_file, read_json, write_json
+from storage.files import commit_json, replace_folder
+from storage.text import read_json
+from storage.weights import DType, open_file
 
 INDEX = "model_index.json"
 SIZED = "size_conditioning"  # in the index, if the network's pooled vector also holds sizes
@@ -230,7 +230,7 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
         parts.codec.save(new / "vae")
         parts.text.save(new)
         scheduler = describe_process(parts.objective, parts.sampling)
-        write_json(scheduler, new / SCHEDULER)
+        commit_json(new / SCHEDULER, scheduler)
         ours = scheduler["_class_name"] == "Objective"
         index: dict[str, Any] = {
             form.subfolder: form.index_entry(parts.network),
@@ -243,7 +243,7 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
         whole = opens_in_diffusers(parts)
         if whole:
             index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}  # diffusers requires them
-        write_json({"_class_name": "StableDiffusion3Pipeline" if whole else "Pipeline", **index}, new / INDEX)
+        commit_json(new / INDEX, {"_class_name": "StableDiffusion3Pipeline" if whole else "Pipeline", **index})
         for name, content in (more or {}).items():
             (new / name).write_text(content, encoding="utf-8")
 
@@ -284,24 +284,3 @@ def single_file(parts: Parts) -> dict[str, Tensor]:
     if not isinstance(network, MMDiT):
         raise ValueError(f"the single-file format holds an MMDiT, not a {type(network).__name__}: write a folder")
     return checkpoint.single_file(network) | parts.codec.original_state() | parts.text.original_state()
-
-
-def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a new folder, then replaces an old one by it. OSError on failure; the old folder is then unchanged."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir(parents=True)
-        fill(new)
-        for file in new.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"could not write {folder}: {error}") from error
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -9,7 +9,8 @@ import torch
 from baselines.dit import KINDS as TRANSFORMERS
 from mmdit import checkpoint
 from mmdit.network import Network
-from storage.weights import DType, dtype_of, open_folder, read_json
+from storage.text import read_json
+from storage.weights import DType, dtype_of, open_folder
 
 
 class Format(NamedTuple):

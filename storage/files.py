@@ -1,62 +1,235 @@
-"""Files written atomically: after a crash a file is complete or absent."""
+"""Files and folders written atomically: after a crash each is complete or absent. Folders held by one process.
 
+What is written is made in a hidden *stage* in the same folder and moved to its place. The writer holds a lock on its
+stage, so that the stage of a killed process is known by its free lock, and `sweep` removes it.
+"""
+
+import ctypes
+import fcntl
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable, Mapping
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from xxhash import xxh3_64
 
-TRIES = 100
+LOCK = ".lock"  # in a folder that one process holds
+STAGE = re.compile(r"\.[0-9a-f]{16}\.part")
+OLD_PART = re.compile(r"\..+\.([0-9a-f]{8}|safetensors)\.part")  # the temporary files of earlier versions
+PREVIOUS = ".previous"  # ends the name of a folder that is just being replaced
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+_held: set[Path] = set()  # folders that this process holds
 
 
-def commit(file: Path, write: Callable[[BinaryIO], object]) -> int:
-    """Writes a file under another name and renames it, so that it is complete or absent, also after a crash.
+class BusyError(OSError):
+    """Another process works in this folder; the message names it."""
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Holds a folder, which is made if it does not exist: no other process can hold it at the same time.
+
+    The lock ends with the process, also if it is killed. A process may hold a folder several times. Where the file
+    system has no locks, nothing is held.
+
+    Raises:
+        BusyError: another process holds it.
+        OSError: the folder cannot be written.
+    """
+    folder = folder.absolute()
+    if folder in _held:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+b") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            other = lock.read(256).decode(errors="replace").strip() or "an unknown process"
+            raise BusyError(f"{folder} is in use by {other}: wait until that ends, or stop it") from None
+        except OSError:  # no locks here
+            pass
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        lock.flush()
+        _held.add(folder)
+        try:
+            for path in folder.iterdir():
+                if OLD_PART.fullmatch(path.name) and path.is_file():
+                    path.unlink(missing_ok=True)
+            sweep(folder)
+            yield
+        finally:
+            _held.discard(folder)
+
+
+@contextmanager
+def stage(folder: Path) -> Iterator[Path]:
+    """A new hidden folder in a folder, to make something in; it is removed in the end. OSError if it cannot be made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = folder / f".{secrets.token_hex(8)}.part"
+        path.mkdir()
+        descriptor = _lock(path)
+        if descriptor is not None:
+            break
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """An open descriptor of a stage, locked; None if another process holds or removes it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # this file system has no locks on folders
+        return descriptor
+    if path.exists():
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether our own writing makes files or folders of this name and removes them in the end."""
+    return bool(STAGE.fullmatch(path.name) or OLD_PART.fullmatch(path.name)) or path.name == LOCK
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left in a folder. A folder that was just being replaced returns to its place."""
+    for path in folder.glob(".*.part"):
+        if not STAGE.fullmatch(path.name) or (descriptor := _lock(path)) is None:
+            continue
+        try:
+            for previous in path.glob(f"*{PREVIOUS}"):
+                target = folder / previous.name.removesuffix(PREVIOUS)
+                if not target.exists():
+                    previous.rename(target)
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def previous(folder: Path) -> list[Path]:
+    """Where a folder is that a killed process was just replacing."""
+    return sorted(folder.parent.glob(f".*.part/{folder.name}{PREVIOUS}"))
+
+
+def commit_path(file: Path, write: Callable[[Path], object]) -> int:
+    """Writes a file in a stage and moves it to its place, so that it is complete or absent, also after a crash.
+
+    Args:
+        file: the file; its folder is made if it does not exist.
+        write: called with the path of the file in the stage.
 
     Returns:
         Its size in bytes.
 
     Raises:
+        FileNotFoundError: by `write`, which found no file to read from.
         OSError: naming the file that could not be written; an older file stays.
     """
-    for _ in range(TRIES):
-        part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-        try:
-            with part.open("xb") as out:
-                write(out)
-                out.flush()
-                os.fsync(out.fileno())
-                size = os.fstat(out.fileno()).st_size
-            try:
-                part.replace(file)
-            except FileNotFoundError:  # a writer that started meanwhile removed it as a left-over
-                continue
+    written = False
+    try:
+        with stage(file.parent) as folder:
+            part = folder / file.name
+            write(part)
+            written = True
+            sync(part)
+            size = part.stat().st_size
+            part.replace(file)
             sync(file.parent)
             return size
-        except FileNotFoundError:  # what `write` reads from
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not written:
             raise
-        except OSError as error:
-            raise OSError(f"could not write {file}: {error.strerror or error}") from error
-        finally:
-            part.unlink(missing_ok=True)
-    raise OSError(f"could not write {file}: another process keeps removing its temporary file: stop that process")
+        raise OSError(f"could not write {file}: {error.strerror or error}") from error
+
+
+def commit(file: Path, write: Callable[[BinaryIO], object]) -> int:
+    """Writes a file atomically, as `commit_path`; `write` is called with the open file."""
+
+    def fill(part: Path) -> None:
+        with part.open("xb") as out:
+            write(out)
+
+    return commit_path(file, fill)
 
 
 def commit_bytes(file: Path, content: bytes) -> None:
-    """Writes bytes atomically, as `commit`."""
-    commit(file, lambda out: out.write(content))
+    """Writes bytes atomically, as `commit_path`."""
+    commit_path(file, lambda part: part.write_bytes(content))
 
 
 def commit_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object atomically, as `commit`."""
+    """Writes a JSON object atomically, as `commit_path`."""
     commit_bytes(file, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def sync(folder: Path) -> None:
-    """Flushes a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fills a new folder in a stage, then puts it in the place of an old one, which is removed.
+
+    At every moment the folder is the old or the new one. Only on a file system that cannot exchange two folders, one
+    moment lies between the two: a process that is killed there leaves the old one to `sweep`.
+
+    Args:
+        folder: the folder to write.
+        fill: called with a new, empty folder.
+
+    Raises:
+        OSError: it cannot be written; the old folder is then unchanged.
+    """
+    folder = folder.resolve()  # a link to a folder stays a link
+    try:
+        with stage(folder.parent) as place:
+            sweep(folder.parent)
+            new = place / folder.name
+            new.mkdir()
+            fill(new)
+            for path in (*new.rglob("*"), new):
+                sync(path)
+            try:
+                new.rename(folder)
+            except OSError:  # there is one that is not empty
+                if not _exchange(new, folder):
+                    folder.rename(place / f"{folder.name}{PREVIOUS}")
+                    new.rename(folder)
+            sync(folder.parent)
+    except OSError as error:
+        raise OSError(f"could not write {folder}: {error.strerror or error}") from error
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two folders at once; False if this system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        if sys.platform == "darwin":
+            return not libc.renamex_np(os.fsencode(one), os.fsencode(other), RENAME_EXCHANGE)
+        return not libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+    except AttributeError:
+        return False
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

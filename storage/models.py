@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from storage.files import previous
 from storage.weights import digest, open_file, open_folder
 
 
@@ -9,10 +10,10 @@ def find_model(path: Path) -> Path:
     """The single file, the model folder, or a run folder's model or LoRA. FileNotFoundError if there is none."""
     if path.is_file() and path.suffix not in (".json", ".yaml"):
         return path
-    for folder in (path, path / "model", path / "model.old"):  # model.old: a run was killed between two renames
+    for folder in (path, path / "model", *previous(path / "model")):
         if (folder / "model_index.json").is_file():
             return folder
-    for folder in (path, path / "lora", path / "lora.old"):
+    for folder in (path, path / "lora", *previous(path / "lora")):
         if (folder / "adapter_config.json").is_file():
             return folder
     raise FileNotFoundError(f"{path} is no model folder: neither it nor {path / 'model'} has a model_index.json")

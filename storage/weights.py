@@ -1,18 +1,20 @@
 """Weights on disk: safetensors files, read tensor by tensor, and refused if any tensor does not fit."""
 
 import hashlib
-import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from storage.files import commit_path
+from storage.text import read_json
 
 DType: TypeAlias = Literal["float32", "float16", "bfloat16"]  # of weights in memory
 STORED = {  # of weights on disk
@@ -188,42 +190,22 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes one safetensors file under another name and renames it. The tensors may be views that do not overlap.
+    """Writes one safetensors file atomically. The tensors may be views that do not overlap.
 
     Raises:
         OSError: it cannot be written; an older file stays.
     """
-    part = file.with_name(f".{file.name}.part")
-    try:
-        save_file(dict(tensors), part, metadata={"format": "pt"})
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
+
+    def write(part: Path) -> None:
+        try:
+            save_file(dict(tensors), part, metadata={"format": "pt"})
+        except SafetensorError as error:  # its own error if the disk is full
+            raise OSError(str(error)) from error
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o666 & ~umask)  # safetensors makes the file readable by its owner only
-        part.replace(file)
-    except (SafetensorError, OSError) as error:  # safetensors raises its own error if the disk is full
-        part.unlink(missing_ok=True)
-        raise OSError(f"could not write {file}: {error}") from error
 
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. FileNotFoundError if there is no such file, ValueError if it holds anything else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {file}") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return content
-
-
-def write_json(content: Mapping[str, Any], file: Path) -> None:
-    """Writes a JSON object, and makes its folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    commit_path(file, write)
 
 
 def shorten(names: list[str]) -> str:

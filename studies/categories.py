@@ -12,7 +12,7 @@ from data.raw.pictures import save_png, sheet
 from metrics.features import load_features
 from metrics.table import Row, keys, table
 from pipeline import Pipeline
-from storage.weights import write_json
+from storage.files import commit_json
 from studies.measure import Drawn, Setting
 
 SHOWN = 8  # pictures of each category on the sheet
@@ -65,13 +65,13 @@ class ByCategory:
             for prompt, verdict in zip(self.examined.prompts, verdicts, strict=True)
         ]
         content = {"model": setting.name, **sampled, "seed": self.seed, "pictures": pictures}
-        write_json(content, self.out / f"pictures-{number}.json")
+        commit_json(self.out / f"pictures-{number}.json", content)
 
     def finish(self) -> str:
         """Writes the results; returns the text for the user."""
         each = len(self.examined.prompts) // len(self.examined.categories)
         common = {"data": self.examined.name, "per_category": each, "seed": self.seed}
-        write_json(common | {"rows": self.rows}, self.out / "results.json")
+        commit_json(self.out / "results.json", common | {"rows": self.rows})
         printed = [key for key in keys(self.rows) if key != "folder"]
         look = f"Look at {self.out / 'sheet-0.png'}: a row for each category; right pictures have a green frame"
         return table(self.rows, printed) + look

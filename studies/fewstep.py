@@ -3,7 +3,6 @@
 The template fewstep.md in this folder holds the text, with a name in braces for each table.
 """
 
-import json
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from data import digits
 from data.shapes import CATEGORIES
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
+from storage.text import read_json
 from studies.presentation import curves, spread, table
 from studies.results import Result, read, select, unique
 from studies.steps import Steps
@@ -140,7 +140,7 @@ def shapes(measured: list[Result], judged: list[Result], teacher: str) -> tuple[
 
 def grids(folder: Path) -> str:
     """The table of searched times."""
-    found = json.loads((folder / "grid.json").read_text(encoding="utf-8"))["found"]
+    found = read_json(folder / "grid.json")["found"]
     body = [[str(row["steps"]), *(f"{row['distance'][name]:.4f}" for name in ("uniform", "searched")),
              row["spacing"].partition("=")[2]] for row in found]  # fmt: skip
     return table(["steps", "equal steps", "searched", "times"], body)

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from flow.objective import Objective
 from pipeline.sampling import Sampling
+from storage.text import read_yaml
 from studies.results import read
 from studies.runner import ROOT, Step, result_of, run
 
@@ -161,7 +162,7 @@ class Recipes:
             config = None
             try:
                 for file in (self.base, *recipe.overlays):
-                    content = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+                    content = read_yaml(ROOT / file)
                     parts = {key: content[key] for key in ("objective", "sampling") if key in content}
                     config = p.parse_object(parts, namespace=config)
                 built = p.instantiate(config)

@@ -3,10 +3,11 @@
 A result is a row of `metrics.table` with two more keys: the `recipe` of the model and the `seed` of its training.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from storage.text import read_json
 
 Result = dict[str, Any]
 KEY = "distance_ratio"
@@ -17,7 +18,7 @@ def read(folder: Path) -> dict[str, Any]:
     file = folder / "results.json"
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: the study lacks the step that writes it; add it to the YAML")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)
 
 
 def select(results: Iterable[Result], **wanted: object) -> list[Result]:

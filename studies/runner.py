@@ -12,6 +12,9 @@ from subprocess import DEVNULL, STDOUT, Popen
 
 from tqdm import tqdm
 
+from storage.files import commit_bytes
+from storage.text import parse_json, read_text
+
 ROOT = Path(__file__).parents[1]
 RESULTS = {  # command → the file that it writes last into its folder, when it succeeds
     "train.py fit": "model/model_index.json",
@@ -66,7 +69,7 @@ class Step:
         """Whether the result exists. ValueError if it is the result of another command."""
         if not (self.note.is_file() and (self.folder / self.result).is_file()):
             return False
-        if json.loads(self.note.read_text(encoding="utf-8")) != list(self.command):
+        if parse_json(read_text(self.note), self.note) != list(self.command):
             raise ValueError(f"{self.folder} holds the result of another command: remove it, or choose another --out")
         return True
 
@@ -91,7 +94,7 @@ class Step:
         reason = lines[-1].removeprefix("error: ") if len(lines) > 1 else "no message"
         if status == 0:
             if (self.folder / self.result).is_file():
-                self.note.write_text(json.dumps(self.command), encoding="utf-8")
+                commit_bytes(self.note, json.dumps(self.command).encode())
                 return True
             reason = f"it left no {self.result}"
         elif self.failure and self.failure in reason:

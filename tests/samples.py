@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.store.reader import Drop, Sample, Store, Writer
+from storage.files import is_ours
 
 SIZES, SHAPES = [[64, 64], [48, 80], [80, 48]], [(8, 8), (6, 10), (10, 6)]  # of pictures and of latents
 PLAN: dict[str, Any] = {
@@ -59,7 +60,9 @@ def encode(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any] | None
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """The store's files; what a killed process was writing is none of them."""
+    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    return {str(file): (folder / file).read_bytes() for file in files if not any(map(is_ours, [file, *file.parents]))}
 
 
 def refused(told: str, call: Callable[..., Any], *args: Any) -> None:

@@ -13,7 +13,8 @@ from flow.meanflow import MeanFlow
 from flow.objective import Objective
 from mmdit import checkpoint
 from mmdit.model import EMBEDDINGS, Condition, MMDiT
-from storage.weights import open_file, read_json, write_tensors
+from storage.text import read_json
+from storage.weights import open_file, write_tensors
 
 TOLD = [("two_times",), ("guidance_embeds",), ("level_embeds",), ("two_times", "guidance_embeds")]
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from data import shapes
 from data.latents import VAE
-from storage.weights import write_json, write_tensors
+from storage.files import commit_json
+from storage.weights import write_tensors
 
 FOLDER = Path(__file__).parents[1] / "assets" / "shapes" / "vae"
 SCENES, UNSEEN, SEED = 20_000, 500, 1  # a seed that no store of examples uses
@@ -83,7 +84,7 @@ def main() -> None:
     with torch.no_grad():
         latents = torch.cat([network.encode(part / 127.5 - 1).latent_dist.mean for part in scenes[:2000].split(100)])
     config = CONFIG | {"shift_factor": float(latents.mean()), "scaling_factor": float(1 / latents.std())}
-    write_json({"_class_name": "AutoencoderKL"} | config, FOLDER / "config.json")
+    commit_json(FOLDER / "config.json", {"_class_name": "AutoencoderKL"} | config)
     write_tensors(network.half().state_dict(), FOLDER / "diffusion_pytorch_model.safetensors")
     print(f"latents: mean {latents.mean():.3f}, deviation {latents.std():.3f}")
     report(VAE(FOLDER), pictures(SCENES, UNSEEN))

@@ -22,6 +22,7 @@ from flow.objective import Objective
 from mmdit.lora import LoRA
 from mmdit.network import Network
 from pipeline.sampling import Sampling
+from storage.text import read_yaml
 from training.generator import Grid
 from training.optimization import Optimization
 from training.run_folder import Run
@@ -103,8 +104,8 @@ def _objective(old: dict[str, Any]) -> dict[str, Any]:
 
 def _yaml(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):  # the parser reports it
+        return read_yaml(file)
+    except ValueError:  # the parser reports it
         return None
 
 

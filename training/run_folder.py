@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from storage.files import commit_bytes
-from storage.weights import read_json, write_json
+from storage.files import commit_bytes, commit_json, is_ours
+from storage.text import read_json, read_yaml
 
 FREE = (  # keys that may change when a run is resumed
     "run.folder", "run.accelerator", "run.devices", "run.num_nodes", "run.wandb", "run.checkpoint_every",
@@ -80,11 +80,7 @@ def claim(folder: Path, resolved: str, identity: dict[str, str], resolve: Callab
     """
     file, known = folder / "config.yaml", folder / "data.json"
     if file.exists() and any((folder / work).exists() for work in (CHECKPOINTS, "log.jsonl")):
-        try:
-            there = yaml.safe_load(file.read_text(encoding="utf-8"))
-            here, there = (flat(yaml.safe_load(config)) for config in (resolved, resolve(there)))
-        except yaml.YAMLError:
-            raise ValueError(f"{file} is no YAML: choose another run.folder") from None
+        here, there = (flat(yaml.safe_load(config)) for config in (resolved, resolve(read_yaml(file))))
         changed = [key for key in here | there if here.get(key) != there.get(key)]
         lines = {key: f"{key} is {there.get(key)} there and {here.get(key)} now" for key in changed}
         if different := "; ".join(line for key, line in lines.items() if not key.startswith(FREE)):
@@ -97,11 +93,11 @@ def claim(folder: Path, resolved: str, identity: dict[str, str], resolve: Callab
         return
     if not is_first():
         return
-    if not file.exists() and folder.is_dir() and any(folder.iterdir()):
+    if not file.exists() and folder.is_dir() and not all(map(is_ours, folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no run; choose another run.folder")
     folder.mkdir(parents=True, exist_ok=True)
     if identity:
-        write_json(identity, known)
+        commit_json(known, identity)
     commit_bytes(file, resolved.encode())
 
 

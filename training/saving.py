@@ -15,7 +15,7 @@ from mmdit import lora
 from mmdit.model import MMDiT
 from mmdit.network import Network
 from pipeline import Pipeline
-from pipeline.folder import replace_folder
+from storage.files import replace_folder
 
 
 class ModelWriter:

@@ -36,7 +36,8 @@ from xxhash import xxh3_64_intdigest
 from data.store.units import LISTS, SCHEMA, Unit, differences, latent_shapes, read_sidecar, unit_name
 from data.store.writer import Drop, Sample, Writer
 from storage.files import commit, file_checksum
-from storage.weights import open_file, read_json
+from storage.text import read_json
+from storage.weights import open_file
 
 if TYPE_CHECKING:  # transformers is slow to import and not needed to look into a store
     from data.text.encoder import Text

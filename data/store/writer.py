@@ -30,8 +30,8 @@ from data.store.units import (
     safetensors,
     unit_name,
 )
-from storage.files import commit, commit_json, file_checksum
-from storage.weights import read_json
+from storage.files import commit, commit_json, file_checksum, sweep
+from storage.text import read_json
 
 if TYPE_CHECKING:  # transformers is slow to import
     from data.text.encoder import Text
@@ -93,8 +93,8 @@ class Writer:
         if null and (null.tokens.ndim, null.pooled.ndim) != (2, 1):
             raise ValueError("the null condition has tokens (N, D) and pooled (P), without a batch")
         self.units.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(".*.part"):
-            left_over.unlink(missing_ok=True)
+        sweep(folder)
+        sweep(self.units)
         if not (folder / "store.json").exists():
             if any(self.units.glob("*.parquet")):
                 raise ValueError(f"{folder} holds units but no store.json that says what they are: use a new folder")

@@ -11,7 +11,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from data.text.encoder import Slot, Text, TextEncoder, listed
 from data.text.tower import Tower, digest_of, read_tokenizer, real_tokens, run_clip, tokenize
-from storage.weights import read_json, write_tensors
+from storage.text import read_json
+from storage.weights import write_tensors
 
 
 class Clip(NamedTuple):

@@ -24,7 +24,8 @@ from data.text.tower import (
     run_clip,
     tokenize,
 )
-from storage.weights import DType, Weights, check_tensors, dtype_of, open_file, read_json, write_tensors
+from storage.text import read_json
+from storage.weights import DType, Weights, check_tensors, dtype_of, open_file, write_tensors
 
 LENGTH = 77  # tokens that a CLIP tower reads
 BATCH = 32  # captions in a forward pass

@@ -17,7 +17,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from transformers.utils import logging
 
 from data.text.encoder import CutCaptions, Text
-from storage.weights import Weights, check_tensors, digest, open_file, open_folder, write_json, write_tensors
+from storage.files import commit_json
+from storage.weights import Weights, check_tensors, digest, open_file, open_folder, write_tensors
 
 PROJECTION = "text_projection.weight"  # of the pooled vector, in a CLIP tower
 TABLE = "encoder.embed_tokens.weight"  # T5's second name for `shared.weight`
@@ -117,10 +118,10 @@ class Tower:
             tensors = {name: value.to(dtype) if eighth else value for name, value in stored.items()}
             if self.identity:
                 tensors[PROJECTION] = torch.eye(self.config.hidden_size).to(dtype)
-            write_json(self.settings | {"dtype": str(dtype).removeprefix("torch.")}, folder / "config.json")
+            commit_json(folder / "config.json", self.settings | {"dtype": str(dtype).removeprefix("torch.")})
             write_tensors(tensors, whole)
             return
-        write_json(self.settings, folder / "config.json")
+        commit_json(folder / "config.json", self.settings)
         places = open_folder(self.source, "model").places
         files = {place.file for place in places.values()}
         for file in files:
@@ -128,7 +129,7 @@ class Tower:
         if len(files) > 1:
             size = sum(math.prod(place.shape) * place.dtype.itemsize for place in places.values())
             table = {name: place.file.name for name, place in places.items()}
-            write_json({"metadata": {"total_size": size}, "weight_map": table}, folder / f"{whole.name}.index.json")
+            commit_json(folder / f"{whole.name}.index.json", {"metadata": {"total_size": size}, "weight_map": table})
 
     def _blank(self) -> Any:
         with torch.device("meta"):
