@@ -311,8 +311,8 @@ def write(study: Recipes, out: Path, docs: Path, command: str) -> Path:
     """
     plan, rates = study.plan(out), study.chosen_rates(out)
     found = [
-        row | {"recipe": name, "seed": int(Path(row["folder"]).name.removeprefix("seed-"))}
-        for (name, _), step in plan.measured.items()
+        row | {"recipe": name, "seed": seed}
+        for (name, seed, _), step in plan.measured.items()
         for row in read(step.folder)["rows"]
     ]
     longer = [
