@@ -17,7 +17,7 @@ class Sample(NamedTuple):
 
     mean: float
     deviation: float  # NaN for one value
-    count: int
+    number: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Sample":
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 
     def text(self, form: str = ".2f") -> str:
         """Mean ± deviation; for one value only the mean."""
-        return format(self.mean, form) + (f" ± {format(self.deviation, form)}" if self.count > 1 else "")
+        return format(self.mean, form) + (f" ± {format(self.deviation, form)}" if self.number > 1 else "")
 
     def p(self, asked: float) -> float:
         """Two-sided p-value of "the true mean is `asked`", by Student's t; NaN for one value.
@@ -40,13 +40,13 @@ class Sample(NamedTuple):
         Equal values have no t: theirs is the p-value of the sign test.
         """
         if self.deviation == 0:
-            return 1.0 if math.isclose(self.mean, asked) else 0.5 ** (self.count - 1)
-        t = abs(self.mean - asked) / (self.deviation / math.sqrt(self.count))
-        return float(2 * stats.t.sf(t, self.count - 1))
+            return 1.0 if math.isclose(self.mean, asked) else 0.5 ** (self.number - 1)
+        t = abs(self.mean - asked) / (self.deviation / math.sqrt(self.number))
+        return float(2 * stats.t.sf(t, self.number - 1))
 
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the true mean; NaN for one value."""
-        half = float(stats.t.isf(LEVEL / 2, self.count - 1)) * self.deviation / math.sqrt(self.count)
+        half = float(stats.t.isf(LEVEL / 2, self.number - 1)) * self.deviation / math.sqrt(self.number)
         return self.mean - half, self.mean + half
 
 
@@ -80,9 +80,9 @@ class Ratio(NamedTuple):
 
         If the values of each sample are equal, there is no t, and it is the p-value of the permutation test.
         """
-        scaled = Sample(asked * self.below.mean, asked * self.below.deviation, self.below.count)
+        scaled = Sample(asked * self.below.mean, asked * self.below.deviation, self.below.number)
         if self.above.deviation == scaled.deviation == 0:
-            n, m = self.above.count, scaled.count
+            n, m = self.above.number, scaled.number
             return 1.0 if math.isclose(self.above.mean, scaled.mean) else 2 / math.comb(n + m, n)
         if math.isnan(self.above.deviation + scaled.deviation):
             return math.nan

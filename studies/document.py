@@ -134,10 +134,12 @@ def claims(results: Sequence[Result], chains: Sequence[str], others: Sequence[st
     if 50 in steps:
         name, ours = best_straight(50)
         rivals = {r: way for r in recipes if r not in straight and (way := best_within(results, r, 50))}
-        for network, group in (("the same", rivals.keys() - set(others)), ("another", rivals.keys() & set(others))):
+        groups = [("the best opponent on the same network", rivals.keys() - set(others))]
+        groups += [("another network", {other} & rivals.keys()) for other in others]
+        for words, group in groups:
             if group:
                 rival = min(group, key=lambda r: rivals[r][0])
-                text = f"50 evaluations: the best RF by Euler ({name}) against the best opponent on {network} network"
+                text = f"50 evaluations: the best RF by Euler ({name}) against {words}"
                 claim(f"{text} ({rival}: {rivals[rival][2]})", 1.05, ours, rivals[rival][1])
     for chain in chains:
         text = f"DDPM's own sampler, 1000 steps ({chain}), against rf-lognorm by 50 Euler steps, equal training"

@@ -64,6 +64,11 @@ def test_claims_are_ratios_of_means_over_seeds(results: list[dict]) -> None:
     fifty = found["50 evaluations"]
     assert "edm: dpmpp_2m, trailing, 5 steps" in fifty.text
     assert not fifty.holds
+    both = document.claims(results, [], ["edm", "eps-linear"])[:2]  # each other network is compared, not only the best
+    assert [claim.text.partition("against ")[2].partition(":")[0] for claim in both] == [
+        "another network (edm",
+        "another network (eps-linear",
+    ]
     (ancestral,) = (claim for text, claim in found.items() if text.startswith("DDPM's own sampler"))
     assert ancestral.found.text() == "1.00 (1.10 ± 0.00 against 1.10 ± 0.14)"
     assert found["5 steps"].holds
