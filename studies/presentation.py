@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from metrics.figures import MARKERS, PALETTE
+from metrics.significance import Sample
 from studies.results import KEY, Result, select, unique
 
 
@@ -15,14 +16,23 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
     """Mean ± sample standard deviation; for one value only the mean; a dash if a value is missing."""
     if not values or any(value is None for value in values):
         return "–"
-    mean = format(statistics.fmean(values), form)
-    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+    return Sample.of(values).text(form)
+
+
+def row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |\n"
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose first column is text."""
     rule = ["---", *["---:"] * (len(head) - 1)]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in (head, rule, *body))
+    return "".join(row(cells) for cells in (head, rule, *body))
+
+
+def real_row(floor: float, columns: int) -> str:
+    """The last row of a table of FD ratios: that of as many real digits, which is no function of steps."""
+    return row(["real digits", *[f"{floor:.2f}"] * columns])
 
 
 def curves(results: Sequence[Result], floor: float | None, file: Path) -> None:

@@ -93,13 +93,14 @@ class Plan(NamedTuple):
 
     Attributes:
         trained: (recipe, seed) → the training of a model.
-        measured: (recipe, index of the measurement) → the measurement of its models of all seeds.
+        measured: (recipe, seed, index of the measurement) → the measurement of its model. One seed is one step, so
+            that a study goes on with more seeds.
         longer: (recipe, training steps) → the measurement of a model with this budget.
         sheet: the measurement that draws pictures of all recipes.
     """
 
     trained: dict[tuple[str, int], Step]
-    measured: dict[tuple[str, int], Step]
+    measured: dict[tuple[str, int, int], Step]
     longer: dict[tuple[str, int], Step]
     sheet: Step
 
@@ -246,9 +247,10 @@ class Recipes:
             for name in self.recipes
         }
         measured = {
-            (name, i): measurement([trained[name, seed] for seed in self.seeds], out / name / f"evaluation-{i}", m)
+            (name, seed, i): measurement([trained[name, seed]], out / name / f"seed-{seed}-evaluation-{i}", m)
             for i, m in enumerate(self.measurements)
             for name in m.recipes or self.recipes
+            for seed in self.seeds
         }
         longer = {}
         for name, way in self.budgets.recipes.items():

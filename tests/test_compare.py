@@ -55,7 +55,7 @@ def test_a_study_trains_measures_writes_and_goes_on(
         "tuning/rf-lognorm/lr-0.001", "tuning/rf-lognorm/lr-0.002", "rf-lognorm/seed-1", "eps-linear/seed-1",
         "budgets/eps-linear/steps-8",
     }  # fmt: skip
-    lost = tmp_path / "out/eps-linear/evaluation-0/results.json"
+    lost = tmp_path / "out/eps-linear/seed-1-evaluation-0/results.json"
     others = {f: os.stat(f).st_mtime_ns for f in (tmp_path / "out").rglob("*.safetensors")}
     before = json.loads(lost.read_text())["rows"]
     lost.unlink()
@@ -65,6 +65,11 @@ def test_a_study_trains_measures_writes_and_goes_on(
     after = json.loads(lost.read_text())["rows"]
     assert [r["distance"] for r in after] == [r["distance"] for r in before]
     assert others == {f: os.stat(f).st_mtime_ns for f in (tmp_path / "out").rglob("*.safetensors")}
+    file.write_text(file.read_text().replace("seeds:\n- 1", "seeds:\n- 1\n- 2"))
+    kept = {f: os.stat(f).st_mtime_ns for f in (tmp_path / "out").rglob("*results.json")}
+    compare.main(argv)  # goes on with another seed: nothing of the first is done again
+    assert kept.items() < {f: os.stat(f).st_mtime_ns for f in (tmp_path / "out").rglob("*results.json")}.items()
+    assert others.items() < {f: os.stat(f).st_mtime_ns for f in (tmp_path / "out").rglob("*.safetensors")}.items()
     file.write_text(file.read_text().replace("run.steps: 4", "run.steps: 5").replace("every: 4", "every: 5"))
     with pytest.raises(SystemExit) as end:  # a result of other settings is not taken for this one's
         compare.main(argv)

@@ -9,6 +9,7 @@ from PIL import Image
 
 import compare
 from data.shapes import CATEGORIES
+from metrics.significance import Sample
 from pipeline import Pipeline
 from studies import fewstep
 from studies.results import Result
@@ -41,7 +42,7 @@ def out(study: Steps, pipe: Pipeline, tmp_path: Path) -> Path:
     def write(name: str, rows: list[Result]) -> None:
         folder = study.folder(name, out)
         folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps({"rows": rows}))
+        (folder / "results.json").write_text(json.dumps({"rows": rows, "floor": 0.66}))
         Image.new("RGB", (8, 8)).save(folder / "sheet.png")
 
     for seed in study.seeds:
@@ -71,15 +72,14 @@ def test_claims_compare_seed_by_seed() -> None:
 
     rows = [of(name, n, seed) for seed in (1, 2) for name in FD for n in (1, 2, 8, 50)]
     guided = [of("teacher", 8, 1, evaluations=16.0), of("guided", 8, 1, distance_ratio=1.06)]
-    found = {claim.what: claim for claim in fewstep.claims(rows, rows, guided)}
+    found = {claim.text.partition(",")[0]: claim for claim in fewstep.claims(rows, rows, guided)}
     straight = found["straightness S of the 2-rectified model over the teacher's"]
-    assert (straight.found, straight.holds) == ([0.02, 0.02], True)
-    one = found["one Euler step, 2-rectified: FD ratio"]
-    assert (one.found, one.holds) == ([1.0, 1.1], False)  # 1.05 in the mean
-    assert found["MeanFlow from scratch, one step: FD ratio"].holds
-    assert not found["learned guidance over the guided teacher, 8 steps: FD"].holds
-    assert found["its evaluations over the teacher's"].found == [0.5]
-    assert found["recall of one step, 2-rectified, over the teacher's in 8"].found == [1.0, 1.0]
+    assert (straight.found, straight.holds) == (Sample.of([0.02, 0.02]), True)
+    assert found["one Euler step"].found == Sample.of([0.99, 0.99])
+    learned = found["learned guidance over the guided teacher"]
+    assert learned.text.endswith("8 steps, at 0.5 of its evaluations: FD")
+    assert (learned.low, learned.high, learned.holds) == (0.95, 1.05, False)
+    assert found["recall of one step"].found == Sample.of([1.0, 1.0])
 
 
 def test_the_document_holds_every_number_and_its_pictures(study: Steps, out: Path, tmp_path: Path) -> None:
@@ -90,7 +90,11 @@ def test_the_document_holds_every_number_and_its_pictures(study: Steps, out: Pat
     }  # fmt: skip
     assert "`python compare.py x`, 3 seeds" in text
     assert "| teacher | 8.10 ± 0.10 | 4.10 ± 0.10 | 2.10 ± 0.10 | 1.10 ± 0.10 |" in text
-    assert "| straightness S of the 2-rectified model over the teacher's | ≤ 0.05 | 0.0200 ± 0.0000 | yes |" in text
+    assert "≤ 0.0500 | 0.0200 ± 0.0000 | [0.0200, 0.0200] | 1.000 | undecided |" in text  # corrected, p is 8 / 4
+    assert "| one Euler step, 2-rectified: FD ratio | ≤ 1.03 | 1.10 ± 0.10 | [0.85, 1.35] | 1.000 | undecided |" in text
+    assert text.count("| real digits | 0.66 | 0.66 | 0.66 | 0.66 |") == 1
+    assert "| real digits | – | – | 0.66 |" in text
+    assert "| real scenes | – | 0.66 |" in text
     assert "| 2 | 0.5000 | 0.2500 | 1/0.4 |" in text
     assert "| teacher, 20 steps | 20 | 0.05 | 99.0% | 0.90 | 5.0 | 1.00 |" in text
     assert "| distilled, 1 step |" + " 95% |" * len(CATEGORIES) in text

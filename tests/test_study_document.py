@@ -6,8 +6,11 @@ import pytest
 from PIL import Image
 
 from metrics.ranking import pareto_ranks
+from metrics.significance import Ratio, Sample
 from studies import document
+from studies.claims import rows
 from studies.presentation import curves
+from studies.results import select
 
 
 def test_pareto_fronts_by_hand() -> None:
@@ -54,27 +57,67 @@ def test_best_within_takes_the_best_mean_that_is_cheap_enough(results: list[dict
 
 
 def test_claims_are_ratios_of_means_over_seeds(results: list[dict]) -> None:
-    longer = [
-        result("eps-linear", 1, 1000, 1.0, "ddpm") | {"budget": 9000},
-        result("rf-lognorm", 1, 50, 0.5) | {"budget": 9000},
-    ]
-    found = {claim.text.partition(":")[0]: claim for claim in document.claims(results, longer, ["eps-linear"], [])}
+    found = {claim.text.partition(":")[0]: claim for claim in document.claims(results, ["eps-linear"], [])}
     four = found["4 evaluations"]
-    assert (list(four.above), list(four.below)) == ([2.0, 2.2], [6.0, 6.2])  # the better spacing of DDIM
-    assert four.row()[2:] == ["0.34 (2.10 ± 0.14 against 6.10 ± 0.14)", "**no**, but not for every pair of seeds"]
+    assert four.found == Ratio(Sample.of([2.0, 2.2]), Sample.of([6.0, 6.2]))  # the better spacing of DDIM
+    assert (four.high, four.holds) == (1 / 3, False)
     fifty = found["50 evaluations"]
     assert "edm: dpmpp_2m, trailing, 5 steps" in fifty.text
-    assert fifty.row()[3] == "**no**"
+    assert not fifty.holds
+    both = document.claims(results, [], ["edm", "eps-linear"])[:2]  # each other network is compared, not only the best
+    assert [claim.text.partition("against ")[2].partition(":")[0] for claim in both] == [
+        "another network (edm",
+        "another network (eps-linear",
+    ]
     (ancestral,) = (claim for text, claim in found.items() if text.startswith("DDPM's own sampler"))
-    assert ancestral.row()[2:] == ["1.00 (1.10 ± 0.00 against 1.10 ± 0.14)", "yes"]
-    (later,) = (claim for text, claim in found.items() if "9,000" in text)
-    assert later.row()[2:] == ["2.00 (1.00 against 0.50)", "**no**"]
-    assert found["5 steps"].row()[3] == "yes"
+    assert ancestral.found.text() == "1.00 (1.10 ± 0.00 against 1.10 ± 0.14)"
+    assert found["5 steps"].holds
 
 
-def test_ranks_average_over_steps_and_seeds(results: list[dict]) -> None:
-    ranks = document.average_ranks(document.first_order(results), [4, 5, 50])
-    assert ranks == {"rf-lognorm": 1.0, "edm": 2.0, "rf-uniform": 3.0, "eps-linear": 4.0}
+def test_ranks_average_over_steps_for_each_seed(results: list[dict]) -> None:
+    plain = document.first_order(results)
+    for r in select(plain, recipe="edm", seed=2, steps=5):
+        r |= {"distance": 0.0, "accuracy": 1.0}
+    ranks = document.average_ranks(plain, [4, 5, 50])
+    assert ranks == {
+        "rf-lognorm": [1.0, pytest.approx(4 / 3)],
+        "edm": [2.0, pytest.approx(5 / 3)],
+        "rf-uniform": [3.0, 3.0],
+        "eps-linear": [4.0, 4.0],
+    }
+
+
+def test_the_paper_s_order_is_claimed_of_neighbours_in_its_table() -> None:
+    ranks = {
+        "ddpm": [1.0] * 8,  # not in the paper's table
+        "edm": [2.0, 2.2] * 4,
+        "eps-linear": [4.0, 4.2] * 4,
+        "rf-lognorm": [1.0, 1.2] * 4,
+        "rf-uniform": [4.1, 4.2] * 4,
+    }
+    found = document.order_claims(ranks)
+    assert [claim.text.partition(" (")[0] for claim in found] == [
+        "rf-lognorm before eps-linear",
+        "eps-linear before rf-uniform",
+        "rf-uniform before edm",
+    ]
+    assert [row[-1] for row in rows(found)] == ["yes", "undecided", "no"]
+    assert document.order_claims({"rf-lognorm": [1.0]}) == []
+
+
+def test_recipes_that_differ_significantly_from_the_first_are_marked() -> None:
+    planted = {"first": 2.0, "same": 2.0, "lower": 1.0, "higher": 3.0}
+    found = [result(r, seed, 4, x + 0.05 * (seed % 3)) for r, x in planted.items() for seed in range(8)]
+    found += [result("few", seed, 4, 1.0) for seed in range(2)] + [result("none", 0, 4, 1.0) | {"distance_ratio": None}]
+    assert document.marked(found, [*planted, "none"], [4]) == [
+        ["first", "2.04 ± 0.04"],
+        ["same", "2.04 ± 0.04"],
+        ["lower", "**1.04 ± 0.04**"],
+        ["higher", "*3.04 ± 0.04*"],
+        ["none", "–"],
+    ]
+    one = [r for r in found if r["seed"] == 0]
+    assert document.marked(one, list(planted), [4])[2] == ["lower", "1.00"]  # one seed tells nothing
 
 
 def test_the_document_holds_every_number_and_the_plot_is_a_picture(results: list[dict], tmp_path: Path) -> None:
@@ -91,6 +134,11 @@ def test_the_document_holds_every_number_and_the_plot_is_a_picture(results: list
     text = document.document(results, [], tuned, facts, "python compare.py x", settings | {"threads": 1})
     assert "`python compare.py x`" in text
     assert "| edm | 2.50 ± 0.14 | 1.90 ± 0.14 | 1.30 ± 0.14 |" in text
+    assert "| real digits | 0.66 | 0.66 | 0.66 |\n" in text
+    assert "| real digits | 0.66 | 0.66 | 0.66 | 0.66 |\n" in text  # of the best samplers
+    assert "| eps-linear | 4.00 ± 0.00 | 4.00 ± 0.00 | 4.00 ± 0.00 |" in text  # ranks
+    assert "| ≤ 1.00 | 0.68 (1.60 ± 0.14 against 2.35 ± 0.14) | [0.25, 0.93] | 0.135 | undecided |" in text
+    assert "All of them\nhold: undecided." in text  # 3 > 2, 3 > 2 and 1 < 4, in two seeds
     assert "| edm | 3.00 | **2.50** |" in text
     assert all(line.count("|") == text.splitlines()[i - 1].count("|") for i, line in enumerate(text.splitlines())
                if line.startswith("|") and text.splitlines()[i - 1].startswith("|"))  # fmt: skip
