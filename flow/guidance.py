@@ -1,5 +1,6 @@
 """Guidance wraps a model and is itself a model. Inpainting wraps a denoiser. Samplers know of neither."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +34,8 @@ class ClassifierFree:
             number for all pictures, or (B, 1, …) for each.
         rescale: φ. Each picture of y is moved by this share toward the standard deviation of the conditional branch,
             against over-exposure (Lin et al. 2024, eqs. 15–16); 0 turns it off.
-        interval: guidance is on where interval[0] ≤ t ≤ interval[1]; elsewhere the plain model runs, at half the cost
-            (Kynkäänniemi et al. 2024). All times of a call must be equal.
+        interval: for `at`: guidance is on where interval[0] ≤ t ≤ interval[1]; elsewhere the plain model runs, at half
+            the cost (Kynkäänniemi et al. 2024).
         channels: guides the first `channels` channels of y; the others, a learned variance, come from the conditional
             branch. None means all.
         weak: a weaker model of the same condition, for autoguidance.
@@ -54,21 +55,36 @@ class ClassifierFree:
         self.channels, self.weak = channels, weak
         self.stacked: tuple[Any, Any] = (None, None)  # the last condition; null and condition in one batch
 
-    def __call__(self, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Tensor:
+    def at(self, t: Tensor) -> Model:
+        """The model for time t (), on the host. A part that is off at this time costs nothing."""
+        weakened = self.weak is not None and _within(self.weak.interval, t)
+        return partial(self, guided=_within(self.interval, t), weakened=weakened)
+
+    def __call__(
+        self,
+        z: Tensor,
+        t: Tensor,
+        condition: Any,
+        end: Tensor | None = None,
+        guided: bool = True,
+        weakened: bool = True,
+    ) -> Tensor:
+        """y at (z, t), (B, …), with both parts of the guidance unless one is turned off."""
         ends = () if end is None else (end,)
-        if _within(self.interval, t):
+        if guided:
             if self.stacked[0] is not condition:  # built once for all steps
                 both = (_stack(n, c) for n, c in zip(self.null, condition, strict=True))
                 self.stacked = condition, type(condition)(*both)
             ends_twice = (torch.cat([end, end]) for end in ends)
             y_null, y_cond = self.model(torch.cat([z, z]), torch.cat([t, t]), self.stacked[1], *ends_twice).chunk(2)
-            guided = y_null + self.scale * (y_cond - y_null)
+            y = y_null + self.scale * (y_cond - y_null)
         else:
-            guided = y_cond = self.model(z, t, condition, *ends)
-        if self.weak and _within(self.weak.interval, t):
-            guided = guided + self.weak.scale * (y_cond - self.weak.model(z, t, condition, *ends))
-        y, plain, rest = guided[:, : self.channels], y_cond[:, : self.channels], y_cond[:, self.channels :]
-        if self.rescale and guided is not y_cond:
+            y = y_cond = self.model(z, t, condition, *ends)
+        if self.weak and weakened:
+            y = y + self.weak.scale * (y_cond - self.weak.model(z, t, condition, *ends))
+        moved = y is not y_cond
+        y, plain, rest = y[:, : self.channels], y_cond[:, : self.channels], y_cond[:, self.channels :]
+        if self.rescale and moved:
             std_cond, std = (x.flatten(1).std(1).reshape(-1, *(1,) * (x.ndim - 1)) for x in (plain, y))
             y = self.rescale * (std_cond / std) * y + (1 - self.rescale) * y
         return y if self.channels is None else torch.cat([y, rest], 1)
@@ -97,7 +113,7 @@ def inpaint(denoise: Denoiser, x0: Tensor, noise: Tensor, mask: Tensor) -> Denoi
 
 
 def _within(interval: tuple[float, float], t: Tensor) -> bool:
-    return interval == ALWAYS or bool(interval[0] <= t[0] <= interval[1])
+    return bool(interval[0] <= t.float() <= interval[1])  # the model's t is float32
 
 
 def _stack(null: Tensor | None, condition: Tensor | None) -> Tensor | None:

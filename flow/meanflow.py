@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flow.density import Density
-from flow.objective import Field, Model, Objective, output
+from flow.objective import Field, Interval, Model, Objective, output
 from flow.path import expand_as
 from flow.penalty import Penalty
 from flow.weight import Weight
@@ -27,8 +27,8 @@ class MeanFlow(Objective):
     Example:
         >>> import torch
         >>> objective = MeanFlow(share=1.0)
-        >>> t, end = objective.times(torch.tensor([[0.1], [0.9], [0.0]]), area=64)
-        >>> bool(end < t)
+        >>> t, interval = objective.times(torch.tensor([[0.1], [0.9], [0.0]]), area=64)
+        >>> bool(interval.end < t)
         True
     """
 
@@ -49,11 +49,12 @@ class MeanFlow(Objective):
         self.share = share
         self.extra_passes = 2 * share  # the derivative costs two passes
 
-    def times(self, u: Tensor, area: int) -> tuple[Tensor, Tensor]:
-        """(t, end), each (B,), for uniform u (3, B): two drawn times where u[2] < share, else one time twice."""
+    def times(self, u: Tensor, area: int) -> tuple[Tensor, Interval]:
+        """t (B,) and the ends, for uniform u (3, B): two drawn times where u[2] < share, else one time twice."""
         first, second = self.training_time(u[0], area), self.training_time(u[1], area)
         second = torch.where(u[2] < self.share, second, first)
-        return torch.maximum(first, second), torch.minimum(first, second)
+        t = torch.maximum(first, second)
+        return t, Interval.between(torch.minimum(first, second), t)
 
     def loss(
         self,
@@ -62,17 +63,19 @@ class MeanFlow(Objective):
         noise: Tensor,
         t: Tensor,
         condition: Any,
-        end: Tensor | None = None,
+        interval: Interval | None = None,
         field: Field | None = None,
     ) -> Tensor:
-        """As `Objective.loss`, for the average velocity from t to `end`; none means the velocity at t."""
-        z, v = self.point_and_target(x0, noise, t, condition, field)
-        u = v if end is None else average_velocity(model, z, t, end, v, condition)
-        return self.error(output(model, z, t, condition, end), u, t)
+        """As `Objective.loss`, for the average velocity from t to the interval's end; none means the velocity at t."""
+        z, u = self.point_and_target(x0, noise, t, condition, field)
+        if interval is None:
+            return self.error(output(model, z, t, condition), u, t)
+        u = average_velocity(model, z, t, interval, u, condition)
+        return self.error(output(model, z, t, condition, interval.end), u, t)
 
 
 @torch.no_grad()
-def average_velocity(model: Model, z: Tensor, t: Tensor, end: Tensor, v: Tensor, condition: Any) -> Tensor:
+def average_velocity(model: Model, z: Tensor, t: Tensor, interval: Interval, v: Tensor, condition: Any) -> Tensor:
     """The target for the average velocity: u(z, t, end) = v − (t − end)·du/dt, with the velocity v at (z, t).
 
     This is the MeanFlow identity (Geng et al. 2025). du/dt = v·∂_z u + ∂_t u is the derivative along the path: one
@@ -83,16 +86,14 @@ def average_velocity(model: Model, z: Tensor, t: Tensor, end: Tensor, v: Tensor,
         model: the network with its current weights.
         z: points on the path, (B, …).
         t: times, (B,).
-        end: ends of the intervals, at most t, (B,).
+        interval: ends of the intervals, and the pictures that have one.
         v: velocities, (B, …).
         condition: passed to the model; a named tuple of tensors with batch size B, or None.
 
     Returns:
         (B, …), in v's type.
     """
-    rows = (end < t).nonzero()[:, 0]
-    if not len(rows):  # call the model anyway: processes that share its weights must call it together
-        rows = torch.zeros(1, dtype=torch.long, device=t.device)
+    end, rows = interval
     selected = None if condition is None else type(condition)(*(x if x is None else x[rows] for x in condition))
     point = z[rows], t[rows]
     # Fused attention has no forward-mode derivative.

@@ -30,6 +30,22 @@ class Estimate(NamedTuple):
     variance: Tensor | None = None  # output that sets the step's variance between β̃ and β, (B, …)
 
 
+class Interval(NamedTuple):
+    """The ends of the intervals (end, t) over which a model learns the average velocity."""
+
+    end: Tensor  # (B,) float32, at most t
+    rows: Tensor  # (n,) numbers of the pictures with end < t
+
+    @classmethod
+    def between(cls, end: Tensor, t: Tensor) -> "Interval":
+        """The intervals of times (B,) on the host. On a device, looking for `rows` would wait for it.
+
+        Without an interval, `rows` is picture 0: processes that share a model's weights must call it together.
+        """
+        rows = (end < t).nonzero()[:, 0]
+        return cls(end, rows if len(rows) else torch.zeros(1, dtype=torch.long, device=t.device))
+
+
 class Objective:
     """What the network learns, and how its output becomes picture and noise.
 
@@ -100,8 +116,8 @@ class Objective:
         """The time that validation uses for t, one that training may draw: t itself on a continuous path."""
         return self.path.training_time(t)
 
-    def times(self, u: Tensor, area: int) -> tuple[Tensor, Tensor | None]:
-        """(t, end) for uniform u (3, B): training times (B,), and none, since this objective has no intervals."""
+    def times(self, u: Tensor, area: int) -> tuple[Tensor, Interval | None]:
+        """Training times (B,) for uniform u (3, B), and none, since this objective has no intervals."""
         return self.training_time(u[0], area), None
 
     def loss(
@@ -111,7 +127,7 @@ class Objective:
         noise: Tensor,
         t: Tensor,
         condition: Any,
-        end: Tensor | None = None,
+        interval: Interval | None = None,
         field: Field | None = None,
     ) -> Tensor:
         """w(t)·ρ(mean((model(z_t, t) − y)²)) for each picture, with z_t = a·x0 + b·ε and y = p·x0 + q·ε.
@@ -124,14 +140,14 @@ class Objective:
             noise: standard normal, (B, …). If x0 was generated from this noise, this is reflow (Liu et al. 2022).
             t: times in [0, 1], (B,) float32.
             condition: passed to the model unchanged.
-            end: ends of the intervals from t, (B,) float32; none for a model that takes only t.
+            interval: the intervals that end at t; none for a model that takes only t.
             field: computes y instead of p·x0 + q·ε, such as a teacher; no gradient flows through it.
 
         Returns:
             (B,) float32.
         """
         z, y = self.point_and_target(x0, noise, t, condition, field)
-        return self.error(output(model, z, t, condition, end), y, t)
+        return self.error(output(model, z, t, condition, interval.end if interval else None), y, t)
 
     def point_and_target(
         self, x0: Tensor, noise: Tensor, t: Tensor, condition: Any, field: Field | None
@@ -157,11 +173,12 @@ class Objective:
         return loss
 
     def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Estimate:
-        """The model's estimate at z (B, …), t (B,). The model gets t in float32, the solve gets t as it is.
+        """The model's estimate at z (B, …) and time t (), on the host, in z's type.
 
-        With `end` (B,) the output is an average velocity; the estimate is that of the straight line to the same end.
+        The model gets z and t in float32; the solve gets them as they are. With `end` () the output is an average
+        velocity; the estimate is that of the straight line to the same end.
         """
-        y = output(model, z, t.float(), condition, None if end is None else end.float())
+        y = output_at(model, z, t, condition, end)
         return Estimate(*solve(self.path, self.target, z, y, t))
 
     def describe(self) -> dict[str, Any]:
@@ -180,6 +197,18 @@ def output(model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | Non
     return (model(z, t, condition) if end is None else model(z, t, condition, end)).float()
 
 
+def output_at(model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Tensor:
+    """The model's output at one time for all pictures, t () on the host, in z's type.
+
+    The model's times are filled in on z's device, since a copy would wait for it.
+    """
+
+    def filled(time: Tensor) -> Tensor:
+        return torch.full((len(z),), float(time), dtype=torch.float32, device=z.device)
+
+    return output(model, z.float(), filled(t), condition, None if end is None else filled(end)).to(z.dtype)
+
+
 class TimeBins:
     """Mean loss in equal bins of t, summed on the device; only `means` synchronises with it.
 
@@ -193,7 +222,7 @@ class TimeBins:
 
     def add(self, t: Tensor, loss: Tensor) -> None:
         """Adds a batch of per-image losses (B,) at times t (B,)."""
-        self.sums = self.sums.to(loss.device)
+        self.sums = self.sums.to(loss.device, non_blocking=True)
         index = (t.detach() * self.count).long().clamp(max=self.count - 1)
         self.sums.index_add_(1, index, torch.stack([loss.detach(), torch.ones_like(loss)]))
 

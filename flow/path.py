@@ -15,8 +15,12 @@ from torch import Tensor
 
 
 def expand_as(coefficient: Tensor, z: Tensor) -> Tensor:
-    """A per-sample coefficient (B,) as (B, 1, …, 1) of z's type, so that it multiplies z (B, …)."""
-    return coefficient.reshape(coefficient.shape + (1,) * (z.ndim - coefficient.ndim)).to(z.dtype)
+    """A coefficient in z's type, so that it multiplies z (B, …): one for each picture, (B,), as (B, 1, …, 1).
+
+    One for all, (), stays as it is: a number on the host multiplies a tensor on any device.
+    """
+    coefficient = coefficient.to(z.dtype)
+    return coefficient.reshape(-1, *(1,) * (z.ndim - 1)) if coefficient.ndim else coefficient
 
 
 class Path(ABC):
@@ -140,12 +144,12 @@ class Discrete(Path):
     def __init__(self, alphas_cumprod: Tensor) -> None:
         self.alphas_cumprod = alphas_cumprod
         self.steps = len(alphas_cumprod)
-        bar = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double()])
+        bar = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alphas_cumprod.double()])
         self.tables = {torch.device("cpu"): torch.stack([bar.sqrt(), (1 - bar).sqrt()])}
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if t.device not in self.tables:
-            self.tables[t.device] = self.tables[torch.device("cpu")].to(t.device)
+            self.tables[t.device] = self.tables[torch.device("cpu")].to(t.device, non_blocking=True)
         a, b = self.tables[t.device][:, (t * self.steps).round().long()].to(t.dtype)
         return a, b
 
@@ -163,6 +167,11 @@ class Discrete(Path):
         return (t * self.steps).ceil().clamp(1, self.steps) / self.steps
 
 
+def _linspace(first: float, last: float) -> Tensor:
+    """1000 numbers on the host, where the tables of a chain begin whatever the default device."""
+    return torch.linspace(first, last, 1000, dtype=torch.float64, device="cpu")
+
+
 def _alphas_cumprod(betas: Tensor) -> Tensor:
     return torch.cumprod(1 - betas, 0)
 
@@ -176,7 +185,7 @@ class DDPMLinear(Discrete):
     """
 
     def __init__(self) -> None:
-        super().__init__(_alphas_cumprod(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)))
+        super().__init__(_alphas_cumprod(_linspace(1e-4, 0.02)))
 
 
 class LDMLinear(Discrete):
@@ -188,7 +197,7 @@ class LDMLinear(Discrete):
     """
 
     def __init__(self) -> None:
-        super().__init__(_alphas_cumprod(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2))
+        super().__init__(_alphas_cumprod(_linspace(0.00085**0.5, 0.012**0.5) ** 2))
 
 
 class ImprovedCosine(Discrete):
@@ -200,7 +209,7 @@ class ImprovedCosine(Discrete):
     """
 
     def __init__(self) -> None:
-        n = torch.arange(1001, dtype=torch.float64) / 1000
+        n = torch.arange(1001, dtype=torch.float64, device="cpu") / 1000
         bar = torch.cos((n + 0.008) / 1.008 * math.pi / 2) ** 2
         super().__init__(_alphas_cumprod((1 - bar[1:] / bar[:-1]).clamp(max=0.999)))
 

@@ -2,7 +2,9 @@
 
 Every path is a straight line in w = z/(a + b) against τ = b/(a + b), with velocity dw/dτ = ε − x0. The general solvers
 use these coordinates. On rectified flow they are z and t; at both ends of every path they are finite, unlike σ.
-A stochastic sampler takes its random numbers from `noise`, which returns a fresh standard normal of z's shape.
+
+Times stay on the host, so that a sampler decides on them without waiting for the device that z is on. A stochastic
+sampler takes its random numbers from `noise`, which returns a fresh standard normal of z's shape.
 """
 
 import math
@@ -16,7 +18,7 @@ from flow.objective import Estimate
 from flow.path import Discrete, Path, RectifiedFlow
 from flow.variance import learned_log_variance, posterior
 
-Denoiser = Callable[..., Estimate]  # (z (B, …), t (B,)) → estimate; `meanflow` also passes the step's end (B,)
+Denoiser = Callable[..., Estimate]  # (z (B, …), t ()) → estimate; `meanflow` also passes the step's end ()
 Callback = Callable[[int, Tensor, Tensor], object]  # (steps done, z, x̂0)
 Noise = Callable[[], Tensor]  # → (B, …) standard normal
 
@@ -31,7 +33,7 @@ def euler(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Call
         denoise: estimates picture and noise.
         path: the path that z lives on.
         z: start at grid[0], (B, …) float32.
-        grid: times in the order of the steps, (steps + 1,). The denoiser gets exactly these.
+        grid: times in the order of the steps, (steps + 1,), on the host. The denoiser gets exactly these.
         callback: called after each step with (steps done, z, x̂0).
 
     Returns:
@@ -45,7 +47,7 @@ def euler(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Call
         tensor([3., 3.])
     """
     for i, (t, s) in enumerate(pairwise(grid), start=1):
-        x0, noise, _ = denoise(z, t.expand(len(z)))
+        x0, noise, _ = denoise(z, t)
         a, b = path(s)
         z = a * x0 + b * noise
         if callback:
@@ -69,7 +71,7 @@ def meanflow(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: C
     if not isinstance(path, RectifiedFlow):
         raise ValueError(f"meanflow needs RectifiedFlow, and the path is {type(path).__name__}: use euler")
     for i, (t, s) in enumerate(pairwise(grid), start=1):
-        x0, noise, _ = denoise(z, t.expand(len(z)), s.expand(len(z)))
+        x0, noise, _ = denoise(z, t, s)
         a, b = path(s)
         z = a * x0 + b * noise
         if callback:
@@ -92,12 +94,12 @@ def heun(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Callb
     """
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         (a, b), (a_s, b_s) = path(t), path(s)
-        x0, noise, _ = denoise(z, t.expand(len(z)))
+        x0, noise, _ = denoise(z, t)
         step = b_s / (a_s + b_s) - b / (a + b)
         w, v = z / (a + b), noise - x0
         z = (a_s + b_s) * (w + step * v)
         if b_s > 0:
-            x0, noise, _ = denoise(z, s.expand(len(z)))
+            x0, noise, _ = denoise(z, s)
             z = (a_s + b_s) * (w + step * (v + noise - x0) / 2)
         if callback:
             callback(i, z, x0)
@@ -122,9 +124,9 @@ def midpoint(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: C
         step = b_s / (a_s + b_s) - b / (a + b)
         middle = path.time(b / (a + b) + step / 2)
         a_m, b_m = path(middle)
-        x0, noise, _ = denoise(z, t.expand(len(z)))
+        x0, noise, _ = denoise(z, t)
         w = z / (a + b)
-        x0, noise, _ = denoise((a_m + b_m) * (w + step / 2 * (noise - x0)), middle.expand(len(z)))
+        x0, noise, _ = denoise((a_m + b_m) * (w + step / 2 * (noise - x0)), middle)
         z = (a_s + b_s) * (w + step * (noise - x0))
         if callback:
             callback(i, z, x0)
@@ -150,7 +152,7 @@ def dpmpp_2m(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: C
     last: tuple[Tensor, Tensor] | None = None  # x̂0 and h of the previous step
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         (a, b), (a_s, b_s) = path(t), path(s)
-        x0, _, _ = denoise(z, t.expand(len(z)))
+        x0, _, _ = denoise(z, t)
         h = (a_s / b_s).log() - (a / b).log()
         ahead = x0 if last is None or b_s == 0 else x0 + h / (2 * last[1]) * (x0 - last[0])
         z = b_s / b * z + (a_s - b_s / b * a) * ahead
@@ -188,7 +190,7 @@ def ddim(
     if not 0 <= eta <= 1:
         raise ValueError(f"ddim needs 0 <= eta <= 1, got {eta}")
     for i, (t, s) in enumerate(pairwise(grid), start=1):
-        x0, e, _ = denoise(z, t.expand(len(z)))
+        x0, e, _ = denoise(z, t)
         a, b = path(s)
         if eta:
             variance = eta**2 * posterior(path, t, s).small
@@ -233,7 +235,7 @@ def ddpm(
     if not isinstance(path, Discrete):
         raise ValueError(f"ddpm needs a discrete path, and {type(path).__name__} is continuous: use ddim:eta=1")
     for i, (t, s) in enumerate(pairwise(grid), start=1):
-        x0, e, v = denoise(z, t.expand(len(z)))
+        x0, e, v = denoise(z, t)
         exact = posterior(path, t, s)
         a, b = path(s)
         z = a * x0 + (b**2 - exact.small).clamp(min=0).sqrt() * e
@@ -264,6 +266,9 @@ def edm(
 ) -> Tensor:
     """EDM's sampler: Heun's method in σ = b/a, with noise added before each step (Karras et al. 2022, algorithm 2).
 
+    x has the size of σ and loses it in few steps. It is therefore float64, as in the authors' code, and so is the z
+    that the denoiser gets; the result has the type of the start.
+
     Needs a continuous path and a grid whose first σ is finite. Other arguments and result as in `euler`.
 
     Args:
@@ -282,7 +287,7 @@ def edm(
     """
     if churn < 0 or churn_noise < 0:
         raise ValueError(f"edm needs churn >= 0 and churn_noise >= 0, got {churn} and {churn_noise}")
-    x = _variance_exploding(path, z, grid[0], "edm")
+    x = _variance_exploding(path, z.double(), grid[0], "edm")
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         (a, b), (a_s, b_s) = path(t), path(s)
         sigma, sigma_s = b / a, b_s / a_s
@@ -292,15 +297,15 @@ def edm(
             x = x + (more**2 - sigma**2).sqrt() * churn_noise * noise()
             sigma, t = more, path.time(more / (1 + more))
             a, b = path(t)
-        x0, e, _ = denoise(a * x, t.expand(len(x)))
+        x0, e, _ = denoise(a * x, t)
         ahead = x + (sigma_s - sigma) * e
         if sigma_s > 0:
-            x0, e_s, _ = denoise(a_s * ahead, s.expand(len(x)))
+            x0, e_s, _ = denoise(a_s * ahead, s)
             ahead = x + (sigma_s - sigma) * (e + e_s) / 2
         x = ahead
         if callback:
-            callback(i, a_s * x, x0)
-    return path(grid[-1])[0] * x
+            callback(i, (a_s * x).to(z.dtype), x0.to(z.dtype))
+    return (path(grid[-1])[0] * x).to(z.dtype)
 
 
 def langevin(
@@ -341,11 +346,11 @@ def langevin(
         a_s, b_s = path(s)
         sigma = b / a
         for _ in range(repeats):
-            x0, e, _ = denoise(a * x, t.expand(len(x)))
+            x0, e, _ = denoise(a * x, t)
             x = x - step / 2 * sigma * e + math.sqrt(step) * sigma * noise()
         if callback and i < len(grid) - 1:
             callback(i, a_s * x, x0)  # at the scale of the next level
-    x0, e, _ = denoise(a * x, t.expand(len(x)))
+    x0, e, _ = denoise(a * x, t)
     z = a_s * x0 + b_s * e
     if callback:
         callback(len(grid) - 1, z, x0)

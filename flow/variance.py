@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flow.density import Density
-from flow.objective import Estimate, Field, Model, Objective, output
+from flow.objective import Estimate, Field, Interval, Model, Objective, output, output_at
 from flow.path import Discrete, Path, expand_as
 from flow.penalty import Penalty
 from flow.target import Target, solve
@@ -94,18 +94,18 @@ class LearnedVariance(Objective):
         noise: Tensor,
         t: Tensor,
         condition: Any,
-        end: Tensor | None = None,
+        interval: Interval | None = None,
         field: Field | None = None,
     ) -> Tensor:
         """As `Objective.loss`, plus λ·L_vlb."""
         z, target = self.point_and_target(x0, noise, t, condition, field)
-        y, v = output(model, z, t, condition, end).chunk(2, dim=1)
+        y, v = output(model, z, t, condition, interval.end if interval else None).chunk(2, dim=1)
         estimate, _ = solve(self.path, self.target, z, y, t)
         return self.error(y, target, t) + self.bound(x0.float(), estimate, v, t)
 
     def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Estimate:
         """As `Objective.denoise`, with the output for the variance."""
-        y, v = output(model, z, t.float(), condition, None if end is None else end.float()).chunk(2, dim=1)
+        y, v = output_at(model, z, t, condition, end).chunk(2, dim=1)
         return Estimate(*solve(self.path, self.target, z, y, t), v)
 
     def describe(self) -> dict[str, Any]:

@@ -267,17 +267,19 @@ class Pipeline:
                 raise ValueError("this network has learned its guidance and takes no negative prompt: leave it out")
             scales = torch.full((len(prompts),), float(sampling.guidance), device=self.device)
             condition = condition._replace(guidance=scales)
-        model = self._guided(sampling, lambda: condition.null(self.condition([negative], height, width)), times)
+        model_at = self._guided(sampling, lambda: condition.null(self.condition([negative], height, width)), times)
 
         def estimate(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
-            return self.objective.denoise(model, z, t, condition, end)
+            return self.objective.denoise(model_at(t), z, t, condition, end)
 
         return estimate
 
-    def _guided(self, sampling: Sampling, negative: Callable[[], Condition], times: Tensor) -> Model:
-        """The network with the guidance of `sampling`."""
+    def _guided(
+        self, sampling: Sampling, negative: Callable[[], Condition], times: Tensor
+    ) -> Callable[[Tensor], Model]:
+        """Time () on the host → the network with the guidance that `sampling` has there."""
         if sampling.guidance == 1 or self.network.guidance_embeds:
-            return self.network
+            return lambda t: self.network
         weak = None
         if interval := sampling.skip_times(times):
             weak = Weak(partial(self.network, skip_layers=sampling.skip_layers), sampling.skip_scale, interval)
@@ -289,7 +291,7 @@ class Pipeline:
             sampling.interval,
             None if self.objective.outputs == 1 else self.codec.channels,
             weak,
-        )
+        ).at
 
     def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
         """The latents of the image, expanded to the shape of the noise (B, C, h, w)."""

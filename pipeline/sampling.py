@@ -92,7 +92,7 @@ class Sampling:
     def walk(
         self, objective: Objective, shift: float | None = None, strength: float = 1.0, backward: bool = False
     ) -> tuple[Walk, Tensor]:
-        """The sampler as a function (denoise, z, noise, callback) → z, and its times (steps + 1,), float64.
+        """The sampler as a function (denoise, z, noise, callback) → z, and its times (steps + 1,), float64 on the host.
 
         Args:
             objective: what the model was trained on.
@@ -120,14 +120,14 @@ class Sampling:
             denoise: sampler.Denoiser, z: Tensor, noise: sampler.Noise, callback: sampler.Callback | None = None
         ) -> Tensor:
             more = {"noise": noise} if self.stochastic else {}
-            return method(denoise, objective.path, z, times.to(z.device), callback=callback, **more)
+            return method(denoise, objective.path, z, times, callback=callback, **more)
 
         pixel = torch.zeros(1, 1, dtype=torch.float64)
         target = type(objective.target).__name__
 
         def probe(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
             if not determinant(objective.path, objective.target, t).abs() > 1e-9:  # zero or NaN
-                raise ValueError(f"at t = {t[0]:g} {target} does not determine picture and noise; train on V, say")
+                raise ValueError(f"at t = {t:g} {target} does not determine picture and noise; train on V, say")
             return Estimate(z, z, z if objective.outputs == 2 else None)
 
         try:  # a dry run on one pixel without a network finds everything that does not fit
@@ -174,4 +174,9 @@ def random_normals(seeds: Sequence[int], shape: tuple[int, ...], device: torch.d
     generator)` does, so a picture does not depend on its batch.
     """
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return lambda: torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(device)
+    return lambda: sent(torch.stack([torch.randn(shape, generator=draw) for draw in draws]), device)
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers from the host, on a device. From pinned memory the copy does not wait for the device's work."""
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)

@@ -100,17 +100,16 @@ class GridSearch:
         """The reference walks with these numbers, and the mean cost of each step along them, (fine, fine + 1)."""
         size = self.request.batch_size or self.pipe.batch_size()
         batches, total = [], torch.zeros(self.request.fine, self.request.fine + 1, dtype=torch.float64)
-        times = self.times.to(self.pipe.device)
         for part in (numbers[i : i + size] for i in range(0, len(numbers), size)):
             seeds = [self.request.seed + number for number in part]
             noise = random_normals(seeds, (self.pipe.network.in_channels, *self.latent), self.pipe.device)()
             prompts = [self.captions[number] for number in part]
-            denoise = self.pipe.denoiser(prompts, "", self.request.spaced(self.request.fine), times)
+            denoise = self.pipe.denoiser(prompts, "", self.request.spaced(self.request.fine), self.times)
 
             def on_step(done: int, z: Tensor, x0: Tensor, walks: int = len(part)) -> None:
                 bar.update(walks)
 
-            fine = record(denoise, self.path, self.pipe.scale_at(times[0]) * noise, times, on_step)
+            fine = record(denoise, self.path, self.pipe.scale_at(self.times[0]) * noise, self.times, on_step)
             if not fine.states[-1].isfinite().all():
                 raise ValueError("the network overflowed: take bfloat16 or float32, or less guidance")
             total += costs(fine) * len(part) / len(numbers)
@@ -119,7 +118,6 @@ class GridSearch:
 
     def _distance(self, batches: Sequence[Batch], times: Tensor, callback: Callback | None = None) -> float:
         """The distance of walks on these times to the reference walks, in latents."""
-        times = times.to(self.pipe.device)
         a, b = self.path(times[-1])
         squares = torch.zeros((), dtype=torch.float64)
         for noise, denoise, end in batches:

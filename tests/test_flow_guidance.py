@@ -69,7 +69,7 @@ def test_guidance_outside_its_interval_is_the_plain_model_at_half_the_cost() -> 
     for time, inside in ((0.0, False), (0.24, False), (0.25, True), (0.5, True), (0.75, True), (0.76, False)):
         t = torch.full((3,), time)
         calls.clear()
-        found = within(z, t, condition)
+        found = within.at(torch.tensor(time, dtype=torch.float64))(z, t, condition)
         assert calls == [6 if inside else 3]
         assert torch.equal(found, plain(z, t, condition) if inside else plain.model(z, t, condition))
 
@@ -96,7 +96,8 @@ def test_guidance_moves_away_from_a_weak_model_in_its_interval() -> None:
         calls.append(-len(z))
         return z + condition.value[:, :, None, None]
 
-    guided = ClassifierFree(plain.model, plain.null, plain.scale, weak=Weak(worse, 2.8, (0.25, 0.75)))
+    guidance = ClassifierFree(plain.model, plain.null, plain.scale, weak=Weak(worse, 2.8, (0.25, 0.75)))
+    guided = guidance.at(t[0])
     guided(z, t, Told(torch.randn(3, 4)))  # another condition before leaves no trace
     expected = plain(z, t, condition) + 2.8 * (plain.model(z, t, condition) - worse(z, t, condition))
     calls.clear()
@@ -104,10 +105,10 @@ def test_guidance_moves_away_from_a_weak_model_in_its_interval() -> None:
     assert calls == [6, -3]
     for time in (0.2, 0.8):
         outside = torch.full((3,), time)
-        assert torch.equal(guided(z, outside, condition), plain(z, outside, condition))
+        assert torch.equal(guidance.at(outside[0])(z, outside, condition), plain(z, outside, condition))
     only = ClassifierFree(plain.model, plain.null, 6.0, interval=(0.9, 1.0), weak=Weak(worse, 0.5))
     told = plain.model(z, t, condition)
-    torch.testing.assert_close(only(z, t, condition), told + 0.5 * (told - worse(z, t, condition)))
+    torch.testing.assert_close(only.at(t[0])(z, t, condition), told + 0.5 * (told - worse(z, t, condition)))
 
 
 def test_known_pixels_follow_their_own_path_and_the_rest_is_the_model_s() -> None:
@@ -168,7 +169,7 @@ def test_guidance_passes_the_end_time_to_every_branch() -> None:
     torch.testing.assert_close(guided, no + 3 * (yes - no))  # the weak model is the same one
 
     outside = Watched()
-    unguided = ClassifierFree(outside, null, 3.0, interval=(0.9, 1.0))(z, t, condition, end)
+    unguided = ClassifierFree(outside, null, 3.0, interval=(0.9, 1.0)).at(t[0])(z, t, condition, end)
     assert torch.equal(unguided, yes)
     assert [[x.tolist() for x in call] for call in outside.calls] == [[t.tolist(), end.tolist()]]
     without = Watched()

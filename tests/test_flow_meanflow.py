@@ -11,7 +11,7 @@ from networks import inputs, plain, relative, stirred
 from torch import Tensor, nn
 
 from flow.meanflow import MeanFlow, average_velocity
-from flow.objective import Model
+from flow.objective import Interval, Model
 from flow.path import expand_as
 
 
@@ -24,7 +24,7 @@ def test_the_known_flow_is_that_of_its_velocity() -> None:
 
 def test_the_average_velocity_satisfies_its_identity() -> None:
     z, t, end = some_intervals()
-    target = average_velocity(average, z, t, end, velocity(z, t), None)
+    target = average_velocity(average, z, t, Interval.between(end, t), velocity(z, t), None)
     torch.testing.assert_close(target, average(z, t, None, end), atol=1e-9, rtol=0)
 
 
@@ -39,7 +39,7 @@ def test_the_average_velocity_satisfies_its_identity() -> None:
 )
 def test_a_wrong_average_velocity_violates_the_identity(wrong: Model) -> None:
     z, t, end = some_intervals()
-    target = average_velocity(wrong, z, t, end, velocity(z, t), None)
+    target = average_velocity(wrong, z, t, Interval.between(end, t), velocity(z, t), None)
     far = t - end > 0.3
     assert (target - wrong(z, t, None, end))[far].abs().mean() > 1e-2
 
@@ -53,7 +53,7 @@ def test_with_the_pair_s_own_velocity_the_target_is_right_in_the_mean() -> None:
     z = 0.2 * x0 + 0.8 * noise
 
     def deviations(u: Model) -> Tensor:
-        off = average_velocity(u, z, t, end, noise - x0, None) - u(z, t, None, end)
+        off = average_velocity(u, z, t, Interval.between(end, t), noise - x0, None) - u(z, t, None, end)
         products = off * torch.cat([torch.ones_like(z), z, z**2, torch.sin(3 * z)], 1)
         return products.mean(0) / (products.std(0) / math.sqrt(count))
 
@@ -91,7 +91,7 @@ def test_the_derivative_along_the_path_is_that_of_finite_differences() -> None:
     t = 0.2 + 0.8 * torch.rand(16, dtype=torch.float64)
     end = t * torch.rand(16, dtype=torch.float64)
     for condition in (None, Told(text)):
-        found = (v - average_velocity(network, z, t, end, v, condition)) / (t - end)[:, None]
+        found = (v - average_velocity(network, z, t, Interval.between(end, t), v, condition)) / (t - end)[:, None]
         moved = rate(lambda h, c=condition: network(z + h * v, t + h, c, end), 1e-3)
         assert relative(found, moved) < 1e-9
 
@@ -119,12 +119,16 @@ def test_the_derivative_of_the_transformer_is_that_of_finite_differences(
         condition = condition._replace(guidance=torch.tensor([1.0, 2.5, 4.0, 7.0]))
     condition = condition._replace(mask=torch.arange(5) < torch.tensor([3, 5, 1, 4])[:, None])
     t, end = torch.tensor([[0.97, 0.71, 0.3, 0.05], [0, 0.4, 0.29, 0.01]], dtype=torch.float64)
-    found = (v - average_velocity(network, z, t, end, v, condition)) / (t - end)[:, None, None, None]
+    found = (v - average_velocity(network, z, t, Interval.between(end, t), v, condition)) / (t - end)[
+        :, None, None, None
+    ]
 
     monkeypatch.setattr("mmdit.model.timestep_features", features)
     moved = rate(lambda h: network(z + h * v, t + h, condition, end), 1e-5)
     assert max(map(relative, found, moved)) < 1e-4
-    exact = (v - average_velocity(network, z, t, end, v, condition)) / (t - end)[:, None, None, None]
+    exact = (v - average_velocity(network, z, t, Interval.between(end, t), v, condition)) / (t - end)[
+        :, None, None, None
+    ]
     assert max(map(relative, exact, moved)) < 1e-8
     for still in (lambda h: network(z + h * v, t, condition, end), lambda h: network(z, t + h, condition, end)):
         assert relative(found, rate(still, 1e-5)) > 1e-3  # both parts of the tangent count
@@ -136,11 +140,12 @@ def test_rows_without_an_interval_are_left_and_the_others_see_their_own_conditio
     t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
     end = torch.where(torch.arange(6) % 2 == 0, t, t / 3)
     before = v.clone()
-    u = average_velocity(network, z, t, end, v, Told(text))
+    u = average_velocity(network, z, t, Interval.between(end, t), v, Told(text))
     assert torch.equal(u[::2], v[::2])
     assert torch.equal(v, before)
     for i in (1, 3, 5):
-        alone = average_velocity(network, *(x[i : i + 1] for x in (z, t, end, v)), Told(text[i : i + 1]))
+        one_z, one_t, one_end, one_v = (x[i : i + 1] for x in (z, t, end, v))
+        alone = average_velocity(network, one_z, one_t, Interval.between(one_end, one_t), one_v, Told(text[i : i + 1]))
         torch.testing.assert_close(u[i : i + 1], alone)
         assert (u[i] - v[i]).abs().max() > 1e-3
 
@@ -154,20 +159,20 @@ def test_without_any_interval_it_is_the_velocity_though_one_picture_is_asked_of(
         return z * t[:, None]
 
     v, t = torch.randn(3, 2), torch.rand(3)
-    assert torch.equal(average_velocity(model, torch.randn(3, 2), t, t, v, None), v)
+    assert torch.equal(average_velocity(model, torch.randn(3, 2), t, Interval.between(t, t), v, None), v)
     assert asked == [1]
 
 
 def test_no_gradient_flows_through_the_target() -> None:
     network, x0, noise = Small().float(), *torch.randn(2, 8, 3)
     t, end = torch.linspace(0.3, 0.9, 8), torch.linspace(0.0, 0.9, 8)
-    target = average_velocity(network, x0, t, end, noise, None)
+    target = average_velocity(network, x0, t, Interval.between(end, t), noise, None)
     assert not target.requires_grad
     assert torch.is_grad_enabled()
-    MeanFlow().loss(network, x0, noise, t, None, end).mean().backward()
+    MeanFlow().loss(network, x0, noise, t, None, Interval.between(end, t)).mean().backward()
     found = [p.grad.clone() for p in network.parameters()]
     network.zero_grad()
     z = expand_as(1 - t, x0) * x0 + expand_as(t, x0) * noise
-    frozen = average_velocity(network, z, t, end, noise - x0, None)
+    frozen = average_velocity(network, z, t, Interval.between(end, t), noise - x0, None)
     (network(z, t, None, end) - frozen).square().mean().backward()
     torch.testing.assert_close(found, [p.grad for p in network.parameters()])

@@ -9,7 +9,7 @@ from networks import linear
 
 from flow.density import stratified
 from flow.meanflow import MeanFlow
-from flow.objective import Objective
+from flow.objective import Interval, Objective
 from flow.path import RectifiedFlow
 from flow.penalty import Penalty
 from flow.target import Velocity
@@ -33,11 +33,12 @@ def test_a_share_of_the_times_begins_an_interval(share: float) -> None:
     count, draw = 1000, torch.Generator().manual_seed(0)
     u = torch.stack([stratified(count, draw) for _ in range(3)])
     objective = MeanFlow(shift=2.0, share=share)
-    t, end = objective.times(u, 64)
+    t, (end, rows) = objective.times(u, 64)
     first, second = (objective.training_time(row, 64) for row in u[:2])
     assert (t.dtype, end.dtype, t.shape, end.shape) == (torch.float32, torch.float32, (count,), (count,))
     assert (end <= t).all()
     apart = u[2] < share
+    assert torch.equal(rows, apart.nonzero()[:, 0])
     assert abs(int(apart.sum()) - share * count) <= 1  # u is stratified
     assert torch.equal(t[~apart], first[~apart])
     assert torch.equal(end[~apart], first[~apart])
@@ -48,8 +49,8 @@ def test_a_share_of_the_times_begins_an_interval(share: float) -> None:
 
 def test_without_averages_times_are_what_they_were() -> None:
     u = torch.rand(3, 20, dtype=torch.float64)
-    t, end = Objective(shift=2.0).times(u, 64)
-    assert end is None
+    t, interval = Objective(shift=2.0).times(u, 64)
+    assert interval is None
     assert torch.equal(t, Objective(shift=2.0).training_time(u[0], 64))
 
 
@@ -58,12 +59,13 @@ def test_an_interval_without_length_has_the_plain_loss(options: dict) -> None:
     x0, noise = torch.randn(2, 6, 3, 4, 4)
     t = torch.linspace(0.05, 0.95, 6)
     objective = MeanFlow(**options)
-    assert torch.equal(objective.loss(linear, x0, noise, t, None, t), objective.loss(linear, x0, noise, t, None))
+    nowhere = Interval.between(t, t)
+    assert torch.equal(objective.loss(linear, x0, noise, t, None, nowhere), objective.loss(linear, x0, noise, t, None))
 
 
 def test_the_denoiser_of_an_average_goes_straight_to_the_same_place() -> None:
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    t, end = torch.full((9,), 0.75, dtype=torch.float64), torch.full((9,), 0.125, dtype=torch.float64)
+    t, end = torch.tensor([0.75, 0.125], dtype=torch.float64)
     x0, noise, variance = Objective().denoise(average, z, t, None, end)
     assert variance is None
     torch.testing.assert_close(0.875 * x0 + 0.125 * noise, flow_map(z, t, end), atol=1e-6, rtol=0)

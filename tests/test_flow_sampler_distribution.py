@@ -27,9 +27,9 @@ def gaussian(path: Path, covariance: Tensor, grid: Tensor | None = None) -> Deno
     """Exact, for x0 ~ N(MEAN, covariance). With a grid it knows its true reverse steps' variance, if isotropic."""
 
     def denoise(z: Tensor, t: Tensor) -> Estimate:
-        a, b = path(t[0])
+        a, b = path(t)
         off = (z - a * MEAN) @ torch.linalg.inv(a**2 * covariance + b**2 * UNIT)
-        return Estimate(MEAN + a * off @ covariance, b * off, None if grid is None else output(t[0]).expand_as(z))
+        return Estimate(MEAN + a * off @ covariance, b * off, None if grid is None else output(t).expand_as(z))
 
     def output(t: Tensor) -> Tensor:
         after = grid[grid < t].max()

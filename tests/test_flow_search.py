@@ -81,7 +81,7 @@ def test_on_a_single_picture_every_step_costs_nothing(path: NoisePath) -> None:
     picture = torch.full((64, 1), 0.7, dtype=torch.float64)
 
     def denoise(z: Tensor, t: Tensor) -> Estimate:
-        a, b = path(t[0])
+        a, b = path(t)
         return Estimate(picture, (z - a * picture) / b)
 
     cost = costs(record(denoise, path, normals(0), trailing(path, 8)))

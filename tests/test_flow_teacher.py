@@ -5,7 +5,7 @@ from gaussians import MEAN, STD, average, velocity
 from torch import Tensor, nn
 
 from flow.meanflow import MeanFlow
-from flow.objective import Objective
+from flow.objective import Interval, Objective
 
 
 def test_a_teacher_s_field_replaces_the_pair_s_velocity() -> None:
@@ -39,10 +39,12 @@ def test_a_field_s_average_is_learned_over_intervals() -> None:
     """Of the exact field, whose averages are known: their loss is nought but for float32, and the field's is not."""
     x0, noise = MEAN + STD * torch.randn(64, 3), torch.randn(64, 3)
     t = 0.4 + 0.6 * torch.rand(64)
-    end = t * torch.rand(64) * 0.5
+    interval = Interval.between(t * torch.rand(64) * 0.5, t)
     objective = MeanFlow()
     field = lambda z, t, condition, y: velocity(z, t)  # noqa: E731
-    assert objective.loss(average, x0, noise, t, None, end, field).max() < 1e-10
-    other = objective.loss(lambda z, t, condition, end: velocity(z, t), x0, noise, t, None, end, field)
+    assert objective.loss(average, x0, noise, t, None, interval, field).max() < 1e-10
+    other = objective.loss(lambda z, t, condition, end: velocity(z, t), x0, noise, t, None, interval, field)
     assert other.mean() > 1e-2
-    assert objective.loss(average, x0, noise, t, None, end).mean() > 1e-2  # a pair's own velocity is only so in mean
+    assert (
+        objective.loss(average, x0, noise, t, None, interval).mean() > 1e-2
+    )  # a pair's own velocity is only so in mean

@@ -132,7 +132,7 @@ def test_hybrid_loss_adds_the_bound_and_holds_the_mean(target: Target) -> None:
 
 def test_denoise_returns_the_learned_variance() -> None:
     z, output = torch.randn(4, 3, 2, 2), torch.randn(4, 6, 2, 2)
-    t = torch.full((4,), 0.5)
+    t = torch.tensor(0.5)
     estimate = LearnedVariance(LDMLinear(), Epsilon()).denoise(lambda *_: output, z, t, None)
     assert torch.equal(estimate.variance, output[:, 3:])
     torch.testing.assert_close(estimate.noise, output[:, :3])

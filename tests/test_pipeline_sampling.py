@@ -180,7 +180,7 @@ def test_what_fits_walks_to_a_finite_picture(objective: Objective, options: dict
         random_normals([7, 8], (1, 2, 2), z.device),
         lambda done, z, x0: told.append(done),
     )
-    assert seen[0].tolist() == [times[0]] * 2 or "churn" in options["sampler"]  # which starts above
+    assert seen[0] == times[0] or "churn" in options["sampler"]  # which starts above
     assert told == [1, 2, 3]
     assert end.shape == z.shape
     assert end.dtype == torch.float32

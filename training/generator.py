@@ -19,9 +19,10 @@ from engine.guard import Guard, spread_nonfinite
 from engine.resume import adam
 from engine.strategy import Strategy, skeleton, whole
 from flow.density import stratified
-from flow.objective import Model, TimeBins
+from flow.objective import Interval, Model, TimeBins
 from mmdit.network import Condition, HiddenStates
 from pipeline import Pipeline
+from pipeline.sampling import sent
 from training.optimization import Optimization
 from training.run_folder import Run
 from training.saving import ModelWriter, gather
@@ -128,11 +129,12 @@ class Generator(L.LightningModule):
     def training_step(self, batch: Batch) -> Tensor:
         """The mean loss of one micro-batch: a part of this rank's share of global batch `batch.step`."""
         u = self.uniforms(batch)
-        t, end = (None if x is None else x.to(batch.x0.device) for x in self.objective.times(u[:3], area(batch)))
-        assert t is not None
+        send = partial(sent, device=batch.x0.device)
+        times, interval = self.objective.times(u[:3], area(batch))
+        t, interval = send(times), interval and Interval(*map(send, interval))
         states = HiddenStates(self.read_blocks)
         model = partial(self.network, hidden_states=states) if self.terms else self.network
-        loss = self.loss_of(model, batch, t, u[3].float(), end)
+        loss = self.loss_of(model, batch, t, send(u[3].float()), interval)
         self.bins.add(t, loss)
         means = torch.stack([loss.mean(), *(term(states.tokens).mean() for term in self.terms)])
         self.add_losses(means.detach(), batch)
@@ -144,12 +146,12 @@ class Generator(L.LightningModule):
         draw = torch.Generator().manual_seed(seed)
         return torch.stack([stratified(self.batch_size, draw) for _ in range(4)])[:, batch.positions]
 
-    def loss_of(self, model: Model, batch: Batch, t: Tensor, u: Tensor, end: Tensor | None = None) -> Tensor:
+    def loss_of(self, model: Model, batch: Batch, t: Tensor, u: Tensor, interval: Interval | None = None) -> Tensor:
         """The loss of each picture, (b,). With a teacher, the uniform numbers u (b,) draw the guidance scales."""
         condition, field = Condition(**batch.condition()), None
         if self.teacher:
             condition, field = self.teacher.guided_field(condition, u)
-        return self.objective.loss(model, batch.x0, batch.noise, t, condition, end, field)
+        return self.objective.loss(model, batch.x0, batch.noise, t, condition, interval, field)
 
     def add_losses(self, means: Tensor, batch: Batch) -> None:
         """Adds the mean losses of a micro-batch to those of this rank's share of the global batch, for the log."""
@@ -203,7 +205,7 @@ class Generator(L.LightningModule):
     def validation_step(self, batch: Batch) -> None:
         """Adds up the loss of the main average at eight equally spaced t. Each picture has its own fixed noise."""
         counted = batch.step != NOT_COUNTED
-        half = torch.full((len(batch.x0),), 0.5)
+        half = torch.full((len(batch.x0),), 0.5, device=self.device)
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(batch.x0),), (i + 0.5) / VALIDATION_TIMES, device=self.device)
             losses = self.loss_of(self.ema.main, batch, self.objective.validation_time(t, area(batch)), half)

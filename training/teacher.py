@@ -107,7 +107,7 @@ class TeacherModel:
             u: uniform numbers (b,) that draw the guidance scale of each picture.
         """
         low, high = self.teacher.range
-        scale = (low + (high - low) * u).to(condition.text.device)
+        scale = low + (high - low) * u
         model: Model = self.pipe.network
         if self.teacher.range != (1, 1):
             model = ClassifierFree(model, condition.null(self._null(condition)), scale[:, None, None, None])
