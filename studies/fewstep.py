@@ -17,6 +17,7 @@ from data import digits
 from data.shapes import CATEGORIES
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
+from storage.files import commit_bytes
 from storage.text import read_json
 from studies.presentation import curves, spread, table
 from studies.results import Result, read, select, unique
@@ -190,10 +191,9 @@ def write(study: Steps, out: Path, docs: Path, command: str) -> Path:
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, part in parts.items():
         text = text.replace("{" + name + "}", part.rstrip("\n"))
-    docs.mkdir(parents=True, exist_ok=True)
+    commit_bytes(docs / "fewstep.md", text.encode())  # first, since it says whose pictures these are
     curves(rows, None, docs / "fewstep.png")
     trajectories(place(f"{first}/teacher"), place(f"{first}/2-rectified"), docs / "fewstep-trajectories.png")
     shutil.copyfile(place(f"{first}/measured") / "sheet.png", docs / "fewstep-digits.png")
     shutil.copyfile(place("shapes/measured") / "sheet.png", docs / "fewstep-shapes.png")
-    (docs / "fewstep.md").write_text(text, encoding="utf-8")
     return docs / "fewstep.md"
