@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.store.reader import Store
 
-WEIGHT = re.compile(r"\([^()]+:\s*\d*\.\d+\s*\)")  # as in (word:1.3)
+WEIGHT = re.compile(r":\s*\d*\.\d+\s*\)")  # as in (word:1.3)
 LONGEST, MOST_BYTES = 60, 200  # a file name has at most 255 bytes; seed, number and suffix need up to 48
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.prompts import file_stem
 from data.raw.pictures import load_masked, load_picture, save_png, sheet, to_image
 from pipeline import Pipeline
-from storage.files import BusyError, commit_bytes, hold
+from storage.files import BusyError, commit_bytes, commit_path, hold, stage
 from storage.text import parse_json, read_text
 
 SHOWN = 256  # longest side of a picture on the sheet
@@ -137,16 +137,17 @@ def draw_files(
             batch = pipe(prompts[part], seeds[part], **arguments, callback=on_step)
             side = max(batch.shape[-2:])
             pictures.append(F.interpolate(batch, scale_factor=SHOWN / side, mode="area") if side > SHOWN else batch)
-            with writing(out):
+            with writing(out), stage(out) as new:
                 entries = entries_in(out)
                 for prompt, seed, picture in zip(prompts[part], seeds[part], batch, strict=True):
                     file = free(out, f"{file_stem(prompt)}_{seed}")
-                    save_png(to_image(picture), file)
+                    save_png(to_image(picture), new / file.name)
+                    (new / file.name).rename(file)
                     shape = {"height": picture.shape[-2], "width": picture.shape[-1]}
                     entries.append({"file": file.name, "prompt": prompt, "seed": seed, **notes, **shape})
                 text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
                 commit_bytes(out / "samples.json", text.encode())
     with writing(out):
         file = free(out, "sheet")
-        save_png(sheet(torch.cat(pictures), columns), file)
+        commit_path(file, lambda part: save_png(sheet(torch.cat(pictures), columns), part))
     return file

@@ -15,8 +15,6 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
 
-from storage.files import commit_path
-
 # Formats with a signature in their first bytes that Pillow decodes without another program.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 LARGEST = 2**27  # pixels, 0.5 GB in Pillow's four bytes a pixel
@@ -57,8 +55,9 @@ def sheet(pictures: Tensor, columns: int, side: int = 64) -> Image.Image:
 
 
 def save_png(image: Image.Image, file: Path) -> None:
-    """Writes a PNG as `storage.files.commit_path` does."""
-    commit_path(file, lambda part: image.save(part, format="PNG"))
+    """Writes a PNG, and makes its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file, format="PNG")
 
 
 @contextmanager
