@@ -39,11 +39,11 @@ class Parser(ArgumentParser):
 def checked(argv: Sequence[str] | None) -> list[str]:
     """The arguments of a command, which are text in UTF-8; anything else ends the program. None means the program's."""
     given = list(sys.argv[1:] if argv is None else argv)
-    for number, arg in enumerate(given, start=1):
+    for arg in given:
         try:
             arg.encode()
         except UnicodeEncodeError:
-            fail(f"argument {number} is no text in UTF-8: {os.fsencode(arg)!r}; the terminal must use UTF-8")
+            fail(f"the argument {os.fsencode(arg)!r} is no text in UTF-8: write it in UTF-8")
     return given
 
 

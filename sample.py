@@ -151,7 +151,9 @@ def search_grid(argv: list[str]) -> None:
         pipe = Pipeline.load(path, LoadOptions(**load_options_of(args)))
         sampling = sampling_of(args, replace(pipe.sampling, sampler="euler"), sampler=args.sampler)
         request = Request(tuple(args.steps), args.num, args.fine, args.seed, args.batch_size, sampling)
-        found = GridSearch(pipe, Captions(source, args.seed), request).run()
+        captions = Captions(source, args.seed)
+        sampling.check_prompts([captions[0]])
+        found = GridSearch(pipe, captions, request).run()
         print(table(found))
         if args.out:
             settings = {"model": str(path), "prompts": str(args.prompts), **asdict(request)}

@@ -61,7 +61,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or not 1 <= self.steps <= MOST_STEPS:
-            raise ValueError(f"steps must be from 1 to {MOST_STEPS:,}, got {self.steps}")
+            raise ValueError(f"steps must be at least 1 and at most {MOST_STEPS:,}, got {self.steps}")
         if not isinstance(self.sampler, str) or not isinstance(self.spacing, str):
             raise ValueError(f"sampler and spacing must be text, got {self.sampler} and {self.spacing}")
         if not 0 <= self.guidance < math.inf:
