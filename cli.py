@@ -130,8 +130,8 @@ def add_sampling_flags(parser: Parser, repeatable: bool = False) -> None:
     p.add_argument(
         "--guidance",
         type=finite,
-        help="classifier-free guidance scale; 1: no guidance; above 1: closer to the prompt; between 0 and 1: between "
-        "the unconditional model (0) and the prompt; default: the model's",
+        help="classifier-free guidance scale; 1: no guidance; above 1: more of the prompt; between 0 and 1: less; "
+        "0: nothing of it, so only for an empty prompt; default: the model's",
     )
     p.add_argument("--rescale", type=finite, help="guidance rescale φ, 0 to 1; default: the model's")
     p.add_argument("--interval", type=finite, nargs=2, metavar=("FROM", "TO"), help="use guidance only at these t")

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         from pipeline import LoadOptions, Pipeline  # slow
         from pipeline.export import as_file, as_folder, check_place, upload
 
-        there = bool(args.push_to_hub) and out.exists() and not args.overwrite
+        there = bool(args.push_to_hub) and (out / "README.md").exists() and not args.overwrite
         check_place(out, path, args.overwrite or there)
         if not there:
             pipe = Pipeline.load(path, LoadOptions(dtype=args.dtype or "stored", lora=args.lora, parts=args.parts))

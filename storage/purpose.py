@@ -33,7 +33,7 @@ def check_result(file: Path, purpose: Mapping[str, Any], overwrite: bool) -> boo
         held = None
     if not isinstance(held, dict) or held.get("command") != purpose["command"]:
         raise ValueError(f"{file} is not what {purpose['command']} writes: move it away, or choose another --out")
-    changed = sorted(name for name in held | purpose if held.get(name) != purpose.get(name))
+    changed = sorted(name for name in {**held, **purpose} if held.get(name) != purpose.get(name))
     if changed and not overwrite:
         cure = "choose another --out, or replace it with --overwrite"
         raise ValueError(f"{file} is for other settings ({', '.join(changed)}): {cure}")
