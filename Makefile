@@ -16,7 +16,6 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train on digits, then draw every digit from a caption
 	$(BIN)/python train.py fit --config configs/digits.yaml
 	$(BIN)/python sample.py --model runs/digits --prompts configs/digits-prompts.txt --num-images 8 --out runs/digits/demo
-	@echo "Look at runs/digits/demo/sheet.png"
 
 evaluate: $(READY)  ## the demo's numbers
 	$(BIN)/python evaluate.py --model runs/digits --out runs/digits/evaluation

@@ -1,10 +1,11 @@
 """What the commands share: a parser, errors in one line, the flags of model and sampling, and the device."""
 
+import json
 import os
 import sys
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import isfinite
@@ -14,6 +15,8 @@ from typing import Any, NoReturn
 BAD_INPUT, MACHINE_FAULT = 2, 1  # exit statuses
 DTYPES = ("float32", "float16", "bfloat16")
 MEMORY_CURE = "try --batch-size 1, --dtype bfloat16, --text-device cpu or --vae-tiling"
+MOST = 10_000_000  # pictures of one command
+NOT_PURPOSE = ("out", "overwrite", "batch_size", "device", "text_device", "text_cache")  # flags
 SAMPLING = ("spacing", "guidance", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval")
 
 
@@ -26,8 +29,22 @@ def fail(message: object, status: int = BAD_INPUT) -> NoReturn:
 class Parser(ArgumentParser):
     """argparse's parser, with errors in one line."""
 
+    def parse_known_args(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:  # type: ignore[override]
+        return super().parse_known_args(checked(args), *rest, **more)
+
     def error(self, message: str) -> NoReturn:
         fail(message)
+
+
+def checked(argv: Sequence[str] | None) -> list[str]:
+    """The arguments of a command, which are text in UTF-8; anything else ends the program. None means the program's."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    for arg in given:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            fail(f"the argument {os.fsencode(arg)!r} is no text in UTF-8: write it in UTF-8")
+    return given
 
 
 @contextmanager
@@ -44,8 +61,9 @@ def one_line_errors(*bad_input: type[Exception], cure: str = MEMORY_CURE) -> Ite
         fail(error)
     except OSError as error:
         fail(error, MACHINE_FAULT)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's own class; importing torch is slow
+    except (MemoryError, RuntimeError) as error:
+        full = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # the latter is torch's; its import is slow
+        if not full and "can't allocate memory" not in str(error):  # so torch says it on a CPU
             raise
         fail(f"the device has not enough memory: {cure}", MACHINE_FAULT)
 
@@ -76,6 +94,19 @@ def positive(text: str) -> int:
     return natural(text, 1)
 
 
+def check_count(flag: str, number: int) -> None:
+    """ValueError if a flag asks for more pictures than one command makes; checked before anything is as long."""
+    if number > MOST:
+        raise ValueError(f"{flag} asks for {number:,} pictures, and one command makes at most {MOST:,}: take fewer")
+
+
+def output(text: str) -> Path:
+    """A parser's `type`: the path of something that is written."""
+    if not text:
+        raise ArgumentTypeError("must not be empty: give a name, or . for the current folder")
+    return Path(text)
+
+
 def positives(text: str) -> list[int]:
     """A parser's `type`: integers of at least 1, separated by commas, such as 1,2,4."""
     try:
@@ -97,7 +128,10 @@ def add_sampling_flags(parser: Parser, repeatable: bool = False) -> None:
         help="time grid: trailing, flow_match, leading, linspace, karras, given:times=1/0.83/0.4; default: the model's",
     )
     p.add_argument(
-        "--guidance", type=finite, help="classifier-free guidance scale; 1: no guidance; default: the model's"
+        "--guidance",
+        type=finite,
+        help="classifier-free guidance scale; 1: no guidance; above 1: more of the prompt; between 0 and 1: less; "
+        "0: nothing of it, so only for an empty prompt; default: the model's",
     )
     p.add_argument("--rescale", type=finite, help="guidance rescale φ, 0 to 1; default: the model's")
     p.add_argument("--interval", type=finite, nargs=2, metavar=("FROM", "TO"), help="use guidance only at these t")
@@ -128,7 +162,7 @@ def add_model_flags(parser: Parser) -> None:
     p.add_argument("--text-device", help="device of the text encoders; default: as --device")
     p.add_argument("--text-dtype", choices=DTYPES, help="type of SD3's text encoders; default: as --dtype")
     p.add_argument("--max-sequence-length", type=positive, default=256, help="tokens that T5 reads, up to 512")
-    p.add_argument("--text-cache", type=Path, help="folder that keeps encoded prompts for the next time")
+    p.add_argument("--text-cache", type=output, help="folder that keeps encoded prompts for the next time")
 
 
 def load_options_of(args: Namespace) -> dict[str, Any]:
@@ -139,6 +173,17 @@ def load_options_of(args: Namespace) -> dict[str, Any]:
         "device": find_device(args.device),
         "text_device": text_device,
     }
+
+
+def add_overwrite_flag(parser: Parser) -> None:
+    """Adds the flag `--overwrite`."""
+    parser.add_argument("--overwrite", action="store_true", help="replace what this command wrote with other settings")
+
+
+def purpose_of(command: str, args: Namespace) -> dict[str, Any]:
+    """What a result is for: the command and its flags, but for those that only say where it runs and is written."""
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_PURPOSE and value is not None}
+    return {"command": command} | json.loads(json.dumps(flags, default=str))
 
 
 def sampling_of(args: Namespace, default: Any, **chosen: Any) -> Any:
@@ -156,6 +201,8 @@ def sampling_of(args: Namespace, default: Any, **chosen: Any) -> Any:
     sampling = replace(default, **{key: value for key, value in (given | chosen).items() if value is not None})
     if not sampling.skip_layers and (args.skip_scale is not None or args.skip_interval is not None):
         raise ValueError("--skip-scale and --skip-interval need --skip-layers: give it, or leave them out")
+    if 0 < sampling.guidance < 1:
+        warnings.warn(f"guidance {sampling.guidance:g} weakens the prompt; 1 is no guidance", stacklevel=2)
     if sampling.guidance == 1 and (args.rescale or args.interval):
         raise ValueError("--rescale and --interval need guidance, which is 1 (off): give another --guidance")
     return sampling
@@ -167,10 +214,9 @@ def find_device(name: str | None) -> str:
 
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if device == "meta":
-            raise RuntimeError("holds no numbers")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # unknown, or without hardware, driver or build
+        with warnings.catch_warnings(action="ignore"):
+            torch.zeros(1, device=device).tolist()
+    except Exception:  # unknown, without hardware, driver or build, or it holds no numbers; torch raises any class
         raise ValueError(f"this machine has no device {device}; give another, such as cpu") from None
     return device
 

@@ -5,14 +5,14 @@ is written from the results alone.
 """
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from cli import Parser, fail, one_line_errors, positive
-from storage.text import read_yaml
+from cli import Parser, add_overwrite_flag, fail, one_line_errors, output, positive
+from storage.text import read_text, read_yaml
 from studies import document, fewstep
 from studies.recipes import Recipes
 from studies.runner import ROOT
@@ -22,17 +22,22 @@ WRITERS: dict[str | None, Callable[[Any, Path, Path, str], Path]] = {
     Recipes.document: document.write,
     "fewstep": fewstep.write,
 }
+FILES = {  # document → the files that are written with it
+    Recipes.document: ("compare.md", "compare.png", "compare-sheet.png"),
+    "fewstep": ("fewstep.md", "fewstep.png", "fewstep-trajectories.png", "fewstep-digits.png", "fewstep-shapes.png"),
+}
 
 
 def parser() -> Parser:
     p = Parser(description=__doc__)
     p.add_argument("study", type=Path, help="a YAML file, such as configs/studies/digits.yaml")
-    p.add_argument("--out", type=Path, help="folder of models and results; default: runs/studies/NAME")
+    p.add_argument("--out", type=output, help="folder of models and results; default: runs/studies/NAME")
     p.add_argument(
-        "--docs", type=Path, help="folder of the document and its pictures; default: docs, with --quick --out"
+        "--docs", type=output, help="folder of the document and its pictures; default: docs, with --quick --out"
     )
     p.add_argument("--jobs", type=positive, default=1, help="commands that run at the same time and share the cores")
     p.add_argument("--quick", action="store_true", help="a short version of about ten minutes, too short for results")
+    add_overwrite_flag(p)
     return p
 
 
@@ -52,19 +57,44 @@ def read(file: Path) -> Recipes | Steps:
         raise ValueError(f"{file}: {error}") from None
 
 
+def check_place(docs: Path, names: Sequence[str], command: str, overwrite: bool) -> None:
+    """Checks that a document can be written, before any work.
+
+    Args:
+        docs: its folder.
+        names: its files, the text first.
+        command: the command that writes it, which its text names.
+        overwrite: the document of another study may be replaced.
+
+    Raises:
+        ValueError: there is something that may not be replaced.
+    """
+    there = [docs / name for name in names if (docs / name).exists()]
+    if not there:
+        return
+    text = read_text(there[0]) if there[0].name == names[0] else ""
+    if "`python compare.py " not in text:
+        raise ValueError(f"{there[0]} is no document of a study: move it away, or choose another --docs")
+    if f"`{command}`" not in text and not overwrite:
+        cure = "choose another --docs, or replace it with --overwrite"
+        raise ValueError(f"{there[0]} is the document of another study than `{command}`: {cure}")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
         study = read(args.study)
         study = study.quick() if args.quick else study
         study.check()
+        command = f"python compare.py {args.study}{' --quick' * args.quick}"
         out = (args.out or ROOT / "runs" / "studies" / (args.study.stem + "-quick" * args.quick)).resolve()
+        docs = args.docs or (out if args.quick else Path("docs"))
+        if study.document:
+            check_place(docs, FILES[study.document], command, args.overwrite)
         study.run(out, args.jobs)
         if study.document is None:
             print(f"All results are in {out}")
             return
-        docs = args.docs or (out if args.quick else Path("docs"))
-        command = f"python compare.py {args.study}{' --quick' * args.quick}"
         print(f"Look at {WRITERS[study.document](study, out, docs, command)}")
 
 

@@ -5,6 +5,7 @@ With `--by category` it measures the share of right pictures for each kind of pr
 """
 
 from argparse import Namespace
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,19 +14,25 @@ from cli import (
     MACHINE_FAULT,
     Parser,
     add_model_flags,
+    add_overwrite_flag,
     add_sampling_flags,
+    check_count,
     fail,
     load_options_of,
     natural,
     one_line_errors,
+    output,
     plain_warnings,
     positive,
     positives,
+    purpose_of,
     sampling_of,
 )
 from data.examined import DATA, Examined, Half
 from pipeline import LoadOptions, Pipeline
+from storage.files import hold
 from storage.models import find_model
+from storage.purpose import claim_folder
 from studies.categories import ByCategory
 from studies.measure import AgainstReal, Setting, draw, short_names
 
@@ -55,7 +62,8 @@ def parser() -> Parser:
     p.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
     p.add_argument("--batch-size", type=positive, help="pictures at a time; default: 4,096 tokens, or by category 64")
     add_model_flags(p)
-    p.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of results, sheets and report")
+    p.add_argument("--out", type=output, default=Path("evaluation"), help="folder of results, sheets and report")
+    add_overwrite_flag(p)
     return p
 
 
@@ -80,6 +88,7 @@ def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
             for steps in args.steps or (STEPS_BY_CATEGORY if args.by else STEPS):
                 try:
                     sampling = sampling_of(args, pipe.sampling, sampler=sampler, steps=steps)
+                    sampling.check_prompts(["a caption"])
                     pipe.plan(sampling)
                 except ValueError as error:
                     raise ValueError(f"{name} cannot be sampled by {sampler} in {steps} steps: {error}") from None
@@ -89,43 +98,55 @@ def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
 
 def examined_of(args: Namespace) -> Examined:
     """The data set, with the number of prompts that the flags give."""
+    data = DATA[args.data]
     if args.by:
-        return DATA[args.data].by_category(args.per_category or PER_CATEGORY, args.seed)
-    return DATA[args.data].held_out(args.samples or 10 * (args.per_digit or 0) or SAMPLES)
+        each = args.per_category or PER_CATEGORY
+        check_count("--per-category", each * len(data.categories))
+        return data.by_category(each, args.seed)
+    samples = args.samples or 10 * (args.per_digit or 0) or SAMPLES
+    check_count("--per-digit" if args.per_digit else "--samples", samples)
+    return data.held_out(samples)
+
+
+def prepare(args: Namespace) -> tuple[list[Setting], AgainstReal | ByCategory]:
+    """What is drawn and how it is measured. Errors are those of bad input."""
+    check_flags(args)
+    examined = examined_of(args)
+    options = LoadOptions(**load_options_of(args))
+    names = short_names(args.model)
+    pipes = {name: Pipeline.load(find_model(path), options) for name, path in zip(names, args.model, strict=True)}
+    for name, pipe in pipes.items():
+        height, width = (side * pipe.codec.factor for side in pipe.latent_size(None, None))
+        examined.check(name, (height, width), pipe.codec.pixel_channels)
+    settings = settings_of(args, pipes)
+    if args.by:
+        return settings, ByCategory(examined, args.out, args.seed)
+    half: Half = args.reference or "held_out"
+    return settings, AgainstReal(examined, args.out, half, args.features, args.clip, args.seed, options.device)
 
 
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     args = parser().parse_args(argv)
-    with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
-        check_flags(args)
-        options = LoadOptions(**load_options_of(args))
-        names = short_names(args.model)
-        pipes = {name: Pipeline.load(find_model(path), options) for name, path in zip(names, args.model, strict=True)}
-        examined = examined_of(args)
-        for name, pipe in pipes.items():
-            height, width = (side * pipe.codec.factor for side in pipe.latent_size(None, None))
-            examined.check(name, (height, width), pipe.codec.pixel_channels)
-        settings = settings_of(args, pipes)
-        measured: AgainstReal | ByCategory
-        if args.by:
-            measured = ByCategory(examined, args.out, args.seed)
-        else:
-            half: Half = args.reference or "held_out"
-            measured = AgainstReal(examined, args.out, half, args.features, args.clip, args.seed, options.device)
-        args.out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(settings) * len(examined.prompts), desc="evaluating", unit="picture") as bar:
-        for setting in settings:
-            with one_line_errors(ValueError):
-                batch_size = args.batch_size or measured.batch_size(setting.pipe)
-                drawn = draw(setting, examined, args.seed, batch_size, bar.update)
-            if not drawn.pictures.isfinite().all():
-                way = f"{setting.name} by {setting.sampling.sampler} in {setting.sampling.steps} steps"
-                fail(f"{way} gives pixels that are not finite: try --dtype float32", MACHINE_FAULT)
-            with one_line_errors():
-                measured.add(setting, drawn)
-    with one_line_errors():
-        print(measured.finish())
+    with ExitStack() as held:
+        with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
+            settings, measured = prepare(args)
+            held.enter_context(hold(args.out))
+            purpose = purpose_of("evaluate.py", args)
+            claim_folder(args.out, purpose, measured.files(len(settings)), args.overwrite)
+        examined = measured.examined
+        with tqdm(total=len(settings) * len(examined.prompts), desc="evaluating", unit="picture") as bar:
+            for setting in settings:
+                with one_line_errors(ValueError):
+                    batch_size = args.batch_size or measured.batch_size(setting.pipe)
+                    drawn = draw(setting, examined, args.seed, batch_size, bar.update)
+                if not drawn.pictures.isfinite().all():
+                    way = f"{setting.name} by {setting.sampling.sampler} in {setting.sampling.steps} steps"
+                    fail(f"{way} gives pixels that are not finite: try --dtype float32", MACHINE_FAULT)
+                with one_line_errors():
+                    measured.add(setting, drawn)
+        with one_line_errors():
+            print(measured.finish())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ a few steps of Euler's method.
 """
 
 import sys
+import warnings
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,22 +15,27 @@ from typing import TYPE_CHECKING, Any
 from cli import (
     Parser,
     add_model_flags,
+    add_overwrite_flag,
     add_sampling_flags,
+    check_count,
     device_of_rank,
     finite,
     load_options_of,
     natural,
     one_line_errors,
+    output,
     plain_warnings,
     positive,
+    purpose_of,
     sampling_of,
     torchrun_ranks,
 )
 from data.latents import VAE
-from data.prompts import prompts_or_store, read_prompts
+from data.prompts import prompts_or_store, read_prompts, weighted
 from data.raw.pictures import load_picture
 from storage.files import commit_json
 from storage.models import find_model, fingerprint
+from storage.purpose import KEY, check_result
 
 if TYPE_CHECKING:  # slow to import; wrong flags are reported before
     from pipeline import Pipeline
@@ -55,7 +61,8 @@ def parser() -> Parser:
     p.add_argument(
         "--strength", type=finite, help="share of the steps that change --image; default: 0.6, with --mask 1"
     )
-    p.add_argument("--mask", type=Path, help="a picture that is white where --image is drawn anew")
+    p.add_argument("--mask", type=Path, help="a picture of the shape of --image that is white where --image is drawn "
+                   "anew; if it has an alpha channel, transparent where it is drawn anew")  # fmt: skip
     p.add_argument("--picture", type=Path, help="input picture of a network that needs one, such as super-resolution")
     p.add_argument("--level", type=finite, default=0.0, help="noise level added to --picture, 0 to 1; default: 0")
     p.add_argument("--seed", type=natural, default=0, help="picture i starts from seed + i")
@@ -63,7 +70,7 @@ def parser() -> Parser:
     p.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
     p.add_argument("--vae-slicing", action="store_true", help="decode one picture at a time: less memory")
     add_model_flags(p)
-    p.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures")
+    p.add_argument("--out", type=output, default=Path("samples"), help="folder for the pictures; none is replaced")
     return p
 
 
@@ -81,7 +88,7 @@ def pairs_parser() -> Parser:
     p.add_argument("--seed", type=natural, default=0, help="seed of the noise and of the order of the prompts")
     p.add_argument("--batch-size", type=positive, help="pairs at a time; default: as many as make 4,096 tokens")
     add_model_flags(p)
-    p.add_argument("--out", type=Path, required=True, help="folder of the store; the same command resumes")
+    p.add_argument("--out", type=output, required=True, help="folder of the store; the same command resumes")
     return p
 
 
@@ -92,6 +99,7 @@ def write_pairs(argv: list[str]) -> None:
         path = find_model(args.model)
         if args.lora or (path / "adapter_config.json").is_file():
             raise ValueError("pairs need a whole model: merge the LoRA first, with `python -m pipeline export --lora`")
+        check_count("--num", args.num)
         rank, world, local_rank = torchrun_ranks()
         source = prompts_or_store(args.prompts)
         from pipeline import LoadOptions, Pipeline
@@ -102,6 +110,7 @@ def write_pairs(argv: list[str]) -> None:
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
         coupling = Coupling(args.num, args.invert, args.seed, args.batch_size or pipe.batch_size(), sampling)
         captions = Captions(source, args.seed, args.held_out)
+        sampling.check_prompts([captions[0]])
         report = PairMaker(pipe, fingerprint(path), captions, coupling, args.out).run(rank, world)
     if report is None:
         print(f"rank {rank} is done; the last one to finish completes {args.out}")
@@ -120,7 +129,8 @@ def grid_parser() -> Parser:
     p.add_argument("--seed", type=natural, default=0, help="picture i starts from seed + i; also orders the prompts")
     p.add_argument("--batch-size", type=positive, help="pictures at a time; default: as many as make 4,096 tokens")
     add_model_flags(p)
-    p.add_argument("--out", type=Path, help="a JSON file for the times and distances")
+    p.add_argument("--out", type=output, help="a JSON file for the times and distances")
+    add_overwrite_flag(p)
     return p
 
 
@@ -129,20 +139,25 @@ def search_grid(argv: list[str]) -> None:
     args = grid_parser().parse_args(argv)
     with one_line_errors(*USER_ERRORS):
         path = find_model(args.model)
+        check_count("--num", args.num)
         source = prompts_or_store(args.prompts)
+        purpose = purpose_of("sample.py grid", args)
+        if args.out:
+            check_result(args.out, purpose, args.overwrite)
         from pipeline import LoadOptions, Pipeline
         from pipeline.pairs import Captions
         from pipeline.times import GridSearch, Request, table
 
-        if args.out and args.out.is_dir():
-            raise ValueError(f"--out {args.out} is a folder: give the name of a JSON file")
         pipe = Pipeline.load(path, LoadOptions(**load_options_of(args)))
         sampling = sampling_of(args, replace(pipe.sampling, sampler="euler"), sampler=args.sampler)
         request = Request(tuple(args.steps), args.num, args.fine, args.seed, args.batch_size, sampling)
-        found = GridSearch(pipe, Captions(source, args.seed), request).run()
+        captions = Captions(source, args.seed)
+        sampling.check_prompts([captions[0]])
+        found = GridSearch(pipe, captions, request).run()
         print(table(found))
         if args.out:
-            commit_json(args.out, {"model": str(path), "prompts": str(args.prompts), **asdict(request), "found": found})
+            settings = {"model": str(path), "prompts": str(args.prompts), **asdict(request)}
+            commit_json(args.out, {KEY: purpose, **settings, "found": found})
 
 
 def input_pictures(args: Namespace, pipe: "Pipeline") -> dict[str, Any]:
@@ -168,14 +183,20 @@ def draw(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     with one_line_errors(*USER_ERRORS):
         path = find_model(args.model)
-        prompts = [p for p in read_prompts(args.prompt, args.prompts) for _ in range(args.num_images)]
+        given_prompts = read_prompts(args.prompt, args.prompts)
+        check_count("--num-images", len(given_prompts) * args.num_images)
+        prompts = [prompt for prompt in given_prompts for _ in range(args.num_images)]
+        if found := weighted([*given_prompts, args.negative]):
+            warnings.warn(f"weights as in {found!r} are text like any other: no word is stressed", stacklevel=1)
         args.out.mkdir(parents=True, exist_ok=True)
         from pipeline import LoadOptions, Pipeline
-        from pipeline.drawing import draw_files
+        from pipeline.drawing import draw_files, entries_in
 
+        entries_in(args.out)
         pipe = Pipeline.load(path, LoadOptions(**load_options_of(args)))
         given = input_pictures(args, pipe)
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
+        sampling.check_prompts(given_prompts)
         height, width = given["image"].shape[-2:] if "image" in given else (args.height, args.width)
         _, _, times = pipe.plan(sampling, args.shift, height, width, given.get("strength", 1.0))
         if args.negative and pipe.network.guidance_embeds:
@@ -200,8 +221,8 @@ def draw(argv: list[str]) -> None:
     batch_size = args.batch_size or pipe.batch_size(height, width)
     columns = args.num_images if args.num_images > 1 else min(len(prompts), 10)
     with one_line_errors(ValueError):
-        draw_files(pipe, prompts, seeds, given, len(times) - 1, batch_size, columns, notes, args.out)
-    print(f"{len(prompts)} pictures in {args.out}, side by side in {args.out / 'sheet.png'}")
+        sheet = draw_files(pipe, prompts, seeds, given, len(times) - 1, batch_size, columns, notes, args.out)
+    print(f"{len(prompts)} pictures in {args.out}, side by side in {sheet}")
 
 
 def main(argv: list[str] | None = None) -> None:

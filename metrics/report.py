@@ -14,6 +14,7 @@ from metrics.figures import plot
 from metrics.table import COLUMNS, MISSING, Record, available, best, column, is_number, keys, shown
 from storage.files import commit_bytes, commit_json
 
+FILES = ("results.json", "results.csv", "quality.png", "sheet.png", "report.html")
 CAPTIONS = {
     "quality.png": "Quality against evaluations of the denoiser for one picture. Left: Fréchet distance over that of "
     "real training pictures, lower is better; the dotted line is the value of as many real pictures. Right, where "

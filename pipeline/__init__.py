@@ -260,7 +260,11 @@ class Pipeline:
             height: height of the pictures in pixels; None means the training's.
             width: the same for the width.
             extra: further fields of the condition, by name.
+
+        Raises:
+            ValueError: guidance 0 with a prompt, or a negative prompt for a network that has learned its guidance.
         """
+        sampling.check_prompts(prompts)
         condition = self.condition(prompts, height, width)._replace(**(extra or {}))
         if self.network.guidance_embeds:
             if negative:

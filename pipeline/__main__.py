@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cli import DTYPES, Parser, one_line_errors, plain_warnings
+from cli import DTYPES, Parser, one_line_errors, output, plain_warnings
 from storage.models import find_model
 
 
@@ -13,7 +13,8 @@ def parser() -> Parser:
     )
     export.add_argument("model", type=Path, help="a run's folder, a model folder or a single file")
     export.add_argument("--format", choices=["diffusers", "single-file"], default="diffusers")
-    export.add_argument("--out", type=Path, help="a new folder; default: export/FORMAT in a run's folder")
+    export.add_argument("--out", type=output, help="a new folder; default: export/FORMAT in a run's folder")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.add_argument("--dtype", choices=DTYPES, help="type of network and VAE; default: as stored")
     export.add_argument("--lora", type=Path, help="a LoRA to merge into the network")
     export.add_argument("--parts", type=Path, help="model folder with the tokenizers and encoders a single file lacks")
@@ -34,12 +35,12 @@ def main(argv: list[str] | None = None) -> None:
         if args.out is None and not (run / "config.yaml").is_file():
             raise ValueError(f"{args.model} is no run's folder: give --out, the new folder to write")
         out = args.out or run / "export" / args.format
-        if out.exists() and not args.push_to_hub:
-            raise ValueError(f"{out} exists already: give another --out")
         from pipeline import LoadOptions, Pipeline  # slow
-        from pipeline.export import as_file, as_folder, upload
+        from pipeline.export import as_file, as_folder, check_place, upload
 
-        if not out.exists():
+        there = bool(args.push_to_hub) and (out / "README.md").exists() and not args.overwrite
+        check_place(out, path, args.overwrite or there)
+        if not there:
             pipe = Pipeline.load(path, LoadOptions(dtype=args.dtype or "stored", lora=args.lora, parts=args.parts))
             write = as_folder if args.format == "diffusers" else as_file
             print(f"{out}: {write(pipe, out, run, (args.out or run).resolve().name)}")

@@ -1,7 +1,11 @@
 """Pictures from files into the pipeline, and from the pipeline into files."""
 
 import json
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.prompts import file_stem
-from data.raw.pictures import load_picture, save_png, sheet, to_image
+from data.raw.pictures import load_masked, load_picture, save_png, sheet, to_image
 from pipeline import Pipeline
+from storage.files import BusyError, commit_bytes, commit_path, hold, stage
+from storage.text import parse_json, read_text
 
 SHOWN = 256  # longest side of a picture on the sheet
 ENCODED = 128  # prompts that are encoded at once
+PATIENCE = 60.0  # seconds in which another process that writes to the same folder should be done
 STRENGTH = 0.6  # default share of the steps that change an image; with a mask it is 1
 
 
@@ -27,24 +34,56 @@ def read_image(
     Args:
         pipe: the model.
         image: a picture to start from.
-        mask: a picture that is white where the image is drawn anew.
+        mask: a picture of the image's shape that is white, or else transparent, where the image is drawn anew.
         strength: share of the steps that change the image. None means 0.6, or 1 with a mask.
         height: in pixels; None keeps the height of the file, rounded to a size that the model can draw.
         width: the same for the width.
 
     Raises:
-        ValueError: a file cannot be read, or mask and image differ in size.
+        ValueError: a file cannot be read, or mask and image differ in shape.
         FileNotFoundError: there is no such file.
     """
     unit = pipe.network.unit * pipe.codec.factor
-    start = load_picture(image, pipe.codec.pixel_channels, height, width, unit)
+    channels = pipe.codec.pixel_channels
     if mask is None:
+        start = load_picture(image, channels, height, width, unit)
         return {"image": start, "strength": STRENGTH if strength is None else strength}
-    redrawn = (load_picture(mask, 1, height, width, unit) >= 0.5).float()
-    if redrawn.shape[-2:] != start.shape[-2:]:
-        sizes = (f"{tensor.shape[-1]}×{tensor.shape[-2]}" for tensor in (redrawn, start))
-        raise ValueError("mask and image must have the same size, got {} and {}".format(*sizes))
+    start, redrawn = load_masked(image, mask, channels, height, width, unit)
+    if redrawn.min() == redrawn.max():
+        all_of_it, kept = ("everything", "nothing") if redrawn.max() else ("nothing", "all")
+        warnings.warn(f"the mask {mask} selects {all_of_it}: {kept} of {image} is kept", stacklevel=2)
     return {"image": start, "strength": 1.0 if strength is None else strength, "mask": redrawn}
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Holds a folder in which others may write, too; waits for them. BusyError if one of them takes a minute."""
+    end = time.monotonic() + PATIENCE
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(hold(out))
+                break
+            except BusyError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
+        yield
+
+
+def entries_in(out: Path) -> list[dict[str, Any]]:
+    """What samples.json says of the pictures in a folder. ValueError if it is no list."""
+    file = out / "samples.json"
+    found = parse_json(read_text(file), file) if file.exists() else []
+    if not isinstance(found, list):
+        raise ValueError(f"{file} is no list of samples: move it away, or choose another --out")
+    return found
+
+
+def free(out: Path, stem: str) -> Path:
+    """The first of STEM.png, STEM-2.png, STEM-3.png, … that does not exist."""
+    names = (f"{stem}{'' if number == 1 else f'-{number}'}.png" for number in count(1))
+    return next(out / name for name in names if not (out / name).exists())
 
 
 def draw_files(
@@ -57,8 +96,10 @@ def draw_files(
     columns: int,
     notes: dict[str, Any],
     out: Path,
-) -> None:
-    """Draws one picture for each prompt and writes it as a PNG, with samples.json and sheet.png beside.
+) -> Path:
+    """Draws one picture for each prompt and writes it as a PNG, with its settings in samples.json and a sheet beside.
+
+    No file is replaced: samples.json grows, and the names of further pictures and sheets are numbered.
 
     Args:
         pipe: the model.
@@ -69,14 +110,18 @@ def draw_files(
         batch_size: pictures at a time.
         columns: pictures in a row of the sheet.
         notes: what samples.json records of each picture besides file, prompt, seed and size.
-        out: an existing folder.
+        out: a folder.
+
+    Returns:
+        The sheet.
 
     Raises:
-        ValueError: the network overflows.
+        ValueError: the network overflows, or the folder holds another samples.json.
+        BusyError: another process holds the folder for a minute.
         OSError: a file cannot be written.
     """
     parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
-    pictures, entries = [], []
+    pictures = []
     with tqdm(total=len(parts) * steps, desc="sampling", unit="step", leave=False) as bar:
 
         def on_step(done: int, z: Tensor, x0: Tensor) -> None:
@@ -92,11 +137,17 @@ def draw_files(
             batch = pipe(prompts[part], seeds[part], **arguments, callback=on_step)
             side = max(batch.shape[-2:])
             pictures.append(F.interpolate(batch, scale_factor=SHOWN / side, mode="area") if side > SHOWN else batch)
-            for prompt, seed, picture in zip(prompts[part], seeds[part], batch, strict=True):
-                file = f"{file_stem(prompt)}_{seed}.png"
-                save_png(to_image(picture), out / file)
-                shape = {"height": picture.shape[-2], "width": picture.shape[-1]}
-                entries.append({"file": file, "prompt": prompt, "seed": seed, **notes, **shape})
-            text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
-            (out / "samples.json").write_text(text, encoding="utf-8")
-    save_png(sheet(torch.cat(pictures), columns), out / "sheet.png")
+            with writing(out), stage(out) as new:
+                entries = entries_in(out)
+                for prompt, seed, picture in zip(prompts[part], seeds[part], batch, strict=True):
+                    file = free(out, f"{file_stem(prompt)}_{seed}")
+                    save_png(to_image(picture), new / file.name)
+                    (new / file.name).rename(file)
+                    shape = {"height": picture.shape[-2], "width": picture.shape[-1]}
+                    entries.append({"file": file.name, "prompt": prompt, "seed": seed, **notes, **shape})
+                text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+                commit_bytes(out / "samples.json", text.encode())
+    with writing(out):
+        file = free(out, "sheet")
+        commit_path(file, lambda part: save_png(sheet(torch.cat(pictures), columns), part))
+    return file

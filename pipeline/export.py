@@ -1,5 +1,6 @@
 """Exports a model for other tools: a diffusers folder, or a single file like the released ones, with a model card."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,36 @@ python sample.py --model {place}/{place}.safetensors --parts FOLDER --prompt "{p
 FOLDER = """```sh
 python sample.py --model {place} --prompt "{prompt}"
 ```"""
+
+
+TAGS = "tags: [text-to-image, rectified-flow, mmdit]"  # a line of every model card
+PART = re.compile(  # what an export holds
+    r"README\.md|.+\.safetensors|model_index\.json|transformer|unet|vae|scheduler|(text_encoder|tokenizer)(_[23])?"
+)
+
+
+def check_place(out: Path, model: Path, overwrite: bool) -> None:
+    """Checks that an export can be written to a folder, before any work.
+
+    Args:
+        out: the folder.
+        model: the model that is exported.
+        overwrite: another export may be replaced.
+
+    Raises:
+        ValueError: there is something that may not be replaced.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    readme = out / "README.md"
+    if not readme.is_file() or TAGS not in split_lines(read_text(readme)):
+        raise ValueError(f"{out} exists and is no export: choose another --out")
+    if model.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} holds the model that is exported: choose another --out")
+    if others := [path.name for path in out.iterdir() if not PART.fullmatch(path.name)]:
+        raise ValueError(f"{out} also holds {others[0]}, which is no part of an export: choose another --out")
+    if not overwrite:
+        raise ValueError(f"{out} exists already: choose another --out, or replace it with --overwrite")
 
 
 def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
@@ -98,7 +129,7 @@ def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
         "---",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        "tags: [text-to-image, rectified-flow, mmdit]",
+        TAGS,
         "---",
         "",
         f"# {name}",

@@ -25,6 +25,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 GRIDS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f for f in (grid.trailing, grid.flow_match, grid.leading, grid.linspace, grid.karras, grid.given)
 }
+MOST_STEPS = 10_000
 Walk = Callable[[sampler.Denoiser, Tensor, sampler.Noise, sampler.Callback | None], Tensor]
 
 
@@ -33,8 +34,9 @@ class Sampling:
     """How a model is sampled by default. The model folder stores it.
 
     Args:
-        steps: steps of the sampler, at least 1.
-        guidance: scale of classifier-free guidance; 1 turns guidance off and halves the cost.
+        steps: steps of the sampler, 1 to 10,000.
+        guidance: scale s of classifier-free guidance, y = y_null + s·(y_cond − y_null). 1 turns guidance off and halves
+            the cost. Between 0 and 1 the prompt has less effect, and 0, the unconditional model, takes no prompt.
         sampler: euler, meanflow (for a network of two times), heun, midpoint, dpmpp_2m, reference, ddim, ddpm, edm or
             langevin, with options after a colon, such as ddim:eta=1 or ddpm:variance=large.
         spacing: the time grid: trailing, flow_match (the released models'), leading, linspace, karras with options
@@ -58,12 +60,12 @@ class Sampling:
     skip_interval: tuple[float, float] = (0.01, 0.2)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not isinstance(self.steps, int) or not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"steps must be at least 1 and at most {MOST_STEPS:,}, got {self.steps}")
         if not isinstance(self.sampler, str) or not isinstance(self.spacing, str):
             raise ValueError(f"sampler and spacing must be text, got {self.sampler} and {self.spacing}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be a finite number of at least 0, got {self.guidance:g}: 1 is none")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must be between 0 and 1, got {self.rescale}")
         for name in ("interval", "skip_interval"):
@@ -78,6 +80,11 @@ class Sampling:
             raise ValueError(f"skip_scale must be a finite number, got {self.skip_scale}")
         parse_choice(SAMPLERS, "sampler", self.sampler)
         parse_choice(GRIDS, "spacing", self.spacing)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """ValueError if there is a prompt, but the guidance is 0, which would ignore it."""
+        if self.guidance == 0 and any(prompts):
+            raise ValueError("guidance 0 would ignore the prompt: 1 is none; 0 is the unconditional model, prompt ''")
 
     @property
     def method(self) -> str:

@@ -43,6 +43,11 @@ class ByCategory:
         """The default batch size."""
         return BATCH
 
+    def files(self, settings: int) -> list[str]:
+        """The names of the files that it writes for so many settings."""
+        each = [name for number in range(settings) for name in (f"sheet-{number}.png", f"pictures-{number}.json")]
+        return ["results.json", *each]
+
     def classes(self, pictures: Tensor) -> list[int]:
         """The class that the network gives to each picture; empty if the pictures are read by rule."""
         logits = None if self.network is None else self.network(pictures).logits

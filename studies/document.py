@@ -13,6 +13,7 @@ from safetensors import safe_open
 from metrics.ranking import pareto_ranks
 from metrics.significance import LEVEL, Ratio, Sample
 from metrics.table import MISSING, column
+from storage.files import commit_bytes
 from studies.claims import METHOD, Claim, claims_table, corrected, together
 from studies.presentation import curves, real_row, spread, table
 from studies.recipes import Recipes
@@ -379,8 +380,7 @@ def write(study: Recipes, out: Path, docs: Path, command: str) -> Path:
     others = [name for name, r in study.recipes.items() if any("configs/network/" in f for f in r.overlays)]
     settings = first["settings"] | {"floor": first["floor"]}
     text = document(found, longer, study.distances(out), facts, command, settings, others=others)
-    docs.mkdir(parents=True, exist_ok=True)
+    commit_bytes(docs / "compare.md", text.encode())  # first, since it says whose pictures these are
     curves(first_order(found), first["floor"], docs / "compare.png")
     shutil.copyfile(plan.sheet.folder / "sheet.png", docs / "compare-sheet.png")
-    (docs / "compare.md").write_text(text, encoding="utf-8")
     return docs / "compare.md"

@@ -18,6 +18,7 @@ from data.shapes import CATEGORIES
 from metrics.significance import Sample
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
+from storage.files import commit_bytes
 from storage.text import read_json
 from studies.claims import METHOD, Claim, claims_table
 from studies.presentation import curves, real_row, spread, table
@@ -179,10 +180,9 @@ def write(study: Steps, out: Path, docs: Path, command: str) -> Path:
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, part in parts.items():
         text = text.replace("{" + name + "}", part.rstrip("\n"))
-    docs.mkdir(parents=True, exist_ok=True)
+    commit_bytes(docs / "fewstep.md", text.encode())  # first, since it says whose pictures these are
     curves(rows, floor, docs / "fewstep.png")
     trajectories(place(f"{first}/teacher"), place(f"{first}/2-rectified"), docs / "fewstep-trajectories.png")
     shutil.copyfile(place(f"{first}/measured") / "sheet.png", docs / "fewstep-digits.png")
     shutil.copyfile(place("shapes/measured") / "sheet.png", docs / "fewstep-shapes.png")
-    (docs / "fewstep.md").write_text(text, encoding="utf-8")
     return docs / "fewstep.md"

@@ -167,6 +167,10 @@ class AgainstReal:
         """The default batch size."""
         return pipe.batch_size()
 
+    def files(self, settings: int) -> Sequence[str]:
+        """The names of the files that it writes for so many settings."""
+        return report.FILES
+
     def add(self, setting: Setting, drawn: Drawn) -> None:
         """Measures the pictures of a setting."""
         quality = self.measure.quality(drawn.pictures, self.examined.labels)

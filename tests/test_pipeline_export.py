@@ -81,7 +81,7 @@ def test_released_models_go_round_all_formats_to_the_bit(tmp_path: Path, capsys:
     ("argv", "message"),
     [
         (["export", "nowhere"], "nowhere is no model folder"),
-        (["export", "RUN", "--out", "RUN"], "exists already"),
+        (["export", "RUN", "--out", "RUN"], "is no export"),
         (["export", "MODEL"], "give --out"),
         (["export", "RUN", "--format", "onnx"], "invalid choice"),
         (["import", "RUN"], "invalid choice"),

@@ -9,12 +9,13 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from skimage import data as skimage_data
 from sklearn.datasets import load_sample_image
+
+from cli import Parser, output
 
 # name → caption; the first two are scikit-learn's
 CAPTIONS = {
@@ -55,11 +56,13 @@ def photographs() -> Iterator[tuple[str, Image.Image]]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("folder", type=Path)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", type=output)
     p.add_argument("--tar", action="store_true", help="two WebDataset tars instead of single files")
     args = p.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    if any(args.folder.iterdir()):
+        p.error(f"{args.folder} is not empty: give a new folder")
     for number, (name, picture) in enumerate(photographs()):
         content = io.BytesIO()
         picture.save(content, "JPEG", quality=95)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from cli import fail
+from cli import checked, fail
 from data.latents import Codec
 from data.module import Data
 from data.store.encoding import Encoding
@@ -42,7 +42,10 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:  # type: ignore[override]
         """Like jsonargparse's, but old names in a --config file are replaced by the new ones."""
-        given = list(sys.argv[1:] if args is None else args)
+        given = checked(args)
+        for flag, value in pairwise([*given, "end"]):
+            if flag.startswith("--") and (not value or flag.endswith("=")):
+                self.error(f"{flag.rstrip('=')} is empty: give a value, or leave it out")
         for i, (flag, value) in enumerate(pairwise(given)):
             name, content = flag, value
             if name == "--config" and Path(content).is_file():

@@ -167,25 +167,89 @@ def cover(image: Image.Image, height: int, width: int) -> tuple[Image.Image, int
 
 
 def load_picture(file: Path, channels: int, height: int | None, width: int | None, unit: int) -> Tensor:
-    """A picture from disk, (1, C, height, width) in [0, 1].
+    """A picture from disk, (1, C, height, width) in [0, 1], fitted as by `fitted`.
 
     Args:
         file: as for `open_picture`.
         channels: 1 for grey, 3 for colour.
+        height: as for `fitted`.
+        width: as for `fitted`.
+        unit: as for `fitted`.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line, if the file is missing, unreadable or too small.
+    """
+    return fitted(_read(file, channels), file, height, width, unit)
+
+
+def load_masked(
+    file: Path, mask_file: Path, channels: int, height: int | None, width: int | None, unit: int
+) -> tuple[Tensor, Tensor]:
+    """A picture from disk as by `load_picture`, and its mask (1, 1, height, width) of 0 and 1, fitted likewise.
+
+    A mask of another size is first scaled to that of the picture. What is white becomes 1. If the file of the mask has
+    an alpha channel that is not constant, what is transparent becomes 1.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_picture`; or picture and mask differ in shape; or a mask of black and
+            white is also transparent in part.
+    """
+    image, mask = _read(file, channels), _alpha(mask_file) or _read(mask_file, 1)
+    (w, h), (mask_w, mask_h) = image.size, mask.size
+    if 2 * abs(w * mask_h - h * mask_w) > max(w + h, mask_w + mask_h):  # more than rounding to whole pixels explains
+        sizes = f"{mask_file} has {mask_w}×{mask_h} pixels and {file} {w}×{h}"
+        raise ValueError(f"mask and image must have the same shape, but {sizes}: crop one of them")
+    if mask.size != image.size:
+        mask = mask.resize(image.size, Image.Resampling.LANCZOS)
+    redrawn = (fitted(mask, mask_file, height, width, unit) >= 0.5).float()
+    return fitted(image, file, height, width, unit), redrawn
+
+
+def _read(file: Path, channels: int) -> Image.Image:
+    """`open_picture`. FileNotFoundError or ValueError in one line that names the file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no picture {file}")
+    try:
+        return open_picture(file, channels)
+    except PictureError as error:
+        raise ValueError(f"{file} is no picture that can be read: {error}") from None
+
+
+def _alpha(file: Path) -> Image.Image | None:
+    """The alpha channel of a mask, inverted; None if there is none, it is constant, or the file cannot be read.
+
+    ValueError if what is visible is black and white, so that the colours are a mask, too.
+    """
+    try:
+        with _opened(file, LARGEST) as image:
+            if not image.has_transparency_data:
+                return None
+            whole = ImageOps.exif_transpose(image).convert("RGBA")
+    except PictureError:  # `open_picture` says it
+        return None
+    alpha, grey = np.asarray(whole.getchannel("A")), np.asarray(whole.convert("L"))
+    if alpha.min() == alpha.max():
+        return None
+    visible = grey[alpha >= 128]
+    if (visible > 247).any() and ((visible < 8) | (visible > 247)).mean() > 0.9:
+        raise ValueError(f"the mask {file} is black and white, and transparent in part: save it without transparency")
+    return Image.fromarray(255 - alpha)
+
+
+def fitted(image: Image.Image, file: Path, height: int | None, width: int | None, unit: int) -> Tensor:
+    """A picture (1, C, height, width) in [0, 1].
+
+    Args:
+        image: "L" or "RGB".
+        file: its name, for the message.
         height: in pixels; the picture is scaled to cover height × width and cropped about its centre. None is the
             picture's own, cropped to a multiple of `unit`.
         width: likewise.
         unit: height and width are multiples of it.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, if the file is missing, unreadable or too small.
+        ValueError: it is smaller than a unit.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no picture {file}")
-    try:
-        image = open_picture(file, channels)
-    except PictureError as error:
-        raise ValueError(f"{file} is no picture that can be read: {error}") from None
     own = (image.width // unit * unit, image.height // unit * unit)
     if min(own) == 0:
         raise ValueError(f"{file} is smaller than {unit} pixels: {image.width}×{image.height}")

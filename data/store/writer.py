@@ -30,7 +30,7 @@ from data.store.units import (
     safetensors,
     unit_name,
 )
-from storage.files import commit, commit_json, file_checksum, sweep
+from storage.files import commit, commit_json, file_checksum, is_ours, sweep
 from storage.text import read_json
 
 if TYPE_CHECKING:  # transformers is slow to import
@@ -98,6 +98,8 @@ class Writer:
         if not (folder / "store.json").exists():
             if any(self.units.glob("*.parquet")):
                 raise ValueError(f"{folder} holds units but no store.json that says what they are: use a new folder")
+            if any(not is_ours(path) and path != self.units for path in folder.iterdir()):
+                raise ValueError(f"{folder} is not empty and holds no store: use a new folder")
             commit_json(folder / "store.json", plan)
         if found := differences(read_json(folder / "store.json"), plan):
             fields = "; ".join(f"{path}: there {there}, now {now}" for path, there, now in found)

@@ -1,0 +1,155 @@
+"""What all commands refuse alike, in one line and before any work."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import compare
+import encode
+import evaluate
+import sample
+import train
+from cli import MACHINE_FAULT, MOST, find_device, one_line_errors
+from data.__main__ import main as data
+from pipeline.__main__ import main as pipeline
+from tools import photographs
+
+ROOT = Path(__file__).parents[1]
+MODEL = ["--model", "nowhere"]
+CONFIG = ["--config", str(ROOT / "configs/digits.yaml")]
+
+
+def tool(argv: list[str]) -> None:
+    sys.argv = ["photographs", *argv]
+    photographs.main()
+
+
+COMMANDS: dict[str, tuple[Callable, list[str]]] = {
+    "sample": (sample.main, [*MODEL, "--prompt", "7"]),
+    "pairs": (sample.main, ["pairs", *MODEL, "--prompts", "nowhere", "--num", "1"]),
+    "grid": (sample.main, ["grid", *MODEL, "--prompts", "nowhere"]),
+    "evaluate": (evaluate.main, MODEL),
+    "export": (pipeline, ["export", "nowhere"]),
+    "compare": (compare.main, ["nowhere.yaml"]),
+    "data": (data, ["info"]),
+    "encode": (encode.main, CONFIG),
+    "train": (train.main, ["fit", *CONFIG]),
+    "photographs": (tool, []),
+}
+OUT = {"encode": "--encode.store", "train": "--run.folder", "photographs": None, "data": None}
+
+
+def refused(capsys: pytest.CaptureFixture, command: Callable, argv: list[str]) -> str:
+    """The one line with which a command ends; it must end with status 2."""
+    with pytest.raises(SystemExit) as end:
+        command(argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command runs in an empty folder, which stays empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_argument_that_is_no_text(command: str, capsys: pytest.CaptureFixture) -> None:
+    run, argv = COMMANDS[command]
+    said = refused(capsys, run, [*argv, "a \udcff seven"])
+    assert "the argument b'a \\xff seven' is no text in UTF-8" in said
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "data"])
+def test_an_empty_name_for_what_is_written(command: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, argv = COMMANDS[command]
+    flag = OUT.get(command, "--out")
+    for given in ([flag, ""], [f"{flag}="]) if flag else ([""],):
+        assert "empty" in refused(capsys, run, [*argv, *given])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "said"),
+    [
+        ("sample", ["--num-images", "1000000000000"], "--num-images asks for 1,000,000,000,000 pictures"),
+        ("sample", ["--prompt", "8", "--num-images", str(MOST // 2 + 1)], "at most 10,000,000"),
+        ("pairs", ["--num", "1000000000000"], "--num asks for"),
+        ("grid", ["--num", "1000000000000"], "--num asks for"),
+        ("evaluate", ["--samples", "10000000000000"], "--samples asks for"),
+        ("evaluate", ["--per-digit", "1000000000000"], "--per-digit asks for"),
+        ("evaluate", ["--by", "category", "--per-category", str(MOST)], "--per-category asks for"),
+    ],
+)
+def test_more_pictures_than_one_command_makes(
+    command: str, flags: list[str], said: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run, argv = COMMANDS[command]
+    given = [str(model) if arg == "nowhere" and argv[i - 1] == "--model" else arg for i, arg in enumerate(argv)]
+    assert said in refused(capsys, run, [*given, *flags, "--out", "out"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "pairs", "grid", "evaluate"])
+def test_more_steps_than_any_sampler_needs(command: str, model: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "prompts").write_text("the digit 3\n")
+    run, argv = COMMANDS[command]
+    given = [{"--model": str(model), "--prompts": "prompts"}.get(argv[i - 1], arg) for i, arg in enumerate(argv)]
+    flag = "--fine" if command == "grid" else "--steps"
+    said = refused(capsys, run, [*given, flag, "1000000000000", "--out", "out"])
+    assert "steps must be at least 1 and at most 10,000, got 1000000000000" in said
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "xpu", "mkldnn", "opengl", "opencl", "hip", "ve", "fpga", "maia", "xla", "lazy", "vulkan", "meta", "hpu",
+        "mtia", "privateuseone", "abacus", "cuda:-1", "cuda:99",
+    ],
+)  # fmt: skip
+def test_a_device_that_is_not_here(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(ValueError, match=f"no device {name}"):
+        find_device(name)
+    assert not recwarn
+
+
+def test_a_full_memory_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    def all_of_it() -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    def more() -> None:
+        raise MemoryError
+
+    for fill in (all_of_it, more):
+        with pytest.raises(SystemExit) as end, one_line_errors():
+            fill()
+        assert end.value.code == MACHINE_FAULT
+        assert "not enough memory" in capsys.readouterr().err
+
+
+def test_guidance_that_ignores_the_prompt(model: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("the digit 3\n")
+    argv = ["--model", str(model), "--steps", "1", "--out"]
+    for command, more in (
+        (sample.main, ["--prompt", "", "--prompt", "7"]),
+        (sample.main, ["--prompt", "7", "--negative", "8"]),
+        (evaluate.main, []),
+    ):
+        for scale, said in (("0", "1 is none; 0 is the unconditional model"), ("-1", "at least 0")):
+            assert said in refused(capsys, command, [*argv, "out", *more, "--guidance", scale])
+    few = ["--prompts", "prompts", "--num", "2", "--guidance", "0"]
+    for command in ("pairs", "grid"):
+        assert "1 is none" in refused(capsys, sample.main, [command, *argv, f"out-{command}", *few])
+    assert not list(tmp_path.glob("out*/*"))
+    sample.main([*argv, "out", "--prompt", "", "--guidance", "0"])
+    assert json.loads((tmp_path / "out/samples.json").read_text())[0]["guidance"] == 0
+    with pytest.warns(UserWarning, match=r"guidance 0.5 weakens the prompt"):
+        sample.main([*argv, "out", "--prompt", "7", "--guidance", "0.5"])
