@@ -12,6 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from cli import Parser, fail, one_line_errors, positive
+from storage.files import hold
 from storage.text import read_yaml
 from studies import document, fewstep
 from studies.recipes import Recipes
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         study = study.quick() if args.quick else study
         study.check()
         out = (args.out or ROOT / "runs" / "studies" / (args.study.stem + "-quick" * args.quick)).resolve()
-        study.run(out, args.jobs)
+        with hold(out):
+            study.run(out, args.jobs)
         if study.document is None:
             print(f"All results are in {out}")
             return
