@@ -8,7 +8,8 @@
     index.arrow, report.json          all samples, and their counts; written once every shard is finished
 
 All tensors are bfloat16. Files are written atomically and hold no times or names of machines: a store that was killed
-and resumed equals that of a straight run, byte for byte. The index has a checksum of every sample's bytes.
+and resumed equals that of a straight run, byte for byte. Any flipped bit is found: the index has a checksum of every
+sample's bytes, the report the hashes of index, plan, null condition and itself, and a sidecar its own (`storage.seal`).
 """
 
 import json
@@ -60,6 +61,9 @@ class StoreError(ValueError):
 
 class Store:
     """Reads a finished store. It can be pickled and used in forked or spawned loader processes.
+
+    To open it reads the whole index once, which is then in the page cache for all processes of the machine. Forked and
+    pickled copies do not read it again.
 
     Args:
         path: its folder, or a URL that fsspec knows ("s3://…"): the index is fetched at once, the files of each unit

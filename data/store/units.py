@@ -95,11 +95,11 @@ class Unit:
             raise FileNotFoundError(f"{file} is missing") from None
         try:
             size = os.fstat(self._fd).st_size
-            length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-            head = os.pread(self._fd, 8 + min(length, HEADER_LIMIT), 0)
+            count = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+            head = os.pread(self._fd, 8 + min(count, HEADER_LIMIT), 0)
             self.shapes = {name: tuple(about["shape"]) for name, about in parse_json(head[8:], file).items()}
-            lengths = [length for shape in self.shapes.values() for length in (*shape, len(shape))]
-            if any(type(n) is not int or n < 0 for n in lengths) or header(self.shapes) != head:
+            lengths = [length for shape in self.shapes.values() for length in shape or (-1,)]
+            if any(type(length) is not int or length < 0 for length in lengths) or header(self.shapes) != head:
                 raise ValueError
             ends = [len(head), *(2 * math.prod(shape) for shape in self.shapes.values())]
             *starts, end = accumulate(ends)
