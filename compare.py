@@ -12,6 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from cli import Parser, add_overwrite_flag, fail, one_line_errors, output, positive
+from storage.files import hold
 from storage.text import read_text, read_yaml
 from studies import document, fewstep
 from studies.recipes import Recipes
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         docs = args.docs or (out if args.quick else Path("docs"))
         if study.document:
             check_place(docs, FILES[study.document], command, args.overwrite)
-        study.run(out, args.jobs)
+        with hold(out):
+            study.run(out, args.jobs)
         if study.document is None:
             print(f"All results are in {out}")
             return

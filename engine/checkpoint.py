@@ -5,7 +5,7 @@ after it, a JSON file of the same name, its mark: size and hash of the file, the
 checkpoint is complete once all its marks exist. Any number of processes may read it, however they shard the tensors.
 """
 
-import json
+import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,19 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-import xxhash
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from engine.strategy import local, whole
-from storage.files import commit_json, file_checksum, sync
+from storage.files import commit_json, file_checksum, json_checksum, sync
 from storage.text import read_json
 from storage.weights import mismatch, write_tensors
 
 KEPT = 2  # complete checkpoints, so that one is left if the newest is damaged
 FORMAT = 1
+STEP = re.compile("step-([0-9]{7}|[1-9][0-9]{7,})")
+MARK = re.compile("part-[0-9]{5}-of-([0-9]{5})")
 T = TypeVar("T")
 
 
@@ -62,7 +63,10 @@ class Checkpoint(NamedTuple):
 
     def intact(self, part: Part) -> bool:
         """Whether a part has the size and hash that its mark states."""
-        return part.file.is_file() and part.file.stat().st_size == part.bytes and file_checksum(part.file) == part.hash
+        try:
+            return part.file.stat().st_size == part.bytes and file_checksum(part.file) == part.hash
+        except OSError:  # it is missing, or cannot be read
+            return False
 
     def compare(self, shapes: Mapping[str, Sequence[int]], prefix: str = "") -> None:
         """Checks that the checkpoint holds these tensors and no others.
@@ -125,11 +129,6 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def mark_hash(mark: Mapping[str, Any]) -> str:
-    """The xxh3 hash of a mark's content."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(mark, sort_keys=True).encode())
 
 
 class Checkpoints:
@@ -198,7 +197,7 @@ class Checkpoints:
             "bytes": file.stat().st_size, "hash": file_checksum(file),
             "rows": {name: rows for name, (rows, _) in kept.items()},
         }  # fmt: skip
-        commit_json(file.with_suffix(".json"), {"mark": mark, "hash": mark_hash(mark)})
+        commit_json(file.with_suffix(".json"), {"mark": mark, "hash": json_checksum(mark)})
         sync(self.folder)
         if number == 0:
             self._prune()
@@ -223,8 +222,8 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """The newest first, complete or not."""
-        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir())
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        found = (STEP.fullmatch(path.name) for path in self.folder.glob("step-*") if path.is_dir())
+        return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, by its marks; its tensors are not read."""
@@ -246,9 +245,10 @@ class Checkpoints:
                 raise CheckpointError(f"{self.folder} must be on a file system that all machines share")
             if found and all(gather(all(found.intact(part) for part in found.parts[rank() :: world()]))):
                 return found
-            damaged = damaged or found is not None
+            complete = bool(complete_marks(self._folder(step)))
+            damaged = damaged or complete
             if rank() == 0:
-                fault = "damaged" if found else "incomplete"
+                fault = "damaged" if complete else "incomplete"
                 warnings.warn(f"{self._folder(step)} is {fault}; the one before it is used", stacklevel=2)
         if damaged:
             raise CheckpointError(f"all checkpoints in {self.folder} are damaged; remove it to start again")
@@ -271,21 +271,27 @@ def gather(here: bool) -> list[bool]:
     return answers
 
 
+def complete_marks(folder: Path) -> list[list[Path]]:
+    """The marks of all parts, for each number of parts of which none is missing."""
+    names = {file.stem: MARK.fullmatch(file.stem) for file in folder.glob("part-*.json")}
+    worlds = sorted({match[1] for match in names.values() if match})
+    stems = [[f"part-{number:05d}-of-{world}" for number in range(int(world))] for world in worlds]
+    return [[folder / f"{stem}.json" for stem in every] for every in stems if every and names.keys() >= set(every)]
+
+
 def read_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint in a folder, by its marks; None if one is missing or unreadable."""
-    worlds = {file.stem.rpartition("-")[2] for file in folder.glob("part-*-of-*.json")}
-    for parts in sorted(worlds):
-        files = [folder / f"part-{number:05d}-of-{parts}.json" for number in range(int(parts))]
+    for files in complete_marks(folder):
         try:
             contents = [read_json(file) for file in files]
             marks = [content["mark"] for content in contents]
-            if all(c["hash"] == mark_hash(c["mark"]) and c["mark"]["format"] == FORMAT for c in contents):
+            if all(c["hash"] == json_checksum(c["mark"]) and c["mark"]["format"] == FORMAT for c in contents):
                 rows = [{name: Rows(*numbers) for name, numbers in mark["rows"].items()} for mark in marks]
                 found = [
                     Part(file.with_suffix(".safetensors"), mark["bytes"], mark["hash"], held)
                     for file, mark, held in zip(files, marks, rows, strict=True)
                 ]
                 return Checkpoint(folder, marks[0]["step"], marks[0]["numbers"], found)
-        except (ValueError, KeyError, TypeError, FileNotFoundError):  # not written yet, or truncated
+        except (ValueError, KeyError, TypeError, OSError):  # damaged, or just removed
             continue
     return None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from storage.seal import check_seal
 from storage.weights import Weights, check_tensors, open_file, write_tensors
 
 WIDEST = 12**-0.5  # the width of the plain mean of all steps, γ = 0; wider ones would favour the start of training
@@ -127,7 +128,7 @@ def write_snapshot(folder: Path, step: int, averages: Mapping[float, Mapping[str
 
 def snapshots(folder: Path) -> dict[int, Path]:
     """Step → file of all snapshots in a folder, steps ascending."""
-    matches = ((re.fullmatch(r"step-(\d+)\.safetensors", file.name), file) for file in folder.glob("step-*"))
+    matches = ((re.fullmatch(r"step-([0-9]+)\.safetensors", file.name), file) for file in folder.glob("step-*"))
     return dict(sorted((int(match[1]), file) for match, file in matches if match))
 
 
@@ -138,7 +139,7 @@ def reconstruct(folder: Path, width: float, step: int | None = None) -> dict[str
 
     Raises:
         FileNotFoundError: there are no snapshots.
-        ValueError: none is of that step, one is truncated or has other names or shapes, or the width cannot be made.
+        ValueError: none is of that step, one is damaged or has other names or shapes, or the width cannot be made.
     """
     files = snapshots(folder)
     if not files:
@@ -157,6 +158,8 @@ def reconstruct(folder: Path, width: float, step: int | None = None) -> dict[str
     stored = [(taken, prefix) for taken in opened for prefix in prefixes]
     found = coefficients([Snapshot(taken, float(prefix)) for taken, prefix in stored], Snapshot(last, width))
     used = [(source, x) for source, x in zip(stored, found.tolist(), strict=True) if x]  # one file for a stored width
+    for taken in {taken for (taken, _), _ in used}:
+        check_seal(files[taken])
     result: dict[str, Tensor] = {}
     for name in names:
         total = torch.zeros(opened[last].shape(f"{prefixes[0]}/{name}"), dtype=torch.float64)

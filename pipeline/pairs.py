@@ -152,18 +152,23 @@ class PairMaker:
         total = sum(len(own[shard]) for shard in range(rank, shards, world))
         with tqdm(total=total, desc="pairs", unit="pair") as bar:
             for shard in range(rank, shards, world):
-                _, start, finished = self.writer.position(shard)
-                bar.update(start)
-                while not finished:
-                    numbers = np.array(own[shard][start : start + UNIT])
-                    samples = []
-                    for block in np.split(numbers, range(self.how.batch_size, len(numbers), self.how.batch_size)):
-                        samples += self.block(block)
-                        bar.update(len(block))
-                    start += len(numbers)
-                    finished = start >= len(own[shard])
-                    self.writer.write(shard, samples, [], len(numbers), finished)
+                with self.writer.hold(shard):
+                    self._fill(shard, own[shard], bar)
         return self.writer.finish(shards, None)
+
+    def _fill(self, shard: int, own: range, bar: tqdm) -> None:
+        """Makes the rest of a shard's pairs."""
+        _, start, finished = self.writer.position(shard)
+        bar.update(start)
+        while not finished:
+            numbers = np.array(own[start : start + UNIT])
+            samples = []
+            for block in np.split(numbers, range(self.how.batch_size, len(numbers), self.how.batch_size)):
+                samples += self.block(block)
+                bar.update(len(block))
+            start += len(numbers)
+            finished = start >= len(own)
+            self.writer.write(shard, samples, [], len(numbers), finished)
 
     def noise(self, numbers: np.ndarray) -> Tensor:
         """The noise of the pairs with these numbers, (n, C, h, w), rounded to bfloat16 as the store holds it."""

@@ -15,17 +15,18 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xxhash import xxh3_64
+from xxhash import xxh3_64, xxh3_64_hexdigest
 
-LOCK = ".lock"  # in a folder that one process holds
+LOCK = ".lock"  # begins the name of the file in a folder, or in a part of one, that one process holds
 STAGE = re.compile(r"\.[0-9a-f]{16}\.part")
 OLD_PART = re.compile(r"\..+\.([0-9a-f]{8}|safetensors)\.part")  # the temporary files of earlier versions
 PREVIOUS = ".previous"  # ends the name of a folder that is just being replaced
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
-_held: set[Path] = set()  # folders that this process holds
+_held: set[Path] = set()  # the locks that this process holds
 
 
 class BusyError(OSError):
@@ -33,42 +34,60 @@ class BusyError(OSError):
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, part: str = "") -> Iterator[None]:
     """Holds a folder, which is made if it does not exist: no other process can hold it at the same time.
 
     The lock ends with the process, also if it is killed. A process may hold a folder several times. Where the file
     system has no locks, nothing is held.
 
+    Args:
+        folder: the folder.
+        part: holds only a part of this name, such as one shard of a store that several processes write.
+
     Raises:
         BusyError: another process holds it.
         OSError: the folder cannot be written.
     """
-    folder = folder.absolute()
-    if folder in _held:
+    path = folder.absolute() / (f"{LOCK}-{part}" if part else LOCK)
+    if path in _held:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+b") as lock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _take(path):
+        _held.add(path)
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.seek(0)
-            other = lock.read(256).decode(errors="replace").strip() or "an unknown process"
-            raise BusyError(f"{folder} is in use by {other}: wait until that ends, or stop it") from None
-        except OSError:  # no locks here
-            pass
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        lock.flush()
-        _held.add(folder)
-        try:
-            for path in folder.iterdir():
-                if OLD_PART.fullmatch(path.name) and path.is_file():
-                    path.unlink(missing_ok=True)
+            for other in folder.iterdir():
+                if OLD_PART.fullmatch(other.name) and other.is_file():
+                    other.unlink(missing_ok=True)
             sweep(folder)
             yield
         finally:
-            _held.discard(folder)
+            _held.discard(path)
+            path.unlink(missing_ok=True)
+
+
+def _take(path: Path) -> BinaryIO:
+    """An open file with a lock and this process's name; BusyError if another process has it."""
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            with file:
+                file.seek(0)
+                other = file.read(256).decode(errors="replace").strip() or "an unknown process"
+            raise BusyError(f"{path.parent} is in use by {other}: wait until that ends, or stop it") from None
+        except OSError:  # no locks here
+            pass
+        try:
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                file.flush()
+                return file
+        except FileNotFoundError:  # another process has just removed it
+            pass
+        file.close()
 
 
 @contextmanager
@@ -109,7 +128,7 @@ def _lock(path: Path) -> int | None:
 
 def is_ours(path: Path) -> bool:
     """Whether our own writing makes files or folders of this name and removes them in the end."""
-    return bool(STAGE.fullmatch(path.name) or OLD_PART.fullmatch(path.name)) or path.name == LOCK
+    return bool(STAGE.fullmatch(path.name) or OLD_PART.fullmatch(path.name)) or path.name.startswith(LOCK)
 
 
 def sweep(folder: Path) -> None:
@@ -236,10 +255,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def json_checksum(content: Mapping[str, Any]) -> str:
+    """The xxh3 hash of a JSON object, as 16 hexadecimal digits; the order of its keys does not matter."""
+    return xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
 def file_checksum(file: Path) -> str:
     """The xxh3 hash of a file, as 16 hexadecimal digits."""
-    digest, block = xxh3_64(), bytearray(2**20)
+    digest = xxh3_64()
     with file.open("rb", buffering=0) as opened:
-        while count := opened.readinto(block):
-            digest.update(memoryview(block)[:count])
+        add_to_hash(digest, opened)
     return digest.hexdigest()
+
+
+def add_to_hash(digest: xxh3_64, opened: RawIOBase) -> None:
+    """Adds the rest of an open file to a hash."""
+    block = bytearray(2**18)
+    while count := opened.readinto(block):
+        digest.update(memoryview(block)[:count])

@@ -1,6 +1,7 @@
 """Weights on disk: safetensors files, read tensor by tensor, and refused if any tensor does not fit."""
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from storage.files import commit_path
+from storage.seal import BLANK, seal
 from storage.text import read_json
 
 DType: TypeAlias = Literal["float32", "float16", "bfloat16"]  # of weights in memory
@@ -23,6 +25,7 @@ STORED = {  # of weights on disk
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 PICKLE = "which can run code when it is opened: convert it to safetensors first"
+METADATA = {"format": "pt", "seal": BLANK}
 SAMPLE = 1024  # numbers at each of three places of a tensor that a digest reads
 
 
@@ -190,7 +193,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes one safetensors file atomically. The tensors may be views that do not overlap.
+    """Writes one safetensors file atomically, with a seal. The tensors may be views that do not overlap.
 
     Raises:
         OSError: it cannot be written; an older file stays.
@@ -198,12 +201,16 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
     def write(part: Path) -> None:
         try:
-            save_file(dict(tensors), part, metadata={"format": "pt"})
+            save_file(dict(tensors), part, metadata=METADATA)
         except SafetensorError as error:  # its own error if the disk is full
             raise OSError(str(error)) from error
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o666 & ~umask)  # safetensors makes the file readable by its owner only
+        with part.open("r+b") as opened:  # safetensors writes the metadata in a random order
+            opened.seek(8)
+            opened.write(json.dumps({"__metadata__": METADATA}, separators=(",", ":")).encode()[:-1])
+        seal(part)
 
     commit_path(file, write)
 

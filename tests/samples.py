@@ -1,5 +1,6 @@
 """A store of 14 made-up samples, what writes it, and what it must hold."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.store.reader import Drop, Sample, Store, Writer
-from storage.files import is_ours
+from storage.files import commit_json, file_checksum, is_ours, json_checksum
 
 SIZES, SHAPES = [[64, 64], [48, 80], [80, 48]], [(8, 8), (6, 10), (10, 6)]  # of pictures and of latents
 PLAN: dict[str, Any] = {
@@ -57,6 +58,15 @@ def encode(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any] | None
             drops = [Drop(f"{shard}-{part}-{i}", reason, "it is 3 × 4") for i in range(INPUTS - len(samples))]
             writer.write(shard, samples, drops, INPUTS, last=part == parts - 1)
     return writer.finish(2, hamming=2)
+
+
+def replan(folder: Path, **changes: Any) -> None:
+    """Makes a finished store one of another plan, with the hashes of such a one."""
+    plan, report = (json.loads((folder / name).read_text()) for name in ("store.json", "report.json"))
+    commit_json(folder / "store.json", plan | changes)
+    report["files"]["store.json"] = file_checksum(folder / "store.json")
+    del report["hash"]
+    commit_json(folder / "report.json", report | {"hash": json_checksum(report)})
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -259,3 +259,15 @@ def test_what_is_written(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=told):
             write(tmp_path, step, averages)
     assert not snapshots(tmp_path)
+
+
+def test_a_changed_number_in_any_snapshot_that_is_used_is_refused(tmp_path: Path) -> None:
+    for step in (500, 1000):
+        write(tmp_path, step, {sigma: {"w": torch.ones(4)} for sigma in STORED})
+    damaged = tmp_path / "step-0000500.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step-0000500.safetensors is damaged"):
+        reconstruct(tmp_path, 0.07)
+    assert torch.equal(reconstruct(tmp_path, 0.1)["w"], torch.ones(4))  # is stored in the other file

@@ -158,7 +158,9 @@ DAMAGES = {
     "missing": lambda part, mark: part.unlink(),
     "mark truncated": lambda part, mark: mark.write_bytes(mark.read_bytes()[:-2]),
     "mark empty": lambda part, mark: mark.write_bytes(b""),
-    "mark flipped": lambda part, mark: flip(mark, mark.read_bytes().index(b'"step": 32') + 9),
+    "mark flipped": lambda part, mark: flip(mark, mark.read_bytes().index(b'"step": ') + 9),
+    "mark nested": lambda part, mark: mark.write_bytes(b'{"mark":' * 50_000),
+    "mark a folder": lambda part, mark: (mark.unlink(), mark.mkdir()),
 }
 
 
@@ -174,13 +176,13 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     damage(half, how, 32)
     capsys.readouterr()
 
-    with pytest.warns(UserWarning, match="step-0000032 is (damaged|incomplete); the one before it is used"):
+    with pytest.warns(UserWarning, match="step-0000032 is damaged; the one before it is used"):
         go_on(config, half)
     assert "error" not in capsys.readouterr().err
     assert_equal(half, straight)
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("how", ["flipped", "missing", "mark flipped", "mark nested", "mark a folder"])
 def test_if_all_are_damaged_the_run_is_refused_and_left_alone(
     config: Path, half: Path, capsys: pytest.CaptureFixture, how: str
 ) -> None:
@@ -192,6 +194,19 @@ def test_if_all_are_damaged_the_run_is_refused_and_left_alone(
     assert "all checkpoints in" in message
     assert "are damaged" in message
     assert {file: file.read_bytes() for file in half.rglob("*") if file.is_file()} == before
+
+
+def test_folders_and_files_of_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(7, {"w": torch.ones(2)}, {})
+    checkpoints.wait()
+    for name in ("step-²", "step-٣", "step-9", "step-00000009", "step-", "step-last", "step-0000008.old"):
+        (tmp_path / name).mkdir()
+    for name in ("part-00000-of-²", "part-00000-of-99999999999", "part-x-of-00001", "part-00000-of-00000"):
+        (tmp_path / f"step-0000007/{name}.json").write_text("{}")
+    found = checkpoints.find()
+    assert found
+    assert found.step == 7
 
 
 # Being asked to stop

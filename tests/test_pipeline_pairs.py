@@ -1,6 +1,5 @@
 """Pairs of noise and picture: what they are, how they replay, and what they are refused for."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from samples import replan
 from torch import Tensor
 
 import sample
@@ -198,8 +198,7 @@ def test_bad_input_ends_in_one_line(
     (tmp_path / "prompts.txt").write_text("zero\n")
     (tmp_path / "empty.txt").write_text("\n")
     shutil.copytree(digits.folder, tmp_path / "others")
-    plan = json.loads((digits.folder / "store.json").read_text())
-    (tmp_path / "others/store.json").write_text(json.dumps(plan | {"codec": {"class": "VAE"}}))
+    replan(tmp_path / "others", codec={"class": "VAE"})
     names = {"EMPTY": "empty.txt", "DIGITS": "digits", "OTHERS": "others"}
     places = {name: str(tmp_path / file) for name, file in names.items()}
     given = ["--model", str(model), "--prompts", str(tmp_path / "prompts.txt"), *argv]

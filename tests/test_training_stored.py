@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from painted import HELD_OUT, ROOT, TEXT
+from samples import replan
 from trials import ENV, assert_same, ended, fit, lines, shell, state
 
 from pipeline import Pipeline
@@ -154,8 +155,7 @@ def test_a_store_of_another_version_is_refused(
 ) -> None:
     newer = tmp_path / "newer"
     shutil.copytree(stores["tokens"], newer)
-    plan = json.loads((newer / "store.json").read_text())
-    (newer / "store.json").write_text(json.dumps(plan | {"version": plan["version"] + 1}))
+    replan(newer, version=2)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         fit(config, "--data.store", str(newer))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from networks import stirred
 from safetensors.torch import load_file, save_file
+from samples import replan
 from trials import (
     ROOT,
     Change,
@@ -238,9 +239,8 @@ def test_a_teacher_of_other_text_encoders_is_refused(
 def test_a_store_of_no_pairs_is_no_coupling(
     student: Callable[..., list[str]], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    plan = json.loads((trained / "pairs/store.json").read_text())
     shutil.copytree(trained / "pairs", tmp_path / "plain")
-    (tmp_path / "plain/store.json").write_text(json.dumps(plan | {"latents": "mean"}))
+    replan(tmp_path / "plain", latents="mean")
     told = refused(capsys, tmp_path / "config.yaml", *student("reflow"), "--data.store", str(tmp_path / "plain"))
     assert 'latents: there "mean", here "pair"' in told
 

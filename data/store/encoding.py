@@ -156,9 +156,10 @@ class StoreEncoder:
             ) as bar,
         ):
             for shard in own:
-                bar.update(self.writer.position(shard)[1])
-                for count in self._shard(shard, pool):
-                    bar.update(count)
+                with self.writer.hold(shard):
+                    bar.update(self.writer.position(shard)[1])
+                    for count in self._shard(shard, pool):
+                        bar.update(count)
                 done, inputs = done + 1, inputs + self.writer.position(shard)[1]
                 bar.total = round(inputs / done * len(own))  # for the time left: assumes that all shards are alike
         if self.cut:

@@ -8,7 +8,8 @@
     index.arrow, report.json          all samples, and their counts; written once every shard is finished
 
 All tensors are bfloat16. Files are written atomically and hold no times or names of machines: a store that was killed
-and resumed equals that of a straight run, byte for byte. The index has a checksum of every sample's bytes.
+and resumed equals that of a straight run, byte for byte. Any flipped bit is found: the index has a checksum of every
+sample's bytes, the report the hashes of index, plan, null condition and itself, and a sidecar its own (`storage.seal`).
 """
 
 import json
@@ -34,9 +35,9 @@ from tqdm import tqdm
 from xxhash import xxh3_64_intdigest
 
 from data.store.units import LISTS, SCHEMA, Unit, differences, latent_shapes, read_sidecar, unit_name
-from data.store.writer import Drop, Sample, Writer
-from storage.files import commit, file_checksum
-from storage.text import read_json
+from data.store.writer import NULL, Drop, Sample, Writer
+from storage.files import commit, file_checksum, json_checksum
+from storage.text import parse_json, read_json
 from storage.weights import open_file
 
 if TYPE_CHECKING:  # transformers is slow to import and not needed to look into a store
@@ -47,6 +48,10 @@ LAZY = ("null", "_table", "_columns", "_lists", "_open")  # made again in each p
 OPEN_FILES = 128
 BLOCK = 32  # samples or captions in one read of `verify`
 REBUILD = "remove index.arrow and report.json, and run encode.py again"
+CURES = {
+    "store.json": "restore it from a copy, or run encode.py into a new folder",
+    NULL: "remove it, index.arrow and report.json, and run encode.py again",
+}
 REPORTED = {"inputs": int, "kept": int, "dropped": dict, "buckets": dict, "captions": int, "index": str}
 
 
@@ -56,6 +61,9 @@ class StoreError(ValueError):
 
 class Store:
     """Reads a finished store. It can be pickled and used in forked or spawned loader processes.
+
+    To open it reads the whole index once, which is then in the page cache for all processes of the machine. Forked and
+    pickled copies do not read it again.
 
     Args:
         path: its folder, or a URL that fsspec knows ("s3://…"): the index is fetched at once, the files of each unit
@@ -95,25 +103,52 @@ class Store:
         if not (self.folder / "store.json").is_file():
             raise FileNotFoundError(f"there is no store at {self.source}: it has no store.json")
         self.plan = read_json(self.folder / "store.json")
-        self._shapes = latent_shapes(self.plan, f"{self.source}/store.json")
-        self.buckets: tuple[tuple[int, int], ...] = tuple((h, w) for h, w in self.plan["buckets"]["sizes"])
         if not all((self.folder / name).is_file() for name in ("index.arrow", "report.json")):
             raise ValueError(f"the store {self.source} is not finished: run encode.py again")
         self.report = read_json(self.folder / "report.json")
         if absent := [name for name, kind in REPORTED.items() if not isinstance(self.report.get(name), kind)]:
             raise ValueError(f"{self.source} is damaged: its report.json lacks {', '.join(absent)}; {REBUILD}")
+        self._check()
+        self._shapes = latent_shapes(self.plan, f"{self.source}/store.json")
+        self.buckets: tuple[tuple[int, int], ...] = tuple((h, w) for h, w in self.plan["buckets"]["sizes"])
         size = self._columns["row"].size
         if size != self.report["kept"]:
             kept = self.report["kept"]
             raise ValueError(f"{self.source} is damaged: its index has {size} samples, its report {kept}; {REBUILD}")
         self.has_pooled, self.has_tokens = (len(self._lists[name][1]) > 0 for name in LISTS[1:])
-        null = self.folder / "null.safetensors"
+        null = self.folder / NULL
         if self.has_pooled and not null.is_file():
-            raise FileNotFoundError(f"{self.source} is damaged: its null.safetensors is missing; run encode.py again")
+            raise FileNotFoundError(f"{self.source} is damaged: its {NULL} is missing; run encode.py again")
         tensors = open_file(null) if null.is_file() else {}
         self._caption_shapes = {name: tuple(tensors[name].shape) for name in tensors}
         if {name: len(shape) for name, shape in self._caption_shapes.items()} not in ({}, {"tokens": 2, "pooled": 1}):
             raise ValueError(f"{null} holds no tokens (N, D) and pooled (P): remove it and run encode.py again")
+
+    def _check(self) -> None:
+        """Compares report, index, plan and null condition with their hashes; ValueError if one differs.
+
+        Copies of the object, as in loader processes, are not checked again. Stores of earlier versions have only the
+        hash of the index.
+        """
+        rest = {name: value for name, value in self.report.items() if name != "hash"}
+        if self.report.keys() & {"files", "hash"} and self.report.get("hash") != json_checksum(rest):
+            raise StoreError(f"{self.source} is damaged: its report.json was changed; {REBUILD}")
+        for name in ("index.arrow", "store.json", NULL):
+            if fault := self._fault(name):
+                if self._url:
+                    (self.folder / name).unlink(missing_ok=True)  # the next start fetches it again
+                raise StoreError(fault)
+
+    def _fault(self, name: str) -> str:
+        """Why a file does not have the hash in the report, in one line; empty if it has."""
+        expected = {"index.arrow": self.report["index"], **self.report.get("files", {})}.get(name)
+        try:
+            if expected is None or file_checksum(self._local(name)) == expected:
+                return ""
+            state = "does not have the hash in its report"
+        except FileNotFoundError:
+            state = "is missing"
+        return f"{self.source} is damaged: its {name} {state}; {CURES.get(name, REBUILD)}"
 
     def __len__(self) -> int:
         return self._columns["row"].size
@@ -185,7 +220,7 @@ class Store:
 
         if not self._caption_shapes:
             return None
-        tensors = open_file(self.folder / "null.safetensors")
+        tensors = open_file(self.folder / NULL)
         return Text(tensors["tokens"].clone(), tensors["pooled"].clone())
 
     def size(self) -> int:
@@ -213,10 +248,7 @@ class Store:
         Returns:
             The faults, one line each.
         """
-        index = self.folder / "index.arrow"
-        if file_checksum(index) != self.report["index"]:
-            return [f"{index} is damaged: {REBUILD}"]
-        faults: list[str] = []
+        faults = [fault for name in ("index.arrow", *self.report.get("files", ())) if (fault := self._fault(name))]
         bounds = [0, *(np.flatnonzero(np.diff(self._unit_keys(np.arange(len(self))))) + 1), len(self)]
         with tqdm(total=len(self), desc="verifying", unit="sample", disable=not progress) as bar:
             for start, end in pairwise(bounds):
@@ -376,7 +408,7 @@ class Store:
         plan = self._fetch("store.json")
         try:
             report = self._fetch("report.json")
-            expected = json.loads(report)["index"]
+            expected = parse_json(report, "report.json")["index"]
         except FileNotFoundError:
             raise ValueError(f"the store {self.source} is not finished: run encode.py again") from None
         except (ValueError, KeyError, TypeError):
@@ -387,13 +419,9 @@ class Store:
         commit(folder / "store.json", lambda file: file.write(plan))
         commit(folder / "report.json", lambda file: file.write(report))
         self.folder = folder
-        index = folder / "index.arrow"
-        if index.is_file() and file_checksum(index) != expected:  # the local copy is damaged
-            index.unlink(missing_ok=True)
-        if file_checksum(self._local("index.arrow")) != expected:
-            raise ValueError(f"{self.source}/index.arrow does not have the checksum in its report: {REBUILD}")
-        with suppress(FileNotFoundError):  # a store without text
-            self._local("null.safetensors")
+        for name in ("index.arrow", NULL):
+            with suppress(FileNotFoundError):  # a store without text has no null condition
+                self._local(name)
         return folder
 
     def _local(self, name: str) -> Path:

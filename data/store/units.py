@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
+
+from storage.seal import check_seal
+from storage.text import parse_json
 
 SCHEMA = pa.schema(
     [
@@ -31,7 +34,7 @@ SCHEMA = pa.schema(
     ]
 )
 LISTS = ("weights", "pooled_checksum", "tokens_checksum")  # the columns of one number per caption
-HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
+HEADER_LIMIT = 2**20  # bytes; a header has a hundred for each bucket
 IOVECS = 1024  # largest number of buffers of one preadv
 LONG_RUN = 32  # runs of more equal values are compared one run at a time
 
@@ -50,20 +53,24 @@ def checksum(tensor: Tensor) -> int:
     return xxh3_64_intdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def header(shapes: Mapping[str, Sequence[int]]) -> bytes:
+    """The header of a safetensors file of bfloat16 tensors in this order; it has only one form."""
+    about, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        about[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    head = json.dumps(about, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
+
+
 def safetensors(tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[Any]:
     """The bytes of a safetensors file in pieces, so that memory never holds a unit twice.
 
     Args:
         tensors: name → pieces (n_i, …) of each tensor along its first dimension, bfloat16.
     """
-    header, end = {}, 0
-    for name, pieces in tensors.items():
-        start, end = end, end + sum(piece.numel() for piece in pieces) * 2
-        shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    yield len(head).to_bytes(8, "little") + head
+    yield header({name: [sum(map(len, pieces)), *pieces[0].shape[1:]] for name, pieces in tensors.items()})
     for pieces in tensors.values():
         for piece in pieces:
             yield piece.reshape(-1).view(torch.uint8).numpy().data
@@ -88,19 +95,17 @@ class Unit:
             raise FileNotFoundError(f"{file} is missing") from None
         try:
             size = os.fstat(self._fd).st_size
-            length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-            if size < 8 + length or length > HEADER_LIMIT:
+            count = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+            head = os.pread(self._fd, 8 + min(count, HEADER_LIMIT), 0)
+            self.shapes = {name: tuple(about["shape"]) for name, about in parse_json(head[8:], file).items()}
+            lengths = [length for shape in self.shapes.values() for length in shape or (-1,)]
+            if any(type(length) is not int or length < 0 for length in lengths) or header(self.shapes) != head:
                 raise ValueError
-            header = json.loads(os.pread(self._fd, length, 8))
-            self.shapes = {name: tuple(about["shape"]) for name, about in header.items()}
-            self._starts, end = {}, 0
-            for name, about in header.items():
-                self._starts[name], start = 8 + length + end, end
-                end += 2 * math.prod(self.shapes[name])
-                if about["dtype"] != "BF16" or about["data_offsets"] != [start, end]:
-                    raise ValueError
-            if 8 + length + end != size:
+            ends = [len(head), *(2 * math.prod(shape) for shape in self.shapes.values())]
+            *starts, end = accumulate(ends)
+            if end != size:
                 raise ValueError
+            self._starts = dict(zip(self.shapes, starts, strict=True))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{file} is damaged or truncated: its header does not describe its {size} bytes") from None
         if hasattr(os, "posix_fadvise"):  # without it each read fetches its surroundings, up to 25 times the bytes
@@ -141,6 +146,7 @@ def read_sidecar(file: Path, columns: list[str] | None = None) -> pa.Table:
         FileNotFoundError, ValueError: in one line, if the file is missing or damaged.
     """
     try:
+        check_seal(file)
         schema = pa.schema([SCHEMA.field(name) for name in columns]) if columns else SCHEMA
         with pa.memory_map(str(file)) as source:
             return (
@@ -157,7 +163,8 @@ def read_sidecar(file: Path, columns: list[str] | None = None) -> pa.Table:
 def read_notes(file: Path) -> dict[str, Any]:
     """A sidecar's notes: drops [(id, reason, detail)], inputs, last. ValueError if they are missing."""
     try:
-        notes = json.loads(pq.read_schema(file).metadata[b"unit"])
+        check_seal(file)
+        notes = parse_json(pq.read_schema(file).metadata[b"unit"], file)
         return {name: notes[name] for name in ("drops", "inputs", "last")}
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is damaged: remove it and run encode.py, which encodes its unit again") from None

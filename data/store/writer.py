@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -30,12 +31,15 @@ from data.store.units import (
     safetensors,
     unit_name,
 )
-from storage.files import commit, commit_json, file_checksum, is_ours, sweep
+from storage.files import commit, commit_json, commit_path, file_checksum, hold, is_ours, json_checksum, sweep
+from storage.seal import BLANK, check_seal, seal
 from storage.text import read_json
+from storage.weights import write_tensors
 
 if TYPE_CHECKING:  # transformers is slow to import
     from data.text.encoder import Text
 
+NULL = "null.safetensors"
 BATCH_ROWS, BATCH_BYTES = 2**20, 2**30  # of the index; strings of a batch must stay below 2³¹ bytes
 
 
@@ -104,14 +108,19 @@ class Writer:
         if found := differences(read_json(folder / "store.json"), plan):
             fields = "; ".join(f"{path}: there {there}, now {now}" for path, there, now in found)
             raise ValueError(f"{folder} is a store of another plan ({fields}): use a new folder")
-        if null and not (folder / "null.safetensors").exists():
-            rows = {"tokens": [bfloat16(null.tokens)], "pooled": [bfloat16(null.pooled)]}
-            commit(folder / "null.safetensors", lambda file: file.writelines(safetensors(rows)))
+        if null and not (folder / NULL).exists():
+            write_tensors({"tokens": bfloat16(null.tokens), "pooled": bfloat16(null.pooled)}, folder / NULL)
+        if null:
+            check_seal(folder / NULL)
 
     def position(self, shard: int) -> tuple[int, int, bool]:
         """The state of a shard: number of its parts, of the inputs that they consumed, and whether it is finished."""
         parts = self._known(shard)
         return len(parts), sum(part.inputs for part in parts), bool(parts) and parts[-1].last
+
+    def hold(self, shard: int) -> AbstractContextManager[None]:
+        """Keeps a shard from other processes; on entry BusyError if one of them writes it."""
+        return hold(self.folder, f"{shard:06d}")
 
     def write(self, shard: int, samples: Sequence[Sample], drops: Sequence[Drop], inputs: int, last: bool) -> None:
         """Appends the next part to a shard. No other process may write this shard.
@@ -173,10 +182,10 @@ class Writer:
             file = self.units / f"{stem}{group}.safetensors"
             written[file] = commit(file, partial(_write_tensors, content))
         notes = json.dumps({"drops": drops, "inputs": inputs, "last": last}, ensure_ascii=False)
-        table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"unit": notes})
+        table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"unit": notes, "seal": BLANK})
         if any(not file.exists() or file.stat().st_size != size for file, size in written.items()):
             raise OSError(f"another process writes {self.folder}, shard {shard}: stop it")
-        commit(self.units / f"{stem}.parquet", lambda file: _write_sidecar(table, file))
+        commit_path(self.units / f"{stem}.parquet", lambda file: _write_sidecar(table, file))
         parts.append(Part(inputs, Counter(drop.reason for drop in drops), last))
 
     def finish(self, shards: int, hamming: int | None) -> dict[str, Any] | None:
@@ -192,8 +201,9 @@ class Writer:
             hamming: largest number of bits, 0 to 8, in which near hashes differ; None keeps near-duplicates.
 
         Returns:
-            The report: inputs, kept, dropped (by reason), buckets (samples by "HEIGHTxWIDTH"), captions, and index, the
-            checksum of `index.arrow`. None if a shard is not finished.
+            The report: inputs, kept, dropped (by reason), buckets (samples by "HEIGHTxWIDTH"), captions, and the hashes
+            of `index.arrow` (index), of other files (files) and of the report itself (hash). None if a shard is not
+            finished.
 
         Raises:
             ValueError: a unit is damaged; names it.
@@ -221,6 +231,7 @@ class Writer:
         dropped = sum((part.dropped for known in parts for part in known), Counter()) + Counter(found)
         members = np.bincount(light["bucket"].to_numpy()[keep], minlength=len(self.shapes))
         sizes = read_json(self.folder / "store.json")["buckets"]["sizes"]
+        others = [self.folder / name for name in ("store.json", NULL, "dropped.jsonl")]
         report = {
             "inputs": sum(part.inputs for known in parts for part in known),
             "kept": int(keep.sum()),
@@ -228,7 +239,9 @@ class Writer:
             "buckets": {f"{h}x{w}": int(count) for (h, w), count in zip(sizes, members, strict=True) if count},
             "captions": int(pc.list_value_length(light["weights"]).to_numpy()[keep].sum()),
             "index": file_checksum(self.folder / "index.arrow"),
+            "files": {file.name: file_checksum(file) for file in others if file.exists()},
         }
+        report["hash"] = json_checksum(report)
         commit_json(self.folder / "report.json", report)
         return report
 
@@ -314,5 +327,6 @@ def _write_tensors(tensors: Mapping[str, Sequence[Tensor]], file: BinaryIO) -> N
     file.writelines(safetensors(tensors))
 
 
-def _write_sidecar(table: pa.Table, file: BinaryIO) -> None:
+def _write_sidecar(table: pa.Table, file: Path) -> None:
     pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    seal(file)
