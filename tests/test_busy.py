@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from encoded import config_in
-from samples import contents
 
 import compare
 import encode
@@ -17,6 +16,7 @@ import sample
 from data.shapes import Shapes
 from data.store.encoding import StoreEncoder
 from pipeline.pairs import PairMaker
+from samples import contents
 from studies.recipes import Recipes
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,6 @@ import pytest
 import torch
 from networks import stirred
 from safetensors.torch import load_file, save_file
-from samples import replan
 from trials import (
     ROOT,
     Change,
@@ -40,6 +39,7 @@ from flow.guidance import ClassifierFree
 from flow.objective import Interval
 from mmdit.model import Condition
 from pipeline import Pipeline
+from samples import replan
 from training import experiment
 from training.generator import Generator
 
