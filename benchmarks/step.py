@@ -26,13 +26,15 @@ from mmdit.model import Condition, MMDiT
 ROOT = Path(__file__).parents[1]
 
 
-def stepper(network: nn.Module, predict: Callable[[], Tensor], goal: Tensor) -> Callable[[], None]:
-    """One step of AdamW toward a goal."""
+def stepper(network: nn.Module, predict: Callable[[], Tensor], goal: Tensor, half: bool) -> Callable[[], None]:
+    """One step of AdamW toward a goal; with `half` under bfloat16 autocast."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        (predict() - goal).square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = predict()
+        (y.float() - goal).square().mean().backward()
         optimizer.step()
 
     return step
@@ -50,14 +52,17 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", type=Path, default=ROOT / "configs/digits.yaml", help="config of network and batch")
     p.add_argument("--width", type=int, help="another width than the config's")
+    p.add_argument("--depth", type=int, help="another depth than the config's")
     p.add_argument("--batch", type=int, help="another batch than the config's")
     p.add_argument("--text-tokens", type=int, default=10, help="tokens of a caption")
     p.add_argument("--turns", type=int, default=30, help="turns of each network")
+    p.add_argument("--bfloat16", action="store_true", help="run both under bfloat16 autocast")
     p.add_argument("--compile", action="store_true", help="compile both networks")
     args = p.parse_args()
 
     config = yaml.safe_load(args.config.read_text())
-    ours = MMDiT(**config["network"]["init_args"] | ({"width": args.width} if args.width else {}))
+    sizes = {name: size for name in ("width", "depth") if (size := getattr(args, name))}
+    ours = MMDiT(**config["network"]["init_args"] | sizes)
     batch = args.batch or config["data"]["init_args"]["batch_size"]
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.05)
@@ -73,8 +78,8 @@ def main() -> None:
     text, pooled = torch.randn(batch, args.text_tokens, ours.text_dim), torch.randn(batch, ours.pooled_dim)
     t, condition = torch.rand(batch), Condition(text, pooled)
     steps = (
-        stepper(ours, lambda: ours(z, t, condition), z),
-        stepper(theirs, lambda: theirs(z, text, pooled, 1000 * t, return_dict=False)[0], z),
+        stepper(ours, lambda: ours(z, t, condition), z, args.bfloat16),
+        stepper(theirs, lambda: theirs(z, text, pooled, 1000 * t, return_dict=False)[0], z, args.bfloat16),
     )
     for step in steps:
         seconds(step, 10)
