@@ -158,7 +158,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("q.logvar + 2 * math.log(self.scale)", "q.logvar + math.log(self.scale)"),
         ("(q.mean - self.shift) * self.scale", "q.mean * self.scale - self.shift"),
     ],
-    ("data/store/samples.py", "data_stored data_stages"): [
+    ("data/store/samples.py", "data_stored data_stages data_sizes"): [
         ("np.searchsorted(ends, u * ends[-1]", "np.searchsorted(ends, u"),
         ("drawn[:, 2:] >= self.encoder_dropout", "drawn[:, 1:-1] >= self.encoder_dropout"),
         ("mean + (logvar / 2).exp() * noise", "mean + logvar.exp() * noise"),
@@ -217,7 +217,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("engine/guard.py", "engine_guard"): [
         ("torch.maximum(longest, row)", "row"),
-        ("self.counts[1] = row", "self.counts[1] = 0"),
+        ("row = bad * (row + 1)", "row = row + bad"),
         ("MEMORY = 0.99", "MEMORY = 0.9"),
         ("torch.where(fine > 0, self.usual.lerp(norm, share), self.usual)", "self.usual.lerp(norm, share)"),
     ],
@@ -239,7 +239,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/optimization.py", "training_optimization"): [
         ("param_groups_weight_decay(network, self.weight_decay)",
          '[{"params": [*network.parameters()], "weight_decay": self.weight_decay}]'),
-        ("optimizer, steps - self.warmup, warmup_t", "optimizer, steps, warmup_t"),
     ],
     ("training/terms.py", "terms"): [
         ("tokens[self.strong].detach()", "tokens[self.strong]"),
@@ -251,17 +250,26 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("condition.pooled[:, -SIZE_FEATURES:]], 1)", "condition.pooled[:, -SIZE_FEATURES:] * 0], 1)"),
     ],
     ("training/generator.py", "training_generator"): [
-        ("clip_grad_norm_(self.weights, self.optimization.clip)", "clip_grad_norm_(self.weights, math.inf)"),
         ("self.loss_of(self.ema.main, batch,", "self.loss_of(self.network, batch,"),
         ("stream(self.run.seed, Use.TIME, batch.step)", "stream(self.run.seed, Use.TIME)"),
         ("[:, batch.positions]", "[:, : len(batch.positions)]"),
-        ("means / self.strategy.accumulate_grad_batches", "means"),
-        ("self.ema.update(self.network, self.global_step + 1)", "self.ema.update(self.network, self.global_step)"),
         ("(i + 0.5) / VALIDATION_TIMES, device", "i / VALIDATION_TIMES, device"),
         ("self.sums[-1] += counted * len(batch.x0)", "self.sums[-1] += len(batch.x0)"),
         ('math.inf if numbers["best"] is None else numbers["best"]', "math.inf"),
         ("if mean < self.best:", "if mean != self.best:"),
         ("scheduler.step_update(self.global_step if step is None", "scheduler.step_update(0 if step is None"),
+    ],
+    ("training/generator.py", "training_optimization"): [
+        ("clip_grad_norm_(self.weights, self.optimization.clip)", "clip_grad_norm_(self.weights, math.inf)"),
+    ],
+    ("training/generator.py", "train"): [
+        ("self.ema.update(self.network, self.global_step + 1)", "self.ema.update(self.network, self.global_step)"),
+    ],
+    ("training/generator.py", "engine_resume"): [
+        ("means / self.strategy.accumulate_grad_batches", "means"),
+    ],
+    ("training/optimization.py", "train"): [
+        ("optimizer, steps - self.warmup, warmup_t", "optimizer, steps, warmup_t"),
     ],
     ("training/cost.py", "training_cost"): [
         ("(3 if whole else 2)", "3"),
