@@ -100,6 +100,15 @@ def test_decode_undoes_the_normalisation_of_encode(folder: Path, theirs: Autoenc
     torch.testing.assert_close(unshifted.decode(unshifted.encode(pixels)), raw)
 
 
+def test_a_draw_from_the_posterior_is_diffusers_draw_normalised(folder: Path, theirs: AutoencoderKL) -> None:
+    pixels, noise = drawn(2, 3, 16, 16), drawn(2, 4, 4, 4)
+    mean, logvar = VAE(folder).posterior(pixels)
+    with torch.no_grad():
+        raw = theirs.encode(2 * pixels - 1).latent_dist
+    wanted = (raw.mean + raw.std * noise - 0.0609) * 1.5305
+    torch.testing.assert_close(mean + (logvar / 2).exp() * noise, wanted)
+
+
 def test_it_is_frozen_and_ignores_autocast_and_random_numbers(folder: Path) -> None:
     before = torch.get_rng_state()
     ours, z = VAE(folder), drawn(1, 4, 4, 4).requires_grad_()

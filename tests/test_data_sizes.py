@@ -71,4 +71,8 @@ def test_the_pipeline_asks_for_uncropped_pictures(text: CLIPText, tmp_path: Path
             pooled = some.condition(["a red circle", ""], *sides).pooled
             assert torch.equal(pooled[:, :128], text.encode(["a red circle", ""]).pooled)
             assert torch.equal(pooled[:, 128:], size_features(torch.tensor([told])).expand(2, -1))
-    assert pipe(["a red circle"], [0], height=8, width=32).shape == (1, 3, 8, 32)
+    told = size_features(torch.tensor([[8, 32, 0, 0, 8, 32]]))
+    given: list[torch.Tensor] = []
+    network.register_forward_pre_hook(lambda _, inputs: given.append(inputs[2].pooled[:, 128:]))
+    assert pipe(["a red circle"], [0], negative="a blue one", height=8, width=32).shape == (1, 3, 8, 32)
+    assert all(torch.equal(sizes, told.expand(2, -1)) for sizes in given)  # of the prompt and the negative one

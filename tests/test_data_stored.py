@@ -163,6 +163,14 @@ def test_captions_alone_give_the_condition_that_tokens_give(stores: dict[str, st
         assert told.captions is told.kept is told.sizes is None
 
 
+def test_validation_takes_the_captions_of_samples_in_turn(stores: dict[str, str]) -> None:
+    store = Store(stores["captions"])
+    rows = store.members(1)  # of two captions each
+    batch = ValidationSamples([store], 2, False, None)[Share(0, rows, rows, bucket=1)]
+    assert batch.captions == [store.captions(int(row))[row % 2] for row in rows]
+    assert set(rows % 2) == {0, 1}
+
+
 def test_the_posterior_is_drawn_from_anew_at_each_step_and_its_mean_validates(
     stores: dict[str, str], text: CLIPText, codec: VAE
 ) -> None:

@@ -80,7 +80,7 @@ def test_weighting_by_a_density_equals_drawing_from_it() -> None:
 def test_time_bins_average_by_t_and_reset() -> None:
     bins = TimeBins(4)
     assert all(map(math.isnan, bins.means()))
-    bins.add(torch.tensor([0.0, 0.1, 0.3]), torch.tensor([1.0, 3.0, 5.0]))
+    bins.add(torch.tensor([0.0, 0.24, 0.3]), torch.tensor([1.0, 3.0, 5.0]))
     bins.add(torch.tensor([1.0]), torch.tensor([7.0]))
     kept = bins.sums.clone()
     assert kept.tolist() == [[4.0, 5.0, 0.0, 7.0], [2.0, 1.0, 0.0, 1.0]]

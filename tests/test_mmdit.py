@@ -83,6 +83,9 @@ def test_starts_as_zero_with_every_block_the_identity(dual: tuple[int, ...]) -> 
         assert torch.equal(out[0], text)
         assert torch.equal(out[1], image)
         assert block.modulation.weight.abs().max() == 0
+    network.final.linear.reset_parameters()  # the first thing that learns
+    other = condition._replace(text=condition.text.flip(0), pooled=condition.pooled.flip(0))
+    assert torch.equal(network(z, t, condition), network(z, t / 2, other))
     assert 0.015 < network.time.fc1.weight.std() < 0.025
     bound = math.sqrt(6 / (48 + 3 * 48))
     assert bound * 0.9 < network.blocks[0].image.qkv.weight.abs().max() <= bound

@@ -78,6 +78,24 @@ def test_the_output_depends_on_a_learned_embedding() -> None:
     assert relative(mixed, picked) < 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "turns"), [("two_times", 10.0), ("guidance_embeds", 1.0), ("level_embeds", 1000.0)])
+def test_a_number_is_embedded_as_t_is_at_a_scale_of_its_own(name: str, turns: float) -> None:
+    """With the weights of t's embedding, a number and t may change places: both are added up."""
+    network = stirred(plain(**{name: True}))
+    network.get_submodule(EMBEDDINGS[name]).load_state_dict(network.time.state_dict())
+    z, t, condition = inputs()
+    number = torch.linspace(0.2, 0.8, 4)
+
+    def output(t: Tensor, number: Tensor) -> Tensor:
+        if name == "two_times":
+            return network(z, t, condition, t - number)
+        return network(z, t, condition._replace(**{EMBEDDINGS[name]: number}))
+
+    assert relative(output(t, number), output(turns / 1000 * number, 1000 / turns * t)) < 1e-3
+    assert relative(output(t, number), output(t, number + 0.1)) > 1e-3
+
+
 def test_a_network_refuses_missing_and_unexpected_inputs() -> None:
     z, t, condition = inputs()
     scaled = condition._replace(guidance=torch.full((4,), 4.0))

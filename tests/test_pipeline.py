@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from networks import stirred
 
 from baselines.unet import UNet
 from flow.density import Uniform
@@ -162,7 +163,10 @@ def test_every_process_comes_back_from_its_folder(pipe: Pipeline, tmp_path: Path
     ours = Pipeline(network, objective, pipe.codec, pipe.text, Sampling(steps=3, guidance=1.0, sampler=sampler))
     ours.save(tmp_path / "model")
     back = Pipeline.load(tmp_path / "model")
-    assert torch.equal(back(PROMPTS, [0, 1, 2]), ours(PROMPTS, [0, 1, 2]))
+    ends = []
+    pictures = ours(PROMPTS, [0, 1, 2], callback=lambda done, z, x0: ends.append(x0))
+    assert torch.equal(back(PROMPTS, [0, 1, 2]), pictures)
+    torch.testing.assert_close(pictures, ours.codec.decode(ends[-1]))  # whatever the path's scale at the data
     assert back.sampling == ours.sampling
     t = torch.linspace(0.1, 1, 7, dtype=torch.float64)
     assert torch.equal(torch.stack(back.objective.path(t)), torch.stack(objective.path(t)))
@@ -184,6 +188,20 @@ def test_channels_must_fit_a_learned_variance(pipe: Pipeline) -> None:
     objective = LearnedVariance(ImprovedCosine(), Epsilon())
     with pytest.raises(ValueError, match="out_channels is 1, but codec, text and objective need 2"):
         Pipeline(pipe.network, objective, pipe.codec, pipe.text)
+
+
+@torch.no_grad()
+def test_guidance_leaves_a_learned_variance_as_it_is(pipe: Pipeline) -> None:
+    sizes = {"in_channels": 1, "out_channels": 2, "depth": 1, "width": 16, "heads": 1, "text_dim": 64, "pooled_dim": 64}
+    network = stirred(MMDiT(**sizes, sample_size=8, pos_embed_max_size=8))
+    ours = Pipeline(network, LearnedVariance(ImprovedCosine(), Epsilon()), pipe.codec, pipe.text, Sampling(3, 1.0))
+    times = ours.plan(ours.sampling)[2]
+    plain, guided = (
+        ours.denoiser(PROMPTS, "", way(ours, guidance=scale), times)(torch.ones(3, 1, 8, 8), torch.full((3,), 0.5))
+        for scale in (1.0, 5.0)
+    )
+    torch.testing.assert_close(guided.variance, plain.variance)
+    assert not torch.allclose(guided.x0[:2], plain.x0[:2], atol=1e-3)  # the third prompt is empty
 
 
 def test_diffusers_reads_transformer_and_scheduler(pipe: Pipeline, model: Path) -> None:

@@ -224,6 +224,8 @@ def test_skip_layer_guidance_works_in_its_share_of_the_steps() -> None:
     times = sampling.walk(LINE, 3.0)[1]
     first, last = sampling.skip_times(times)
     assert [i for i, t in enumerate(times.float()) if first <= t <= last] == [1, 2, 3, 4, 5]
+    inner = Sampling(steps=16, skip_layers=(7,), skip_interval=(0.125, 0.5))  # not step 2, and not step 8
+    assert inner.skip_times(torch.linspace(1, 0, 17)) == (1 - 7 / 16, 1 - 3 / 16)
     assert Sampling(steps=28).skip_times(times) is None
     assert Sampling(steps=4, skip_layers=(1,)).skip_times(Sampling(steps=4).walk(LINE)[1]) is None
     with pytest.raises(ValueError, match="need classifier-free guidance"):

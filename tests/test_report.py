@@ -171,7 +171,7 @@ def test_markdown_table() -> None:
     rows = [
         row("a|b", distance=2.7182, samples=1000, duplicates=0, evaluations=8.0, clip_score=None),
         row("c", distance=1234.56, precision=1.0, accuracy=NAN, distance_ratio=1, kernel_distance=0.00012345, other=7),
-        row("d", distance=71.0, precision=0.5, duplicates=1234, kernel_distance=-158.2, evaluations=26.43),
+        row("d", distance=71.0, precision=0.5, duplicates=1234, kernel_distance=-1582.3, evaluations=26.43),
     ]
     columns = ["model", "samples", "evaluations", "accuracy", "precision", "distance", "distance_ratio"]
     assert table.table(rows, [*columns, "kernel_distance", "duplicates", "clip_score", "other"]) == (
@@ -179,7 +179,7 @@ def test_markdown_table() -> None:
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
         "| a\\|b | 1000 | 8 | 98.1% | – | 2.72 | 0.95 | – | 0 | – | – |\n"
         "| c | 1000 | 8 | – | 100.0% | 1235 | 1.00 | 0.000123 | – | – | 7 |\n"
-        "| d | 1000 | 26.43 | 98.1% | 50.0% | 71.0 | 0.95 | -158 | 1234 | – | – |\n"
+        "| d | 1000 | 26.43 | 98.1% | 50.0% | 71.0 | 0.95 | -1582 | 1234 | – | – |\n"
     )
 
 

@@ -44,6 +44,8 @@ def test_a_smaller_picture_has_the_means_of_squares() -> None:
     assert enlarged(small, 4, 4).shape == (1, 1, 4, 4)
     flat = torch.full((1, 1, 2, 2), 0.3)
     torch.testing.assert_close(enlarged(flat, 6, 6), torch.full((1, 1, 6, 6), 0.3))
+    few, many = (((torch.arange(n) + 0.5) / n).expand(1, 1, n, n) for n in (8, 24))  # a slope, at the pixels' centres
+    torch.testing.assert_close(enlarged(few, 24, 24)[..., 6:-6], many[..., 6:-6], rtol=0, atol=0.01)
 
 
 def test_noise_is_the_straight_line_from_picture_to_noise() -> None:

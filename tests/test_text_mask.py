@@ -83,11 +83,14 @@ def test_training_gives_each_caption_its_mask_and_a_dropped_one_that_of_the_empt
     assert TrainingDigits(text, Pixels(1, 0.3, 2.66), 0, 40, 0.5)[Share(0, ids, ids)].mask is None
 
 
-def test_a_dropped_encoder_s_mask_is_that_of_the_null_condition(text: CLIPText) -> None:
+@pytest.mark.parametrize("folder", ["digits", "shapes"])  # with one encoder and with two, which share rows
+def test_a_dropped_encoder_s_mask_is_that_of_the_null_condition(folder: str) -> None:
+    text = CLIPText(ROOT / f"assets/{folder}/text")
     ids = np.arange(3)
     batch = TrainingDigits(text, Pixels(1, 0.3, 2.66), 0, 3, 0.0, text_mask=True)[Share(0, ids, ids)]
     tokens, pooled = text.encode([""])
-    kept = torch.tensor([[True], [False], [True]])
+    kept = torch.ones(3, len(text.slots), dtype=torch.bool)
+    kept[1], kept[2, 1:] = False, False
     done = complete(batch._replace(kept=kept), text, Text(tokens[0], pooled[0]), text.mask([""])[0])
     assert done.mask is not None
     assert batch.mask is not None

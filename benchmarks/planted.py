@@ -1,0 +1,483 @@
+"""Plants faults in a copy of the project, one at a time, and tells which the tests of their own room see.
+
+    python benchmarks/planted.py                     # all; a fault with a known result is not planted again
+    python benchmarks/planted.py --count 20 --seed 1 # a random part of the list
+    python benchmarks/planted.py --only flow/path.py
+
+A fault is a plausible mistake: a wrong sign, index, constant, order, type or variable, or a missing detach. It is seen
+if one of its room's tests fails. The working tree is not changed. Results go to runs/planted.jsonl, a line for each
+fault; a result holds until the fault, its file or its tests change. The tests must pass without faults. Exit status 1
+means that a fault was not seen. Linux only; about 15 seconds a fault on one core.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+IMPORTED = (  # once, and not again for each fault
+    "diffusers.models", "lightning", "matplotlib.figure", "pytest", "sklearn.datasets", "timm.layers", "timm.optim",
+    "timm.scheduler", "torchdiffeq", "torchmetrics.image", "torchvision", "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5", "wandb",
+)  # fmt: skip
+LIMIT = 300  # seconds; a fault whose tests do not end is seen
+
+# (file, its tests without tests/test_ and .py) → pairs of a text that occurs once in the file and what replaces it
+FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
+    ("flow/path.py", "flow_path flow_chain"): [
+        ("return -math.pi / 2 * b, math.pi / 2 * a", "return -math.pi / 2 * a, math.pi / 2 * b"),
+        ("r = 2 * self._log_ratio(t)", "r = self._log_ratio(t)"),
+        ("return -a * b**2 * speed,", "return -a * b * speed,"),
+        (".clamp(max=0.999)", ".clamp(max=0.99)"),
+        ("(t * self.steps).ceil().clamp", "(t * self.steps).round().clamp"),
+        ("(root - root[-1]) * root[0] / (root[0] - root[-1])", "(root - root[-1]) / (root[0] - root[-1])"),
+    ],
+    ("flow/target.py", "flow_target"): [
+        ("(b**2 + (self.sigma_data * a) ** 2).sqrt()", "(b**2 + self.sigma_data * a**2).sqrt()"),
+        ("return -b, a", "return -a, b"),
+    ],
+    ("flow/density.py", "flow_density flow_shift"): [
+        ("torch.sin(math.pi * (low + high) / 2)", "torch.cos(math.pi * (low + high) / 2)"),
+        ("math.sqrt(2 * math.pi) * t * (1 - t))", "math.sqrt(2 * math.pi))"),
+        ("torch.randperm(count, generator=generator)", "torch.arange(count)"),
+    ],
+    ("flow/weight.py", "flow_weight"): [
+        (".clamp(max=1)", ".clamp(min=1)"),
+        ("(log_snr / 2 + self.mean)", "(log_snr / 2 - self.mean)"),
+    ],
+    ("flow/grid.py", "flow_grid"): [
+        ("rho: float = 7.0", "rho: float = 5.0"),
+        ("shift(torch.tensor(0.001), alpha).double()", "torch.tensor(0.001).double()"),
+    ],
+    ("flow/objective.py", "flow_objective flow_shift flow_penalty flow_teacher flow_chain"): [
+        ("(t.detach() * self.count).long()", "(t.detach() * self.count).round().long()"),
+        ("math.sqrt(area / self.shift_area)", "area / self.shift_area"),
+        ("self.path.training_time(shift(self.density(u), self.alpha(area))).float()",
+         "shift(self.density(u), self.alpha(area)).float()"),
+        ("with torch.no_grad():\n                y = field", "with torch.enable_grad():\n                y = field"),
+        ("            loss = self.penalty(loss, t)\n        if self.weight is not None:\n"
+         "            loss = self.weight(self.path, self.target, t) * loss\n",
+         "            w = 1 if self.weight is None else self.weight(self.path, self.target, t)\n"
+         "            return self.penalty(w * loss, t)\n        if self.weight is not None:\n"
+         "            loss = self.weight(self.path, self.target, t) * loss\n"),
+        ("self.sums.zero_()\n        return", "return"),
+    ],
+    ("flow/sampler.py", "flow_sampler_diffusers flow_sampler_papers flow_sampler_order"): [
+        ("step * (v + noise - x0) / 2", "step * (noise - x0)"),
+        ("h / (2 * last[1]) * (x0 - last[0])", "last[1] / (2 * h) * (x0 - last[0])"),
+        ("eta**2 * posterior(path, t, s).small", "eta * posterior(path, t, s).small"),
+        ('exact.small if variance == "small" else exact.large', 'exact.large if variance == "small" else exact.small'),
+        ("x - step / 2 * sigma * e", "x - step * sigma * e"),
+        ("churn / (len(grid) - 1)", "churn / len(grid)"),
+    ],
+    ("flow/guidance.py", "flow_guidance"): [
+        ("(std_cond / std)", "(std / std_cond)"),
+        ("(y_cond - self.weak.model(", "(guided - self.weak.model("),
+        ("noise=torch.where(mask > 0, estimate.noise, noise)", "noise=estimate.noise"),
+        ("plain, rest = guided[:, : self.channels], y_cond[:, : self.channels]",
+         "plain, rest = guided[:, : self.channels], guided[:, : self.channels]"),
+    ],
+    ("flow/meanflow.py", "flow_meanflow flow_meanflow_objective training_cost"): [
+        ("self.extra_passes = 2 * share", "self.extra_passes = share"),
+        ("u[2] < self.share", "u[2] > self.share"),
+        ("@torch.no_grad()\ndef average_velocity", "def average_velocity"),
+        ("torch.ones_like(point[1])", "-torch.ones_like(point[1])"),
+    ],
+    ("flow/stepmap.py", "flow_density_few_steps"): [
+        ("self.path.snap(shift(self.density(u), self.alpha(area))).float()",
+         "shift(self.density(u), self.alpha(area)).float()"),
+        ("return self.training_time(t, area)", "return self.path.training_time(t)"),
+    ],
+    ("flow/variance.py", "flow_variance"): [
+        ("v = (output + 1) / 2", "v = output"),
+        ("(x0 - estimate.detach())", "(x0 - estimate)"),
+        ("a_s * large / b_t**2)", "a_t * large / b_t**2)"),
+        ("self.vlb_weight * steps / math.log(2)", "self.vlb_weight / math.log(2)"),
+        ("posterior(self.path, second, second / 2).small, exact.small", "exact.large, exact.small"),
+    ],
+    ("flow/penalty.py", "flow_penalty"): [
+        ("self.c ** (2 * t)", "self.c**t"),
+    ],
+    ("flow/search.py", "flow_search"): [
+        ("(fine.tau[j] - fine.tau[i]) * v", "(fine.tau[i + 1] - fine.tau[i]) * v"),
+        ("for move in (-stride, stride):", "for move in (stride,):"),
+    ],
+    ("mmdit/layers.py", "mmdit"): [
+        ("F.layer_norm(x, x.shape[-1:], eps=1e-6)", "F.layer_norm(x, x.shape[-1:], eps=1e-3)"),
+        ("shift, scale = self.modulation(vector)", "scale, shift = self.modulation(vector)"),
+        ("self.dual.attend(modulate(image, dual.shift", "self.dual.attend(modulate(x, dual.shift"),
+        ("act_layer=GELUTanh)", "act_layer=nn.GELU)"),
+        ("return self.norm_q(q) if", "return self.norm_k(q) if"),
+    ],
+    ("mmdit/embed.py", "mmdit"): [
+        ("(side - height) // 2, (side - width) // 2", "(side - height + 1) // 2, (side - width + 1) // 2"),
+    ],
+    ("mmdit/model.py", "mmdit mmdit_numbers"): [
+        ("isinstance(module, JointBlock | FinalLayer):", "isinstance(module, JointBlock):"),
+        ("nn.init.zeros_(embedding.fc2.weight)", "nn.init.normal_(embedding.fc2.weight, std=0.02)"),
+        ("is None else t - end", "is None else end"),
+        ("(condition.guidance, TIME_FEATURES, 1.0)", "(condition.guidance, TIME_FEATURES)"),
+    ],
+    ("mmdit/lora.py", "mmdit_lora"): [
+        ("(math.sqrt(rank) if", "(rank if"),
+        ('up = up * layer.scaling["default"]', "up = up * 1.0"),
+        ("(weight[rows].float() + delta).to(weight.dtype)", "weight[rows] + delta.to(weight.dtype)"),
+        ("swap(up) if part.swapped else up", "up"),
+    ],
+    ("mmdit/checkpoint.py", "mmdit_checkpoint"): [
+        ('"heads": width // norm[0]', '"heads": width // 64'),
+        ("min(128, table * size)", "min(128, table)"),
+    ],
+    ("baselines/dit.py", "baselines_dit"): [
+        ("x = x + self.cross(x, text, mask)", "x = x + self.cross(image, text, mask)"),
+        ("nn.init.zeros_(module.proj.weight)", "nn.init.xavier_uniform_(module.proj.weight)"),
+    ],
+    ("baselines/unet.py", "baselines_unet"): [
+        ("nn.init.zeros_(self.net.conv_out.bias)", "nn.init.ones_(self.net.conv_out.bias)"),
+        ("encoder_attention_mask=condition.mask", "encoder_attention_mask=None"),
+    ],
+    ("data/order.py", "data_order"): [
+        ('["counter"][3] = sample', '["counter"][2] = sample'),
+        ("self.sizes * epoch // self.batch_size", "self.sizes // self.batch_size * epoch"),
+        ("self.shares.append(self.shares[-1]._replace(step=NOT_COUNTED))", "self.shares.append(self.shares[-1])"),
+        ("stream(seed, Use.ORDER, epoch, bucket)", "stream(seed, Use.ORDER, epoch)"),
+    ],
+    ("data/latents.py", "data_latents"): [
+        ("q.logvar + 2 * math.log(self.scale)", "q.logvar + math.log(self.scale)"),
+        ("(q.mean - self.shift) * self.scale", "q.mean * self.scale - self.shift"),
+    ],
+    ("data/store/samples.py", "data_stored data_stages data_sizes"): [
+        ("np.searchsorted(ends, u * ends[-1]", "np.searchsorted(ends, u"),
+        ("drawn[:, 2:] >= self.encoder_dropout", "drawn[:, 1:-1] >= self.encoder_dropout"),
+        ("mean + (logvar / 2).exp() * noise", "mean + logvar.exp() * noise"),
+        ("[store.sizes(rows), after]", "[after, store.sizes(rows)]"),
+        ("int(row) % len(store.weights(int(row)))", "0"),
+    ],
+    ("data/store/encoding.py", "encode encode_pictures data_latents"): [
+        ("mean + (logvar / 2).exp() * noise", "mean + logvar.exp() * noise"),
+        ("numbers = np.array([start + i for i, _ in batch])", "numbers = np.array([i for i, _ in batch])"),
+        (".to(torch.float32).div(255)", ".to(torch.float32).div(256)"),
+    ],
+    ("data/raw/buckets.py", "data_raw_buckets"): [
+        ("max(ratio, 1 / ratio)", "abs(ratio - 1)"),
+    ],
+    ("data/raw/pictures.py", "data_raw_pictures"): [
+        ("(levels.astype(np.uint32) + 128) // 257", "levels.astype(np.uint32) // 256"),
+        ("(round(image.width * scale) - width) // 2", "(image.width - width) // 2"),
+        ("image.size if _sideways(image) else (image.height, image.width)", "(image.height, image.width)"),
+    ],
+    ("data/text/tower.py", "data_text_clip data_text_sd3"): [
+        ("output.hidden_states[-2]", "output.hidden_states[-1]"),
+    ],
+    ("data/text/sd3.py", "data_text_sd3 data_text_sd3_slots"): [
+        ("rows=slice(LENGTH, None) if kind is T5", "rows=slice(LENGTH - 1, -1) if kind is T5"),
+        ("start = {CLIP_G: widths.get(CLIP_L, rest)}", "start = {CLIP_G: widths.get(CLIP_L, 0)}"),
+    ],
+    ("data/degrade.py", "superresolution"): [
+        ("(1 - level) * latents + level * noise", "latents + level * noise"),
+        ("align_corners=False", "align_corners=True"),
+    ],
+    ("data/batch.py", "data_stored text_mask"): [
+        ("mask[:, slot.rows] |= torch", "mask[:, slot.rows] = torch"),
+        ("part.copy_(torch.where(kept[:, None], part, vector[slot.pooled]))", "part.copy_(part)"),
+        ("batch.mask[:, slot.rows], null_mask[slot.rows])", "batch.mask[:, slot.rows], False)"),
+    ],
+    ("data/module.py", "data_module superresolution"): [
+        ("stream(self.seed, Use.LEVEL, share.step).random(self.batch_size)[share.positions]",
+         "stream(self.seed, Use.LEVEL, share.step).random(len(share.positions))"),
+        ("normal(self.seed, Use.DEGRADE,", "normal(self.seed, Use.NOISE,"),
+        ("rows[drawn[:, 1] < self.caption_dropout] = 0", "rows[drawn[:, 0] < self.caption_dropout] = 0"),
+    ],
+    ("engine/ema.py", "engine_averages"): [
+        ("(1 + step) / (10 + step)", "step / (10 + step)"),
+        ("(*copied.state_dict().items(), *copied.named_buffers())", "copied.state_dict().items()"),
+    ],
+    ("engine/posthoc.py", "engine_posthoc"): [
+        ("np.where(ta <= tb, gb, ga)", "np.where(ta <= tb, ga, gb)"),
+        ("(gram @ x - 2 * products)", "(gram @ x - products)"),
+        ("total.add_(opened[taken]", "total.add_(opened[last]"),
+    ],
+    ("engine/meter.py", "engine_meter"): [
+        ("time / trainer.world_size for time in times", "time for time in times"),
+        ("seconds / steps", "seconds / self.log_every"),
+        ("trainer.world_size * self.peak", "self.peak"),
+        ("self.since += perf_counter() - began", "pass"),
+    ],
+    ("engine/guard.py", "engine_guard"): [
+        ("torch.maximum(longest, row)", "row"),
+        ("row = bad * (row + 1)", "row = row + bad"),
+        ("MEMORY = 0.99", "MEMORY = 0.9"),
+        ("torch.where(fine > 0, self.usual.lerp(norm, share), self.usual)", "self.usual.lerp(norm, share)"),
+    ],
+    ("engine/strategy.py", "engine_memory engine_strategy"): [
+        (" and number % self.activation_checkpointing_every == 0", ""),
+        ("reduce_dtype=torch.float32", "reduce_dtype=dtype"),
+    ],
+    ("engine/resume.py", "engine_resume"): [
+        ("self.validated < step:", "self.validated <= step:"),
+        ('{"validated": self.validated}', '{"validated": trainer.global_step}'),
+    ],
+    ("engine/checkpoint.py", "engine_resume engine_strategy"): [
+        ("[first - stored.first : last - stored.first]", "[first:last]"),
+        ("if step < complete[KEPT - 1]:", "if step < complete[0]:"),
+    ],
+    ("engine/flops.py", "engine_meter"): [
+        ("sdpa_kernel(SDPBackend.MATH)", "torch.enable_grad()"),
+    ],
+    ("training/optimization.py", "training_optimization"): [
+        ("param_groups_weight_decay(network, self.weight_decay)",
+         '[{"params": [*network.parameters()], "weight_decay": self.weight_decay}]'),
+    ],
+    ("training/terms.py", "terms"): [
+        ("tokens[self.strong].detach()", "tokens[self.strong]"),
+        ("(1 - similarity.mean(1))", "(1 - similarity.abs().mean(1))"),
+    ],
+    ("training/teacher.py", "training_students"): [
+        ("low + (high - low) * u", "low + high * u"),
+        ("passes = 1 if self.teacher.range == (1, 1) else 2", "passes = 1"),
+        ("condition.pooled[:, -SIZE_FEATURES:]], 1)", "condition.pooled[:, -SIZE_FEATURES:] * 0], 1)"),
+    ],
+    ("training/generator.py", "training_generator"): [
+        ("self.loss_of(self.ema.main, batch,", "self.loss_of(self.network, batch,"),
+        ("stream(self.run.seed, Use.TIME, batch.step)", "stream(self.run.seed, Use.TIME)"),
+        ("[:, batch.positions]", "[:, : len(batch.positions)]"),
+        ("(i + 0.5) / VALIDATION_TIMES, device", "i / VALIDATION_TIMES, device"),
+        ("self.sums[-1] += counted * len(batch.x0)", "self.sums[-1] += len(batch.x0)"),
+        ('math.inf if numbers["best"] is None else numbers["best"]', "math.inf"),
+        ("if mean < self.best:", "if mean != self.best:"),
+        ("scheduler.step_update(self.global_step if step is None", "scheduler.step_update(0 if step is None"),
+    ],
+    ("training/generator.py", "training_optimization"): [
+        ("clip_grad_norm_(self.weights, self.optimization.clip)", "clip_grad_norm_(self.weights, math.inf)"),
+    ],
+    ("training/generator.py", "train"): [
+        ("self.ema.update(self.network, self.global_step + 1)", "self.ema.update(self.network, self.global_step)"),
+    ],
+    ("training/generator.py", "engine_resume"): [
+        ("means / self.strategy.accumulate_grad_batches", "means"),
+    ],
+    ("training/optimization.py", "train"): [
+        ("optimizer, steps - self.warmup, warmup_t", "optimizer, steps, warmup_t"),
+    ],
+    ("training/cost.py", "training_cost"): [
+        ("(3 if whole else 2)", "3"),
+        ("// self.network.unit**2", "// self.network.unit"),
+    ],
+    ("metrics/distance.py", "metrics_measure"): [
+        ("len(group) * (len(group) - 1)", "len(group) ** 2"),
+        ("columns[nearest]).norm(dim=1)", "columns[nearest]).square().sum(dim=1)"),
+        ("pooled[inverse.cpu()], labels", "pooled, labels[: len(pooled)]"),
+    ],
+    ("metrics/distribution.py", "metrics_distribution"): [
+        ("/ (len(x) * (len(x) - 1))", "/ len(x) ** 2"),
+        (" - torch.tensor(len(logits), dtype=logits.dtype).log()", ""),
+        ("return covered_share(features, reference, k), covered_share(reference, features, k)",
+         "return covered_share(reference, features, k), covered_share(features, reference, k)"),
+    ],
+    ("metrics/straightness.py", "metrics_straightness"): [
+        ("/ (tau[-1] - tau[0])", "/ (tau[0] - tau[-1])"),
+        ("step.abs() * norms", "norms"),
+    ],
+    ("metrics/clip_score.py", "metrics_clip"): [
+        ("cosine.clamp(min=0).mean()", "cosine.mean().clamp(min=0)"),
+    ],
+    ("metrics/features.py", "metrics_clip metrics_judge"): [
+        ("pictures.mul(255).round()", "pictures.mul(255)"),
+        ("maps[:, : self.channels]", "maps[:, -self.channels :]"),
+    ],
+    ("metrics/table.py", "report"): [
+        ('{"low": min, "high": max}', '{"low": max, "high": min}'),
+        ("abs(value) >= 999.5", "value >= 999.5"),
+        ("if len({shown(key, value) for value in group.values()}) > 1:", "if len(group) > 1:"),
+    ],
+    ("metrics/ranking.py", "study_document"): [
+        (" and any(a < b for a, b in zip(one, other, strict=True))", ""),
+    ],
+    ("pipeline/__init__.py", "data_sizes"): [
+        ("self.condition([negative], height, width)", "self.condition([negative])"),
+        ("torch.tensor([h, w, 0, 0, h, w])", "torch.tensor([w, h, 0, 0, w, h])"),
+    ],
+    ("pipeline/__init__.py", "pipeline"): [
+        ("self.codec.decode(z / self.scale_at(times[-1]))", "self.codec.decode(z)"),
+        ("return a if t == 0 else (a**2 + b**2).sqrt()", "return a if t == 0 else a + b"),
+        ("z = self.scale_at(times[0]) * noise", "z = noise"),
+        ("None if self.objective.outputs == 1 else self.codec.channels", "None"),
+    ],
+    ("pipeline/__init__.py", "fewstep_pipeline"): [
+        ("walk(denoise, first * z.to(self.device)", "walk(denoise, z.to(self.device)"),
+    ],
+    ("pipeline/sampling.py", "pipeline_sampling"): [
+        ("int(self.steps - self.steps * strength)", "round(self.steps - self.steps * strength)"),
+        ("if first < i < last]", "if first <= i <= last]"),
+        ("generator=draw) for draw in draws", "generator=draws[0]) for draw in draws"),
+    ],
+    ("pipeline/pairs.py", "pipeline_pairs"): [
+        (".bfloat16().float()", ""),
+        ("(start, ended) if inverted else (ended, start)", "(ended, start)"),
+        ("numbers >= self.how.num - self.how.inverted", "numbers < self.how.inverted"),
+    ],
+    ("pipeline/times.py", "flow_search"): [
+        ("self._recorded(range(half, num), bar)", "self._recorded(range(half), bar)"),
+    ],
+    ("studies/measure.py", "evaluate"): [
+        ("calls += len(inputs[0])", "calls += 1"),
+        ("(z / scale[done]).cpu()", "z.cpu()"),
+        ('"train" if reference == "held_out" else "held_out"', '"held_out" if reference == "held_out" else "train"'),
+    ],
+    ("studies/categories.py", "categories"): [
+        ("torch.where(right[:, None], torch.tensor(GREEN), torch.tensor(RED))",
+         "torch.where(right[:, None], torch.tensor(RED), torch.tensor(GREEN))"),
+    ],
+    ("studies/presentation.py", "study_document fewstep_document"): [
+        ("statistics.stdev(values)", "statistics.pstdev(values)"),
+    ],
+    ("studies/recipes.py", "compare"): [
+        ("min(rates, key=lambda rate: rates[rate])", "max(rates, key=lambda rate: rates[rate])"),
+        ("math.inf if found is None else found", "0.0 if found is None else found"),
+    ],
+}  # fmt: skip
+
+
+class Fault(NamedTuple):
+    """A mistake in a file of the project, and the tests that should see it."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def key(self) -> str:
+        """A hash of everything that its result depends on, except the rest of the project."""
+        parts = [json.dumps(self), *((ROOT / name).read_text() for name in (self.file, *self.tests))]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def faults() -> list[Fault]:
+    """All faults."""
+    return [
+        Fault(file, old, new, tuple(f"tests/test_{name}.py" for name in tests.split()))
+        for (file, tests), pairs in FAULTS.items()
+        for old, new in pairs
+    ]
+
+
+def copied(target: Path) -> None:
+    """Copies the project's files, without what git ignores."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True)
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target / name)
+
+
+def write(file: Path, text: str) -> None:
+    """Writes a file and makes it a second younger, or Python would take one of equal size for the one before."""
+    after = file.stat().st_mtime + 1
+    file.write_text(text)
+    os.utime(file, (after, after))
+
+
+def first_failure(tree: Path, tests: Sequence[str], log: Path) -> str | None:
+    """Runs tests in a process of their own until one fails. The name of that test; None if all pass.
+
+    The process is a fork of this one, which has imported the large libraries already.
+    """
+    report = log.with_suffix(".failed")
+    report.unlink(missing_ok=True)
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)
+        _run(tree, tests, log, report)
+    until, status = time.monotonic() + LIMIT, None
+    while status is None and time.monotonic() < until:
+        ended, code = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if ended else None
+        time.sleep(0.05)
+    if status is None:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return f"no end within {LIMIT} s"
+    if status == 0:
+        return None
+    return report.read_text() if report.exists() else f"status {status}"
+
+
+def _run(tree: Path, tests: Sequence[str], log: Path, report: Path) -> None:
+    import pytest
+
+    class Reporter:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.failed and not failed:
+                failed.append(report.nodeid)
+
+    failed: list[str] = []
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(stream, number)
+    os.chdir(tree)
+    sys.path[0] = str(tree)  # in place of the folder of this script
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *tests], plugins=[Reporter()])
+    sys.stdout.flush()
+    if failed:
+        report.write_text(failed[0])
+    os._exit(int(status))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--count", type=int, help="number of faults, drawn at random; all by default")
+    p.add_argument("--seed", type=int, default=0, help="of the draw")
+    p.add_argument("--only", nargs="*", help="files whose faults are planted")
+    p.add_argument("--out", type=Path, default=ROOT / "runs/planted.jsonl", help="file of the results")
+    args = p.parse_args()
+    chosen = [fault for fault in faults() if not args.only or fault.file in args.only]
+    chosen = random.Random(args.seed).sample(chosen, min(len(chosen), args.count or len(chosen)))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = args.out.read_text().splitlines() if args.out.exists() else []
+    known = {line["key"]: line["seen"] for line in map(json.loads, lines)}
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    os.environ.pop("PYTHONPATH", None)
+    for name in IMPORTED:
+        importlib.import_module(name)
+
+    with tempfile.TemporaryDirectory() as place:
+        tree, log = Path(place) / "tree", Path(place) / "log"
+        copied(tree)
+        sound: dict[tuple[str, ...], bool] = {}
+        for i, fault in enumerate(chosen, start=1):
+            key = fault.key()
+            if key not in known:
+                if fault.tests not in sound and (failed := first_failure(tree, fault.tests, log)):
+                    sys.exit(f"error: {failed} fails without a fault: mend it first\n{log.read_text()[-2000:]}")
+                sound[fault.tests] = True
+                file = tree / fault.file
+                text = file.read_text()
+                if text.count(fault.old) != 1:
+                    sys.exit(f"error: {fault.file} holds {fault.old!r} {text.count(fault.old)} times: mend the list")
+                write(file, text.replace(fault.old, fault.new))
+                known[key] = first_failure(tree, fault.tests, log)
+                write(file, text)
+                with args.out.open("a") as out:
+                    print(json.dumps({"key": key, "seen": known[key], **fault._asdict()}), file=out)
+            shown = f"seen by {known[key]}" if known[key] else "NOT SEEN"
+            print(f"{i}/{len(chosen)} {fault.file}: {fault.old.strip()!r} → {fault.new.strip()!r}: {shown}", flush=True)
+    unseen = [fault for fault in chosen if not known[fault.key()]]
+    print(f"{len(chosen)} faults planted, {len(chosen) - len(unseen)} seen, {len(unseen)} not seen")
+    sys.exit(bool(unseen))
+
+
+if __name__ == "__main__":
+    main()
