@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data.store.reader import Store
+from storage.text import read_text, split_lines
 
 WEIGHT = re.compile(r":\s*\d*\.\d+\s*\)")  # as in (word:1.3)
 LONGEST, MOST_BYTES = 60, 200  # a file name has at most 255 bytes; seed, number and suffix need up to 48
@@ -18,12 +19,9 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
         FileNotFoundError: the file does not exist.
         ValueError: there is no prompt, or the file is not UTF-8 text.
     """
-    if file and not file.is_file():
+    if file and (file.is_dir() or not file.exists()):
         raise FileNotFoundError(f"there is no prompt file {file}: give another --prompts, or --prompt TEXT")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file else []
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is no text in UTF-8: give a text file with one prompt a line") from None
+    lines = split_lines(read_text(file)) if file else []
     prompts = [*given, *(line.strip() for line in lines if line.strip())]
     if not prompts:
         raise ValueError("there are no prompts: give --prompt TEXT or --prompts FILE with at least one line")

@@ -1,12 +1,15 @@
 """Text, JSON and YAML from files, read with a limit: what a file holds never costs more memory than its kind needs."""
 
 import json
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 TEXT_LIMIT = 2**28  # bytes of a text file or a JSON file
+LINE_LIMIT = 2**24  # bytes of a line of a table
 YAML_LIMIT = 2**20  # bytes of a YAML file
 NODES = 100_000  # values of a YAML file, with each alias counted as often as it is used
 
@@ -30,12 +33,44 @@ def read_text(file: Path, limit: int = TEXT_LIMIT) -> str:
         raise FileNotFoundError(f"there is no {file}") from None
     if len(content) > limit:
         raise ValueError(f"{file} has more than {limit:,} bytes, too many for a file of this kind")
+    return decode(content, file)
+
+
+def decode(content: bytes, source: object, first: int = 1) -> str:
+    """UTF-8 as text, without a byte-order mark. ValueError, naming source and line, if it is no UTF-8.
+
+    Args:
+        content: the bytes.
+        source: where they are from.
+        first: the number of their first line there.
+    """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + first
         byte = f"0x{content[error.start]:02x}"
-        raise ValueError(f"{file} is no text in UTF-8: line {line} holds the byte {byte}; save it as UTF-8") from None
+        raise ValueError(f"{source} is no text in UTF-8: line {line} holds the byte {byte}; save it as UTF-8") from None
+
+
+def read_lines(file: Path, limit: int = LINE_LIMIT) -> Iterator[str]:
+    """The lines of a UTF-8 file of any size, each with its end, as `split_lines` finds them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no UTF-8, or has more bytes than the limit; names the line.
+        OSError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            for number in count(1):
+                line = opened.readline(limit + 1)
+                if len(line) > limit:
+                    raise ValueError(f"{file}: line {number} has more than {limit:,} bytes, too many for a line")
+                if not line:
+                    return
+                yield decode(line, file, number)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {file}") from None
 
 
 def split_lines(text: str) -> list[str]:

@@ -1,47 +1,29 @@
-"""File names of prompts."""
+"""Prompts from files: one a line, whatever else the line holds."""
+
+import os
+import threading
+from pathlib import Path
 
 import pytest
 
-from data.prompts import file_stem, weighted
-
-SEED = 2**62 - 1
-TAIL = f"_{SEED}-{10**18}.png"
+from data.prompts import read_prompts
 
 
-@pytest.mark.parametrize(
-    ("prompt", "stem"),
-    [
-        ("A seven!", "a-seven"),
-        ("", "unconditional"),
-        ("🚀", "rocket"),
-        ("🌙 🚀", "crescent-moon-space-rocket"),
-        ("?!", "question-mark-exclamation-mark"),
-        ("\x01", "sign"),
-        ("a cat 🚀", "a-cat"),
-        ("Ein Überblick", "ein-überblick"),
-        ("../../etc/passwd", "etc-passwd"),
-        ("x" * 100, "x" * 60),
-        ("é" * 100, "é" * 60),
-        ("三" * 100, "三" * 60),
-        ("𝒳" * 60, "𝒳" * 50),
-        ("a" + "𝒳" * 60, "a" + "𝒳" * 49),
-    ],
-)
-def test_a_name_is_readable_and_cut_between_characters(prompt: str, stem: str) -> None:
-    assert file_stem(prompt) == stem
-    assert len((file_stem(prompt) + TAIL).encode()) <= 255
+def test_only_lf_and_crlf_end_a_prompt_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    told = "one\u2028still\x85one\x0band\x0cone"
+    (tmp_path / "a.txt").write_bytes(f"\ufeff{told}\r\n\n  two \n".encode())
+    assert read_prompts(["zero"], tmp_path / "a.txt") == ["zero", told, "two"]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "found"),
-    [
-        ("a (red:1.3) cat", True),
-        ("((a red) cat:0.5)", True),
-        ("a cat (dark : .8 )", True),
-        ("a cat (red)", False),
-        ("16:9 at (10:30)", False),
-    ],
-)
-def test_weights_of_other_programs_are_seen(prompt: str, found: bool) -> None:
-    assert weighted(["", prompt, "(other:1.1)"]) == (prompt if found else "(other:1.1)")
-    assert weighted([""]) is None
+def test_prompts_come_through_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("one\ntwo\n",))
+    writer.start()
+    assert read_prompts([], tmp_path / "pipe") == ["one", "two"]
+    writer.join()
+
+
+def test_a_folder_and_a_missing_file_are_no_prompts(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="there is no prompt file"):
+            read_prompts([], place)

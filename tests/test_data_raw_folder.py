@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from captioned import dot, everything, folder_of_pictures, reasons, with_csv, with_jsonl, with_texts, write_rows
 
-from data.raw.pictures import open_picture
+from data.raw.pictures import PictureError, open_picture
 from data.raw.sources import Pictures
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -100,3 +100,94 @@ def test_captions_that_no_file_can_hold_or_that_are_no_text_are_faults(tmp_path:
     assert reasons(Pictures(str(tmp_path))) == {"a.png": "unreadable caption", "b.png": "no caption", "c.png": ""}
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "\\ud800"}')
     assert reasons(Pictures(str(tmp_path), {"text": 1}))["a.png"] == "unreadable caption"
+
+
+def test_pictures_that_cannot_be_read_and_captions_without_a_picture_are_counted(tmp_path: Path) -> None:
+    names = ["a.png", "b.HEIC", "c.jxl", "d.dng", "e.psd", "f.svg", "g.heif"]
+    for name in names:
+        (tmp_path / name).write_bytes(dot(1) if name == "a.png" else b"foreign")
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    (tmp_path / "alone.txt").write_text("a caption of nothing")
+    read = everything(Pictures(str(tmp_path)))
+    assert [entry.id for entry in read] == [*names, "alone.txt"]
+    assert (read[-1].reason, [r.captions for r in read[:-1]]) == ("no picture", [(name,) for name in names])
+    for entry in read[1:-1]:
+        with pytest.raises(PictureError, match="it is of none of the formats") as told:
+            open_picture(entry.picture, 3)
+        assert told.value.reason == "unreadable"
+    (tmp_path / "a.png").unlink()
+    assert len(everything(Pictures(str(tmp_path)))) == len(names) + 1  # none is readable, and all are counted
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.HEIC", "text": "x"}')
+    assert "alone.txt" not in reasons(Pictures(str(tmp_path), {"text": 1}))  # here it is no caption
+
+
+SEPARATORS = "one\u2028still\x85one\x0band\x0cone"
+
+
+def test_captions_keep_what_ends_no_line_and_lose_a_byte_order_mark(tmp_path: Path) -> None:
+    names = ("a.png", "b.png", "c.png")
+    for name in names:
+        (tmp_path / name).write_bytes(dot(1))
+    (tmp_path / "a.txt").write_text(f"\ufeff{SEPARATORS}\n", encoding="utf-8")
+    row = json.dumps({"file_name": "b.png", "txt": SEPARATORS}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(f"\ufeff{row}\r\n", encoding="utf-8")
+    (tmp_path / "metadata.csv").write_text(f"\ufefffile_name,txt\nc.png,{SEPARATORS}\n", encoding="utf-8")
+    assert [r.captions for r in everything(Pictures(str(tmp_path)))] == [(SEPARATORS,)] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "faults"),
+    [
+        ("metadata.jsonl", '\n{"file_name": "a.png", "text": "x"}\n\n\n[1]\n"x"\n{torn\n', (5, 6, 7)),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n' + '{"a":' * 9999, (2,)),
+        ("metadata.csv", 'file_name,text\na.png,"of\ntwo\nlines"\n\na.png,x,y\n,x\n', (6, 7)),
+    ],
+)
+def test_faults_of_rows_have_the_numbers_of_their_lines(
+    tmp_path: Path, name: str, content: str, faults: tuple[int, ...]
+) -> None:
+    (tmp_path / "a.png").write_bytes(dot(1))
+    (tmp_path / name).write_text(content)
+    found = {id: reason for id, reason in reasons(Pictures(str(tmp_path))).items() if id != "a.png"}
+    assert [id for id, reason in found.items() if reason == "unreadable row"] == [f"{name}:{n}" for n in faults]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"a.caption": b"x", "b.caption": b"x", "a.json": b"{}"}, r"2 \.caption files, 1 \.json file$"),
+        ({"metadata.jsonl": b'{"name": "a.png", "text": "x"}'}, "metadata.jsonl:1: it has no file_name$"),
+    ],
+)
+def test_what_was_seen_is_named_when_there_is_no_caption(tmp_path: Path, files: dict[str, bytes], told: str) -> None:
+    for name, content in {"a.png": dot(1), **files}.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"has no caption column .*; there are: none; .*{told}"):
+        Pictures(str(tmp_path))
+
+
+def test_files_that_are_too_large_are_no_captions(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.png").write_bytes(dot(1))
+    for name, size in (("a", 2**40), ("b", 2**20 + 1)):
+        with (tmp_path / f"{name}.txt").open("wb") as file:
+            file.truncate(size)  # without taking room
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "c.png", "txt": "x" * (2**20 + 1)}))
+    names = ("a.png", "b.png", "c.png")
+    source = Pictures(str(tmp_path))
+    source.describe()
+    assert reasons(source) == dict.fromkeys(names, "unreadable caption")
+    with (tmp_path / "b.png").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(PictureError, match="1,099,511,627,776 bytes, more than") as end:
+        open_picture(tmp_path / "b.png", 3)
+    assert end.value.reason == "too large"
+
+
+def test_a_table_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.raw.folder.LARGEST_TABLE", 1000)
+    with_parquet(tmp_path)
+    Pictures(str(tmp_path))
+    pq.write_table(pa.table({"file_name": ["a.jpg"], "text": ["x" * 2000]}), tmp_path / "metadata.parquet")
+    with pytest.raises(ValueError, match="metadata.parquet holds more than 1,000 bytes"):
+        Pictures(str(tmp_path))

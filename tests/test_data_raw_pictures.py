@@ -4,6 +4,8 @@ import io
 import pickle
 import runpy
 import struct
+import sys
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -181,3 +183,44 @@ def test_both_axes_are_scaled_by_one_factor(size: tuple[int, int], wanted: tuple
         places = (np.indices(wanted)[axis] + 0.5 + corner[axis]) / scale
         inside = (slice(6, -6), slice(6, -6))  # what the filter meets at the picture's border is no ramp
         assert np.abs(np.asarray(picture) - places)[inside].max() < 0.05 / scale
+
+
+def plugin(name: str) -> str:
+    """A plugin of Pillow's for a format that is PNG behind the first four bytes."""
+    return f"""
+from PIL import Image, PngImagePlugin
+
+class Format(PngImagePlugin.PngImageFile):
+    format = "{name}"
+
+    def _open(self):
+        self.fp.seek(4)
+        super()._open()
+
+def register_heif_opener():
+    Image.register_open("{name}", Format, lambda prefix: prefix.startswith(b"{name}"))
+"""
+
+
+def test_formats_of_plugins_that_are_installed_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = coded(Image.new("RGB", (4, 6), "red"))
+    assert {outcome(mark + content) for mark in (b"HEIF", b"JXL ")} == {"unreadable"}
+    (tmp_path / "pillow_heif.py").write_text(plugin("HEIF"))
+    (tmp_path / "pillow_jxl.py").write_text(plugin("JXL") + "register_heif_opener()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Image, "ID", [*Image.ID])
+    monkeypatch.setattr(Image, "OPEN", {**Image.OPEN})
+    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    fresh = runpy.run_path(str(Path(__file__).parents[1] / "data/raw/pictures.py"))
+    for mark in (b"HEIF", b"JXL "):
+        assert fresh["open_picture"](mark + content, 3).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_text_in_a_png_never_fills_the_memory() -> None:
+    packed = zlib.compress(bytes(2**24))
+    bomb = png(1, 1, 8, 0, b"\0\0", *[chunk(b"zTXt", b"a\0\0" + packed)] * 3)
+    tracemalloc.start()
+    assert outcome(bomb) == "unreadable"
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**23

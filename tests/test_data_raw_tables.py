@@ -115,3 +115,27 @@ def test_a_hub_s_data_are_described_by_their_name_and_split(tmp_path: Path, monk
     for split in ("train", "test"):
         described = Pictures("user/set", split=split, streaming=True).describe()
         assert (described["kind"], described["path"], described["split"]) == ("hub", "user/set", split)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("empty", ["image", "text"])
+def test_a_column_may_be_empty_in_the_first_file(tmp_path: Path, streaming: bool, empty: str) -> None:
+    write_rows(tmp_path / "b.parquet", 0, 2)
+    table = pq.read_table(tmp_path / "b.parquet")
+    place = table.column_names.index(empty)
+    pq.write_table(table.set_column(place, empty, pa.nulls(2)), tmp_path / "a.parquet")
+    read = everything(Pictures(str(tmp_path), streaming=streaming))
+    missing = "no picture" if empty == "image" else "no caption"
+    assert [getattr(entry, "reason", "") for entry in read] == [missing, missing, "", ""]
+    assert [r.picture for r in read[2:]] == [dot(0), dot(1)]
+
+
+def test_cells_that_are_too_large_are_left_out_and_rows_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "a.parquet", 0, 2, caption=["x" * (2**20 + 1), "y"])
+    found = everything(Pictures(str(tmp_path), {"caption": 1}))
+    assert [getattr(entry, "reason", "") for entry in found] == ["unreadable caption", ""]
+    monkeypatch.setattr("data.raw.tables.LARGEST_FILE", 2**7)
+    with pytest.raises(ValueError, match=r"a.parquet holds 2 rows of [\d,]+ bytes, more than 128 a row"):
+        Pictures(str(tmp_path))

@@ -1,9 +1,15 @@
 """Tars of captioned pictures: what comes out of them, and what a damaged one gives."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 import pickle
 import tarfile
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +151,73 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
     pickle.loads(trap)
     assert (tmp_path / "sprung").exists()  # so the trap is one
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes | int) -> None:
+    """Adds a file, or a sparse one of this size of which all but 512 bytes are a hole."""
+    info = tarfile.TarInfo(name)
+    if isinstance(content, int):
+        kind = {"major": "1", "minor": "0", "name": name, "realsize": str(content)}
+        info.pax_headers = {f"GNU.sparse.{key}": value for key, value in kind.items()}
+        content = b"1\n0\n512\n".ljust(512, b"\0") + b"x" * 512
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("size", [2**40, 2**31])
+def test_members_that_are_too_large_are_left_out_unread(tmp_path: Path, size: int) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in (
+            ("a.png", size), ("a.txt", b"a"), ("b.png", dot(1)), ("b.txt", size), ("c.png", dot(2)),
+            ("c.json", size), ("d.png", dot(3)), ("d.json", b'{"text": "d"}'), ("e.png", dot(4)), ("e.txt", 2**20 + 1),
+        ):  # fmt: skip
+            add_member(tar, name, content)
+    assert (tmp_path / "x.tar").stat().st_size < 30_000
+    tracemalloc.start()
+    read = reasons(Pictures(str(tmp_path), {"txt": 1, "json.text": 1}))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    lost = dict.fromkeys(("x/b", "x/c", "x/e"), "unreadable caption")
+    assert read == {"x/a": "too large", "x/d": "", **lost}
+    assert most < 2**25
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.REGTYPE])
+@pytest.mark.parametrize("size", [2**40, -1024])
+def test_a_header_with_an_absurd_size_is_one_fault(tmp_path: Path, kind: bytes, size: int) -> None:
+    bad = tarfile.TarInfo("b.png")
+    bad.type, bad.size = kind, size
+    whole = write_tar(tmp_path / "x.tar", [("a.png", dot(1)), ("a.txt", b"a")]).read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[:2048] + bad.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+    read = everything(Pictures(str(tmp_path)))
+    assert [entry.id for entry in read] == ["x/a", "x"]
+    assert read[1].reason in ("damaged shard", "truncated shard")
+
+
+def test_captions_of_a_tar_keep_what_ends_no_line_and_lose_a_byte_order_mark(tmp_path: Path) -> None:
+    told = "one\u2028still\x85one\x0band\x0cone"
+    marked = b"\xef\xbb\xbf" + json.dumps({"text": told}).encode()
+    write_tar(tmp_path / "x.tar", [("a.png", dot(1)), ("a.txt", f"\ufeff{told}".encode()), ("a.json", marked)])
+    (read,) = everything(Pictures(str(tmp_path), {"txt": 1, "json.text": 1}))
+    assert read.captions == (told, told)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_is_named(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    whole = write_tar(tmp_path / "a.tar", [("a.png", dot(1)), ("a.txt", b"a")]).read_bytes()
+    (tmp_path / "a.tar").write_bytes(pack(whole))
+    with pytest.raises(ValueError, match=r"there are: none; a.tar is compressed by \w+: unpack it first$"):
+        Pictures(str(tmp_path))
+    (tmp_path / "b.tar").write_bytes(whole)
+    assert reasons(Pictures(str(tmp_path))) == {"a": "damaged shard", "b/a": ""}
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).rename(tmp_path / f"{name}.gz")
+    for path in (tmp_path, tmp_path / "a.tar.gz"):
+        with pytest.raises(ValueError, match="unpack compressed tars to .tar files first"):
+            Pictures(str(path))
+
+
+def test_a_picture_of_a_foreign_format_is_taken_if_there_is_no_other(tmp_path: Path) -> None:
+    members = [("a.heic", b"foreign"), ("a.txt", b"a"), ("b.psd", b"foreign"), ("b.png", dot(1)), ("b.txt", b"b")]
+    write_tar(tmp_path / "x.tar", members)
+    assert [entry.picture for entry in everything(Pictures(str(tmp_path)))] == [b"foreign", dot(1)]

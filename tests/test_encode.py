@@ -146,6 +146,7 @@ def test_a_store_of_another_config_is_refused_and_left_alone(config: Path, capsy
     ("flags", "told"),
     [
         (["--encode.step", "48"], "side must be a multiple of step"),
+        (["--encode.side", "1000000000"], "side must be at most 8192"),
         (["--encode.batch_size", "0"], "batch_size and threads must be at least 1"),
         (["--encode.duplicates", "9"], "duplicates must be from 0 to 8 bits"),
         (["--encode.latents", "posterior"], "Pixels has no posterior to draw latents from"),

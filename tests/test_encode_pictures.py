@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import tarfile
+import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -143,3 +144,20 @@ def test_bad_inputs_of_tars_are_counted_too(config: Path, capsys: pytest.Capture
     assert (dropped["truncated shard"], dropped["damaged shard"]) == (1, 1)
     assert set(store.ids().to_pylist()) == {"0/a", "1/f", "2/h"}
     assert "left out: truncated shard" in capsys.readouterr().out
+
+
+def test_ignored_profiles_and_cut_captions_are_counted_once_each(config: Path) -> None:
+    folder = config.parent / "pictures"
+    folder.mkdir()
+    for i in range(5):
+        (folder / f"{i}.png").write_bytes(coded(painted(64, 64, i), icc_profile=b"no profile" if i < 2 else None))
+        (folder / f"{i}.txt").write_text(f"{i} " * (40 if i < 3 else 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        flags = ("--encode.source", "Pictures", "--encode.source.path", str(folder), "--encode.batch_size", "2")
+        run(config, *flags)
+    told = [str(warning.message) for warning in caught]
+    assert [line for line in told if "captions" in line or "profile" in line] == [
+        "3 captions were too long for a text encoder: their tails were cut",
+        "2 pictures have a colour profile that is broken or of another kind of picture: it was ignored",
+    ]

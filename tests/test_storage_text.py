@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.text import parse_yaml, read_json, read_text, read_yaml, split_lines
+from storage.text import parse_yaml, read_json, read_lines, read_text, read_yaml, split_lines
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
@@ -29,6 +29,17 @@ def test_a_file_that_is_no_text_or_too_large_is_refused(tmp_path: Path, content:
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(ValueError, match=told):
         read_text(tmp_path / "a", limit=100)
+
+
+def test_lines_are_read_one_by_one_and_a_bad_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("\ufeffone\u2028still\x85\x0bone\r\n\ntwo".encode())
+    assert [*read_lines(tmp_path / "a.csv")] == ["one\u2028still\x85\x0bone\r\n", "\n", "two"]
+    for bad, told in ((b"\xff", "no text in UTF-8: line 3 holds the byte 0xff"), (b"x" * 101, "line 3 has more than")):
+        (tmp_path / "a.csv").write_bytes(b"one\n\n" + bad)
+        lines = read_lines(tmp_path / "a.csv", limit=100)
+        assert [next(lines), next(lines)] == ["one\n", "\n"]
+        with pytest.raises(ValueError, match=told):
+            next(lines)
 
 
 def test_an_endless_file_is_refused() -> None:

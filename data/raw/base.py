@@ -10,11 +10,17 @@ from typing import Any, NamedTuple, TypeAlias
 from PIL import Image
 
 UNIT = 1024  # inputs in a shard of a source with numbered rows
+LARGEST_FILE = 2**30  # bytes of a picture
+LARGEST_CAPTION = 2**20  # bytes of a caption
 NAMES = ("text", "caption", "captions", "prompt", "txt")  # of caption columns, the most likely first
 LIKELY = NAMES + tuple(f"json.{name}" for name in NAMES)
 EXTENSIONS = frozenset([
     "avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg",
     "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp",
+])  # fmt: skip
+FOREIGN = frozenset([  # pictures that Pillow reads with a plugin, or that are counted as unreadable
+    "apng", "arw", "cr2", "cr3", "dds", "dng", "eps", "exr", "hdr", "heic", "heif", "hif", "ico", "jxl", "jxr",
+    "nef", "orf", "pcx", "psb", "psd", "qoi", "raf", "rw2", "svg", "svgz", "tga", "xcf",
 ])  # fmt: skip
 
 
@@ -30,8 +36,8 @@ class Raw(NamedTuple):
 class Fault(NamedTuple):
     """An input, or the rest of a shard, that could not be read.
 
-    The reasons are "no picture", "several pictures", "no caption", "unreadable caption", "unreadable row" of metadata,
-    "truncated shard" and "damaged shard".
+    The reasons are "no picture", "several pictures", "too large", "no caption", "unreadable caption", "unreadable row"
+    of metadata, "truncated shard" and "damaged shard".
     """
 
     id: str
@@ -138,13 +144,20 @@ class Place(NamedTuple):
         return [(name, file.stat().st_size if file.exists() else -1) for name, file in files]
 
 
-def choose_captions(captions: dict[str, float] | None, columns: Collection[str], where: str) -> dict[str, float]:
-    """The caption columns → weights: those given, or else the most likely one; ValueError if a column is missing."""
+def choose_captions(
+    captions: dict[str, float] | None, columns: Collection[str], where: str, seen: Collection[str] = ()
+) -> dict[str, float]:
+    """The caption columns → weights: those given, or else the most likely one.
+
+    Raises:
+        ValueError: a column is missing. Names the columns, and what else was seen that may be meant.
+    """
     if captions is None:
         captions = dict.fromkeys(islice((name for name in LIKELY if name in columns), 1), 1.0)
     if not captions or not captions.keys() <= set(columns):
         absent = ", ".join(captions.keys() - set(columns)) or f"named one of {', '.join(NAMES)}"
-        raise ValueError(f"{where} has no caption column {absent}; there are: {', '.join(sorted(columns)) or 'none'}")
+        there = "; ".join([", ".join(sorted(columns)) or "none", *seen])
+        raise ValueError(f"{where} has no caption column {absent}; there are: {there}")
     return captions
 
 
@@ -159,6 +172,8 @@ def to_input(name: str, picture: bytes | Path | None, row: Mapping[str, Any], ca
         values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
         if not all(isinstance(v, str) for v in values):
             return Fault(name, "unreadable caption", f"{column} is no text: {str(value)[:40]!r}")
+        if any(len(v) > LARGEST_CAPTION for v in values):
+            return Fault(name, "unreadable caption", f"{column} has more than {LARGEST_CAPTION:,} characters")
         own = [v.strip() for v in values if v.strip()]
         texts += own
         weights += [weight / len(own) for _ in own]

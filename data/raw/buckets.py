@@ -1,7 +1,10 @@
 """The sizes to which pictures of different aspect ratios are cropped."""
 
 from fractions import Fraction
+from math import isqrt
 from typing import final
+
+LARGEST_SIDE, MOST_STEPS = 2**13, 2**10  # of the square, in pixels and in steps
 
 
 @final
@@ -14,7 +17,8 @@ class Buckets:
     a bucket is a bucket, and the square is always one.
 
     Args:
-        side: of the square, in pixels; a multiple of `step`. With side = step the square is the only bucket.
+        side: of the square, in pixels, at most 8,192; a multiple of `step`, at most 1,024 times as large. With side =
+            step the square is the only bucket.
         step: heights and widths are multiples of it, in pixels: a multiple of codec factor × patch size.
         max_aspect: largest ratio of the longer to the shorter side, at least 1.
 
@@ -28,14 +32,18 @@ class Buckets:
     def __init__(self, side: int, step: int = 64, max_aspect: float = 2.0) -> None:
         if step < 1 or side < step or side % step:
             raise ValueError(f"side must be a multiple of step, and both above 0, got side {side} and step {step}")
+        if side > min(LARGEST_SIDE, MOST_STEPS * step):
+            raise ValueError(f"side must be at most {LARGEST_SIDE} and {MOST_STEPS} × step, got {side} and step {step}")
         if not 1 <= max_aspect < float("inf"):
             raise ValueError(f"max_aspect must be at least 1, and finite, got {max_aspect}")
         self.side, self.step, self.max_aspect = side, step, max_aspect
         sizes: list[tuple[int, int]] = []
         widest = 0
-        for height in range(side**2 // step // step * step, 0, -step):
-            fits = min(side**2 // height, int(height * Fraction(max_aspect))) // step * step
-            if fits > widest and height <= fits * Fraction(max_aspect):
+        ratio, unit = max_aspect.as_integer_ratio()
+        tallest = min(side**2 // step, isqrt(side**2 * ratio // unit))
+        for height in range(tallest // step * step, 0, -step):
+            fits = min(side**2 // height, height * ratio // unit) // step * step
+            if fits > widest and height * unit <= fits * ratio:
                 sizes.append((height, fits))
                 widest = fits
         self.sizes = tuple(reversed(sizes))

@@ -4,7 +4,8 @@ import csv
 import json
 import math
 import posixpath
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
@@ -13,9 +14,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from xxhash import xxh3_128
 
-from data.raw.base import EXTENSIONS, UNIT, Fault, Input, Place, Source, choose_captions, one_line, to_input
+from data.raw.base import (
+    EXTENSIONS,
+    FOREIGN,
+    LARGEST_CAPTION,
+    UNIT,
+    Fault,
+    Input,
+    Place,
+    Source,
+    choose_captions,
+    one_line,
+    to_input,
+)
+from storage.text import parse_json, read_lines, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # in a folder of pictures
+LARGEST_TABLE = 2**32  # bytes of a metadata.parquet in memory
 
 
 @final
@@ -28,9 +43,9 @@ class Folder(Source):
         faults: list[Fault] = []
         self.metadata = [name for name in place.files if posixpath.basename(name) in METADATA]
         for name in self.metadata:
-            for number, row in enumerate(read_metadata(place.root / name), start=1):
+            for number, row in read_metadata(place.root / name):
                 target = row.get("file_name") if isinstance(row, dict) else None
-                if not isinstance(row, dict) or not isinstance(target, str):
+                if not isinstance(row, dict) or not isinstance(target, str) or not target:
                     detail = row if isinstance(row, str) else "it has no file_name"
                     faults.append(Fault(f"{name}:{number}", "unreadable row", detail))
                     continue
@@ -40,18 +55,23 @@ class Folder(Source):
                 else:
                     rows.setdefault(target, []).append(row)
         texts = {name[: -len(".txt")] for name in place.files if name.endswith(".txt")}
-        pictures = {name for name in place.files if posixpath.splitext(name)[1][1:].lower() in EXTENSIONS}
+        suffixes = {name: posixpath.splitext(name)[1][1:].lower() for name in place.files}
+        pictures = {name for name, suffix in suffixes.items() if suffix in EXTENSIONS | FOREIGN}
         columns = {column for same in rows.values() for row in same for column in row} - {"file_name"}
-        beside = sorted({f"{stem}.txt" for name in pictures if (stem := posixpath.splitext(name)[0]) in texts})
+        stems = {posixpath.splitext(name)[0] for name in pictures | rows.keys()}
+        beside = sorted(f"{stem}.txt" for stem in texts & {posixpath.splitext(name)[0] for name in pictures})
         if beside:
             columns.add("txt")
-        self.captions = choose_captions(captions, columns, str(place.root))
+        self.captions = choose_captions(captions, columns, str(place.root), seen(set(place.files) - pictures, faults))
         self.texts = beside if "txt" in self.captions else []
         self.inputs: list[tuple[str, dict[str, Any]] | Fault] = [
             (name, {column: row[column] for column in self.captions if column in row})
             for name in sorted(pictures | rows.keys())
             for row in rows.get(name, [{}])
         ]
+        if "txt" in self.captions:
+            alone = sorted(texts - stems)
+            faults += [Fault(f"{stem}.txt", "no picture", "there is none of the same name") for stem in alone]
         self.inputs += faults
         self.shards = math.ceil(len(self.inputs) / UNIT)
 
@@ -66,17 +86,18 @@ class Folder(Source):
         beside = file.with_suffix(".txt")
         if "txt" in self.captions and "txt" not in row and beside.is_file():
             try:
-                row = {**row, "txt": beside.read_text(encoding="utf-8-sig")}
+                row = {**row, "txt": read_text(beside, LARGEST_CAPTION)}
             except (OSError, ValueError) as error:
-                return Fault(name, "unreadable caption", f"{beside.name}: {error}")
+                return Fault(name, "unreadable caption", str(error))
         return to_input(name, file, row, self.captions)
 
     def describe(self) -> dict[str, Any]:
         """As `Source.describe`; depends on the content of metadata and captions and on names and sizes of pictures."""
         digest = xxh3_128(json.dumps(self.place.sizes()).encode())
         for name in (*self.metadata, *self.texts):
-            with suppress(OSError):  # a file that cannot be read is reported with its picture
-                digest.update((self.place.root / name).read_bytes())
+            # A file that cannot be read is reported with its picture.
+            with suppress(OSError), (self.place.root / name).open("rb") as stream:
+                digest.update(stream.read(-1 if name in self.metadata else LARGEST_CAPTION + 1))
         return {
             "kind": "pictures",
             "captions": self.captions,
@@ -85,22 +106,62 @@ class Folder(Source):
         }
 
 
-def read_metadata(file: Path) -> Iterator[dict[str, Any] | str]:
-    """The rows of a metadata file; of a damaged row, the fault. ValueError if the file cannot be read."""
+def seen(others: Collection[str], faults: Sequence[Fault]) -> list[str]:
+    """What may be meant as captions: the files that are no pictures, by their kinds, and the first row's fault."""
+    kinds = kinds_of([name for name in others if posixpath.basename(name) not in METADATA])
+    found = [f"beside the pictures {', '.join(kinds)}"] if kinds else []
+    return found + [f"{fault.id}: {fault.detail}" for fault in faults[:1]]
+
+
+def kinds_of(files: Collection[str]) -> list[str]:
+    """The kinds of files with their numbers, such as "3 .caption files"."""
+    kinds = Counter(posixpath.splitext(name)[1] for name in files)
+    return [
+        f"{count} {kind or 'unnamed'} file{'s' * (count > 1)}"
+        for kind, count in sorted(kinds.items(), key=lambda pair: (-pair[1], pair[0]))[:5]
+    ]
+
+
+def read_metadata(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """The rows of a metadata file with their numbers; of a damaged row, the fault.
+
+    The number is that of the row's first line in the file; in Parquet, that of the row, from 1.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     try:
         if file.suffix == ".parquet":
-            yield from pq.read_table(file).to_pylist()
-            return
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            if file.suffix == ".csv":
-                for row in csv.DictReader(stream):
-                    yield "it has more values than there are columns" if None in row else row
-                return
-            for line in filter(str.strip, stream):
-                try:
-                    content = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    content = f"it is no JSON: {error}"
-                yield content if isinstance(content, (dict, str)) else "it is no JSON object"
-    except (pa.ArrowException, csv.Error, OSError, UnicodeDecodeError) as error:
+            yield from enumerate(read_table(file), start=1)
+        elif file.suffix == ".csv":
+            table = csv.reader(read_lines(file))
+            columns, number = next(table, []), table.line_num + 1
+            for row in table:
+                if row:
+                    fits = len(row) <= len(columns)
+                    yield number, dict(zip(columns, row)) if fits else "it has more values than there are columns"
+                number = table.line_num + 1
+        else:
+            for number, line in enumerate(read_lines(file), start=1):
+                if line.strip():
+                    yield number, read_row(line)
+    except (pa.ArrowException, csv.Error, OSError) as error:
         raise ValueError(f"{file} cannot be read: {one_line(error)}") from None
+
+
+def read_row(line: str) -> dict[str, Any] | str:
+    """A JSON object, or why it is none."""
+    try:
+        content = parse_json(line, "it")
+    except ValueError as error:
+        return str(error)
+    return content if isinstance(content, dict) else "it is no JSON object"
+
+
+def read_table(file: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file. ValueError if it is too large to be held in memory."""
+    with pq.ParquetFile(file) as opened:
+        groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > LARGEST_TABLE:
+            raise ValueError(f"{file} holds more than {LARGEST_TABLE:,} bytes, too many for metadata")
+        return opened.read().to_pylist()

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -15,8 +15,20 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
 
+from data.raw.base import LARGEST_FILE
+from data.raw.profiles import BROKEN, to_srgb
+
 # Formats with a signature in their first bytes that Pillow decodes without another program.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    FORMATS.append("HEIF")
+with suppress(ImportError):
+    import pillow_jxl  # noqa: F401  # registers itself
+
+    FORMATS.append("JXL")
 LARGEST = 2**27  # pixels, 0.5 GB in Pillow's four bytes a pixel
 GAP = 2  # a JPEG that is decoded at reduced size stays this much larger than needed
 
@@ -70,8 +82,11 @@ def _opened(source: PictureSource, largest: int) -> Iterator[Image.Image]:
             else:
                 if isinstance(source, Path) and not source.is_file():
                     raise PictureError("unreadable", f"there is no picture {source}")
-                if (source.stat().st_size if isinstance(source, Path) else len(source)) == 0:
+                size = source.stat().st_size if isinstance(source, Path) else len(source)
+                if size == 0:
                     raise PictureError("empty file", "it is empty")
+                if size > LARGEST_FILE:
+                    raise PictureError("too large", f"it has {size:,} bytes, more than {LARGEST_FILE:,}")
                 stream = BytesIO(source) if isinstance(source, bytes) else stack.enter_context(source.open("rb"))
                 image = stack.enter_context(Image.open(stream, formats=FORMATS))
             if image.width * image.height > largest:
@@ -106,11 +121,12 @@ def open_picture(
 ) -> Image.Image:
     """A picture, upright as its EXIF says, in 8-bit grey ("L") or colour ("RGB").
 
-    16 bits are scaled to 8, transparent pixels become black, CMYK is converted by Pillow's formula; colour profiles are
-    ignored.
+    Colours are converted to sRGB by the embedded profile (`data.raw.profiles`), CMYK without a profile by Pillow's
+    formula. 16 bits are scaled to 8, transparent pixels become black.
 
     Args:
-        source: a file, its content, or a picture of Pillow's; AVIF, BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF or WebP.
+        source: a file, its content, or a picture of Pillow's; AVIF, BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF, WebP,
+            and HEIF and JPEG XL if Pillow's plugins pillow-heif and pillow-jxl-plugin are installed.
         channels: 1 for grey, 3 for colour.
         largest: largest width × height that is decoded. Pillow's own limit of 179 million pixels also holds.
         needed: height and width that the upright picture is needed in. A JPEG of more than twice these is decoded at
@@ -123,9 +139,15 @@ def open_picture(
         if needed and image.format == "JPEG":
             sides = needed if _sideways(image) else needed[::-1]
             image.draft(None, (GAP * sides[0], GAP * sides[1]))
+        mode, profile = image.mode, image.info.get("icc_profile")
         image = _eight_bit(ImageOps.exif_transpose(image))
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            image = image.convert("RGBA")
+        if profile:
+            image = to_srgb(image, profile, mode)
+        if image.mode == "RGBA":
+            visible = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            visible.info, image = image.info, visible
         return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -253,6 +275,8 @@ def fitted(image: Image.Image, file: Path, height: int | None, width: int | None
     own = (image.width // unit * unit, image.height // unit * unit)
     if min(own) == 0:
         raise ValueError(f"{file} is smaller than {unit} pixels: {image.width}×{image.height}")
+    if BROKEN in image.info:
+        warnings.warn(f"the colour profile of {file} is ignored: {image.info[BROKEN]}", stacklevel=2)
     size = (width or own[0], height or own[1])
     if height or width:
         image = cover(image, size[1], size[0])[0]

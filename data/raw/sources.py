@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
 
-from data.raw.base import EXTENSIONS, Fault, Input, Place, Source
-from data.raw.folder import METADATA, Folder
+from data.raw.base import EXTENSIONS, FOREIGN, Fault, Input, Place, Source
+from data.raw.folder import METADATA, Folder, kinds_of
 from data.raw.tables import Table
 from data.raw.tars import Tars
 
@@ -22,12 +22,12 @@ SPLIT = re.compile(r"(?<![a-z])(train|training|validation|valid|val|dev|test|tes
 class Pictures(Source):
     """Captioned pictures in one of these formats.
 
-    - A folder of pictures, at any depth. Captions are columns of a `metadata.jsonl`, `.csv` or `.parquet` beside or
+    - A folder of pictures, at any depth, also of formats that cannot be read, which are counted. Captions are columns of a `metadata.jsonl`, `.csv` or `.parquet` beside or
       above them, whose `file_name` is relative to it, as in Hugging Face's imagefolder; or column `txt`, which is the
       file `NAME.txt` beside `NAME.jpg`. Every picture and every row is an input.
     - A folder, glob or file of `.parquet`: each row is an input.
     - A folder, glob or file of `.tar`, in WebDataset's layout: members with the same path up to the first dot of the
-      base name are an input; the rest of the name is a field.
+      base name are an input; the rest of the name is a field. Compressed tars are refused.
     - The name of a data set on Hugging Face's hub, as "user/name".
 
     Names that start with a dot are ignored, and files that img2dataset adds to its pictures or tars (Parquet tables and
@@ -103,9 +103,8 @@ def locate(path: str, split: str) -> Place | None:
     )
     kinds = {Path(name).suffix for name in files}
     if len(kinds) != 1 or not kinds <= {".parquet", ".tar"}:
-        raise ValueError(
-            f"{path} must stand for .parquet files or for .tar files, found {', '.join(sorted(kinds)) or 'none'}"
-        )
+        found = ", ".join(sorted(kinds)) or "none"
+        raise ValueError(f"{path} must stand for .parquet files or for .tar files, found {found}" + packed(files))
     fixed = Path(path).parts
     depth = next((i for i, part in enumerate(fixed[:-1]) if glob.has_magic(part)), len(fixed) - 1)
     root = Path(*fixed[:depth])
@@ -115,12 +114,15 @@ def locate(path: str, split: str) -> Place | None:
 def classify(root: Path, split: str) -> Place:
     """The files of a folder with their kind. Errors as `Pictures`."""
     files = walk(root)
-    by_kind: dict[str, list[str]] = {"pictures": [], "parquet": [], "tar": []}
+    by_kind: dict[str, list[str]] = {"pictures": [], "parquet": [], "tar": [], "foreign": []}
     for name in files:
         suffix = posixpath.splitext(name)[1][1:].lower()
-        kind = "pictures" if suffix in EXTENSIONS else suffix
+        kind = "pictures" if suffix in EXTENSIONS else "foreign" if suffix in FOREIGN else suffix
         if kind in by_kind:
             by_kind[kind].append(name)
+    foreign = by_kind.pop("foreign")
+    if not by_kind["tar"] and all(posixpath.basename(name) in METADATA for name in by_kind["parquet"]):
+        by_kind["pictures"] = by_kind["pictures"] or foreign
     bundles = {name[: -len(".tar")] for name in by_kind["tar"]} | {posixpath.dirname(p) for p in by_kind["pictures"]}
     by_kind["parquet"] = [
         name
@@ -130,7 +132,8 @@ def classify(root: Path, split: str) -> Place:
     ]
     present = [kind for kind, names in by_kind.items() if names]
     if not present:
-        raise ValueError(f"there is no picture, .parquet or .tar in {root}")
+        there = ", ".join(kinds_of(files)) or "nothing"
+        raise ValueError(f"there is no picture, .parquet or .tar in {root}, but {there}" + packed(files))
     if len(present) > 1:
         counts = ", ".join(f"{len(by_kind[kind])} {kind} ({by_kind[kind][0]})" for kind in present)
         raise ValueError(f"{root} holds {counts}: give a folder or a glob of one kind")
@@ -142,6 +145,12 @@ def classify(root: Path, split: str) -> Place:
             raise ValueError(f"a folder of pictures is taken as one split: give that of {split} in {root} itself")
         return Place(kind, root, files)
     return Place(kind, root, of_split(by_kind[kind], split, root))
+
+
+def packed(files: list[str]) -> str:
+    """What to do if some of the files are compressed tars, as the end of a message."""
+    suffixes = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+    return ": unpack compressed tars to .tar files first" if any(name.endswith(suffixes) for name in files) else ""
 
 
 def of_split(files: list[str], split: str, root: Path) -> list[str]:

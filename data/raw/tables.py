@@ -12,7 +12,17 @@ from typing import Any, final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.raw.base import EXTENSIONS, UNIT, Input, Place, Source, choose_captions, one_line, to_input
+from data.raw.base import (
+    EXTENSIONS,
+    LARGEST_FILE,
+    UNIT,
+    Input,
+    Place,
+    Source,
+    choose_captions,
+    one_line,
+    to_input,
+)
 
 BATCH = 64  # rows of Parquet in memory; a row is a whole picture
 
@@ -37,7 +47,7 @@ class Table(Source):
         headers = [header(place.root / name) for name in place.files] if place else []
         self.starts = [0, *accumulate(rows for rows, _ in headers)]
         schemas = [datasets.Features.from_arrow_schema(schema) for _, schema in headers]
-        self.features: Any = schemas[0] if place else self._open().features
+        self.features: Any = common(schemas) if place else self._open().features
         self.image = choose_image(image, self.features, path)
         self.captions = choose_captions(captions, [name for name, kind in self.features.items() if is_text(kind)], path)
         self.columns = [self.image, *self.captions]
@@ -45,7 +55,7 @@ class Table(Source):
             for name, schema in zip(place.files, schemas, strict=True):
                 unlike = [column for column in self.columns if not is_like(schema.get(column), self.features[column])]
                 if unlike:
-                    raise ValueError(f"{path}: column {unlike[0]} of {name} is not as in {place.files[0]}")
+                    raise ValueError(f"{path}: column {unlike[0]} of {name} is not as in the other files")
             self.shards = len(place.files) if streaming else math.ceil(self.starts[-1] / UNIT)
         else:
             self.shards = self._open().num_shards if streaming else math.ceil(len(self._open()) / UNIT)
@@ -151,12 +161,35 @@ class Table(Source):
 
 
 def header(file: Path) -> tuple[int, pa.Schema]:
-    """Number of rows and schema of a Parquet file; ValueError if it is truncated or no Parquet."""
+    """Number of rows and schema of a Parquet file.
+
+    Raises:
+        ValueError: it is truncated, no Parquet, or holds rows that are larger than a picture.
+    """
     try:
         with pq.ParquetFile(file) as opened:
+            for group in map(opened.metadata.row_group, range(opened.num_row_groups)):
+                if group.total_byte_size > LARGEST_FILE * max(1, group.num_rows):
+                    rows = f"{group.num_rows} rows of {group.total_byte_size:,} bytes"
+                    raise ValueError(f"{file} holds {rows}, more than {LARGEST_FILE:,} a row")
             return opened.metadata.num_rows, opened.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is no whole Parquet file: {one_line(error)}") from None
+
+
+def common(schemas: list[Any]) -> dict[str, Any]:
+    """The columns of files, each as in the first file where it holds values."""
+    found: dict[str, Any] = {}
+    for schema in schemas:
+        for name, kind in schema.items():
+            if name not in found or is_empty(found[name]):
+                found[name] = kind
+    return found
+
+
+def is_empty(kind: Any) -> bool:
+    """Whether a column of `datasets` holds no values."""
+    return getattr(kind, "dtype", None) == "null"
 
 
 def is_list(kind: Any) -> bool:
@@ -178,8 +211,8 @@ def is_picture(kind: Any, named: bool) -> bool:
 
 
 def is_like(kind: Any, first: Any) -> bool:
-    """Whether a column can be read like that of the first file; a column without values can."""
-    if getattr(kind, "dtype", None) == "null":
+    """Whether a column can be read like another one; a column without values can."""
+    if is_empty(kind):
         return True
     return (is_picture(kind, True) and is_picture(first, True)) or (is_text(kind) and is_list(kind) == is_list(first))
 

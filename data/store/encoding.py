@@ -20,6 +20,7 @@ from data.order import Use, normal
 from data.raw.base import UNIT, Fault, Filters, Raw, Source, perceptual_hash
 from data.raw.buckets import Buckets
 from data.raw.pictures import PictureError, cover, open_picture, size_of
+from data.raw.profiles import BROKEN
 from data.raw.sources import Pictures  # noqa: F401  # so that a config finds it by its name
 from data.store.reader import Drop, Sample, Writer
 from data.text.encoder import CutCaptions, Text, TextEncoder
@@ -84,6 +85,7 @@ class Picture(NamedTuple):
     size: tuple[int, int]  # original height and width
     crop: tuple[int, int]  # top and left of the crop in the scaled picture
     phash: int
+    unprofiled: bool  # its colour profile was ignored
 
 
 class StoreEncoder:
@@ -108,7 +110,7 @@ class StoreEncoder:
         if settings.latents != "mean":  # raises for a codec without a posterior
             codec.posterior(torch.zeros(1, codec.pixel_channels, settings.step, settings.step))
         self.with_text = settings.text == "encoded"
-        self.cut = 0  # number of captions that were cut
+        self.cut = self.unprofiled = 0  # number of captions that were cut, and of profiles that were ignored
         null = None
         text.keep(True)
         if self.with_text:
@@ -163,7 +165,10 @@ class StoreEncoder:
                 done, inputs = done + 1, inputs + self.writer.position(shard)[1]
                 bar.total = round(inputs / done * len(own))  # for the time left: assumes that all shards are alike
         if self.cut:
-            warnings.warn(f"{self.cut} times a caption was too long for a text encoder: its tail was cut", stacklevel=2)
+            warnings.warn(f"{self.cut} captions were too long for a text encoder: their tails were cut", stacklevel=2)
+        if self.unprofiled:
+            told = f"{self.unprofiled} pictures have a colour profile that is broken or of another kind of picture"
+            warnings.warn(f"{told}: it was ignored", stacklevel=2)
         return self.writer.finish(self.settings.source.shards, self.settings.duplicates)
 
     def _shard(self, shard: int, pool: ThreadPoolExecutor) -> Iterator[int]:
@@ -172,7 +177,7 @@ class StoreEncoder:
         if finished:
             return
         found = self.settings.source.read(shard, start)
-        ready = ahead(pool, self.prepare, found, AHEAD * self.settings.batch_size)
+        ready = ahead(pool, self.prepare, found, min(AHEAD * self.settings.batch_size, UNIT))
         following = next(ready, None)
         while True:
             samples: dict[int, Sample] = {}
@@ -183,6 +188,7 @@ class StoreEncoder:
                 if isinstance(following, Drop):
                     drops.append(following)
                 else:
+                    self.unprofiled += following.unprofiled
                     queue = waiting.setdefault(following.bucket, [])
                     queue.append((count, following))
                     if len(queue) == self.settings.batch_size:
@@ -212,9 +218,9 @@ class StoreEncoder:
             image, top, left = cover(image, height, width)
         except PictureError as error:
             return Drop(found.id, error.reason, str(error))
-        pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+        pixels = torch.from_numpy(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy())
         raw = self.settings.filters.trimmed(found)
-        return Picture(raw, bucket, torch.from_numpy(pixels.copy()), size, (top, left), phash)
+        return Picture(raw, bucket, pixels, size, (top, left), phash, BROKEN in image.info)
 
     def _encode(self, shard: int, start: int, batch: list[tuple[int, Picture]]) -> dict[int, Sample]:
         """Samples of pictures of one bucket: number in the unit → sample."""
@@ -237,7 +243,8 @@ class StoreEncoder:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", CutCaptions)
                 text = self.text.encode([caption for picture in pictures for caption in picture.raw.captions])
-            self.cut += sum(warning.message.count for warning in caught if isinstance(warning.message, CutCaptions))
+            told = [warning.message.captions for warning in caught if isinstance(warning.message, CutCaptions)]
+            self.cut += len(set().union(*told))
             tokens, pooled = (list(part.to(torch.bfloat16).cpu().split(counts)) for part in text)
         rows = zip(batch, latents.to(torch.bfloat16).cpu(), pooled, tokens, strict=True)
         return {

@@ -17,15 +17,15 @@ class Text(NamedTuple):
 
 
 class CutCaptions(UserWarning):
-    """Captions that are too long for an encoder.
+    """Captions that are too long for an encoder. The message is the same for all, so that it is shown once.
 
     Attributes:
-        count: how many.
+        captions: these.
     """
 
-    def __init__(self, message: str, count: int) -> None:
+    def __init__(self, message: str, captions: list[str]) -> None:
         super().__init__(message)
-        self.count = count
+        self.captions = captions
 
 
 class Slot(NamedTuple):
@@ -54,8 +54,8 @@ class TextEncoder(ABC):
     def encode(self, captions: Sequence[str]) -> Text:
         """`tokens (B, N, D)` and `pooled (B, P)` of B ≥ 1 captions; "" is the null condition.
 
-        Captions that are too long are cut, with a warning that says how many were. ValueError for no captions,
-        TypeError for a single string.
+        Captions that are too long are cut, with the warning `CutCaptions`. ValueError for no captions, TypeError for a
+        single string.
         """
 
     @abstractmethod

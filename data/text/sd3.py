@@ -139,9 +139,8 @@ class SD3Text(TextEncoder):
         captions = listed(captions)
         unique = [*dict.fromkeys(captions)]
         fresh = [caption for caption in unique if caption not in self.rows.memory]  # warned of once if too long
-        ids = []
-        for part in self.parts if fresh else ():  # no comprehension: its frame would change the warning's stacklevel
-            ids.append(tokenize(part.tokenizer, fresh, self._length(part.kind), part.kind.title))  # noqa: PERF401
+        parts = self.parts if fresh else ()
+        ids = [tokenize(part.tokenizer, fresh, self._length(part.kind), part.kind.title) for part in parts]
         # Results in memory may be used in training later, so they must not be inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             rows = {caption: row for caption in unique if (row := self.rows.get(caption))}

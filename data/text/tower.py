@@ -169,9 +169,10 @@ def run_clip(encoder: CLIPTextModelWithProjection, ids: Tensor) -> Text:
 def tokenize(tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length: int, reader: str) -> Tensor:
     """Token numbers `(B, length)` on the CPU, padded, and cut with the warning of `TextEncoder.encode`."""
     whole = tokenizer(captions, verbose=False).input_ids
-    if cut := sum(len(ids) > length for ids in whole):
-        share = f"{cut} of {len(whole)} captions are longer than the {length} tokens that {reader} reads, start and end"
-        warnings.warn(CutCaptions(f"{share} included: their tails were cut", cut), stacklevel=3)
+    if cut := [caption for caption, ids in zip(captions, whole, strict=True) if len(ids) > length]:
+        most = f"the {length} tokens that {reader} reads, start and end included"
+        # From this line for all callers, since Python shows a warning once for each place.
+        warnings.warn(CutCaptions(f"captions are longer than {most}: their tails were cut", cut), stacklevel=1)
     return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
