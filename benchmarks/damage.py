@@ -105,10 +105,10 @@ def read_store(folder: Path) -> Iterator[object]:
 def content(store: Store) -> object:
     """All that a store holds."""
     rows = np.arange(len(store))
-    counts = [len(store.weights(row)) for row in rows]
+    counts = [len(store.weights(row)) for row in range(len(store))]
     every, choice = np.repeat(rows, counts), np.concatenate([np.arange(count) for count in counts])
     parts = [store.latents(store.members(bucket)) for bucket in range(len(store.buckets))]
-    told = [(store.captions(row), store.weights(row)) for row in rows]
+    told = [(store.captions(row), store.weights(row)) for row in range(len(store))]
     return (
         store.plan, store.report, store.buckets, store.null, store.ids().to_pylist(), told, store.sizes(rows).tolist(),
         parts, store.text(every, choice),
