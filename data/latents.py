@@ -12,7 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from storage import weights
+from storage import configs, weights
+from storage.configs import described
 from storage.files import commit_json
 from storage.text import read_json
 
@@ -237,16 +238,23 @@ class VAE(Codec):
 
 
 def build(config: Mapping[str, Any], source: Path) -> Any:
-    """An `AutoencoderKL` without weights, on the meta device. ValueError, naming the source, if the config is wrong."""
+    """An `AutoencoderKL` without weights, on the meta device. ValueError, naming the source, if the config is wrong.
+
+    Only the keys in `storage.configs.VAE` have an effect.
+    """
     from diffusers import AutoencoderKL  # takes seconds
 
     try:
         with torch.device("meta"):  # takes no time and no random numbers
-            vae = AutoencoderKL.from_config(dict(config))
+            vae = AutoencoderKL(**described(config, configs.VAE))
+            vae.decode(vae.encode(torch.empty(1, vae.config.in_channels, 64, 64)).latent_dist.mean)  # computes nothing
         own = vae.config
-        for factor in (own.scaling_factor, own.shift_factor or 0):
-            if not isinstance(factor, int | float):
-                raise TypeError(f"{factor!r} is no number")
+        for key in ("scaling_factor", "shift_factor", "sample_size"):  # nothing that is built checks them
+            value = own[key]
+            if type(value) not in (int, float) and not (value is None and key == "shift_factor"):
+                raise TypeError(f"{key} {value!r} is no number")
+            if not math.isfinite(value or 0) or (key != "shift_factor" and not value > 0):
+                raise ValueError(f"{key} is {value}")
     except Exception as error:  # a wrong value may raise anything where it is used
         reason = " ".join(str(error).split())
         raise ValueError(f"{source} describes no AutoencoderKL that could be built: {reason}") from None
@@ -340,7 +348,7 @@ def load_codec(folder: Path, dtype: weights.DType | None = "float32") -> Codec:
         case "Pixels":
             try:
                 return Pixels(config["channels"], config["shift_factor"], config["scaling_factor"])
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{folder / CONFIG} is no whole config of Pixels: {error}") from None
         case other:
             raise ValueError(f"{folder / CONFIG} describes a {other}, no codec of this project: AutoencoderKL, Pixels")

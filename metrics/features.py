@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from metrics.judge import Judge
+from storage.configs import CLIP, CLIP_TEXT, CLIP_VISION, PROCESSOR, described, tokenizer_files
 from storage.text import read_json
+from storage.weights import open_file
 
 
 class Features(NamedTuple):
@@ -229,21 +229,34 @@ class CLIPFeatures(FeatureNetwork):
                 raise FileNotFoundError(
                     f"{file} is missing: a CLIP folder holds config.json, model.safetensors, preprocessor_config.json"
                 )
+        config, tensors = read_json(files[0]), dict(open_file(files[1]))
         try:
-            if (kind := read_json(files[0])["model_type"]) != "clip":
+            if (kind := config.get("model_type")) != "clip":
                 raise ValueError(f"its model_type is {kind!r} instead of 'clip'")
-            self.clip = CLIPModel(CLIPConfig.from_pretrained(self.folder, local_files_only=True))
-        except (AttributeError, TypeError, ValueError, KeyError, OSError) as error:
+            towers = {
+                name: described(config[name], keys)
+                for part, keys in (("text", CLIP_TEXT), ("vision", CLIP_VISION))
+                for name in (f"{part}_config", f"{part}_config_dict")  # the latter in old files
+                if config.get(name) is not None
+            }
+            settings = CLIPConfig(**towers, **described(config, CLIP))
+            with torch.device("meta"):  # computes nothing; some values fail only in use
+                blank, picture = CLIPModel(settings), settings.vision_config
+                blank.get_image_features(torch.empty(1, picture.num_channels, picture.image_size, picture.image_size))
+                blank.get_text_features(torch.ones(1, 2, dtype=torch.long))
+            self.clip = CLIPModel(settings)
+        except Exception as error:  # wrong settings may raise anything
             raise ValueError(f"{files[0]} describes no CLIP model: {first_line(error)}") from error
         try:
-            missing = self.clip.load_state_dict(load_file(files[1]), strict=False).missing_keys
-        except (SafetensorError, RuntimeError) as error:
+            missing = self.clip.load_state_dict(tensors, strict=False).missing_keys
+        except RuntimeError as error:
             raise ValueError(f"{files[1]} is damaged or of another model: {first_line(error)}") from error
         if missing:
             raise ValueError(f"{files[1]} is of another model: {len(missing)} weights are absent, such as {missing[0]}")
         try:
-            self.processor = CLIPImageProcessor.from_pretrained(self.folder, local_files_only=True)
-        except (AttributeError, TypeError, ValueError, KeyError, OSError) as error:
+            self.processor = CLIPImageProcessor(**described(read_json(files[2]), PROCESSOR))
+            self.processor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), input_data_format="channels_first")
+        except Exception as error:  # as above
             raise ValueError(f"{files[2]} is no CLIP image processor's: {first_line(error)}") from error
         self.network = self.clip.eval().requires_grad_(False)
         self.name = f"clip-{self.folder.resolve().name}"
@@ -271,7 +284,8 @@ class CLIPFeatures(FeatureNetwork):
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError(f"{self.folder / 'tokenizer.json'} is missing: captions need CLIP's tokenizer")
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(self.folder, local_files_only=True)
+            with tokenizer_files(self.folder, CLIPTokenizer.vocab_files_names.values()) as files:
+                tokenizer = CLIPTokenizer.from_pretrained(files, local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise ValueError(f"{self.folder} holds no readable CLIP tokenizer: {first_line(error)}") from error
         length = self.clip.text_model.embeddings.position_embedding.num_embeddings

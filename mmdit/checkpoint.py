@@ -16,6 +16,7 @@ from torch import Tensor
 from mmdit.embed import TIME_SCALE
 from mmdit.layers import JointBlock
 from mmdit.model import MMDiT
+from storage.configs import MOST
 from storage.files import commit_json
 from storage.text import read_json
 from storage.weights import DType, Weights, check_tensors, dtype_of, open_file, open_folder, shorten, write_tensors
@@ -190,7 +191,8 @@ def infer(weights: Weights) -> tuple[Naming, dict[str, Any]]:
 
     patch, positions = shape("patch"), ("pos_embed.pos_embed", "pos_embed")[column]
     text, pooled, final = shape("context"), shape("pooled.fc1"), shape("final.linear")
-    if not (numbers and patch and len(patch) == 4 and text and pooled and final and positions in weights):
+    whole = numbers and max(numbers) < len(weights)
+    if not (whole and patch and len(patch) == 4 and text and pooled and final and positions in weights):
         raise ValueError(f"{weights.source} holds no SD3 transformer{_guess(weights)}")
     depth, width, size = max(numbers) + 1, patch[0], patch[2]
     norm = shape("image.norm_k", block=0)
@@ -256,8 +258,8 @@ def load(
     try:
         with torch.device("meta"):
             network = MMDiT(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{path} has a config with a value of the wrong type: {error}") from None
+    except (TypeError, RuntimeError) as error:  # the latter for sizes beyond 64 bits
+        raise ValueError(f"{path} describes no network that could be built: {error}") from None
     network = read(network, weights, naming, dtype_of(dtype), device)
     network.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask)
     return network.to(device, dtype_of(dtype)).eval()
@@ -315,31 +317,44 @@ def single_file(network: MMDiT) -> dict[str, Tensor]:
 def _arguments(file: Path) -> dict[str, Any]:
     """`MMDiT`'s arguments from diffusers' config."""
     config = read_json(file)
+
+    def checked(name: str, value: Any, kind: type) -> Any:
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or not 0 <= value < 2**31:
+            raise ValueError(f"{file} has a value of the wrong type: {name} {value!r:.80} is no {kind.__name__} >= 0")
+        return value
+
+    def size(name: str) -> int:
+        return checked(name, config[name], int)
+
     if config.get("_class_name") not in (DIFFUSERS_CLASS, OUR_CLASS):
-        raise ValueError(f"{file} describes a {config.get('_class_name')}, not an {DIFFUSERS_CLASS}")
+        raise ValueError(f"{file} describes a {config.get('_class_name')!s:.80}, not an {DIFFUSERS_CLASS}")
     if config.get("qk_norm") not in (None, "rms_norm"):
-        raise ValueError(f"{file} has qk_norm {config['qk_norm']!r}: use null or 'rms_norm'")
+        raise ValueError(f"{file} has qk_norm {config['qk_norm']!r:.80}: use null or 'rms_norm'")
     try:
-        width = config["num_attention_heads"] * config["attention_head_dim"]
+        width = size("num_attention_heads") * size("attention_head_dim")
         if config.get("caption_projection_dim", width) != width:
             raise ValueError(f"{file}: caption_projection_dim must be heads × head dim, {width}")
+        if size("num_layers") > MOST["num_layers"]:
+            raise ValueError(f"{file}: num_layers must be at most {MOST['num_layers']}, got {config['num_layers']}")
+        dual = config.get("dual_attention_layers") or ()
+        if not isinstance(dual, list | tuple):
+            raise ValueError(f"{file} has a value of the wrong type: dual_attention_layers {dual!r:.80} is no list")
         return {
-            "in_channels": config["in_channels"],
-            "patch_size": config["patch_size"],
-            "depth": config["num_layers"],
+            "in_channels": size("in_channels"),
+            "patch_size": size("patch_size"),
+            "depth": size("num_layers"),
             "width": width,
-            "heads": config["num_attention_heads"],
-            "text_dim": config["joint_attention_dim"],
-            "pooled_dim": config["pooled_projection_dim"],
+            "heads": size("num_attention_heads"),
+            "text_dim": size("joint_attention_dim"),
+            "pooled_dim": size("pooled_projection_dim"),
             "qk_norm": config.get("qk_norm") == "rms_norm",
-            "sample_size": config["sample_size"],
-            "pos_embed_max_size": config["pos_embed_max_size"],
-            "out_channels": config.get("out_channels"),
-            "dual_attention_layers": tuple(config.get("dual_attention_layers") or ()),
-            **{name: config.get(name, default) for name, default in EXTENSIONS.items()},
+            "sample_size": size("sample_size"),
+            "pos_embed_max_size": size("pos_embed_max_size"),
+            "out_channels": None if config.get("out_channels") is None else size("out_channels"),
+            "dual_attention_layers": tuple(checked("dual_attention_layers", i, int) for i in dual),
+            **{name: checked(name, config.get(name, d), type(d)) for name, d in EXTENSIONS.items()},
         }
-    except TypeError as error:
-        raise ValueError(f"{file} has a value of the wrong type: {error}") from None
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}; is it an SD3 transformer?") from None
 

@@ -209,7 +209,7 @@ def read_process(file: Path) -> tuple[Objective, Sampling]:
                 raise ValueError(f"there is no learned variance {variance}: only {LearnedVariance.__name__} is known")
             objective = LearnedVariance(path, target, vlb_weight=variance["weight"], **shifts)
         return objective, Sampling(**config["sampling"])
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 

@@ -24,8 +24,18 @@ STORED = {  # of weights on disk
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-PICKLE = "which can run code when it is opened: convert it to safetensors first"
 METADATA = {"format": "pt", "seal": BLANK}
+HEADER_LIMIT = 2**25  # bytes of a safetensors header; the largest released one has less than 1 MB
+PICKLE = "a pickle, which can run code when it is opened: convert it to safetensors first"
+LFS = "a pointer of Git LFS and not the file itself: run `git lfs pull` in its folder, or download it again"
+PAGE = "a web page, saved instead of the file: download the file itself (on the hub its address has /resolve/)"
+SIGNS = {  # what begins with these bytes is no safetensors file
+    b"PK": PICKLE, b"\x80\x02": PICKLE, b"\x80\x03": PICKLE, b"\x80\x04": PICKLE, b"\x80\x05": PICKLE,
+    b"GGUF": "a GGUF file, packed for other programs: get the model as safetensors",
+    b"version https://git-lfs": LFS, b"<!doctype": PAGE, b"<html": PAGE, b"<?xml": PAGE,
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+}  # fmt: skip
+WRAPPERS = ("module.", "ema.", "_orig_mod.", "diffusion_model.", "net.")  # put before all names by trainers
 SAMPLE = 1024  # numbers at each of three places of a tensor that a digest reads
 
 
@@ -84,40 +94,66 @@ class Weights(Mapping[str, Tensor]):
         return Weights(self.source, {name: place for name, place in names if name is not None}, self.metadata)
 
 
+def foreign(file: Path) -> str:
+    """What a file is that is mistaken for weights or a tokenizer, and the cure, by its first bytes; empty if unknown.
+
+    A safetensors file has 8 bytes of length and then a brace, whatever the length looks like.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(64)
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    found = [kind for sign, kind in SIGNS.items() if start.startswith(sign) or text.startswith(sign)]
+    return found[0] if found and start[8:9] != b"{" else ""
+
+
 def open_file(file: Path) -> Weights:
-    """The tensors of one file.
+    """The tensors of one file. A wrapper before all of the names is taken off.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: in one line, for a pickle, a truncated file or another file that is not safetensors.
     """
+    return _unwrapped(_open(file))
+
+
+def _open(file: Path) -> Weights:
     if not file.is_file():
         raise FileNotFoundError(f"no weights at {file}")
+    if kind := foreign(file):
+        raise ValueError(f"{file} is {kind}")
     try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+        if size > HEADER_LIMIT:
+            raise SafetensorError(f"its header would have {size:,} bytes")
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
             places = {n: Place(file, n, tuple(s.get_shape()), STORED[s.get_dtype()]) for n, s in slices.items()}
-            return Weights(file, places, opened.metadata())
+            return Weights(file, places, tensors.metadata())
     except SafetensorError as error:
-        with file.open("rb") as start:  # only now: a safetensors file's first bytes may look the same
-            magic = start.read(2)
-        if magic in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise ValueError(f"{file} is a pickle, {PICKLE}") from None
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
     except KeyError as error:
         raise ValueError(f"{file} holds tensors of type {error}, which is not one of {', '.join(STORED)}") from None
 
 
+def _unwrapped(weights: Weights) -> Weights:
+    """The tensors without the wrappers, such as `module.`, that stand before all of their names."""
+    while wrapper := next((w for w in WRAPPERS if weights and all(name.startswith(w) for name in weights)), ""):
+        weights = weights.under(wrapper)
+    return weights
+
+
 def open_folder(folder: Path, stem: str) -> Weights:
     """The tensors of `stem.safetensors`, or of the shards that `stem.safetensors.index.json` names.
 
-    If there is neither, those of the half-precision variant `stem.fp16…`, which released folders have beside them.
+    If there is neither, those of a variant such as `stem.fp16.safetensors`, which released folders have beside them.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_file`; also if a shard lacks a tensor that the index names.
+        FileNotFoundError, ValueError: as `open_file`; also if a shard lacks a tensor that the index names, or there are
+            several variants to choose from.
     """
     idle: Path | None = None  # an index without downloaded shards, perhaps beside a variant that has them
-    for variant in ("", ".fp16"):
+    for variant in _variants(folder, stem):
         whole = folder / f"{stem}{variant}.safetensors"
         if whole.is_file():
             return open_file(whole)
@@ -128,10 +164,22 @@ def open_folder(folder: Path, stem: str) -> Weights:
                 idle = index
     if idle:
         return _open_shards(idle)
-    pickles = [file.name for kind in ("*.bin", "*.pt", "*.ckpt", "*.pth") for file in folder.glob(kind)]
-    if pickles:
-        raise ValueError(f"{folder} holds only a pickle, {pickles[0]}, {PICKLE}")
+    for kind in ("*.bin", "*.pt", "*.ckpt", "*.pth", "*.gguf"):
+        for file in sorted(folder.glob(kind)):
+            raise ValueError(f"{folder} holds only {file.name}, {foreign(file) or PICKLE}")
     raise FileNotFoundError(f"no weights at {folder / f'{stem}.safetensors'}")
+
+
+def _variants(folder: Path, stem: str) -> list[str]:
+    """The variants of a folder's weights, the best first: "" if it has none, else such as ".fp16"."""
+    variant = r"(\.(?!.*-of-)[^.]+)?"
+    name = re.compile(rf"{stem}{variant}\.safetensors(?:\.index{variant}\.json)?")
+    found = {match[1] or match[2] or "" for file in folder.glob("*") if (match := name.fullmatch(file.name))}
+    known = [best for best in ("", ".fp16", ".bf16") if best in found]
+    others = sorted(found - set(known))
+    if not known and len(others) > 1:
+        raise ValueError(f"{folder} holds several variants of {stem}, {', '.join(others)}: leave one of them there")
+    return known + others
 
 
 def _shards(index: Path) -> dict[str, str]:
@@ -144,11 +192,11 @@ def _shards(index: Path) -> dict[str, str]:
 
 def _open_shards(index: Path) -> Weights:
     table = _shards(index)
-    shards = {name: open_file(index.parent / name) for name in sorted(set(table.values()))}
+    shards = {name: _open(index.parent / name) for name in sorted(set(table.values()))}
     absent = [name for name, shard in table.items() if name not in shards[shard]]
     if absent:
         raise ValueError(f"{index} promises {len(absent)} tensors that its files lack ({shorten(absent)})")
-    return Weights(index.parent, {name: shards[shard].places[name] for name, shard in table.items()})
+    return _unwrapped(Weights(index.parent, {name: shards[shard].places[name] for name, shard in table.items()}))
 
 
 def check_tensors(weights: Weights, expected: Mapping[str, tuple[int, ...]], owner: str) -> None:

@@ -279,7 +279,10 @@ def truncate(file: Path) -> None:
     ("spoil", "message"),
     [
         (lambda vae: truncate(vae / WEIGHTS), "truncated or no safetensors"),
-        (lambda vae: (vae / WEIGHTS).rename(vae / "diffusion_pytorch_model.bin"), "only a pickle"),
+        (
+            lambda vae: (vae / WEIGHTS).rename(vae / "diffusion_pytorch_model.bin"),
+            "only diffusion_pytorch_model.bin, a pickle",
+        ),
         (lambda vae: (vae / WEIGHTS).unlink(), "no weights at"),
         (lambda vae: rewrite(vae / WEIGHTS, lambda s: s.pop("decoder.conv_in.bias")), r"1 missing \(decoder.conv_in"),
         (lambda vae: rewrite(vae / WEIGHTS, lambda s: s.update(x=torch.ones(1))), r"1 left over \(x\)"),

@@ -226,7 +226,7 @@ def spoil_shards(folder: Path) -> None:
             r"2 missing \(transformer_blocks\.\{0,1\}\.attn\.to_q\.weight\), 2 left over \(double_blocks\.\{0,1\}\.img",
         ),
         (spoil_shape, r"mis-shaped \(proj_out.bias \(11,\) instead of \(12,\)\)"),
-        (spoil_pickle, "holds only a pickle, diffusion_pytorch_model.bin"),
+        (spoil_pickle, "holds only diffusion_pytorch_model.bin, a pickle"),
         (spoil_shards, r"promises 1 tensors that its files lack \(more\)"),
         (change(_class_name="FluxTransformer2DModel"), "FluxTransformer2DModel, not an SD3"),
         (change(qk_norm="layer_norm"), "qk_norm 'layer_norm'"),

@@ -149,7 +149,7 @@ def spoil_schedule(base: Path) -> None:
         (lambda base: (base / "model_index.json").unlink(), [], "is no model folder"),
         (spoil_flux, [], "is a FluxPipeline; this project reads StableDiffusion3Pipeline"),
         (spoil_text, [], "truncated or no safetensors"),
-        (spoil_vae, [], "holds only a pickle"),
+        (spoil_vae, [], "holds only diffusion_pytorch_model.bin, a pickle"),
         (spoil_schedule, [], "sets use_dynamic_shifting, which no Stable Diffusion 3 uses"),
         (lambda base: shutil.rmtree(base / "tokenizer_2"), [], "tokenizer_2"),
         (None, ["--height", "65"], "height must be a multiple of 16"),

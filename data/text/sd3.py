@@ -15,6 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from data.text.encoder import Slot, Text, TextEncoder, listed
 from data.text.tower import (
     PROJECTION,
+    TABLE,
     Tower,
     one_line,
     own_names,
@@ -205,6 +206,8 @@ class SD3Text(TextEncoder):
                     raise ValueError(
                         "a single file cannot hold CLIP-L's projection, which is not the identity: save a folder"
                     )
+            if part.kind is T5:
+                tensors[T5.prefix + TABLE] = weights["shared.weight"]  # mapped again; diffusers needs both names
         return tensors
 
     def _length(self, kind: Kind) -> int:
@@ -343,7 +346,6 @@ def config_from_shapes(kind: Kind, weights: Weights) -> dict[str, Any]:
             buckets, heads = weights.shape(f"{first}.0.SelfAttention.relative_attention_bias.weight")
             return {
                 "model_type": "t5",
-                "architectures": [kind.tower.__name__],
                 "vocab_size": weights.shape("shared.weight")[0],
                 "d_model": weights.shape("shared.weight")[1],
                 "d_kv": weights.shape(f"{first}.0.SelfAttention.q.weight")[0] // heads,
@@ -357,7 +359,6 @@ def config_from_shapes(kind: Kind, weights: Weights) -> dict[str, Any]:
         entries, width = weights.shape("text_model.embeddings.token_embedding.weight")
         return {
             "model_type": "clip_text_model",
-            "architectures": [kind.tower.__name__],
             "vocab_size": entries,
             "hidden_size": width,
             "intermediate_size": weights.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from transformers.utils import logging
 
 from data.text.encoder import CutCaptions, Text
+from storage.configs import CLIP_TEXT, T5, described, tokenizer_files
 from storage.files import commit_json
-from storage.weights import Weights, check_tensors, digest, open_file, open_folder, write_tensors
+from storage.weights import DType, Weights, check_tensors, digest, open_file, open_folder, write_tensors
 
 PROJECTION = "text_projection.weight"  # of the pooled vector, in a CLIP tower
 TABLE = "encoder.embed_tokens.weight"  # T5's second name for `shared.weight`
-NOTES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # without effect on results
+KEYS = {CLIPTextModelWithProjection: CLIP_TEXT, T5EncoderModel: T5}  # of the settings that describe a tower
 Tokenizer = TypeVar("Tokenizer", bound=CLIPTokenizer | T5Tokenizer)
 
 
@@ -31,7 +32,7 @@ class Tower:
 
     Args:
         kind: its class.
-        settings: the content of its `config.json`.
+        settings: the content of its `config.json`, of which only the keys in KEYS have an effect.
         source: the folder of its weights, or a single file that holds several models.
         prefix: of its names in the single file; empty for a folder.
         identity: the projection is the identity, also if the single file holds another.
@@ -52,15 +53,20 @@ class Tower:
         prefix: str = "",
         identity: bool = False,
     ) -> None:
-        self.kind, self.settings, self.source, self.prefix = kind, settings, source, prefix
+        self.kind, self.source, self.prefix = kind, source, prefix
+        self.named = settings.get("dtype", settings.get("torch_dtype"))
         weights = self.weights()
         try:
-            config: Any = kind.config_class
-            if (found := settings.get("model_type")) != config.model_type:
+            self.settings, config = described(settings, KEYS[kind]), cast(Any, kind.config_class)
+            if (found := self.settings.get("model_type")) != config.model_type:
                 raise ValueError(f"they have the model_type {found!r} instead of {config.model_type!r}")
             with quiet():
-                self.config = config.from_dict(settings)
-                shapes = {name: tuple(value.shape) for name, value in self._blank().named_parameters()}
+                self.config = config.from_dict(self.settings)
+                module = self._blank()
+                shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+                module(
+                    torch.ones(1, 2, dtype=torch.long, device="meta")
+                )  # computes nothing; some values fail only here
         except Exception as error:  # wrong settings may raise anything
             raise ValueError(f"the settings of {source} describe no {kind.__name__}: {one_line(error)}") from error
         self.identity = identity and len(set(shapes[PROJECTION])) == 1
@@ -104,25 +110,25 @@ class Tower:
 
     def fingerprint(self, held: Mapping[str, Tensor] | None = None) -> str:
         """A hash of the settings and the weights, those in `held` or else those on disk."""
-        settings = {name: value for name, value in self.settings.items() if name not in NOTES}
-        content = json.dumps(settings, sort_keys=True) + digest(self.weights() if held is None else held)
+        content = json.dumps(self.settings, sort_keys=True) + digest(self.weights() if held is None else held)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and the weights in their stored type; weights of a folder as hard links if possible."""
-        whole = folder / "model.safetensors"
-        if self.prefix:
-            stored = self.weights()
-            eighth = stored.dtype.itemsize == 1  # 8 bits, which other tools do not read
-            dtype = torch.bfloat16 if eighth else stored.dtype
+        whole, stored = folder / "model.safetensors", self.weights()
+        eighth = stored.dtype.itemsize == 1  # 8 bits, which other tools do not read
+        dtype = torch.bfloat16 if eighth else stored.dtype
+        places = {} if self.prefix else open_folder(self.source, "model").places
+        # The type that other tools read a folder's weights in, which need not be the stored one.
+        named = self.named if places and self.named in get_args(DType) else str(dtype).removeprefix("torch.")
+        notes = {"architectures": [self.kind.__name__], "dtype": named}
+        commit_json(folder / "config.json", self.settings | notes)
+        if self.prefix or any(name != place.name for name, place in places.items()):
             tensors = {name: value.to(dtype) if eighth else value for name, value in stored.items()}
             if self.identity:
                 tensors[PROJECTION] = torch.eye(self.config.hidden_size).to(dtype)
-            commit_json(folder / "config.json", self.settings | {"dtype": str(dtype).removeprefix("torch.")})
             write_tensors(tensors, whole)
             return
-        commit_json(folder / "config.json", self.settings)
-        places = open_folder(self.source, "model").places
         files = {place.file for place in places.values()}
         for file in files:
             put(file, whole if len(files) == 1 else folder / file.name, link=True)
@@ -200,8 +206,8 @@ def read_tokenizer(kind: type[Tokenizer], folder: Path) -> Tokenizer:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing")
     try:
-        with quiet():
-            return kind.from_pretrained(folder, local_files_only=True)
+        with quiet(), tokenizer_files(folder, kind.vocab_files_names.values()) as files:
+            return kind.from_pretrained(files, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ValueError(f"{folder} holds no readable {kind.__name__}: {one_line(error)}") from error
 
