@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 BAD_INPUT, MACHINE_FAULT = 2, 1  # exit statuses
 DTYPES = ("float32", "float16", "bfloat16")
@@ -221,18 +221,48 @@ def find_device(name: str | None) -> str:
     return device
 
 
-def torchrun_ranks() -> tuple[int, int, int]:
-    """This process's rank, the number of processes, and its rank on this machine, from torchrun's environment.
+class Ranks(NamedTuple):
+    """The place of a process among those that were started together."""
+
+    rank: int
+    world: int  # number of processes
+    local: int  # rank on its machine
+
+
+def srun_used() -> bool:
+    """Whether srun started this process as one of several. A batch script or a shell of SLURM is a process alone."""
+    shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    several = os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in os.environ
+    return several and not shell and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def own_ranks(devices: int = 1, machines: int = 1) -> Ranks:
+    """This process's place among those that torchrun, srun, train.py or a user started, from the environment.
+
+    Args:
+        devices: processes on each machine, if one process there starts the others.
+        machines: number of these.
 
     Raises:
-        ValueError: the environment variables are no such numbers.
+        ValueError: the environment variables do not fit together, as when one was left over.
     """
-    found = {"RANK": "0", "WORLD_SIZE": "1"}
-    found |= {name: os.environ[name] for name in found if name in os.environ}
-    found["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", found["RANK"])
-    if not all(value.isdecimal() for value in found.values()) or int(found["RANK"]) >= int(found["WORLD_SIZE"]):
-        raise ValueError(f"RANK must be below WORLD_SIZE, and LOCAL_RANK a number, got {found}: start with torchrun")
-    return int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
+    if srun_used():
+        slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        found = {name: os.environ.get(variable, "") for name, variable in slurm.items()}
+    else:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+        found = {name: os.environ[name] for name in names if name in os.environ}
+    numbers = {name: int(value) for name, value in found.items() if value.isdecimal()}
+    started = numbers.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    local = numbers.get("LOCAL_RANK", numbers.get("RANK", 0))
+    world = numbers.get("WORLD_SIZE", 1 if started else devices * machines)
+    rank = numbers.get("RANK", numbers.get("NODE_RANK", numbers.get("GROUP_RANK", 0)) * devices + local)
+    if len(numbers) < len(found) or rank >= world or (found.keys() == {"WORLD_SIZE"} and world > 1):
+        shown = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise ValueError(
+            f"the environment has {shown}, not a RANK below WORLD_SIZE: unset them, or start with torchrun"
+        )
+    return Ranks(rank, world, local)
 
 
 def device_of_rank(name: str | None, local_rank: int) -> str:

@@ -1,11 +1,11 @@
 """Encodes captioned pictures into a store: `python encode.py --config configs/shapes.yaml`. The same command resumes.
 
-Under `torchrun` every process encodes its share.
+Under `torchrun` or `srun` every process encodes its share.
 """
 
 from jsonargparse import Namespace
 
-from cli import device_of_rank, fail, one_line_errors, plain_warnings, torchrun_ranks
+from cli import device_of_rank, fail, one_line_errors, own_ranks, plain_warnings
 from data.latents import Codec
 from data.store.encoding import Encoding, StoreEncoder
 from data.text.encoder import TextEncoder
@@ -28,7 +28,7 @@ def build_sections(argv: list[str] | None) -> tuple[Encoding, Codec, TextEncoder
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     with one_line_errors(ValueError, FileNotFoundError, NotADirectoryError):
-        rank, world, local_rank = torchrun_ranks()
+        rank, world, local_rank = own_ranks()
         try:
             settings, codec, text = build_sections(argv)
         except ValueError as error:

@@ -24,11 +24,11 @@ from cli import (
     natural,
     one_line_errors,
     output,
+    own_ranks,
     plain_warnings,
     positive,
     purpose_of,
     sampling_of,
-    torchrun_ranks,
 )
 from data.latents import VAE
 from data.prompts import prompts_or_store, read_prompts, weighted
@@ -93,14 +93,14 @@ def pairs_parser() -> Parser:
 
 
 def write_pairs(argv: list[str]) -> None:
-    """The command `pairs`. Under torchrun every process makes its share."""
+    """The command `pairs`. Under torchrun or srun every process makes its share."""
     args = pairs_parser().parse_args(argv)
     with one_line_errors(*USER_ERRORS):
         path = find_model(args.model)
         if args.lora or (path / "adapter_config.json").is_file():
             raise ValueError("pairs need a whole model: merge the LoRA first, with `python -m pipeline export --lora`")
         check_count("--num", args.num)
-        rank, world, local_rank = torchrun_ranks()
+        rank, world, local_rank = own_ranks()
         source = prompts_or_store(args.prompts)
         from pipeline import LoadOptions, Pipeline
         from pipeline.pairs import Captions, Coupling, PairMaker

@@ -3,6 +3,8 @@
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -13,9 +15,10 @@ from data.store.reader import StoreError
 from engine.checkpoint import CheckpointError, Checkpoints
 from engine.posthoc import reconstruct
 from storage.models import find_model, fingerprint
-from training.build import build, lora_base
+from training.build import build, lora_base, wandb_logger
 from training.experiment import parser, resolve, short_cause
-from training.run_folder import CHECKPOINTS, claim, is_first
+from training.fellows import LOST, watch_children, watch_parent
+from training.run_folder import CHECKPOINTS, Run, check_target, claim
 
 
 def quiet() -> None:
@@ -29,6 +32,7 @@ def quiet() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     quiet()
+    watch_parent()
     p = parser(__doc__ or "")
     commands = "train; report a run's validation loss; or write a model averaged from its snapshots (see ema.widths)"
     p.add_argument("command", choices=["fit", "validate", "average"], help=commands)
@@ -37,55 +41,72 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--out", type=Path, help="average: where to write the model; default: model-WIDTH in the run's folder"
     )
+    p.add_argument("--overwrite", action="store_true", help="average: --out may replace another model")
     config = p.parse_args(argv)
-    command, width, step, out = (config.pop(key) for key in ("command", "width", "step", "out"))
-    if (command == "average") != (width is not None) or (command != "average" and (step or out)):
-        fail("the command average needs --width, and --width, --step and --out are only for average")
+    command, width, step, out, overwrite = (config.pop(k) for k in ("command", "width", "step", "out", "overwrite"))
+    if (command == "average") != (width is not None) or (command != "average" and (step or out or overwrite)):
+        fail("the command average needs --width, and --width, --step, --out and --overwrite are only for average")
     resolved = p.dump(config, skip_validation=True)
     config.encode = None  # only encode.py needs this section
-    with one_line_errors(ValueError, FileNotFoundError, MisconfigurationException):
-        L.seed_everything(config.run.seed, verbose=False)
-        base = lora_base(config)
-        try:
-            config = p.instantiate(config)
-        except ValueError as error:
-            raise ValueError(short_cause(str(error))) from None
-        trainer, generator, data = build(config, base)
-        model = generator.writer.folder
-        teachers = {str(t.model): fingerprint(find_model(t.model)) for t in [config.teacher] if t}
-        newest = Checkpoints(config.run.folder / CHECKPOINTS).newest()
-        if command != "fit" and newest is None:
-            raise FileNotFoundError(f"{config.run.folder} holds no checkpoint: train this config first")
-        claim(config.run.folder, resolved, data.identity() | teachers, resolve)
-        if newest:
-            newest.compare({name: tensor.shape for name, tensor in generator.network_state().items()}, "network.")
-        if command == "average":
-            out = out or model.with_name(f"{model.name}-{width}")
-            weights = reconstruct(config.run.folder / "snapshots", width, step)
-            generator.writer.write(generator.network.state_dict() | weights, out)
-            print(f"the model averaged with width {width} is {out}")
+    with ExitStack() as held:
+        with one_line_errors(ValueError, FileNotFoundError, MisconfigurationException):
+            L.seed_everything(config.run.seed, verbose=False)
+            base = lora_base(config)
+            try:
+                config = p.instantiate(config)
+            except ValueError as error:
+                raise ValueError(short_cause(str(error))) from None
+            run: Run = config.run
+            first = run.ranks().rank == 0
+            trainer, generator, data = build(config, base)
+            model = generator.writer.folder
+            teachers = {str(t.model): fingerprint(find_model(t.model)) for t in [config.teacher] if t}
+            newest = Checkpoints(run.folder / CHECKPOINTS).newest()
+            if command != "fit" and newest is None:
+                raise FileNotFoundError(f"{run.folder} holds no checkpoint: train this config first")
+            if out:
+                check_target(out, run.folder, overwrite)
+            held.enter_context(claim(run.folder, resolved, data.identity() | teachers, resolve, first))
+            if newest:
+                newest.compare({name: tensor.shape for name, tensor in generator.network_state().items()}, "network.")
+            if command == "average":
+                out = out or model.with_name(f"{model.name}-{width}")
+                weights = reconstruct(run.folder / "snapshots", width, step)
+                generator.writer.write(generator.network.state_dict() | weights, out)
+                print(f"the model averaged with width {width} is {out}")
+                return
+        if command == "fit" and newest and newest.step >= run.steps:
+            if first:
+                print(f"{run.folder} is trained already; the model is {model}")
             return
-    if command == "fit" and newest and newest.step >= config.run.steps:
-        if is_first():
-            print(f"{config.run.folder} is trained already; the model is {model}")
-        return
+        if run.wandb != "off":
+            trainer.loggers.append(wandb_logger(run))
+        with one_line_faults(run.world):
+            if run.devices > 1:
+                watch_children()
+            (trainer.fit if command == "fit" else trainer.validate)(generator, data)
+    if command == "fit" and first:
+        print(f"trained {run.steps} steps; the model is {model}")
+
+
+@contextmanager
+def one_line_faults(world: int) -> Iterator[None]:
+    """Ends a training of so many processes with one line of error if the machine, the data or another process fails."""
     cure = "try strategy.accumulate_grad_batches, strategy.activation_checkpointing selective or strategy.kind fsdp2"
     with one_line_errors(FloatingPointError, CheckpointError, cure=cure):
         try:
-            if command == "validate":
-                trainer.validate(generator, data)
-                return
-            trainer.fit(generator, data)
+            yield
         except StoreError as error:  # a loader process sends its whole traceback; the cause is the last line
             cause = str(error).splitlines()[-1].rpartition("StoreError: ")[2]
             fail(f"{cause}; `python -m data verify` finds all faults; then the same command resumes", MACHINE_FAULT)
         except RuntimeError as error:
-            if config.run.world == 1 or not re.search("gloo|nccl|TCPStore|peer|timed out", str(error), re.IGNORECASE):
+            cause = str(error).partition("\n")[0]
+            if cause.startswith("DataLoader worker"):
+                hint = "if the memory was full, lower data.workers; the same command resumes"
+                fail(f"a loader process died ({cause.strip()}): {hint}", MACHINE_FAULT)
+            if world == 1 or not re.search("gloo|nccl|TCPStore|peer|timed out", str(error), re.IGNORECASE):
                 raise
-            fault = "lost contact with another process, which has ended or hangs; the same command resumes"
-            fail(f"{fault} ({str(error).splitlines()[0]})", MACHINE_FAULT)
-        if trainer.is_global_zero:
-            print(f"trained {config.run.steps} steps; the model is {model}")
+            fail(f"{LOST} ({cause})", MACHINE_FAULT)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from storage.models import find_model, fingerprint
 
 PIXELS = 2**20  # encoded in one batch
 VALIDATED = 125  # samples in a batch of validation
+MOST_SAMPLES, MOST_WORKERS = 2**20, 1024  # of a global batch; of one process
 
 
 class CaptionedDigits(Dataset[Batch]):
@@ -187,8 +188,11 @@ class Data(L.LightningDataModule):
         text_mask: bool = False,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or workers < 0:
-            raise ValueError(f"data needs batch_size >= 1 and workers >= 0, got {batch_size} and {workers}")
+        if not 1 <= batch_size <= MOST_SAMPLES or not 0 <= workers <= MOST_WORKERS:
+            raise ValueError(
+                f"data needs batch_size from 1 to {MOST_SAMPLES:,} and workers from 0 to {MOST_WORKERS:,}, got "
+                f"{batch_size} and {workers}"
+            )
         self.text, self.codec, self.seed = text, codec, seed
         self.batch_size, self.side, self.workers, self.sized, self.text_mask = (
             batch_size, side, workers, sized, text_mask,

@@ -1,7 +1,6 @@
 """How a training is distributed and fitted into memory: DDP, FSDP2 or HSDP, activation checkpointing, compilation."""
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -73,11 +72,6 @@ class Strategy:
             raise ValueError(
                 f"data.batch_size must be a multiple of processes × accumulate_grad_batches, "
                 f"{world} × {self.accumulate_grad_batches} = {parts}, got {batch_size}"
-            )
-        started = os.environ.get("WORLD_SIZE")  # set by torchrun; Lightning would train as many times
-        if started is not None and int(started) != world:
-            raise ValueError(
-                f"{started} processes were started, but run.devices × run.num_nodes is {world}: make them equal"
             )
 
     def lightning(self, world: int) -> LightningStrategy | Literal["auto"]:

@@ -24,7 +24,7 @@ def config(tmp_path: Path) -> Path:
 def test_a_run_leaves_config_log_samples_checkpoint_and_model(config: Path, capsys: pytest.CaptureFixture) -> None:
     fit(config)
     run = config.parent / "run"
-    names = ["checkpoints", "config.yaml", "log.jsonl", "model", "samples"]
+    names = [".lock", "checkpoints", "config.yaml", "log.jsonl", "model", "samples", "wandb-id"]
     assert sorted(file.name for file in run.iterdir()) == names
     assert sorted(file.name for file in (run / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     log = lines(run)
@@ -152,7 +152,9 @@ def test_a_run_may_be_moved(config: Path, capsys: pytest.CaptureFixture) -> None
         (["--ema.widths", "[0.4]", "--ema.snapshot_every", "5"], "width"),
         (["--sampling.steps", "0"], "steps must be at least 1"),
         (["--data.batch_size", "7", "--run.devices", "2"], "multiple of processes × accumulate_grad_batches, 2 × 1"),
-        (["--data.batch_size", "0"], "batch_size >= 1"),
+        (["--data.batch_size", "0"], "batch_size from 1 to 1,048,576 and workers from 0 to 1,024, got 0 and 0"),
+        (["--data.batch_size", "1000000000000"], "got 1000000000000 and 0"),
+        (["--data.workers", "1025"], "got 64 and 1025"),
         (["--run.seed", "-1"], "-1"),
         (["--optimization.lr", "-1"], "optimization needs lr"),
         (["--optimization.warmup", "6"], "warmup must be below run.steps 6"),

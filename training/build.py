@@ -1,15 +1,18 @@
 """Builds the trainer, the module and the data from a config."""
 
-import hashlib
+import os
 from inspect import signature
 from pathlib import Path
 
 import lightning as L
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
+from cli import srun_used
 from data.module import Data
 from data.sizes import SIZE_FEATURES
 from engine.checkpoint import Checkpoints
@@ -22,7 +25,7 @@ from mmdit.model import MMDiT
 from pipeline import Pipeline
 from training.cost import StepCost
 from training.generator import Generator
-from training.run_folder import CHECKPOINTS, Run
+from training.run_folder import CHECKPOINTS, Run, wandb_id
 from training.saving import ModelWriter, Snapshots
 
 
@@ -91,12 +94,6 @@ def build_generator(config: Namespace, base: str | None) -> tuple[Generator, Dat
 def build_trainer(config: Namespace, generator: Generator) -> L.Trainer:
     """Builds Lightning's trainer for a module."""
     run, strategy, writer = config.run, config.strategy, generator.writer
-    loggers: list[Logger] = [JSONLinesLogger(run.folder / "log.jsonl")]
-    if run.wandb != "off":
-        place = run.folder.resolve()
-        identity = hashlib.sha256(str(place).encode()).hexdigest()[:12]  # a resumed run continues the same W&B run
-        offline = run.wandb == "offline"
-        loggers.append(WandbLogger(project="mmdit", name=place.name, id=identity, save_dir=run.folder, offline=offline))
     cost = StepCost(writer.network, generator.objective, generator.teacher, writer.base is None)
     meter = Meter(run.log_every, cost, run.precision)
     checkpoints = Checkpoints(run.folder / CHECKPOINTS, strategy.sharded_checkpoint)
@@ -107,6 +104,7 @@ def build_trainer(config: Namespace, generator: Generator) -> L.Trainer:
     return L.Trainer(
         accelerator=run.accelerator,
         devices=run.devices,
+        plugins=[cluster()],
         num_nodes=run.num_nodes,
         strategy=strategy.lightning(run.world),
         precision=run.precision,
@@ -117,10 +115,25 @@ def build_trainer(config: Namespace, generator: Generator) -> L.Trainer:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         log_every_n_steps=run.log_every,
-        logger=loggers,
+        logger=JSONLinesLogger(run.folder / "log.jsonl"),
         callbacks=callbacks,
         inference_mode=False,  # weights that are gathered in inference mode could not be trained any more
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=run.folder,
     )
+
+
+def cluster() -> ClusterEnvironment:
+    """How Lightning learns of the other processes, by who started this one, as `cli.own_ranks` knows it."""
+    if srun_used():
+        return SLURMEnvironment(auto_requeue=False)
+    if "RANK" in os.environ:
+        return TorchElasticEnvironment()
+    return LightningEnvironment()  # starts the others of its machine
+
+
+def wandb_logger(run: Run) -> WandbLogger:
+    """The logger of a claimed run. A resumed run continues the same run of Weights & Biases."""
+    name, offline = run.folder.resolve().name, run.wandb == "offline"
+    return WandbLogger(project="mmdit", name=name, id=wandb_id(run.folder), save_dir=run.folder, offline=offline)

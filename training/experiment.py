@@ -4,11 +4,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from os.path import isfile
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 
 from cli import checked, fail
 from data.latents import Codec
@@ -22,7 +23,7 @@ from flow.objective import Objective
 from mmdit.lora import LoRA
 from mmdit.network import Network
 from pipeline.sampling import Sampling
-from storage.text import read_yaml
+from storage.text import parse_yaml, read_yaml
 from training.generator import Grid
 from training.optimization import Optimization
 from training.run_folder import Run
@@ -42,19 +43,24 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:  # type: ignore[override]
         """Like jsonargparse's, but old names in a --config file are replaced by the new ones."""
-        given = checked(args)
-        for flag, value in pairwise([*given, "end"]):
+        words = checked(args)
+        for flag, value in pairwise([*words, "end"]):
             if flag.startswith("--") and (not value or flag.endswith("=")):
                 self.error(f"{flag.rstrip('=')} is empty: give a value, or leave it out")
-        for i, (flag, value) in enumerate(pairwise(given)):
-            name, content = flag, value
-            if name == "--config" and Path(content).is_file():
-                tree = _yaml(Path(content))
-                new = upgraded(tree)
-                if new != tree:
-                    print(f"warning: {content} has names of an earlier version: see CHANGELOG.md", file=sys.stderr)
-                    given[i + 1] = yaml.safe_dump(new, sort_keys=False)
-        return super().parse_args(given, *rest, **more)
+        given = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+        try:
+            for i, (flag, value) in enumerate(pairwise(given)):
+                if flag == "--config" and isfile(value):
+                    tree = read_yaml(Path(value))
+                    new = upgraded(tree)
+                    if new != tree:
+                        print(f"warning: {value} has names of an earlier version: see CHANGELOG.md", file=sys.stderr)
+                        given[i + 1] = yaml.safe_dump(new, sort_keys=False)
+            return super().parse_args(given, *rest, **more)
+        except ValueError as error:
+            self.error(str(error))
+        except RecursionError:
+            self.error("a value of the config is nested too deeply")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -105,11 +111,14 @@ def _objective(old: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def _yaml(file: Path) -> Any:
-    try:
-        return read_yaml(file)
-    except ValueError:  # the parser reports it
-        return None
+def _load(text: str) -> Any:
+    """jsonargparse's value of a YAML text. Those that would take too much memory or time are refused before."""
+    parse_yaml(text, "the text")
+    return _load_unchecked(text)
+
+
+_load_unchecked = get_loader("yaml")
+set_loader("yaml", _load, (yaml.YAMLError, ValueError))
 
 
 def short_cause(message: str) -> str:

@@ -1,16 +1,20 @@
 """A run and its folder: its settings, and whether a folder may be used for it."""
 
+import hashlib
 import os
+import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from storage.files import commit_bytes, commit_json, is_ours
-from storage.text import read_json, read_yaml
+from cli import Ranks, own_ranks, srun_used
+from storage.files import commit_bytes, commit_json, hold, is_ours, sweep
+from storage.text import read_json, read_text, read_yaml
 
 FREE = (  # keys that may change when a run is resumed
     "run.folder", "run.accelerator", "run.devices", "run.num_nodes", "run.wandb", "run.checkpoint_every",
@@ -18,6 +22,8 @@ FREE = (  # keys that may change when a run is resumed
 )  # fmt: skip
 
 CHECKPOINTS = "checkpoints"
+MODELS = ("model", "lora")  # names of the model that a run writes
+CONFIG, IDENTITY, WANDB_ID = "config.yaml", "data.json", "wandb-id"  # the files that `claim` writes
 
 
 @dataclass(frozen=True)
@@ -63,49 +69,98 @@ class Run:
         """Number of all processes of the training."""
         return self.devices * self.num_nodes
 
+    def ranks(self) -> Ranks:
+        """This process's place in the training. ValueError if not as many processes were started as it has."""
+        place, env = own_ranks(self.devices, self.num_nodes), os.environ
+        if place.world != self.world or place.local >= self.devices:
+            raise ValueError(
+                f"{place.world} processes were started, this one as number {place.local} of its machine, but "
+                f"run.devices × run.num_nodes is {self.devices} × {self.num_nodes}: make them equal"
+            )
+        tasks, nodes = env.get("SLURM_NTASKS_PER_NODE", "not set"), env.get("SLURM_NNODES", str(self.num_nodes))
+        if srun_used() and (tasks, nodes) != (str(self.devices), str(self.num_nodes)):
+            raise ValueError(
+                f"SLURM's --ntasks-per-node and --nodes must be run.devices and run.num_nodes, {self.devices} and "
+                f"{self.num_nodes}, got {tasks} and {nodes}"
+            )
+        return place
 
-def claim(folder: Path, resolved: str, identity: dict[str, str], resolve: Callable[[Any], str]) -> None:
-    """Writes the resolved config into a new run folder, or checks that the folder holds the same run.
 
-    Only the first process writes.
+@contextmanager
+def claim(
+    folder: Path, resolved: str, identity: dict[str, str], resolve: Callable[[Any], str], first: bool
+) -> Iterator[None]:
+    """Holds a run folder. Writes the resolved config into a new one, or checks that an old one holds the same run.
 
     Args:
         folder: folder of the run.
         resolved: the config with all its defaults, YAML.
         identity: path → hash of the data and models that the run uses.
         resolve: adds today's names and defaults to a config that an earlier version wrote.
+        first: whether this is the first process; the others only check.
 
     Raises:
         ValueError: the folder holds a run with another config or other data, or is no run's folder.
+        BusyError: another process holds it.
     """
-    file, known = folder / "config.yaml", folder / "data.json"
-    if file.exists() and any((folder / work).exists() for work in (CHECKPOINTS, "log.jsonl")):
-        here, there = (flat(yaml.safe_load(config)) for config in (resolved, resolve(read_yaml(file))))
-        changed = [key for key in here | there if here.get(key) != there.get(key)]
-        lines = {key: f"{key} is {there.get(key)} there and {here.get(key)} now" for key in changed}
-        if different := "; ".join(line for key, line in lines.items() if not key.startswith(FREE)):
-            raise ValueError(f"{folder} holds a run with another config ({different}); choose another run.folder")
-        if identity and (other := identity.items() - (read_json(known) if known.exists() else {}).items()):
-            places = ", ".join(sorted(name for name, _ in other))
-            raise ValueError(f"{folder} holds a run on other data than {places} holds now; choose another run.folder")
-        for line in lines.values() if is_first() else ():
-            print(f"warning: the run resumes, but {line}", file=sys.stderr)
-        return
-    if not is_first():
-        return
-    if not file.exists() and folder.is_dir() and not all(map(is_ours, folder.iterdir())):
+    file, known = folder / CONFIG, folder / IDENTITY
+    there = folder.iterdir() if folder.is_dir() else ()
+    if first and not file.exists() and not all(is_ours(path) or path.name in (IDENTITY, WANDB_ID) for path in there):
         raise ValueError(f"{folder} is not empty and holds no run; choose another run.folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if identity:
-        commit_json(known, identity)
-    commit_bytes(file, resolved.encode())
+    with hold(folder) if first else nullcontext():
+        for left in [*folder.rglob(".*.part")] if first else ():
+            sweep(left.parent)
+        if file.exists() and any((folder / work).exists() for work in (CHECKPOINTS, "log.jsonl")):
+            now, then = (flat(yaml.safe_load(config)) for config in (resolved, resolve(read_yaml(file))))
+            changed = [key for key in now | then if now.get(key) != then.get(key)]
+            lines = {key: f"{key} is {then.get(key)} there and {now.get(key)} now" for key in changed}
+            if different := "; ".join(line for key, line in lines.items() if not key.startswith(FREE)):
+                raise ValueError(f"{folder} holds a run with another config ({different}); choose another run.folder")
+            if identity and (other := identity.items() - (read_json(known) if known.exists() else {}).items()):
+                places = ", ".join(sorted(name for name, _ in other))
+                raise ValueError(
+                    f"{folder} holds a run on other data than {places} holds now; choose another run.folder"
+                )
+            for line in lines.values() if first else ():
+                print(f"warning: the run resumes, but {line}", file=sys.stderr)
+        elif first:
+            commit_bytes(folder / WANDB_ID, secrets.token_hex(6).encode())
+            if identity:
+                commit_json(known, identity)
+            commit_bytes(file, resolved.encode())
+        yield
 
 
-def is_first() -> bool:
-    """Whether this is the first process, from the environment variables of torchrun, SLURM or Lightning."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
-    ranks = (rank,) if rank is not None else (os.environ.get("NODE_RANK", "0"), os.environ.get("LOCAL_RANK", "0"))
-    return all(one == "0" for one in ranks)
+def wandb_id(folder: Path) -> str:
+    """The name of a claimed run in Weights & Biases. One that an earlier version began is named after its folder."""
+    if (file := folder / WANDB_ID).exists():
+        return read_text(file)
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+
+
+def check_target(out: Path, run: Path, overwrite: bool) -> None:
+    """Checks that a model may be written to a folder that the user named.
+
+    Args:
+        out: the folder.
+        run: folder of the run whose model it is.
+        overwrite: it may replace another model.
+
+    Raises:
+        ValueError: it would replace or change the run or anything that is no model.
+    """
+    place, kept = out.resolve(), [(run / name).resolve() for name in (CHECKPOINTS, "snapshots", "samples", *MODELS)]
+    if any(used.is_relative_to(place) for used in (run.resolve(), Path.cwd())) or any(map(place.is_relative_to, kept)):
+        raise ValueError(f"--out {out} would replace the run, a part of it or the current folder: choose another")
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        model = any((out / file).is_file() for file in ("model_index.json", "adapter_config.json"))
+        cure = (
+            " and holds a model: choose another, or give --overwrite" if model else " and is no model: choose another"
+        )
+        if not (model and overwrite):
+            raise ValueError(f"--out {out} exists{cure}")
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

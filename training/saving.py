@@ -16,6 +16,7 @@ from mmdit.model import MMDiT
 from mmdit.network import Network
 from pipeline import Pipeline
 from storage.files import replace_folder
+from training.run_folder import MODELS
 
 
 class ModelWriter:
@@ -29,7 +30,7 @@ class ModelWriter:
 
     def __init__(self, pipeline: Pipeline, run_folder: Path, base: str | None) -> None:
         self.network, self.parts, self.base = skeleton(pipeline.network), pipeline.parts, base
-        self.folder = run_folder / ("model" if base is None else "lora")
+        self.folder = run_folder / MODELS[base is not None]
 
     def write(self, weights: Mapping[str, Tensor], folder: Path | None = None) -> None:
         """Writes these weights. The folder None means the run's model. OSError if it cannot be written."""
