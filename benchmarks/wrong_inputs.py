@@ -183,7 +183,7 @@ def calls(config: dict[str, Any], folder: Path) -> list[Call]:
         *(Call("-m data", [verb, place]) for verb in ("info", "verify") for place in (*CONTENTS, "", "missing", "run")),
     ]
     (export,) = (action for action in pipeline.__main__.parser()._actions if action.dest == "command")
-    exports = of_parser("", export.choices["export"], exported)  # type: ignore[index, call-overload]
+    exports = of_parser("", export.choices["export"], exported)  # type: ignore[index]
     found += [Call("-m pipeline", ["export", "run", *call.argv]) for call in exports if "--push" not in str(call)]
     found += [Call("-m pipeline", ["export", name, *exported]) for name in (*CONTENTS, "", "missing", "pictures")]
     for name in CONTENTS:

@@ -45,11 +45,13 @@ def decode(content: bytes, source: object, first: int = 1) -> str:
         first: the number of their first line there.
     """
     try:
-        return content.decode("utf-8-sig")
+        text, place = content.decode("utf-8-sig"), content.find(0)  # zero: UTF-16, or no text at all
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + first
-        byte = f"0x{content[error.start]:02x}"
-        raise ValueError(f"{source} is no text in UTF-8: line {line} holds the byte {byte}; save it as UTF-8") from None
+        text, place = "", error.start
+    if place >= 0:
+        line, byte = content.count(b"\n", 0, place) + first, f"0x{content[place]:02x}"
+        raise ValueError(f"{source} is no text in UTF-8: line {line} holds the byte {byte}; save it as UTF-8")
+    return text
 
 
 def read_lines(file: Path, limit: int = LINE_LIMIT) -> Iterator[str]:

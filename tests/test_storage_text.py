@@ -22,6 +22,7 @@ def test_a_byte_order_mark_is_no_text_and_only_lf_and_crlf_end_a_line(tmp_path: 
     ("content", "told"),
     [
         (b"one\ntw\xff", r"no text in UTF-8: line 2 holds the byte 0xff"),
+        ("zwei".encode("utf-16-le"), "no text in UTF-8: line 1 holds the byte 0x00"),
         (b"x" * 101, "more than 100 bytes"),
     ],
 )
@@ -67,7 +68,7 @@ def test_bad_json_is_refused_in_one_line(tmp_path: Path, content: str, told: str
     ("content", "told"),
     [
         ("a: [", "is no YAML: "),
-        ("a: \x00", "is no YAML: "),
+        ("a: \x01", "is no YAML: "),
         ("a: 2024-13-45", "is no YAML: "),
         ("[" * 10_000, "nested too deeply"),
         (BOMB, "stands for more than 100,000 values"),

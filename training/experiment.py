@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from os.path import isfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse.util import import_object
 
 from cli import checked, fail
 from data.latents import Codec
@@ -56,7 +57,9 @@ class Parser(ArgumentParser):
                     if new != tree:
                         print(f"warning: {value} has names of an earlier version: see CHANGELOG.md", file=sys.stderr)
                         given[i + 1] = yaml.safe_dump(new, sort_keys=False)
-            return super().parse_args(given, *rest, **more)
+            config = super().parse_args(given, *rest, **more)
+            refuse_nulls(config)
+            return config
         except ValueError as error:
             self.error(str(error))
         except RecursionError:
@@ -66,6 +69,22 @@ class Parser(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         fail(short_cause(message))
+
+
+def refuse_nulls(branch: Any, place: str = "") -> None:
+    """ValueError if an argument of a class is null and its type does not allow that. jsonargparse lets it through."""
+    if isinstance(branch, list):
+        for number, part in enumerate(branch):
+            refuse_nulls(part, f"{place}.{number}")
+    if not isinstance(branch, Namespace):
+        return
+    if isinstance(name := branch.get("class_path"), str):
+        types = get_type_hints(import_object(name).__init__)
+        for key, value in vars(branch.get("init_args", Namespace())).items():
+            if value is None and key in types and type(None) not in get_args(types[key]):
+                raise ValueError(f"{place}.init_args.{key} is null: give a value, or leave it out")
+    for key, value in vars(branch).items():
+        refuse_nulls(value, f"{place}.{key}".lstrip("."))
 
 
 def resolve(tree: Any) -> str:
