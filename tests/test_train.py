@@ -154,7 +154,7 @@ def test_a_run_may_be_moved(config: Path, capsys: pytest.CaptureFixture) -> None
         (["--data.batch_size", "7", "--run.devices", "2"], "multiple of processes × accumulate_grad_batches, 2 × 1"),
         (["--data.batch_size", "0"], "batch_size from 1 to 1,048,576 and workers from 0 to 1,024, got 0 and 0"),
         (["--data.batch_size", "1000000000000"], "got 1000000000000 and 0"),
-        (["--data.workers", "1025"], "got 64 and 1025"),
+        (["--data.workers", "1025"], "got 8 and 1025"),
         (["--run.seed", "-1"], "-1"),
         (["--optimization.lr", "-1"], "optimization needs lr"),
         (["--optimization.warmup", "6"], "warmup must be below run.steps 6"),

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from cli import MACHINE_FAULT
 from data.module import end_loaders
 
-GRACE = 15.0  # seconds in which a process may end by itself once another has failed
+GRACE = 10.0  # seconds in which a process may end by itself once another has failed
 LOST = "lost contact with another process, which has ended or hangs; the same command resumes"
 PARENT = "TRAIN_STARTED_BY"  # environment variable: the process that started this one
 

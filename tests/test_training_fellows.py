@@ -1,0 +1,87 @@
+"""A process that dies takes the others along, in one line, and the same command resumes."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from trials import ENV, ROOT, Change, end, lines, shell, small, start, start_ranks
+
+from data.batch import Batch
+from data.module import TrainingDigits
+from data.order import Share
+
+FLAGS = ("--run.log_every", "1")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return small(tmp_path)
+
+
+def errors(told: str) -> list[str]:
+    assert "Traceback" not in told, told
+    return [line for line in told.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+
+
+def loader_dies(step: int) -> None:
+    """Lets a loader process die at this step, as by the kernel when the memory is full."""
+    own, parent = TrainingDigits.__getitem__, os.getpid()
+
+    def item(self: TrainingDigits, share: Share) -> Batch:
+        if share.step == step and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(self, share)
+
+    TrainingDigits.__getitem__ = item  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loader_process_that_dies_ends_the_run_in_one_line(config: Path, tmp_path: Path, world: int) -> None:
+    said, change = tmp_path / "said", {0: Change(loader_dies, (4,))}
+    flags = (*FLAGS, "--data.workers", "1")
+    assert [end(rank) for rank in start_ranks(config, *flags, world=world, said=said, changes=change)] == [1] * world
+    for rank in range(world):
+        (line,) = errors((tmp_path / f"said-{rank}").read_text())
+        assert ("a loader process died (DataLoader worker" if rank == 0 else "lost contact") in line
+        assert "the same command resumes" in line
+    assert [end(rank) for rank in start_ranks(config, *flags, world=world)] == [0] * world
+
+
+@pytest.mark.parametrize(("number", "training"), [(signal.SIGTERM, False), (signal.SIGKILL, True)])
+def test_the_first_process_ends_in_one_line_when_the_second_is_killed(
+    config: Path, number: int, training: bool
+) -> None:
+    """While it starts, and in training."""
+    flags = (*FLAGS, "--run.devices", "2", "--run.steps", "3000", "--data.workers", "1")
+    process = subprocess.Popen(
+        shell(config, *flags), cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not children.read_text():
+        time.sleep(0.01)
+    (second,) = children.read_text().split()
+    while training and process.poll() is None and not (config.parent / "run/log.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(int(second), number)
+    told = process.communicate(timeout=90)[1].decode()
+    assert process.returncode == 1, told
+    (line,) = errors(told)
+    assert line.startswith("error: lost contact with another process, which has ended or hangs; the same command resu")
+
+
+def test_tasks_of_srun_train_together(config: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+              "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    ranks = [
+        start(config, *FLAGS, "--run.devices", "2", env=common | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+        for rank in "01"
+    ]
+    assert [end(rank) for rank in ranks] == [0, 0]
+    assert len(lines(tmp_path / "run")) == 8  # once each
