@@ -189,5 +189,5 @@ def test_a_table_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypat
     with_parquet(tmp_path)
     Pictures(str(tmp_path))
     pq.write_table(pa.table({"file_name": ["a.jpg"], "text": ["x" * 2000]}), tmp_path / "metadata.parquet")
-    with pytest.raises(ValueError, match="metadata.parquet holds more than 1,000 bytes"):
+    with pytest.raises(ValueError, match=r"metadata.parquet holds more than 1,000 bytes"):
         Pictures(str(tmp_path))

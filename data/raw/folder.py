@@ -138,8 +138,8 @@ def read_metadata(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             columns, number = next(table, []), table.line_num + 1
             for row in table:
                 if row:
-                    fits = len(row) <= len(columns)
-                    yield number, dict(zip(columns, row)) if fits else "it has more values than there are columns"
+                    named = dict(zip(columns, row, strict=False))
+                    yield number, "it has more values than there are columns" if len(row) > len(columns) else named
                 number = table.line_num + 1
         else:
             for number, line in enumerate(read_lines(file), start=1):
