@@ -11,6 +11,9 @@ from PIL import Image
 import evaluate
 from data.examined import Digits
 from flow.objective import Objective
+from flow.path import Cosine
+from flow.target import V
+from metrics.straightness import path_length, straightness
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
 from studies.measure import Setting, draw, short_names
@@ -44,6 +47,18 @@ def test_measures_every_model_sampler_and_step_count(
     }  # fmt: skip
     assert Image.open(out / "sheet.png").size[0] > 8 * 32
     assert capsys.readouterr().out.count("\n") == 2 + 8 + 2
+
+
+def test_a_walk_on_any_path_is_measured_in_straight_coordinates(pipe: Pipeline) -> None:
+    curved = Pipeline(pipe.network, Objective(Cosine(), V()), pipe.codec, pipe.text)
+    sampling, examined = Sampling(3, 1.0), Digits(1)
+    drawn = draw(Setting("", "", curved, sampling), examined, 0, 4)
+    a, b = curved.objective.path(curved.plan(sampling)[2])
+    states: list[torch.Tensor] = []
+    curved(examined.prompts, range(10), sampling=sampling, callback=lambda done, z, x0: states.append(z))
+    walk = [z / scale for z, scale in zip(states, a + b, strict=True)]
+    assert drawn.path_length == pytest.approx(path_length(walk).mean().item(), rel=1e-4)
+    assert drawn.straightness == pytest.approx(straightness(walk, b / (a + b)).mean().item(), rel=1e-4)
 
 
 def test_the_pictures_do_not_depend_on_the_batch_and_references_differ(model: Path, tmp_path: Path) -> None:

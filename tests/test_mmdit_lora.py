@@ -109,6 +109,17 @@ def test_updates_made_by_diffusers_are_ours(
     assert close(output(network), theirs)
 
 
+def test_a_merge_into_half_precision_rounds_once(network: MMDiT, tmp_path: Path) -> None:
+    lora.add(network, LoRA(4))
+    shaken(network)
+    lora.save(network, tmp_path / "lora", "base")
+    exact, half = (checkpoint.load(tmp_path / "transformer", "bfloat16") for _ in range(2))
+    for other in (exact.float(), half):
+        lora.merge(other, tmp_path / "lora")
+    wanted = exact.bfloat16().state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in half.state_dict().items())
+
+
 def test_an_alpha_in_the_file_scales_its_layer(network: MMDiT, tmp_path: Path) -> None:
     lora.add(network, LoRA(4, targets=("image.proj",)))
     shaken(network)
