@@ -19,6 +19,10 @@ from storage.text import read_json
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 PREFIX = "first_stage_model."  # of the VAE's tensors in a single file
+NUMBERS = (  # of a VAE's config that building it does not check: key, type, and what is below it
+    ("scaling_factor", float, 0), ("shift_factor", float, -math.inf), ("sample_size", int, 0),
+    ("norm_num_groups", int, 0),
+)  # fmt: skip
 TILE = 1024  # pixels; the sample_size of SD3's VAE, which a single file does not contain
 
 Shape = tuple[int, ...]
@@ -247,14 +251,11 @@ def build(config: Mapping[str, Any], source: Path) -> Any:
     try:
         with torch.device("meta"):  # takes no time and no random numbers
             vae = AutoencoderKL(**described(config, configs.VAE))
-            vae.decode(vae.encode(torch.empty(1, vae.config.in_channels, 64, 64)).latent_dist.mean)  # computes nothing
         own = vae.config
-        for key in ("scaling_factor", "shift_factor", "sample_size"):  # nothing that is built checks them
-            value = own[key]
-            if type(value) not in (int, float) and not (value is None and key == "shift_factor"):
-                raise TypeError(f"{key} {value!r} is no number")
-            if not math.isfinite(value or 0) or (key != "shift_factor" and not value > 0):
-                raise ValueError(f"{key} is {value}")
+        for key, kind, least in NUMBERS:
+            value = own[key] or (0 if key == "shift_factor" else -1)
+            if type(value) not in (int, kind) or not least < value < math.inf:
+                raise ValueError(f"{key} is {own[key]!r}")
     except Exception as error:  # a wrong value may raise anything where it is used
         reason = " ".join(str(error).split())
         raise ValueError(f"{source} describes no AutoencoderKL that could be built: {reason}") from None

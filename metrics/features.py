@@ -239,12 +239,13 @@ class CLIPFeatures(FeatureNetwork):
                 for name in (f"{part}_config", f"{part}_config_dict")  # the latter in old files
                 if config.get(name) is not None
             }
-            settings = CLIPConfig(**towers, **described(config, CLIP))
+            rest = described(config, CLIP)
+            self.clip = CLIPModel(CLIPConfig(**towers, **rest))
             with torch.device("meta"):  # computes nothing; some values fail only in use
-                blank, picture = CLIPModel(settings), settings.vision_config
-                blank.get_image_features(torch.empty(1, picture.num_channels, picture.image_size, picture.image_size))
+                one = {name: tower | {"num_hidden_layers": 1} for name, tower in towers.items()}
+                blank, side = CLIPModel(CLIPConfig(**one, **rest)), self.clip.config.vision_config.image_size
+                blank.get_image_features(torch.empty(1, 3, side, side))
                 blank.get_text_features(torch.ones(1, 2, dtype=torch.long))
-            self.clip = CLIPModel(settings)
         except Exception as error:  # wrong settings may raise anything
             raise ValueError(f"{files[0]} describes no CLIP model: {first_line(error)}") from error
         try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmdit.embed import TIME_SCALE
 from mmdit.layers import JointBlock
 from mmdit.model import MMDiT
+from storage.checksums import verify
 from storage.configs import MOST
 from storage.files import commit_json
 from storage.text import read_json
@@ -249,6 +250,8 @@ def load(
         places = (path / "transformer", path / "model" / "transformer")
         folder = next((place for place in places if place.is_dir()), path)
         naming: Naming = "diffusers"
+        if folder != path:
+            verify(folder.parent, folder.name)
         arguments = _arguments(folder / CONFIG)
         weights = open_folder(folder, STEM)
     else:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoint import parts, swap
 from mmdit.model import MMDiT
+from storage.checksums import verify, write_checksums
 from storage.files import commit_json
 from storage.weights import Weights, open_file, shorten, write_tensors
 
@@ -92,6 +93,7 @@ def save(network: MMDiT, folder: Path, base: str) -> None:
     """
     commit_json(folder / CONFIG, {"peft_type": "LORA", "base_model_name_or_path": base})
     write_tensors(export(network), folder / FILE)
+    write_checksums(folder, [folder / CONFIG, folder / FILE])
 
 
 class Update(NamedTuple):
@@ -117,7 +119,9 @@ def merge(network: MMDiT, path: Path) -> None:
     Raises:
         FileNotFoundError, ValueError: in one line that names all that does not fit, before anything is changed.
     """
-    updates = read(network, open_file(find(path)))
+    file = find(path)
+    verify(file.parent, file.name)
+    updates = read(network, open_file(file))
     modules = dict(network.named_modules())
     for name, pieces in updates.items():
         weight = modules[name].weight

@@ -25,6 +25,7 @@ from mmdit.network import Network
 from pipeline import networks
 from pipeline.networks import format_of
 from pipeline.sampling import Sampling
+from storage.checksums import verify, write_checksums
 from storage.files import commit_json, replace_folder
 from storage.text import read_json
 from storage.weights import DType, open_file
@@ -102,6 +103,7 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
     elif (path / INDEX).is_file():
         parts = _read_folder(path, options)
     elif (path / lora.FILE).is_file():
+        verify(path)
         base = read_json(path / lora.CONFIG).get("base_model_name_or_path")
         if not isinstance(base, str):
             raise ValueError(f"{path / lora.CONFIG} lacks base_model_name_or_path: give --model BASE --lora {path}")
@@ -122,6 +124,7 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
 
 
 def _read_folder(folder: Path, options: LoadOptions) -> Parts:
+    verify(folder)
     index = read_json(folder / INDEX)
     kind = index.get("_class_name")
     if kind != "Pipeline" and not str(kind).startswith("StableDiffusion3"):
@@ -148,6 +151,7 @@ def read_network(folder: Path, options: LoadOptions) -> tuple[Network, Objective
     """Loads network, objective and codec of a model folder, without its text encoders. Errors are those of `read`."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is no model folder: it has no {INDEX}")
+    verify(folder, "transformer", "unet", "scheduler", "vae")
     objective, _ = read_process(folder / SCHEDULER)
     return networks.load(folder, options.device, options.dtype_of)[0], objective, load_codec(folder / "vae")
 
@@ -161,6 +165,7 @@ def _read_file(file: Path, options: LoadOptions) -> Parts:
             f"{file} is a single file, which holds no tokenizers: give --parts FOLDER with tokenizer/, tokenizer_2/ "
             "and tokenizer_3/, such as a Stable Diffusion 3 folder of diffusers"
         )
+    verify(options.parts)
     dtype = options.dtype_of(own.dtype)
     network = checkpoint.load(file, dtype, options.device)
     with_vae = bool(weights.under(VAE_PREFIX))
@@ -246,6 +251,8 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
         commit_json(new / INDEX, {"_class_name": "StableDiffusion3Pipeline" if whole else "Pipeline", **index})
         for name, content in (more or {}).items():
             (new / name).write_text(content, encoding="utf-8")
+        files = {file for file in new.rglob("*") if file.is_file()}
+        write_checksums(new, files - {new / name for name in more or {}})
 
     replace_folder(folder, fill)
 

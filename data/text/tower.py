@@ -24,6 +24,7 @@ from storage.weights import DType, Weights, check_tensors, digest, open_file, op
 PROJECTION = "text_projection.weight"  # of the pooled vector, in a CLIP tower
 TABLE = "encoder.embed_tokens.weight"  # T5's second name for `shared.weight`
 KEYS = {CLIPTextModelWithProjection: CLIP_TEXT, T5EncoderModel: T5}  # of the settings that describe a tower
+ONE_LAYER = {"num_hidden_layers": 1, "num_layers": 1}
 Tokenizer = TypeVar("Tokenizer", bound=CLIPTokenizer | T5Tokenizer)
 
 
@@ -62,11 +63,9 @@ class Tower:
                 raise ValueError(f"they have the model_type {found!r} instead of {config.model_type!r}")
             with quiet():
                 self.config = config.from_dict(self.settings)
-                module = self._blank()
-                shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
-                module(
-                    torch.ones(1, 2, dtype=torch.long, device="meta")
-                )  # computes nothing; some values fail only here
+                shapes = {name: tuple(value.shape) for name, value in self._blank().named_parameters()}
+                with torch.device("meta"):  # computes nothing; some values fail only in use
+                    kind(config.from_dict(self.settings | ONE_LAYER))(torch.ones(1, 2, dtype=torch.long))
         except Exception as error:  # wrong settings may raise anything
             raise ValueError(f"the settings of {source} describe no {kind.__name__}: {one_line(error)}") from error
         self.identity = identity and len(set(shapes[PROJECTION])) == 1
