@@ -20,8 +20,8 @@ from flow.variance import LearnedVariance
 from mmdit.model import Condition, MMDiT
 from pipeline import Pipeline
 from pipeline.folder import SCHEDULER
-from storage.checksums import FILE as CHECKSUMS
 from pipeline.sampling import Sampling
+from storage.checksums import FILE as CHECKSUMS
 
 PROMPTS = ["a handwritten seven", "the digit 3", ""]
 
