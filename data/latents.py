@@ -250,7 +250,7 @@ def build(config: Mapping[str, Any], source: Path) -> Any:
 
     try:
         with torch.device("meta"):  # takes no time and no random numbers
-            vae = AutoencoderKL(**described(config, configs.VAE))
+            vae: Any = AutoencoderKL(**described(config, configs.VAE))
         own = vae.config
         for key, kind, least in NUMBERS:
             value = own[key] or (0 if key == "shift_factor" else -1)

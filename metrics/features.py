@@ -233,7 +233,7 @@ class CLIPFeatures(FeatureNetwork):
         try:
             if (kind := config.get("model_type")) != "clip":
                 raise ValueError(f"its model_type is {kind!r} instead of 'clip'")
-            towers = {
+            towers: dict[str, Any] = {
                 name: described(config[name], keys)
                 for part, keys in (("text", CLIP_TEXT), ("vision", CLIP_VISION))
                 for name in (f"{part}_config", f"{part}_config_dict")  # the latter in old files
@@ -243,7 +243,8 @@ class CLIPFeatures(FeatureNetwork):
             self.clip = CLIPModel(CLIPConfig(**towers, **rest))
             with torch.device("meta"):  # computes nothing; some values fail only in use
                 one = {name: tower | {"num_hidden_layers": 1} for name, tower in towers.items()}
-                blank, side = CLIPModel(CLIPConfig(**one, **rest)), self.clip.config.vision_config.image_size
+                blank: Any = CLIPModel(CLIPConfig(**one, **rest))
+                side = blank.config.vision_config.image_size
                 blank.get_image_features(torch.empty(1, 3, side, side))
                 blank.get_text_features(torch.ones(1, 2, dtype=torch.long))
         except Exception as error:  # wrong settings may raise anything
