@@ -29,7 +29,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 IMPORTED = (  # once, and not again for each fault
     "diffusers.models", "lightning", "matplotlib.figure", "pytest", "sklearn.datasets", "timm.layers", "timm.optim",
-    "timm.scheduler", "torchdiffeq", "torchmetrics.image", "torchvision", "transformers.models.clip.modeling_clip",
+    "timm.scheduler", "torchmetrics.image", "torchvision", "transformers.models.clip.modeling_clip",
     "transformers.models.t5.modeling_t5", "wandb",
 )  # fmt: skip
 LIMIT = 300  # seconds; a fault whose tests do not end is seen
