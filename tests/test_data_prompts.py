@@ -17,7 +17,7 @@ def test_only_lf_and_crlf_end_a_prompt_and_a_byte_order_mark_is_none(tmp_path: P
 
 def test_prompts_come_through_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("one\ntwo\n",))
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("one\ntwo\n",), daemon=True)
     writer.start()
     assert read_prompts([], tmp_path / "pipe") == ["one", "two"]
     writer.join()
