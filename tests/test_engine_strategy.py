@@ -278,6 +278,9 @@ def test_impossible_strategies_are_refused(
 def test_more_processes_than_the_config_says_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert "4 processes were started, but run.devices × run.num_nodes is 1" in refused(capsys, small(tmp_path))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    message = refused(capsys, small(tmp_path))
+    assert "4 processes were started" in message
+    assert "run.devices × run.num_nodes is 1 × 1: make them equal" in message
     assert not (tmp_path / "run").exists()

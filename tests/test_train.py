@@ -3,12 +3,15 @@
 import copy
 import math
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from trials import ENV, ROOT, Change, assert_same, end, fill_at, fit, lines, refused, shell, small, start, state, under
 
+import train
+from benchmarks import plan
 from pipeline import Pipeline
 from training import experiment
 from training.generator import Generator
@@ -24,7 +27,7 @@ def config(tmp_path: Path) -> Path:
 def test_a_run_leaves_config_log_samples_checkpoint_and_model(config: Path, capsys: pytest.CaptureFixture) -> None:
     fit(config)
     run = config.parent / "run"
-    names = [".lock", "checkpoints", "config.yaml", "log.jsonl", "model", "samples", "wandb-id"]
+    names = ["checkpoints", "config.yaml", "log.jsonl", "model", "samples", "wandb-id"]
     assert sorted(file.name for file in run.iterdir()) == names
     assert sorted(file.name for file in (run / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     log = lines(run)
@@ -189,6 +192,31 @@ def test_a_missing_or_misspelled_config_ends_in_one_line(config: Path, capsys: p
     assert "validate_evry" in refused(capsys, config)
 
 
+ALIASES = "\n".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]" for m, n in pairwise("abcdefghij"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'run:\n  folder: "\xff"\n', "is no text in UTF-8: line 2 holds the byte 0xff"),
+        (b"run: " + b"[" * 2000 + b"]" * 2000, "is nested too deeply"),
+        (b"a: &a [x, x, x, x, x, x, x, x, x]\n" + ALIASES.encode(), "stands for more than 100,000 values"),
+    ],
+)
+@pytest.mark.parametrize("words", [("--config", "{}"), ("--config={}",)])
+def test_a_config_that_cannot_be_read_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, content: bytes, message: str, words: tuple[str, ...]
+) -> None:
+    """By train.py and by the plan, which have the same parser."""
+    (tmp_path / "bad.yaml").write_bytes(content)
+    for command, main in ((["fit"], train.main), ([], plan.main)):
+        with pytest.raises(SystemExit) as end:
+            main([*command, *(word.format(tmp_path / "bad.yaml") for word in words)])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2
+        assert message in line
+
+
 def test_a_run_of_another_config_is_refused_and_left_alone(config: Path, capsys: pytest.CaptureFixture) -> None:
     fit(config)
     before = copy.deepcopy(state(config.parent / "run"))
@@ -257,6 +285,7 @@ def test_wandb_offline_holds_metrics_and_samples(config: Path) -> None:
     command = shell(config, "--run.wandb", "offline")
     subprocess.run(command, cwd=ROOT, env=ENV, check=True, capture_output=True)
     (kept,) = (config.parent / "run/wandb").glob("offline-run-*")
+    assert kept.name.endswith(f"-{(config.parent / 'run/wandb-id').read_text()}")
     assert list(kept.glob("*.wandb"))
     assert len(list(kept.glob("files/media/images/*.png"))) == 2
 

@@ -73,7 +73,7 @@ def test_a_claim_killed_at_any_system_call_is_made_again_by_the_same_command(tmp
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         claimed(run)
-        assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml", "data.json", "wandb-id"]
+        assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "data.json", "wandb-id"]
         assert (run / "config.yaml").read_text() == "run: {seed: 1}\n"
         if status == 0:
             break
