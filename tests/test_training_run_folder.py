@@ -120,6 +120,16 @@ def test_one_process_works_in_a_run_and_one_that_is_killed_holds_nothing(
         pass
 
 
+def test_what_killed_processes_left_anywhere_in_a_run_goes(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    for place in (".", "samples", "checkpoints/step-0000003"):
+        left = tmp_path / place / ".0123456789abcdef.part"
+        left.mkdir(parents=True)
+        (left / "half").touch()
+    claimed(tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_a_run_begun_anew_is_a_new_run_for_wandb(tmp_path: Path) -> None:
     run = tmp_path / "run"
     claimed(run)
@@ -139,7 +149,7 @@ def test_a_run_begun_anew_is_a_new_run_for_wandb(tmp_path: Path) -> None:
         ("straight/model", "would replace the run"),
         ("straight/checkpoints/step-0000006", "would replace the run"),
         (".", "would replace the run"),
-        ("", "would replace the run"),
+        ("", "--out is empty"),
         ("letters", "exists and is no model: choose another"),
         ("other/model", "exists and holds a model: choose another, or give --overwrite"),
     ],
