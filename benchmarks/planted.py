@@ -84,10 +84,10 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("flow/guidance.py", "flow_guidance"): [
         ("(std_cond / std)", "(std / std_cond)"),
-        ("(y_cond - self.weak.model(", "(guided - self.weak.model("),
+        ("(y_cond - self.weak.model(", "(y - self.weak.model("),
         ("noise=torch.where(mask > 0, estimate.noise, noise)", "noise=estimate.noise"),
-        ("plain, rest = guided[:, : self.channels], y_cond[:, : self.channels]",
-         "plain, rest = guided[:, : self.channels], guided[:, : self.channels]"),
+        ("plain, rest = y[:, : self.channels], y_cond[:, : self.channels]",
+         "plain, rest = y[:, : self.channels], y[:, : self.channels]"),
     ],
     ("flow/meanflow.py", "flow_meanflow flow_meanflow_objective training_cost"): [
         ("self.extra_passes = 2 * share", "self.extra_passes = share"),
@@ -233,9 +233,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("[first - stored.first : last - stored.first]", "[first:last]"),
         ("if step < complete[KEPT - 1]:", "if step < complete[0]:"),
     ],
-    ("engine/flops.py", "engine_meter"): [
-        ("sdpa_kernel(SDPBackend.MATH)", "torch.enable_grad()"),
-    ],
     ("training/optimization.py", "training_optimization"): [
         ("param_groups_weight_decay(network, self.weight_decay)",
          '[{"params": [*network.parameters()], "weight_decay": self.weight_decay}]'),
@@ -340,7 +337,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("torch.where(right[:, None], torch.tensor(GREEN), torch.tensor(RED))",
          "torch.where(right[:, None], torch.tensor(RED), torch.tensor(GREEN))"),
     ],
-    ("studies/presentation.py", "study_document fewstep_document"): [
+    ("metrics/significance.py", "metrics_significance"): [
         ("statistics.stdev(values)", "statistics.pstdev(values)"),
     ],
     ("studies/recipes.py", "compare"): [

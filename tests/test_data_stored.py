@@ -1,12 +1,13 @@
 """What a batch from a store holds: its pictures, captions and posteriors, and what is dropped."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from painted import BUCKETS, CODEC, COUNT, HELD_OUT, TEXT, assert_equal, batches, vae
+from painted import BUCKETS, CODEC, COUNT, HELD_OUT, TEXT, assert_equal, batches, made, vae
 
 from data.batch import complete
 from data.latents import VAE
@@ -161,6 +162,18 @@ def test_captions_alone_give_the_condition_that_tokens_give(stores: dict[str, st
         torch.testing.assert_close(encoded.text.float(), told.text, rtol=2**-8, atol=1e-5)
         torch.testing.assert_close(encoded.pooled, told.pooled, rtol=2**-8, atol=1e-5)
         assert told.captions is told.kept is told.sizes is None
+
+
+def test_a_draw_belongs_to_its_picture_in_whatever_part_of_a_shard(
+    text: CLIPText, codec: VAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Store(made(tmp_path / "whole", text, codec, latents="draw", text="captions"))
+    monkeypatch.setattr("data.store.encoding.UNIT", 10)
+    parts = Store(made(tmp_path / "parts", text, codec, latents="draw", text="captions"))
+    assert whole.ids() == parts.ids()
+    for bucket in range(3):
+        rows = whole.members(bucket)
+        torch.testing.assert_close(parts.latents(rows).float(), whole.latents(rows).float(), rtol=0.02, atol=0.02)
 
 
 def test_validation_takes_the_captions_of_samples_in_turn(stores: dict[str, str]) -> None:

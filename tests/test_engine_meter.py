@@ -351,8 +351,11 @@ from pathlib import Path
 from time import sleep
 import lightning as L, torch
 from torch.utils.data import DataLoader
+from engine import meter
 from engine.log import JSONLinesLogger
 from engine.meter import Cost, Meter
+
+meter.peak = lambda device, precision: 1e12
 
 class Rank(L.LightningModule):
     def __init__(self):
@@ -394,5 +397,6 @@ def test_two_processes_are_one_job(tmp_path: Path) -> None:
     assert line["perf/images_per_s"] * step == pytest.approx(1 + 11)
     assert line["perf/tokens_per_s"] * step == pytest.approx(100 + 107)
     assert line["perf/tflops_per_s"] * step == pytest.approx(2 * FLOPS / 1e12)
+    assert line["perf/mfu"] == pytest.approx(line["perf/tflops_per_s"] / 2)  # of two devices of 1 TFLOP/s
     assert 0.05 <= line["perf/data_wait"] * step < 0.09  # one waits 0.1 seconds a step, the other hardly at all
     assert line["perf/memory_gb"] > 0.6  # the second one's: 0.3 of its own on top of what both have loaded

@@ -174,6 +174,13 @@ def test_the_path_ends_where_a_picture_is_decoded(which: str, sampler: str, requ
     torch.testing.assert_close(some.codec.decode(ended), pictures)
 
 
+def test_a_path_from_below_pure_noise_begins_with_its_own_variance(text: CLIPText) -> None:
+    some = made(text, Objective())
+    how = way(some, spacing="karras:sigma_max=3")
+    ended = some.integrate(noise(), PROMPTS, how)
+    torch.testing.assert_close(some.codec.decode(ended), some(PROMPTS, SEEDS, sampling=how))
+
+
 def test_the_path_is_the_model_s_own_unless_told(pipe: Pipeline) -> None:
     torch.testing.assert_close(pipe.integrate(noise(), PROMPTS), pipe.integrate(noise(), PROMPTS, pipe.sampling))
     moved = pipe.integrate(noise(), PROMPTS) - pipe.integrate(noise(), PROMPTS, way(pipe, steps=5))

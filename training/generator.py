@@ -30,6 +30,7 @@ from training.teacher import TeacherModel
 from training.terms import LossTerm
 
 VALIDATION_TIMES = 8
+MOST_COLUMNS = 256  # of the sheet of samples
 SAMPLED = 64  # pictures at a time
 
 
@@ -46,8 +47,8 @@ class Grid:
     columns: int = 4
 
     def __post_init__(self) -> None:
-        if self.columns < 1:
-            raise ValueError(f"grid.columns must be at least 1, got {self.columns}")
+        if not 1 <= self.columns <= MOST_COLUMNS:
+            raise ValueError(f"grid.columns must be from 1 to {MOST_COLUMNS}, got {self.columns}")
 
 
 class Generator(L.LightningModule):
