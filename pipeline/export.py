@@ -40,7 +40,7 @@ python sample.py --model {place} --prompt "{prompt}"
 
 TAGS = "tags: [text-to-image, rectified-flow, mmdit]"  # a line of every model card
 PART = re.compile(  # what an export holds
-    r"README\.md|.+\.safetensors|model_index\.json|transformer|unet|vae|scheduler|(text_encoder|tokenizer)(_[23])?"
+    r"README\.md|.+\.safetensors|(model_index|checksums)\.json|transformer|unet|vae|scheduler|(text_encoder|tokenizer)(_[23])?"
 )
 
 

@@ -51,7 +51,9 @@ def command(request: pytest.FixtureRequest, model: Path, tmp_path: Path, monkeyp
         (tmp_path / "prompts.txt").write_text("zero\n")
         argv = ["pairs", "--model", model, "--num", 4, "--prompts", tmp_path / "prompts.txt", "--out", out]
         return Command(sample.main, argv, out, PairMaker, "block")
-    return Command(compare.main, [ROOT / "configs/studies/digits.yaml", "--out", out], out, Recipes, "run")
+    return Command(
+        compare.main, [ROOT / "configs/studies/digits.yaml", "--out", out, "--docs", tmp_path], out, Recipes, "run"
+    )
 
 
 @pytest.fixture

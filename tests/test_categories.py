@@ -90,7 +90,7 @@ def test_every_model_and_number_of_steps_has_its_row_and_sheet(drawer: Path, tmp
     found = [read(tmp_path, number)[0] for number in range(4)]
     assert [(r["folder"], r["steps"]) for r in found] == [(str(m), n) for m in (drawer, drawer.parent) for n in (1, 2)]
     names = {f"{stem}-{number}.{end}" for stem, end in (("sheet", "png"), ("pictures", "json")) for number in range(4)}
-    assert {file.name for file in tmp_path.iterdir()} == names | {"results.json", "purpose.json", ".lock"}
+    assert {file.name for file in tmp_path.iterdir()} == names | {"results.json", "purpose.json"}
     assert [(tmp_path / f"sheet-{n}.png").read_bytes() for n in (0, 1)] == [
         (tmp_path / f"sheet-{n}.png").read_bytes() for n in (2, 3)
     ]  # the run's folder holds the same model

@@ -289,7 +289,7 @@ def truncate(file: Path) -> None:
         (lambda vae: change(vae / "config.json", latent_channels=8), "3 mis-shaped"),
         (lambda vae: change(vae / "config.json", _class_name="AutoencoderTiny"), "describes a AutoencoderTiny"),
         (lambda vae: change(vae / "config.json", norm_num_groups=7), "describes no AutoencoderKL that could be built"),
-        (lambda vae: change(vae / "config.json", scaling_factor="1.5"), "'1.5' is no number"),
+        (lambda vae: change(vae / "config.json", scaling_factor="1.5"), "scaling_factor is '1.5'"),
         (lambda vae: change(vae / "config.json", latents_mean=[0.0] * 4), "asks for latents_mean"),
         (lambda vae: change(vae / "config.json", in_channels=1), "unequal in_channels"),
         (lambda vae: (vae / "config.json").write_text("[]"), "no JSON object"),

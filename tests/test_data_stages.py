@@ -91,7 +91,7 @@ def test_a_store_of_another_codec_or_text_is_refused_by_name(stores: dict[str, s
         ({"encoder_dropout": -0.1}, "dropouts must be from 0 to 1, got 0.1 and -0.1"),
         ({"held_out": 0}, "held_out must be from 1 to below the store's 72 samples, got 0"),
         ({"held_out": COUNT}, "held_out must be from 1 to below the store's 72 samples, got 72"),
-        ({"batch_size": 0}, "batch_size >= 1"),
+        ({"batch_size": 0}, "batch_size from 1 to"),
         ({"store": "nowhere"}, "there is no store at nowhere"),
     ],
 )

@@ -43,7 +43,7 @@ def test_measures_every_model_sampler_and_step_count(
     assert found[0]["straightness"] == pytest.approx(0, abs=1e-9)  # one step is a straight line
     assert found[1]["straightness"] > 0
     assert {file.name for file in out.iterdir()} == {
-        "purpose.json", "results.json", "results.csv", "quality.png", "report.html", "sheet.png", ".lock",
+        "purpose.json", "results.json", "results.csv", "quality.png", "report.html", "sheet.png",
     }  # fmt: skip
     assert Image.open(out / "sheet.png").size[0] > 8 * 32
     assert capsys.readouterr().out.count("\n") == 2 + 8 + 2

@@ -199,7 +199,7 @@ def test_guidance_leaves_a_learned_variance_as_it_is(pipe: Pipeline) -> None:
     ours = Pipeline(network, LearnedVariance(ImprovedCosine(), Epsilon()), pipe.codec, pipe.text, Sampling(3, 1.0))
     times = ours.plan(ours.sampling)[2]
     plain, guided = (
-        ours.denoiser(PROMPTS, "", way(ours, guidance=scale), times)(torch.ones(3, 1, 8, 8), torch.full((3,), 0.5))
+        ours.denoiser(PROMPTS, "", way(ours, guidance=scale), times)(torch.ones(3, 1, 8, 8), torch.tensor(0.5))
         for scale in (1.0, 5.0)
     )
     torch.testing.assert_close(guided.variance, plain.variance)
