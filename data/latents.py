@@ -253,7 +253,7 @@ def build(config: Mapping[str, Any], source: Path) -> Any:
             vae: Any = AutoencoderKL(**described(config, configs.VAE))
         own = vae.config
         for key, kind, least in NUMBERS:
-            value = own[key] or (0 if key == "shift_factor" else -1)
+            value = 0 if own[key] is None and key == "shift_factor" else own[key]
             if type(value) not in (int, kind) or not least < value < math.inf:
                 raise ValueError(f"{key} is {own[key]!r}")
     except Exception as error:  # a wrong value may raise anything where it is used

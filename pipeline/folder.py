@@ -1,5 +1,6 @@
 """The model on disk: a folder in diffusers' SD3 layout, a released single file, or a LoRA on top of either."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -208,6 +209,10 @@ def read_process(file: Path) -> tuple[Objective, Sampling]:
     try:
         path, target = restore(paths.Path, config["path"]), restore(Target, config["target"])
         shifts = {"shift": config["shift"], "shift_area": config.get("shift_area")}
+        for name, value in shifts.items():
+            number = type(value) in (int, float) and value < math.inf
+            if not number and not (value is None and name == "shift_area"):
+                raise ValueError(f"{name} must be a number, got {value!r:.80}")
         objective = Objective(path, target, **shifts)
         if variance := config["variance"]:
             if variance.get("class") != LearnedVariance.__name__:

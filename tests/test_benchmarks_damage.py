@@ -5,7 +5,9 @@ import pytest
 from benchmarks.damage import FAULTS, flips
 
 
-@pytest.mark.parametrize(("name", "count"), [("store", 45), ("pairs", 15), ("checkpoint", 20), ("snapshot", 20)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("store", 45), ("pairs", 15), ("checkpoint", 20), ("snapshot", 20), ("model folder", 20)]
+)
 def test_no_flipped_bit_is_silent_or_crashes_the_reader(name: str, count: int) -> None:
     found = list(flips(name, count, seed=1))
     assert len(found) == count

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from encoded import config_in
+from samples import contents
 
 import compare
 import encode
@@ -16,7 +17,6 @@ import sample
 from data.shapes import Shapes
 from data.store.encoding import StoreEncoder
 from pipeline.pairs import PairMaker
-from samples import contents
 from studies.recipes import Recipes
 
 ROOT = Path(__file__).parents[1]

@@ -15,11 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
-from torch.utils.data import DataLoader
-
-from data.store.reader import REPORTED, Drop, Store, StoreError, Writer
-from data.store.units import read_sidecar
 from samples import (
     FIRST,
     HERE,
@@ -39,6 +34,11 @@ from samples import (
     sample,
     written,
 )
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.store.reader import REPORTED, Drop, Store, StoreError, Writer
+from data.store.units import read_sidecar
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,29 @@ def test_an_upload_that_fails_keeps_the_export(
         assert (run / "export/diffusers/README.md").is_file()
 
 
+@pytest.mark.parametrize("kind", ["sd3", "sd35_medium", "sd35_large"])
+@pytest.mark.parametrize("layout", ["diffusers", "single-file"])
+def test_every_export_opens_whole_in_diffusers(kind: str, layout: str, tmp_path: Path) -> None:
+    """Every tensor of every part is there, on a device, and the same."""
+    theirs = tiny.pipeline(kind, tmp_path / "a")
+    main(["export", str(tmp_path / "a"), "--format", layout, "--out", str(tmp_path / "b")])
+    if layout == "diffusers":
+        back = StableDiffusion3Pipeline.from_pretrained(tmp_path / "b", local_files_only=True)
+    else:
+        file = tmp_path / "b/b.safetensors"
+        back = StableDiffusion3Pipeline.from_single_file(file, config=str(tmp_path / "a"), local_files_only=True)
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        mine, wanted = getattr(back, name).state_dict(), getattr(theirs, name).state_dict()
+        assert mine.keys() == wanted.keys()
+        assert all(not mine[key].is_meta and torch.equal(mine[key], wanted[key]) for key in wanted), name
+
+
+def test_an_export_of_ours_can_be_replaced_and_read(run: Path) -> None:
+    for _ in range(2):
+        main(["export", str(run), "--out", str(run / "out"), "--overwrite"])
+    Pipeline.load(run / "out")
+
+
 def test_a_lora_s_folder_is_merged_into_what_it_belongs_to(tmp_path: Path) -> None:
     from mmdit import lora
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from samples import replan
 from torch import Tensor
 
 import sample
@@ -19,7 +20,6 @@ from data.text.encoder import Text
 from pipeline import Pipeline, pairs
 from pipeline.pairs import Captions, Coupling, PairMaker
 from pipeline.sampling import Sampling
-from samples import replan
 
 PROMPTS = ["a seven", "the digit 3", "zero"]
 HOW = Coupling(num=14, inverted=0, seed=5, batch_size=4, sampling=Sampling(steps=3, guidance=2.0))

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from painted import HELD_OUT, ROOT, TEXT
+from samples import replan
 from trials import ENV, assert_same, ended, fit, lines, shell, state
 
 from pipeline import Pipeline
-from samples import replan
 from training.generator import Generator
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from networks import stirred
 from safetensors.torch import load_file, save_file
+from samples import replan
 from trials import (
     ROOT,
     Change,
@@ -39,7 +40,6 @@ from flow.guidance import ClassifierFree
 from flow.objective import Interval
 from mmdit.model import Condition
 from pipeline import Pipeline
-from samples import replan
 from training import experiment
 from training.generator import Generator
 
