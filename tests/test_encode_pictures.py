@@ -159,5 +159,5 @@ def test_ignored_profiles_and_cut_captions_are_counted_once_each(config: Path) -
     told = [str(warning.message) for warning in caught]
     assert [line for line in told if "captions" in line or "profile" in line] == [
         "3 captions were too long for a text encoder: their tails were cut",
-        "2 pictures have a colour profile that is broken or of another kind of picture: it was ignored",
+        "the colour profiles of 2 pictures are broken or of another colour space: they were ignored",
     ]

@@ -167,8 +167,8 @@ class StoreEncoder:
         if self.cut:
             warnings.warn(f"{self.cut} captions were too long for a text encoder: their tails were cut", stacklevel=2)
         if self.unprofiled:
-            told = f"{self.unprofiled} pictures have a colour profile that is broken or of another kind of picture"
-            warnings.warn(f"{told}: it was ignored", stacklevel=2)
+            faults = "are broken or of another colour space"
+            warnings.warn(f"the colour profiles of {self.unprofiled} pictures {faults}: they were ignored", stacklevel=2)
         return self.writer.finish(self.settings.source.shards, self.settings.duplicates)
 
     def _shard(self, shard: int, pool: ThreadPoolExecutor) -> Iterator[int]:
@@ -243,8 +243,8 @@ class StoreEncoder:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", CutCaptions)
                 text = self.text.encode([caption for picture in pictures for caption in picture.raw.captions])
-            told = [warning.message.captions for warning in caught if isinstance(warning.message, CutCaptions)]
-            self.cut += len(set().union(*told))
+            cut = [warning.message.captions for warning in caught if isinstance(warning.message, CutCaptions)]
+            self.cut += len(set().union(*cut))
             tokens, pooled = (list(part.to(torch.bfloat16).cpu().split(counts)) for part in text)
         rows = zip(batch, latents.to(torch.bfloat16).cpu(), pooled, tokens, strict=True)
         return {
