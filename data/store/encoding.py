@@ -167,8 +167,8 @@ class StoreEncoder:
         if self.cut:
             warnings.warn(f"{self.cut} captions were too long for a text encoder: their tails were cut", stacklevel=2)
         if self.unprofiled:
-            faults = "are broken or of another colour space"
-            warnings.warn(f"the colour profiles of {self.unprofiled} pictures {faults}: they were ignored", stacklevel=2)
+            faults = "are broken or of another colour space: they were ignored"
+            warnings.warn(f"the colour profiles of {self.unprofiled} pictures {faults}", stacklevel=2)
         return self.writer.finish(self.settings.source.shards, self.settings.duplicates)
 
     def _shard(self, shard: int, pool: ThreadPoolExecutor) -> Iterator[int]:
