@@ -1,8 +1,5 @@
 """Batches for training and validation, as a LightningDataModule."""
 
-import atexit
-import multiprocessing
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -19,6 +16,7 @@ from data import digits
 from data.batch import Batch, complete
 from data.degrade import Degrade, enlarged, noised
 from data.latents import Codec
+from data.loaders import begin_loader
 from data.order import GlobalBatches, Share, Stages, Stripes, Use, normal, stream
 from data.store import samples as stored
 from data.store.encoding import VERSION
@@ -140,20 +138,6 @@ def _whole(batch: Any) -> Any:
     return batch
 
 
-def ignore_signals(worker: int) -> None:
-    """Lets a loader process outlive a signal to the whole group: the training process saves, then ends it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def end_loaders() -> None:
-    """Kills the loader processes that are left: they ignore SIGTERM, which Python would send and then wait for them."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
 class Data(L.LightningDataModule):
     """Endless batches for training, from the trainer's step on, and batches for validation.
 
@@ -233,7 +217,7 @@ class Data(L.LightningDataModule):
             batch_size=None,
             collate_fn=_whole,
             num_workers=self.workers,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=begin_loader,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -4,13 +4,17 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 from trials import ENV, ROOT, Change, end, lines, shell, small, start, start_ranks
 
 from data.batch import Batch
+from data.loaders import begin_loader
 from data.module import TrainingDigits
 from data.order import Share
 
@@ -51,6 +55,38 @@ def test_a_loader_process_that_dies_ends_the_run_in_one_line(config: Path, tmp_p
     assert [end(rank) for rank in start_ranks(config, *flags, world=world)] == [0] * world
 
 
+def loader_fails(parent_ends: bool) -> None:
+    """In a process of its own: its loader meets a cut connection after, or before, the process has ended."""
+    if os.fork() == 0:
+        begin_loader(0)
+        time.sleep(0.3)
+        sys.excepthook(EOFError, EOFError("the connection was cut"), None)
+        os._exit(0)
+    if not parent_ends:
+        os.wait()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("parent_ends", [True, False])
+def test_a_loader_says_nothing_when_its_training_process_is_gone(
+    parent_ends: bool, capfd: pytest.CaptureFixture
+) -> None:
+    process = get_context("fork").Process(target=loader_fails, args=(parent_ends,))
+    process.start()
+    process.join()
+    time.sleep(1.5)
+    assert ("the connection was cut" in capfd.readouterr().err) is not parent_ends
+
+
+def second_of(first: int) -> int | None:
+    """The process of rank 1 that the first one has started; not another child, such as a library's `uname`."""
+    for child in Path(f"/proc/{first}/task/{first}/children").read_text().split():
+        with suppress(OSError):  # ended meanwhile
+            if b"\0LOCAL_RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+                return int(child)
+    return None
+
+
 @pytest.mark.parametrize(("number", "training"), [(signal.SIGTERM, False), (signal.SIGKILL, True)])
 def test_the_first_process_ends_in_one_line_when_the_second_is_killed(
     config: Path, number: int, training: bool
@@ -60,13 +96,14 @@ def test_the_first_process_ends_in_one_line_when_the_second_is_killed(
     process = subprocess.Popen(
         shell(config, *flags), cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while process.poll() is None and not children.read_text():
+    second = None
+    while process.poll() is None and second is None:
+        second = second_of(process.pid)
         time.sleep(0.01)
-    (second,) = children.read_text().split()
+    assert second is not None
     while training and process.poll() is None and not (config.parent / "run/log.jsonl").exists():
         time.sleep(0.01)
-    os.kill(int(second), number)
+    os.kill(second, number)
     told = process.communicate(timeout=90)[1].decode()
     assert process.returncode == 1, told
     (line,) = errors(told)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies.launchers import subprocess_script
 
 from cli import MACHINE_FAULT
-from data.module import end_loaders
+from data.loaders import end_loaders
 
 GRACE = 10.0  # seconds in which a process may end by itself once another has failed
 LOST = "lost contact with another process, which has ended or hangs; the same command resumes"
