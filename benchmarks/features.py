@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
+from cli import Parser
 from data.examined import Shapes, scenes
 from data.latents import VAE
 from metrics.distance import Measure
@@ -26,6 +27,7 @@ def blurred(sigma: float) -> Callable[[Tensor], Tensor]:
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     fresh = scenes(FRESH, COUNT)
     real = Shapes.held_out(COUNT, COUNT).real
     measure = Measure(load_features(Shapes.features), real["train"], real["held_out"])

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,24 @@ def test_guidance_that_ignores_the_prompt(model: Path, capsys: pytest.CaptureFix
     assert json.loads((tmp_path / "out/samples.json").read_text())[0]["guidance"] == 0
     with pytest.warns(UserWarning, match=r"guidance 0.5 weakens the prompt"):
         sample.main([*argv, "out", "--prompt", "7", "--guidance", "0.5"])
+
+
+SCRIPTS = [
+    f"{folder}.{file.stem}"
+    for folder in ("tools", "benchmarks")
+    for file in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in file.read_text()
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--nonsense", 2)])
+def test_scripts_explain_themselves_and_refuse_unknown_flags_before_any_work(
+    script: str, flag: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, flag])
+    with pytest.raises(SystemExit) as end:
+        import_module(script).main()
+    told = capsys.readouterr()
+    assert end.value.code == status
+    assert "--help" in told.out if flag == "--help" else "error: " in told.err

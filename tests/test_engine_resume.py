@@ -30,6 +30,7 @@ from trials import (
     lines,
     logged,
     refused,
+    second_of,
     send_at,
     shell,
     small,
@@ -357,8 +358,9 @@ def test_a_signal_to_one_of_two_processes_stops_both(config: Path, tmp_path: Pat
     process = subprocess.Popen(shell(config, *flags, "--run.devices", "2"), cwd=ROOT, env=ENV, stderr=subprocess.PIPE)
     while process.poll() is None and not (run / "log.jsonl").exists():
         time.sleep(0.01)
-    (second,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(second), signal.SIGTERM)
+    second = second_of(process.pid)
+    assert second
+    os.kill(second, signal.SIGTERM)
     told = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 143, told
     assert "rror" not in told

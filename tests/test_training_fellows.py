@@ -6,12 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from trials import ENV, ROOT, Change, end, lines, shell, small, start, start_ranks
+from trials import ENV, ROOT, Change, end, lines, second_of, shell, small, start, start_ranks
 
 from data.batch import Batch
 from data.loaders import begin_loader
@@ -76,15 +75,6 @@ def test_a_loader_says_nothing_when_its_training_process_is_gone(
     process.join()
     time.sleep(1.5)
     assert ("the connection was cut" in capfd.readouterr().err) is not parent_ends
-
-
-def second_of(first: int) -> int | None:
-    """The process of rank 1 that the first one has started; not another child, such as a library's `uname`."""
-    for child in Path(f"/proc/{first}/task/{first}/children").read_text().split():
-        with suppress(OSError):  # ended meanwhile
-            if b"\0LOCAL_RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
-                return int(child)
-    return None
 
 
 @pytest.mark.parametrize(("number", "training"), [(signal.SIGTERM, False), (signal.SIGKILL, True)])

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +76,15 @@ def refused(capsys: pytest.CaptureFixture, config: Path, *flags: str, command: s
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def second_of(first: int) -> int | None:
+    """The process of rank 1 that the first one has started; not another child, such as a library's `uname`."""
+    for child in Path(f"/proc/{first}/task/{first}/children").read_text().split():
+        with suppress(OSError):  # ended meanwhile
+            if b"\0LOCAL_RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+                return int(child)
+    return None
 
 
 # Processes that may be killed, forked from one that has imported everything: a start costs no imports.

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 from tqdm import tqdm
 
+from cli import Parser
 from data import digits
 from metrics.judge import Judge
 
@@ -31,6 +32,7 @@ def jitter(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     torch.set_num_threads(1)  # a sum's order, hence its last bits, depends on the number of threads
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)

@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from cli import Parser
 from data import digits
 from data.text.clip import CLIPText, write
 from tools.tokenizer import train_tokenizer
@@ -133,6 +134,7 @@ def report(text: CLIPText, image: nn.Module) -> None:
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     torch.set_num_threads(1)  # a sum's order, hence its last bits, depends on the number of threads
     torch.manual_seed(0)
     rng = random.Random(0)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
 
+from cli import Parser
 from data import shapes
 from metrics.judge import Judge
 
@@ -82,6 +83,7 @@ def report(judge: Judge) -> None:
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     torch.set_num_threads(1)  # a sum's order, hence its last bits, depends on the number of threads
     torch.manual_seed(0)
     classes = COUNTS * KINDS + GRID**2 * MARKS

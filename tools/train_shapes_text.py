@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from cli import Parser
 from data import shapes
 from data.order import Use, stream
 from data.text.clip import CLIPText, write
@@ -100,6 +101,7 @@ def report(text: CLIPText, image: nn.Module) -> None:
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     torch.set_num_threads(1)  # a sum's order, hence its last bits, depends on the number of threads
     torch.manual_seed(0)
     pixels, captions = scenes(0, SCENES)

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import Parser
 from data import shapes
 from data.latents import VAE
 from storage.files import commit_json
@@ -61,6 +62,7 @@ def report(vae: VAE, unseen: Tensor) -> None:
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     torch.set_num_threads(1)  # a sum's order, hence its last bits, depends on the number of threads
     torch.manual_seed(0)
     scenes = pictures(0, SCENES)
