@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_from_disk
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -55,12 +54,21 @@ def main() -> None:
 
 def build(folder: Path, samples: int) -> None:
     """Writes the same samples in both formats."""
+    from datasets import Dataset, Features, Value, disable_progress_bars
+
     disable_progress_bars()
     features = Features({name: Value("large_binary") for name in SHAPES})
-    writer = Writer(folder / "store", PLAN, NULL)
-    draw = torch.Generator().manual_seed(0)
+    for number, drawn in enumerate(write(folder / "store", samples)):
+        columns = {name: [row.view(torch.uint8).numpy().tobytes() for row in drawn[name]] for name in SHAPES}
+        Dataset.from_dict(columns, features).save_to_disk(folder / f"dataset/{number:04d}")
+    os.sync()
+
+
+def write(folder: Path, samples: int) -> Iterator[dict[str, Tensor]]:
+    """Writes a store of random samples; yields its parts, by name."""
+    writer, draw = Writer(folder, PLAN, NULL), torch.Generator().manual_seed(0)
     starts = range(0, samples, PART)
-    for number, start in enumerate(tqdm(starts, desc="writing")):
+    for start in tqdm(starts, desc="writing"):
         n = min(PART, samples - start)
         drawn = {name: torch.randn(n, *shape, generator=draw).bfloat16() for name, shape in SHAPES.items()}
         part = [
@@ -69,10 +77,8 @@ def build(folder: Path, samples: int) -> None:
             for i in range(n)
         ]  # fmt: skip
         writer.write(0, part, [], n, last=start == starts[-1])
-        columns = {name: [row.view(torch.uint8).numpy().tobytes() for row in drawn[name]] for name in SHAPES}
-        Dataset.from_dict(columns, features).save_to_disk(folder / f"dataset/{number:04d}")
+        yield drawn
     writer.finish(1, None)
-    os.sync()
 
 
 class FromStore(torch.utils.data.Dataset):
@@ -90,7 +96,7 @@ class FromStore(torch.utils.data.Dataset):
 class FromDataset(torch.utils.data.Dataset):
     """Batches of the dataset, with few copies: Arrow selects the rows, torch views the result."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset.with_format("arrow")
 
     def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, ...]:
@@ -106,6 +112,8 @@ class FromDataset(torch.utils.data.Dataset):
 
 
 def compare(folder: Path, workers: int, turns: int) -> None:
+    from datasets import concatenate_datasets, load_from_disk
+
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
     store = Store(folder / "store")
     dataset = concatenate_datasets([load_from_disk(part) for part in sorted((folder / "dataset").iterdir())])

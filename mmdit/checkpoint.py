@@ -273,13 +273,13 @@ def extensions(network: MMDiT) -> dict[str, Any]:
     return {name: getattr(network, name) for name, default in EXTENSIONS.items() if getattr(network, name) != default}
 
 
-def save(network: MMDiT, folder: Path) -> None:
-    """Writes config and weights so that `SD3Transformer2DModel.from_pretrained` reads them. OSError on failure.
+def config(network: MMDiT) -> dict[str, Any]:
+    """The network's shape as diffusers' `SD3Transformer2DModel` names it, with extensions in our names.
 
-    With extensions the config names our class, which diffusers' `AutoModel` refuses.
+    With extensions it names our class, which diffusers' `AutoModel` refuses.
     """
     extra = extensions(network)
-    config = {
+    return {
         "_class_name": OUR_CLASS if extra else DIFFUSERS_CLASS,
         "sample_size": network.sample_size,
         "patch_size": network.patch_size,
@@ -296,7 +296,11 @@ def save(network: MMDiT, folder: Path) -> None:
         "qk_norm": "rms_norm" if network.qk_norm else None,
         **extra,
     }
-    commit_json(folder / CONFIG, config)
+
+
+def save(network: MMDiT, folder: Path) -> None:
+    """Writes config and weights so that `SD3Transformer2DModel.from_pretrained` reads them. OSError on failure."""
+    commit_json(folder / CONFIG, config(network))
     write_tensors(export(network, "diffusers"), folder / f"{STEM}.safetensors")
 
 

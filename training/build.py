@@ -3,10 +3,10 @@
 import os
 from inspect import signature
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
-from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
@@ -28,8 +28,11 @@ from training.generator import Generator
 from training.run_folder import CHECKPOINTS, Run, wandb_id
 from training.saving import ModelWriter, Snapshots
 
+if TYPE_CHECKING:
+    from jsonargparse import Namespace  # any object with these sections will do
 
-def lora_base(config: Namespace) -> str | None:
+
+def lora_base(config: "Namespace") -> str | None:
     """The base model of a LoRA training; None for other trainings. ValueError if there is no such model on disk."""
     if config.lora is None:
         return None
@@ -46,7 +49,7 @@ def lora_base(config: Namespace) -> str | None:
     return str(base)
 
 
-def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Data]:
+def build(config: "Namespace", base: str | None) -> tuple[L.Trainer, Generator, Data]:
     """Builds the trainer, the module and the data of an instantiated config.
 
     Args:
@@ -60,7 +63,7 @@ def build(config: Namespace, base: str | None) -> tuple[L.Trainer, Generator, Da
     return build_trainer(config, generator), generator, data
 
 
-def build_generator(config: Namespace, base: str | None) -> tuple[Generator, Data]:
+def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, Data]:
     """Builds the module and the data. Arguments and errors are those of `build`."""
     run: Run = config.run
     network, text, codec, objective = config.network.train(), config.text, config.codec, config.objective
@@ -91,7 +94,7 @@ def build_generator(config: Namespace, base: str | None) -> tuple[Generator, Dat
     return generator, data
 
 
-def build_trainer(config: Namespace, generator: Generator) -> L.Trainer:
+def build_trainer(config: "Namespace", generator: Generator) -> L.Trainer:
     """Builds Lightning's trainer for a module."""
     run, strategy, writer = config.run, config.strategy, generator.writer
     cost = StepCost(writer.network, generator.objective, generator.teacher, writer.base is None)
