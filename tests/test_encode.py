@@ -15,6 +15,7 @@ from PIL import Image
 
 import encode
 from data.latents import VAE
+from data.order import Use, normal
 from data.shapes import Shapes
 from data.store import encoding
 from data.store.reader import Store
@@ -124,6 +125,20 @@ def test_the_shipped_vae_makes_a_store(config: Path) -> None:
     assert 0.8 < ((draw - mean) / std).std() < 1.2
     pixels = torch.stack([torch.from_numpy(np.array(raw.picture)) for raw in Shapes(24).read(0)]).permute(0, 3, 1, 2)
     torch.testing.assert_close(codec.encode(pixels / 255), mean, rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.usefixtures("units_of_four")
+def test_each_picture_has_its_own_draw_of_the_latent(config: Path) -> None:
+    """A function of seed, shard and place in it, in whatever unit it is written."""
+    argv = ["--codec", "VAE", "--codec.path", str(ROOT / "assets/shapes/vae"), "--encode.source.count", "10"]
+    run(config, *argv, "--encode.latents", "draw", "--encode.seed", "3", "--encode.text", "captions")
+    store, codec = Store(config.parent / "store"), VAE(ROOT / "assets/shapes/vae")
+    for number, raw in enumerate(Shapes(10).read(0)):
+        pixels = torch.from_numpy(np.array(raw.picture)).permute(2, 0, 1)[None] / 255
+        mean, logvar = codec.posterior(pixels)
+        noise = normal(3, Use.POSTERIOR, 0, np.array([number]), tuple(mean.shape[1:]))
+        expected = mean + (logvar / 2).exp() * noise
+        torch.testing.assert_close(store.latents(np.array([number])).float(), expected, rtol=2**-7, atol=1e-2)
 
 
 def test_a_store_of_another_config_is_refused_and_left_alone(config: Path, capsys: pytest.CaptureFixture) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +234,39 @@ def uneven() -> nn.Module:
     return network
 
 
-def test_rows_are_those_that_each_process_holds(tmp_path: Path) -> None:
+def summed(rank: int, port: str) -> None:
+    """In one of two processes: the gradients that both computed in bfloat16 are summed in float32."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    network = nn.Linear(4, 3, bias=False)
+    Strategy("fsdp2").shard(network, init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)), torch.bfloat16)
+    inputs = torch.tensor([[1.0, 3.0, 5.0, 7.0], [2**-7, 2**-6, 2**-7, 2**-5]]).bfloat16()
+    network(inputs[rank : rank + 1]).float().sum().backward()
+    gradient = network.weight.grad.full_tensor()  # type: ignore[union-attr, operator]
+    assert torch.equal(gradient, inputs.float().mean(0).expand(3, 4))
+    assert not torch.equal(gradient, gradient.bfloat16().float())
+    dist.destroy_process_group()
+
+
+def in_two_processes(work: Callable[..., None], *arguments: Any) -> None:
+    """Runs work(rank, port, *arguments) in two processes, which must end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
-    ranks = [context.Process(target=divided, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    ranks = [context.Process(target=work, args=(rank, port, *arguments)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     assert [end(rank) for rank in ranks] == [0, 0]
+
+
+def test_gradients_are_summed_in_float32_whatever_they_are_computed_in() -> None:
+    in_two_processes(summed)
+
+
+def test_rows_are_those_that_each_process_holds(tmp_path: Path) -> None:
+    in_two_processes(divided, tmp_path)
     wanted = {name: p.detach() for name, p in uneven().named_parameters()}
     wanted |= {"scalar": torch.tensor(7.0), "list": torch.arange(3.0)}
     for replicas in (1, 2):

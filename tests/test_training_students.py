@@ -172,6 +172,8 @@ def test_a_student_of_a_guided_teacher_learns_its_output_at_the_given_scale(
 ) -> None:
     generator, data = built(tmp_path / "config.yaml", *student("guidance"))
     teacher = Pipeline.load(trained / "run/model")
+    stirred(teacher.network)  # so that guidance matters
+    generator.teacher.pipe.network.load_state_dict(teacher.network.state_dict())
     batch = next(iter(data.val_dataloader()))
     u = torch.linspace(0, 1, len(batch.x0))
     t = torch.full_like(u, 0.6)
