@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise FileNotFoundError(f"{run.folder} holds no checkpoint: train this config first")
             if out:
                 check_target(out, run.folder, overwrite)
-            held.enter_context(claim(run.folder, resolved, data.identity() | teachers, resolve, first))
+            may_last = partial(generator.optimization.same_rates, newest.step if newest else 0)
+            held.enter_context(claim(run.folder, resolved, data.identity() | teachers, resolve, first, may_last))
             if newest:
                 newest.compare({name: tensor.shape for name, tensor in generator.network_state().items()}, "network.")
             if command == "average":

@@ -225,7 +225,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         (" and number % self.activation_checkpointing_every == 0", ""),
         ("reduce_dtype=torch.float32", "reduce_dtype=dtype"),
     ],
-    ("engine/resume.py", "engine_resume"): [
+    ("engine/resume.py", "training_schedule engine_resume"): [
         ("self.validated < step:", "self.validated <= step:"),
         ('{"validated": self.validated}', '{"validated": trainer.global_step}'),
     ],

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.checkpoint import Checkpoints
 from engine.meter import Meter
@@ -59,7 +59,7 @@ class Resume(CheckpointCallback):
         found = self.checkpoints.find()
         self.checkpoints.remove_after(found.step if found else 0)
         if found:
-            tensors = module.state(trainer.optimizers[0])
+            tensors = module.state(trainer.optimizers[0] if found.step else None)
             found.compare({name: tensor.shape for name, tensor in tensors.items()})
             found.restore(tensors)
             self.saved, self.validated = found.step, found.numbers["validated"]
@@ -148,7 +148,8 @@ class Resume(CheckpointCallback):
         self.meter.pause()
         self.saved = trainer.global_step
         numbers = module.numbers() | {"validated": self.validated}
-        self.checkpoints.save(self.saved, module.state(trainer.optimizers[0]), numbers)
+        optimizer = trainer.optimizers[0] if self.saved else None  # before its first step it has no tensors
+        self.checkpoints.save(self.saved, module.state(optimizer), numbers)
 
 
 def set_step(trainer: L.Trainer, step: int) -> None:
@@ -160,16 +161,3 @@ def set_step(trainer: L.Trainer, step: int) -> None:
     for name in ("ready", "started", "processed", "completed"):
         setattr(loop.batch_progress.total, name, batches)
     loop._batches_that_stepped = step
-
-
-def adam(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """AdamW's tensors: "PARAMETER.step", ".exp_avg" and ".exp_avg_sq", of each trained parameter; zeros at first."""
-    found: dict[str, Tensor] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            found |= {f"{name}.{key}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
-    return found

@@ -79,6 +79,25 @@ def test_a_study_trains_measures_writes_and_goes_on(
 
 
 @pytest.mark.parametrize(
+    ("distances", "chosen"), [((3.0, 2.0, 4.0), 0.002), ((3.0, None, 2.0), 0.004), ((None, 9.0, None), 0.002)]
+)
+def test_the_rate_with_the_least_distance_is_chosen(
+    file: Path, tmp_path: Path, distances: tuple[float | None, ...], chosen: float
+) -> None:
+    """A training that diverged, or pictures without a distance, are the worst of all."""
+    content = yaml.safe_load(file.read_text())
+    content["tuning"]["learning_rates"] = [0.001, 0.002, 0.004]
+    file.write_text(yaml.safe_dump(content))
+    study = compare.read(file)
+    assert isinstance(study, Recipes)
+    for step, found in zip(study.tuning_steps(tmp_path / "out").values(), distances, strict=True):
+        step.folder.mkdir(parents=True)
+        step.note.write_text(json.dumps(step.command))
+        (step.folder / step.result).write_text(json.dumps({"rows": [{"distance": found}]}))
+    assert study.chosen_rates(tmp_path / "out") == {"rf-lognorm": chosen, "eps-linear": chosen}
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"seed": 1}, "seed"),

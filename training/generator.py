@@ -16,7 +16,7 @@ from data.order import NOT_COUNTED, Use, stream
 from data.raw.pictures import save_png, sheet
 from engine.ema import EMA, Averages
 from engine.guard import Guard, spread_nonfinite
-from engine.resume import adam
+from engine.optimizer import group_numbers, optimizer_state, set_group_numbers
 from engine.strategy import Strategy, skeleton, whole
 from flow.density import stratified
 from flow.objective import Interval, Model, TimeBins
@@ -190,13 +190,13 @@ class Generator(L.LightningModule):
         self.ema.update(self.network, self.global_step + 1)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimization.optimizer(self.network)
-        schedule = self.optimization.schedule(optimizer, self.run.steps)
+        optimizer = self.optimization.build(self.network)
+        schedule = self.optimization.rates(optimizer, self.run.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: object, step: int | None = None) -> None:
-        """Sets timm's schedule to the step; it counts updates, where Lightning's call would count epochs."""
-        scheduler.step_update(self.global_step if step is None else step)
+        """Sets the rates of the step."""
+        scheduler.set(self.global_step if step is None else step)
 
     # Validation: the same pictures, noise and times each time.
 
@@ -267,7 +267,8 @@ class Generator(L.LightningModule):
         state |= {f"average.{name}": tensor for name, tensor in self.ema.named().items()}
         state |= {f"guard.{name}": tensor for name, tensor in self.guard.named_buffers()}
         if optimizer:
-            state |= {f"optimizer.{name}": tensor for name, tensor in adam(optimizer, self.network).items()}
+            own = optimizer_state(optimizer, self.network)
+            state |= {f"optimizer.{name}": tensor for name, tensor in own.items()}
         return state | {"bins": self.bins.sums}
 
     def network_state(self) -> dict[str, Tensor]:
@@ -277,7 +278,8 @@ class Generator(L.LightningModule):
         return {f"network.{name}": t for name, t in state.items() if self.writer.base is None or name in learning}
 
     def numbers(self) -> dict[str, Any]:
-        return {"best": self.best if math.isfinite(self.best) else None}
+        groups = group_numbers(self.trainer.optimizers[0])
+        return {"best": self.best if math.isfinite(self.best) else None, "optimizer": groups}
 
     def on_resume(self, step: int, numbers: dict[str, Any]) -> None:
         self.best = math.inf if numbers["best"] is None else numbers["best"]
@@ -286,6 +288,8 @@ class Generator(L.LightningModule):
         if not self.trainer.is_global_zero:
             self.bins.sums.zero_()  # rank 0 keeps the sums of all processes
         if self.trainer.state.fn == "fit":
+            if groups := numbers.get("optimizer"):
+                set_group_numbers(self.trainer.optimizers[0], groups)
             self.lr_scheduler_step(self.lr_schedulers(), None, step)
 
 

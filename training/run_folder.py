@@ -88,7 +88,12 @@ class Run:
 
 @contextmanager
 def claim(
-    folder: Path, resolved: str, identity: dict[str, str], resolve: Callable[[Any], str], first: bool
+    folder: Path,
+    resolved: str,
+    identity: dict[str, str],
+    resolve: Callable[[Any], str],
+    first: bool,
+    may_last: Callable[[int, int], bool] = lambda then, now: False,
 ) -> Iterator[None]:
     """Holds a run folder. Writes the resolved config into a new one, or checks that an old one holds the same run.
 
@@ -98,6 +103,7 @@ def claim(
         identity: path → hash of the data and models that the run uses.
         resolve: adds today's names and defaults to a config that an earlier version wrote.
         first: whether this is the first process; the others only check.
+        may_last: whether a run of so many steps, the first number, may be one of as many as the second.
 
     Raises:
         ValueError: the folder holds a run with another config or other data, or is no run's folder.
@@ -113,8 +119,10 @@ def claim(
         if file.exists() and any((folder / work).exists() for work in (CHECKPOINTS, "log.jsonl")):
             now, then = (flat(yaml.safe_load(config)) for config in (resolved, resolve(read_yaml(file))))
             changed = [key for key in now | then if now.get(key) != then.get(key)]
+            longer = "run.steps" in changed and may_last(then["run.steps"], now["run.steps"])
+            free = (*FREE, "run.steps") if longer else FREE
             lines = {key: f"{key} is {then.get(key)} there and {now.get(key)} now" for key in changed}
-            if different := "; ".join(line for key, line in lines.items() if not key.startswith(FREE)):
+            if different := "; ".join(line for key, line in lines.items() if not key.startswith(free)):
                 raise ValueError(f"{folder} holds a run with another config ({different}); choose another run.folder")
             if identity and (other := identity.items() - (read_json(known) if known.exists() else {}).items()):
                 places = ", ".join(sorted(name for name, _ in other))
@@ -123,6 +131,8 @@ def claim(
                 )
             for line in lines.values() if first else ():
                 print(f"warning: the run resumes, but {line}", file=sys.stderr)
+            if longer and first:
+                commit_bytes(file, resolved.encode())
         elif first:
             commit_bytes(folder / WANDB_ID, secrets.token_hex(6).encode())
             if identity:

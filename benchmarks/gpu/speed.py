@@ -113,7 +113,7 @@ def training_step(
         draw: latents, times and condition of the next batch.
     """
     optimization, objective, guard = Optimization(), Objective(), Guard().to(machine.device)
-    optimizer = optimization.optimizer(network)
+    optimizer = optimization.build(network)
     averages = EMA(Averages(), [skeleton(network).to_empty(device=machine.device)], network)
     weights = list(network.parameters())
 

@@ -1,0 +1,223 @@
+"""Optimizers beside torch's: Muon, several as one, and the state of any of them by the names of the parameters."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from engine.checkpoint import rows_of
+from engine.strategy import local, whole
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic, so chosen that singular values come near 1 in five steps
+OWN = ("params", "lr", "initial_lr")  # of a group: not what a step changes
+
+
+def orthogonalised(update: Tensor, steps: int = 5) -> Tensor:
+    """A matrix with nearly the same singular vectors and singular values near 1, by Newton–Schulz in bfloat16.
+
+    After Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+
+    Args:
+        update: (rows, columns).
+        steps: of the iteration.
+
+    Returns:
+        bfloat16, of the same shape.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = update.shape[0] > update.shape[1]
+    x = update.to(torch.bfloat16)
+    x = x.mT if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def orthogonalised_parts(update: Tensor, parts: int, steps: int) -> Tensor:
+    """The same of each of the equal matrices that stand one above the other in an update."""
+    return torch.cat([orthogonalised(part, steps) for part in update.chunk(parts)])
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, for matrices (Jordan et al. 2024).
+
+    An update of (rows, columns) has 0.2·√max(rows, columns) times the rate, so that its entries are as large as AdamW's
+    and AdamW's learning rates and decay fit (Liu et al. 2025, "Muon is scalable for LLM training", §2.2). A group's
+    `stacked` is the number of equal matrices that each of its weights holds one above the other: the fused q, k and v
+    are three.
+
+    Sharded weights are gathered matrix by matrix; each process orthogonalises its share of them.
+
+    Args:
+        params: matrices, alone or in groups.
+        lr: learning rate.
+        momentum: μ of the momentum, which is Nesterov's.
+        weight_decay: decoupled, as AdamW's.
+        ns_steps: steps of Newton–Schulz.
+
+    Raises:
+        ValueError: a weight is no matrix, or not divisible into `stacked` matrices.
+    """
+
+    found_inf: Tensor | None = None  # 1 on the device: this step changes nothing; as torch's fused optimizers have it
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        ns_steps: int = 5,
+    ) -> None:
+        if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0 and ns_steps >= 1):
+            raise ValueError(
+                "Muon needs lr and weight_decay of at least 0, momentum from 0 to below 1 and ns_steps of at least 1, "
+                f"got {lr}, {weight_decay}, {momentum} and {ns_steps}"
+            )
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps, "stacked": 1}
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.ndim != 2 or weight.shape[0] % group["stacked"]:
+                    raise ValueError(f"Muon takes {group['stacked']} matrices in one, got {tuple(weight.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            updates = [self._momentum(weight, group["momentum"]) for weight in weights]
+            work = partial(orthogonalised_parts, parts=group["stacked"], steps=group["ns_steps"])
+            shared = weights and isinstance(weights[0], DTensor)
+            updates = divided(updates, work) if shared else list(map(work, updates))
+            for weight, update in zip(weights, updates, strict=True):
+                here = local(weight)
+                rate = group["lr"] * 0.2 * math.sqrt(max(weight.shape[0] // group["stacked"], weight.shape[1]))
+                kept = 1 - group["lr"] * group["weight_decay"]
+                self._put(here, here * kept - rate * update.to(here.dtype))
+        return loss
+
+    def _momentum(self, weight: Tensor, momentum: float) -> Tensor:
+        """Adds the gradient to the momentum; the update before it is orthogonalised, sharded as the weight."""
+        assert weight.grad is not None
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        buffer, gradient = state["momentum_buffer"], weight.grad
+        self._put(local(buffer), local(buffer).lerp(local(gradient), 1 - momentum))
+        return gradient.lerp(buffer, momentum)
+
+    def _put(self, target: Tensor, value: Tensor) -> None:
+        """Writes the new values, unless the step is to be skipped; decided on the device."""
+        bad = self.found_inf
+        target.copy_(value if bad is None else torch.where(bad > 0, target, value))
+
+
+def divided(tensors: Sequence[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """work(whole tensor) of each sharded tensor, one process doing one; this process's rows of the results.
+
+    All processes must call this with the same list. At a time as many tensors are whole as there are processes.
+    """
+    world, rank, results = dist.get_world_size(), dist.get_rank(), []
+    for start in range(0, len(tensors), world):
+        some = tensors[start : start + world]
+        gathered = [whole(tensor) for tensor in some]
+        done = [work(full) if owner == rank else torch.empty_like(full, dtype=torch.bfloat16)
+                for owner, full in enumerate(gathered)]  # fmt: skip
+        for owner, result in enumerate(done):
+            dist.broadcast(result, owner)
+        for tensor, result in zip(some, done, strict=True):
+            rows = rows_of(tensor)
+            results.append(result[rows.first : rows.first + rows.held])
+    return results
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each of its own parameters, as one. It lets each skip the steps that are not finite.
+
+    An optimizer that does not skip by `found_inf` by itself is asked on the host: then each step waits for the device.
+
+    Args:
+        parts: the optimizers.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})  # the same groups
+        for part in parts:
+            self.state.update(part.state)
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of each."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            if skips(part):
+                part.found_inf = self.found_inf  # type: ignore[attr-defined]
+                part.step()
+            elif self.found_inf is None or not bool(self.found_inf > 0):
+                part.step()
+        return loss
+
+
+def skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer skips a step by itself if its `found_inf` is 1."""
+    return isinstance(optimizer, Muon | Together) or bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's tensors of the trained parameters: "PARAMETER.KEY", such as AdamW's step, exp_avg and exp_avg_sq.
+
+    An optimizer that has none yet makes them by a step with zero gradients and rates: their values are to be restored.
+    """
+    if not any(optimizer.state.values()):
+        begin(optimizer)
+    found: dict[str, Tensor] = {}
+    for name, parameter in network.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        found |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    return found
+
+
+def begin(optimizer: torch.optim.Optimizer) -> None:
+    """Lets an optimizer take a step with zero gradients and rates, which makes all tensors of its state."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | int | bool]]:
+    """What a step may change in the groups of an optimizer, such as a counter: all their numbers but the rates."""
+    return [
+        {key: value for key, value in group.items() if key not in OWN and isinstance(value, bool | int | float)}
+        for group in optimizer.param_groups
+    ]
+
+
+def set_group_numbers(optimizer: torch.optim.Optimizer, numbers: Iterable[dict[str, float | int | bool]]) -> None:
+    """Sets what `group_numbers` gave."""
+    for group, values in zip(optimizer.param_groups, numbers, strict=True):
+        group.update(values)
