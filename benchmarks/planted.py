@@ -241,7 +241,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("tokens[self.strong].detach()", "tokens[self.strong]"),
         ("(1 - similarity.mean(1))", "(1 - similarity.abs().mean(1))"),
     ],
-    ("training/teacher.py", "training_students training_cost"): [
+    ("training/teacher.py", "training_students training_teacher"): [
         ("low + (high - low) * u", "low + high * u"),
         ("passes = 1 if self.teacher.range == (1, 1) else 2", "passes = 1"),
         ("condition.pooled[:, -SIZE_FEATURES:]], 1)", "condition.pooled[:, -SIZE_FEATURES:] * 0], 1)"),

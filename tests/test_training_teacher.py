@@ -1,0 +1,49 @@
+"""A teacher: what it costs, and the null condition of its guidance."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import stirred
+
+from data.batch import Batch
+from data.latents import Pixels
+from data.sizes import SIZE_FEATURES
+from data.text.clip import CLIPText
+from engine.flops import forward_flops
+from flow.guidance import ClassifierFree
+from flow.objective import Objective
+from mmdit.model import MMDiT
+from mmdit.network import Condition
+from pipeline import Pipeline
+from training.cost import StepCost
+from training.teacher import Teacher, TeacherModel
+
+
+@pytest.mark.parametrize(("guidance", "passes"), [(1.0, 1), (3.0, 2), ((1.0, 6.0), 2)])
+def test_a_teacher_adds_a_forward_pass_and_with_guidance_two(pipe: Pipeline, guidance: Any, passes: int) -> None:
+    teacher = TeacherModel(Teacher(Path("teacher"), guidance), pipe)
+    z, condition = torch.zeros(4, 1, 8, 8), Condition(torch.zeros(4, 5, 64), torch.zeros(4, 64))
+    student = StepCost(pipe.network, Objective(), teacher, True)
+    cost = student(Batch(0, np.arange(4), z, z, condition.text, condition.pooled))
+    assert cost.flops == (3 + passes) * forward_flops(pipe.network, z, torch.zeros(4), condition)
+
+
+def test_the_null_condition_of_guidance_has_the_sizes_of_the_pictures(text: CLIPText) -> None:
+    sizes = {"in_channels": 1, "depth": 1, "width": 32, "heads": 1, "text_dim": 64, "pooled_dim": 64 + SIZE_FEATURES}
+    network = stirred(MMDiT(**sizes, sample_size=8, pos_embed_max_size=8))  # type: ignore[arg-type]
+    pipe = Pipeline(network, Objective(), Pixels(1, 0.3, 2.66), text)
+    teacher = TeacherModel(Teacher(Path("teacher"), 3.0), pipe)
+    draw = torch.Generator().manual_seed(0)
+    z, t = torch.randn(3, 1, 8, 8, generator=draw), torch.tensor([0.2, 0.5, 0.8])
+    captions = text.encode(["zero", "one", "two"])
+    shown = torch.randn(3, SIZE_FEATURES, generator=draw)
+    condition = Condition(captions.tokens, torch.cat([captions.pooled, shown], 1))
+    empty = text.encode([""] * 3)
+    null = Condition(empty.tokens, torch.cat([empty.pooled, shown], 1))
+    with torch.no_grad():
+        found = teacher.guided_field(condition, torch.zeros(3))[1](z, t, condition, z)
+        wanted = ClassifierFree(network, null, 3.0)(z, t, condition)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
