@@ -27,7 +27,7 @@ compare-quick: $(READY)  ## ten minutes that show the way, not the result: runs/
 	$(BIN)/python compare.py configs/studies/digits.yaml --quick
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 docs: $(READY)  ## the site of the documentation: build/site/index.html; a broken link or reference fails
 	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[docs]"

@@ -19,7 +19,7 @@ from storage.models import find_model, fingerprint
 from training.build import build, lora_base, wandb_logger
 from training.experiment import parser, resolve, short_cause
 from training.fellows import LOST, watch_children, watch_parent
-from training.run_folder import CHECKPOINTS, Run, check_target, claim
+from training.run_folder import CHECKPOINTS, Run, begin_branch, branch_point, check_branch, check_target, claim
 
 
 def quiet() -> None:
@@ -37,6 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     p = parser(__doc__ or "")
     commands = "train; report a run's validation loss; or write a model averaged from its snapshots (see ema.widths)"
     p.add_argument("command", choices=["fit", "validate", "average"], help=commands)
+    p.add_argument(
+        "--from",
+        type=str | None,
+        help="fit: begin a new run at a checkpoint of another, RUN or RUN@STEP, with all that it holds",
+    )
     p.add_argument("--width", type=float, help="average: its relative width σ_rel")
     p.add_argument("--step", type=int, help="average: the last step that it includes; default: the last snapshot")
     p.add_argument(
@@ -44,9 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--overwrite", action="store_true", help="average: --out may replace another model")
     config = p.parse_args(argv)
+    start = config.pop("from")
     command, width, step, out, overwrite = (config.pop(k) for k in ("command", "width", "step", "out", "overwrite"))
     if (command == "average") != (width is not None) or (command != "average" and (step or out or overwrite)):
         fail("the command average needs --width, and --width, --step, --out and --overwrite are only for average")
+    if start and command != "fit":
+        fail("--from is only for fit")
     resolved = p.dump(config, skip_validation=True)
     config.encode = None  # only encode.py needs this section
     with ExitStack() as held:
@@ -61,16 +69,27 @@ def main(argv: list[str] | None = None) -> None:
             first = run.ranks().rank == 0
             trainer, generator, data = build(config, base)
             model = generator.writer.folder
+            shapes = {name: tensor.shape for name, tensor in generator.network_state().items()}
             teachers = {str(t.model): fingerprint(find_model(t.model)) for t in [config.teacher] if t}
             newest = Checkpoints(run.folder / CHECKPOINTS).newest()
             if command != "fit" and newest is None:
                 raise FileNotFoundError(f"{run.folder} holds no checkpoint: train this config first")
             if out:
                 check_target(out, run.folder, overwrite)
+            origin = None
+            if start and newest:
+                check_branch(run.folder, start)
+            elif start:
+                origin = branch_point(start)
+                origin.compare(shapes, "network.")
+                if origin.step >= run.steps:
+                    raise ValueError(f"--from {start} begins at step {origin.step}: run.steps must be larger")
             may_last = partial(generator.optimization.same_rates, newest.step if newest else 0)
             held.enter_context(claim(run.folder, resolved, data.identity() | teachers, resolve, first, may_last))
+            if origin and first:
+                begin_branch(run.folder, start, origin)
             if newest:
-                newest.compare({name: tensor.shape for name, tensor in generator.network_state().items()}, "network.")
+                newest.compare(shapes, "network.")
             if command == "average":
                 out = out or model.with_name(f"{model.name}-{width}")
                 weights = reconstruct(run.folder / "snapshots", width, step)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from engine.strategy import local, whole
-from storage.files import commit_json, file_checksum, json_checksum, sync
+from storage.files import commit_json, file_checksum, json_checksum, replace_folder, sync
 from storage.text import read_json
 from storage.weights import mismatch, write_tensors
 
@@ -205,13 +205,27 @@ class Checkpoints:
     def remove_after(self, step: int) -> None:
         """Removes the checkpoints after a step: after the step of `find`, these are damaged or incomplete."""
         if rank() == 0:
-            for later in self._steps():
+            for later in self.steps():
                 if later > step:
                     shutil.rmtree(self._folder(later), ignore_errors=True)
 
+    def adopt(self, other: Checkpoint) -> None:
+        """Copies a checkpoint of another run. OSError if it cannot be written."""
+
+        def fill(folder: Path) -> None:
+            for file in other.folder.iterdir():
+                shutil.copyfile(file, folder / file.name)
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_folder(self._folder(other.step), fill)
+
+    def at(self, step: int) -> Checkpoint | None:
+        """The complete checkpoint of a step, by its marks."""
+        return read_checkpoint(self._folder(step))
+
     def _prune(self) -> None:
         """Removes everything older than the newest KEPT complete checkpoints."""
-        steps = self._steps()
+        steps = self.steps()
         complete = [step for step in steps if read_checkpoint(self._folder(step)) is not None]
         for step in steps if len(complete) >= KEPT else []:
             if step < complete[KEPT - 1]:
@@ -220,14 +234,14 @@ class Checkpoints:
     def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
 
-    def _steps(self) -> list[int]:
-        """The newest first, complete or not."""
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, the newest first, complete or not."""
         found = (STEP.fullmatch(path.name) for path in self.folder.glob("step-*") if path.is_dir())
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, by its marks; its tensors are not read."""
-        return next((found for step in self._steps() if (found := read_checkpoint(self._folder(step)))), None)
+        return next((found for step in self.steps() if (found := read_checkpoint(self._folder(step)))), None)
 
     def find(self) -> Checkpoint | None:
         """The newest complete and undamaged checkpoint; None before the first save. Warns of each that it skips.
@@ -238,7 +252,7 @@ class Checkpoints:
             CheckpointError: all checkpoints are damaged, or not all processes see them.
         """
         damaged = False
-        for step in from_first(self._steps()):
+        for step in from_first(self.steps()):
             found = read_checkpoint(self._folder(step))
             seen = gather(found is not None)
             if any(seen) and not all(seen):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from cli import Ranks, own_ranks, srun_used
+from engine.checkpoint import Checkpoint, Checkpoints
 from storage.files import commit_bytes, commit_json, hold, is_ours, sweep
 from storage.text import read_json, read_text, read_yaml
 
@@ -24,6 +26,7 @@ FREE = (  # keys that may change when a run is resumed
 CHECKPOINTS = "checkpoints"
 MODELS = ("model", "lora")  # names of the model that a run writes
 CONFIG, IDENTITY, WANDB_ID = "config.yaml", "data.json", "wandb-id"  # the files that `claim` writes
+ORIGIN = "from.json"  # the place of another run where this one began
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,38 @@ def claim(
                 commit_json(known, identity)
             commit_bytes(file, resolved.encode())
         yield
+
+
+def branch_point(start: str) -> Checkpoint:
+    """The checkpoint that RUN or RUN@STEP names: that of the step, or the newest.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    run, _, step = start.rpartition("@") if re.search(r"@\d+$", start) else (start, "", "")
+    checkpoints = Checkpoints(Path(run) / CHECKPOINTS)
+    found = checkpoints.at(int(step)) if step else checkpoints.newest()
+    if found is None:
+        there = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise FileNotFoundError(f"--from {start}: there is no such checkpoint; {run} has those of the steps {there}")
+    if not all(map(found.intact, found.parts)):
+        raise ValueError(f"--from {start}: {found.folder} is damaged: choose another step")
+    return found
+
+
+def check_branch(folder: Path, start: str) -> None:
+    """ValueError if a run that is there already did not begin at this place of another."""
+    known = folder / ORIGIN
+    if not known.exists() or read_json(known) != {"from": start}:
+        raise ValueError(f"{folder} holds a run that did not begin from {start}: choose another run.folder")
+
+
+def begin_branch(folder: Path, start: str, found: Checkpoint) -> None:
+    """Begins a claimed run at a checkpoint of another."""
+    commit_json(folder / ORIGIN, {"from": start})
+    Checkpoints(folder / CHECKPOINTS).adopt(found)
+    print(f"the run begins from {start}, at step {found.step}", file=sys.stderr)
 
 
 def wandb_id(folder: Path) -> str:
