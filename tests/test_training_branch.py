@@ -46,6 +46,15 @@ def test_it_may_have_another_rate_and_goes_on_from_the_same_weights(config: Path
     assert rates == [0.0] * len(rates)
 
 
+def test_it_has_a_model_also_if_it_is_worse_than_the_other_s(config: Path, tmp_path: Path) -> None:
+    fit(config, *FLAGS, "--optimization.lr", "5", "--from", f"{tmp_path}/first@3")
+    losses = [
+        line["val/loss"] for folder in ("first", "run") for line in lines(tmp_path / folder) if "val/loss" in line
+    ]
+    assert losses[-1] > max(losses[:-1])
+    assert (tmp_path / "run/model/model_index.json").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

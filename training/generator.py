@@ -282,7 +282,8 @@ class Generator(L.LightningModule):
         return {"best": self.best if math.isfinite(self.best) else None, "optimizer": groups}
 
     def on_resume(self, step: int, numbers: dict[str, Any]) -> None:
-        self.best = math.inf if numbers["best"] is None else numbers["best"]
+        there = self.writer.folder.exists()  # not yet in a run that begins from another's checkpoint
+        self.best = numbers["best"] if there and numbers["best"] is not None else math.inf
         self.loaded_step = step  # Lightning keeps its own step only for training
         self.guard.reset(self.optimization.max_skipped)
         if not self.trainer.is_global_zero:
