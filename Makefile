@@ -10,7 +10,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
 demo: $(READY)  ## train on digits, then draw every digit from a caption
@@ -30,7 +30,7 @@ test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 docs: $(READY)  ## the site of the documentation: build/site/index.html; a broken link or reference fails
-	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[docs]"
+	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 lint: $(READY)
