@@ -234,8 +234,18 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if step < complete[KEPT - 1]:", "if step < complete[0]:"),
     ],
     ("training/optimization.py", "training_optimization"): [
-        ("param_groups_weight_decay(network, self.weight_decay)",
-         '[{"params": [*network.parameters()], "weight_decay": self.weight_decay}]'),
+        ('self.weight_decay if weight.ndim > 1 and not name.endswith(".bias") else 0.0', "self.weight_decay"),
+        ('and "modulation" not in name', ""),
+        ("STACKED.get(name.split(\".\")[-2], 1) if is_matrix(name, weight) else 1", "1"),
+    ],
+    ("engine/optimizer.py", "engine_optimizer"): [
+        ("0.2 * math.sqrt(max(", "0.2 * math.sqrt(min("),
+        ("return gradient.lerp(buffer, momentum)", "return buffer"),
+        ("torch.where(bad > 0, target, value)", "value"),
+        ("result[rows.first : rows.first + rows.held]", "result[: rows.held]"),
+    ],
+    ("training/schedule.py", "training_schedule"): [
+        ("(k - (steps - length)) / length", "k / steps"),
     ],
     ("training/terms.py", "terms"): [
         ("tokens[self.strong].detach()", "tokens[self.strong]"),
@@ -252,9 +262,9 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("[:, batch.positions]", "[:, : len(batch.positions)]"),
         ("(i + 0.5) / VALIDATION_TIMES, device", "i / VALIDATION_TIMES, device"),
         ("self.sums[-1] += counted * len(batch.x0)", "self.sums[-1] += len(batch.x0)"),
-        ('math.inf if numbers["best"] is None else numbers["best"]', "math.inf"),
+        ('numbers["best"] if there and numbers["best"] is not None else math.inf', "math.inf"),
         ("if mean < self.best:", "if mean != self.best:"),
-        ("scheduler.step_update(self.global_step if step is None", "scheduler.step_update(0 if step is None"),
+        ("scheduler.set(self.global_step if step is None", "scheduler.set(0 if step is None"),
     ],
     ("training/generator.py", "training_optimization"): [
         ("clip_grad_norm_(self.weights, self.optimization.clip)", "clip_grad_norm_(self.weights, math.inf)"),
@@ -265,8 +275,9 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/generator.py", "engine_resume"): [
         ("means / self.strategy.accumulate_grad_batches", "means"),
     ],
-    ("training/optimization.py", "train"): [
-        ("optimizer, steps - self.warmup, warmup_t", "optimizer, steps, warmup_t"),
+    ("training/optimization.py", "training_schedule"): [
+        ("(k - self.warmup, steps - self.warmup)", "(k - self.warmup, steps)"),
+        ("done <= other and all(", "all("),
     ],
     ("training/cost.py", "training_cost"): [
         ("(3 if whole else 2)", "3"),

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from engine.optimizer import Muon, Together, group_numbers, orthogonalised, set_group_numbers
 
@@ -107,12 +107,12 @@ def sharded(rank: int, port: str) -> None:
     groups = [{"params": [0, 1]}, {"params": [2], "stacked": 3}]
     results = []
     for divide in (False, True):
-        made = [nn.Parameter(distribute_tensor(x, mesh) if divide else x.clone()) for x in whole]
+        made = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)]) if divide else x.clone()) for x in whole]
         optimizer = Muon([group | {"params": [made[i] for i in group["params"]]} for group in groups], lr=0.1)
         for step in range(3):
             for i, weight in enumerate(made):
                 gradient = normal(*weight.shape, seed=10 * step + i)
-                weight.grad = distribute_tensor(gradient, mesh) if divide else gradient
+                weight.grad = distribute_tensor(gradient, mesh, [Shard(0)]) if divide else gradient
             optimizer.step()
         results.append([x.full_tensor() if divide else x for x in made])  # type: ignore[attr-defined]
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)

@@ -77,7 +77,6 @@ OPTIMIZERS = {  # flags, and the tensors of a matrix's state
     "muon": (MUON, {"momentum_buffer"}),
     "sgd": (("--optimization.optimizer", "torch.optim.SGD", "--optimization.optimizer.momentum", "0.9"),
             {"momentum_buffer"}),
-    "nadam": (("--optimization.optimizer", "torch.optim.NAdam"), {"step", "mu_product", "exp_avg", "exp_avg_sq"}),
     "adamw": (("--optimization.optimizer", "torch.optim.AdamW", "--optimization.optimizer.betas", "[0.9, 0.95]",
                "--optimization.optimizer.eps", "1e-15"), {"step", "exp_avg", "exp_avg_sq"}),
 }  # fmt: skip
