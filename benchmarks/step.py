@@ -32,7 +32,7 @@ def stepper(network: nn.Module, predict: Callable[[], Tensor], goal: Tensor, hal
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast(goal.device.type, torch.bfloat16, enabled=half):
             y = predict()
         (y.float() - goal).square().mean().backward()
         optimizer.step()

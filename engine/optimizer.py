@@ -20,7 +20,8 @@ OWN = ("params", "lr", "initial_lr")  # of a group: not what a step changes
 def orthogonalised(update: Tensor, steps: int = 5) -> Tensor:
     """A matrix with nearly the same singular vectors and singular values near 1, by Newton–Schulz in bfloat16.
 
-    After Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+    X ← a·X + (b·G + c·G²)·X with G = X·Xᵀ, from X = update / ‖update‖ on (Jordan et al. 2024, "Muon: an optimizer for
+    hidden layers in neural networks").
 
     Args:
         update: (rows, columns).
@@ -48,10 +49,11 @@ def orthogonalised_parts(update: Tensor, parts: int, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised, for matrices (Jordan et al. 2024).
 
-    An update of (rows, columns) has 0.2·√max(rows, columns) times the rate, so that its entries are as large as AdamW's
-    and AdamW's learning rates and decay fit (Liu et al. 2025, "Muon is scalable for LLM training", §2.2). A group's
-    `stacked` is the number of equal matrices that each of its weights holds one above the other: the fused q, k and v
-    are three.
+    With gradient g and momentum m: m ← μ·m + (1 − μ)·g, u = μ·m + (1 − μ)·g,
+    θ ← (1 − lr·decay)·θ − lr·0.2·√max(rows, columns)·orthogonalised(u). The factor makes a step's entries as large
+    as AdamW's, so its learning rates and decay fit (Liu et al. 2025, "Muon is scalable for LLM training", §2.2). A
+    group's `stacked` is the number of equal matrices that each of its weights holds one above the other: the fused q, k
+    and v are three.
 
     Sharded weights are gathered matrix by matrix; each process orthogonalises its share of them.
 
@@ -67,6 +69,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None  # 1 on the device: this step changes nothing; as torch's fused optimizers have it
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -91,10 +94,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             updates = [self._momentum(weight, group["momentum"]) for weight in weights]
@@ -143,6 +143,14 @@ def divided(tensors: Sequence[Tensor], work: Callable[[Tensor], Tensor]) -> list
     return results
 
 
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The loss of a closure, which also computes the gradients; none without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class Together(torch.optim.Optimizer):
     """Several optimizers, each of its own parameters, as one. It lets each skip the steps that are not finite.
 
@@ -153,6 +161,7 @@ class Together(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = tuple(parts)
@@ -164,10 +173,7 @@ class Together(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for part in self.parts:
             if skips(part):
                 part.found_inf = self.found_inf  # type: ignore[attr-defined]
@@ -178,8 +184,8 @@ class Together(torch.optim.Optimizer):
 
 
 def skips(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer skips a step by itself if its `found_inf` is 1."""
-    return isinstance(optimizer, Muon | Together) or bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    """Whether an optimizer skips a step by itself if its `found_inf` is 1. torch's attribute says so."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ def hangs(_: machine.Machine, rows: parts.Rows) -> None:
 
 def is_full(_: machine.Machine, rows: parts.Rows) -> None:
     for size in (1, 2):
-        with machine.told({"check": f"size {size}"}, rows) as row:
+        with machine.reported({"check": f"size {size}"}, rows) as row:
             if size == 1:
                 raise torch.OutOfMemoryError("no room")
             row["found"] = 0.5

@@ -1,17 +1,19 @@
 """Learning-rate schedules: the share of the peak rate at step k of a training, after the warm-up."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 
-class Schedule:
-    """The contract: schedule(k, steps) → share of the peak rate, at step k of so many, both after the warm-up."""
+class Schedule(ABC):
+    """A learning rate as a share of its peak."""
 
+    @abstractmethod
     def __call__(self, k: int, steps: int) -> float:
-        raise NotImplementedError
+        """The share at step k of so many steps; both are counted from the end of the warm-up."""
 
 
 class Constant(Schedule):

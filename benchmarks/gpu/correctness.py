@@ -342,8 +342,8 @@ def hidden_waits(device: torch.device) -> list[Check]:
         warnings.simplefilter("always")
         warnings.showwarning = note  # type: ignore[assignment]
         fitted(Path(place), device, {10: lambda: watch("warn"), 15: lambda: watch("default")})
-    told = ", ".join(f"{place} ({count} ×)" for place, count in places.items())
-    return [Check("places that wait for the device, in five steps", len(places), 0, told)]
+    listed = ", ".join(f"{place}, {count} times" for place, count in places.items())
+    return [Check("places that wait for the device, in five steps", len(places), 0, listed)]
 
 
 def pinned_loading(device: torch.device) -> list[Check]:

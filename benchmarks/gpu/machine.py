@@ -100,7 +100,7 @@ def find(rehearse: bool) -> Machine:
 
 
 @contextmanager
-def told(row: Row, rows: Rows) -> Iterator[Row]:
+def reported(row: Row, rows: Rows) -> Iterator[Row]:
     """Hands on a row when it is filled in; if the memory is full, the row says so and the part goes on."""
     try:
         yield row

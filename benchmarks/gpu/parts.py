@@ -55,9 +55,9 @@ def correct(name: str, seconds: float) -> Part:
     return Part("correctness", partial(check, name), seconds)
 
 
-def trained(depth: int, side: int, compiled: bool, keep: str, seconds: float) -> tuple[str, Part]:
+def trained(depth: int, side: int, compiled: bool, keep: str, seconds: float) -> dict[str, Part]:
     name = f"d{depth}, {side}², {'compiled' if compiled else 'eager'}, checkpointing {keep}"
-    return name, Part("training", measure("training", depth, side, compiled, keep), seconds)
+    return {name: Part("training", measure("training", depth, side, compiled, keep), seconds)}
 
 
 PARTS: dict[str, Part] = {
@@ -65,12 +65,13 @@ PARTS: dict[str, Part] = {
     "forward and gradients": correct("forward_and_gradients", 10),
     "hidden waits": correct("hidden_waits", 15),
     "stop and resume": correct("stopped_and_resumed", 30),
-    **dict([trained(24, 512, True, "none", 50)]),
+    **trained(24, 512, True, "none", 50),
     "against diffusers, d18, 512², eager": Part("training", measure("opponents", 18, 512, False), 30),
     "against diffusers, d18, 512², compiled": Part("training", measure("opponents", 18, 512, True), 75),
     "SD3 medium, 1024²": Part("sampling", measure("sampling", "sd3-medium", 1024), 110),
     "profile, compiled": Part("profile", measure("profile", 24, 512, True), 45),
-    **dict([trained(24, 512, False, "none", 25), trained(24, 256, True, "none", 45)]),
+    **trained(24, 512, False, "none", 25),
+    **trained(24, 256, True, "none", 45),
     "rewritten": correct("rewritten", 45),
     "FSDP2": correct("sharded", 10),
     "skipped step": correct("skipped_step", 8),
@@ -84,19 +85,15 @@ PARTS: dict[str, Part] = {
     "profile, eager": Part("profile", measure("profile", 24, 512, False), 25),
     "the demo": Part("trainer", whole("demo"), 60),
     "SD3.5 medium, 1024²": Part("sampling", measure("sampling", "sd35-medium", 1024), 120),
-    **dict(
-        [
-            trained(24, 512, True, "selective", 55),
-            trained(18, 512, True, "none", 40),
-            trained(12, 512, True, "none", 35),
-            trained(18, 256, True, "none", 40),
-            trained(12, 256, True, "none", 35),
-            trained(24, 256, False, "none", 25),
-            trained(18, 512, False, "none", 20),
-            trained(12, 512, False, "none", 20),
-            trained(24, 512, False, "selective", 25),
-        ]
-    ),
+    **trained(24, 512, True, "selective", 55),
+    **trained(18, 512, True, "none", 40),
+    **trained(12, 512, True, "none", 35),
+    **trained(18, 256, True, "none", 40),
+    **trained(12, 256, True, "none", 35),
+    **trained(24, 256, False, "none", 25),
+    **trained(18, 512, False, "none", 20),
+    **trained(12, 512, False, "none", 20),
+    **trained(24, 512, False, "selective", 25),
     "SD3 medium, 512²": Part("sampling", measure("sampling", "sd3-medium", 512), 80),
     "SD3.5 medium, 512²": Part("sampling", measure("sampling", "sd35-medium", 512), 90),
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.footprint import Job, flops, memory, step
-from benchmarks.gpu.machine import Machine, Row, Rows, installed, race, seconds, timed, told
+from benchmarks.gpu.machine import Machine, Row, Rows, installed, race, reported, seconds, timed
 from data.store.reader import Store
 from engine.ema import EMA, Averages
 from engine.guard import Guard
@@ -27,11 +27,8 @@ from pipeline.sampling import Sampling, random_normals
 from training.optimization import Optimization
 
 ROOT = Path(__file__).parents[2]
-FACTOR, TOKENS, SAMPLED_TOKENS = (
-    8,
-    154,
-    333,
-)  # pixels to a latent's pixel; tokens of a caption, in training and sampling
+FACTOR = 8  # pixels to a latent's pixel
+TOKENS, SAMPLED_TOKENS = 154, 333  # of a caption, in training and in sampling
 BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # that are tried, the largest that fits first
 FULL = 0.8  # share of the memory that a step is planned to take
 BUDGET = 4.0  # seconds of measuring for each figure
@@ -140,7 +137,7 @@ def training(machine: Machine, rows: Rows, depth: int, side: int, compiled: bool
     forward, count = flops(planned), sum(p.numel() for p in shape.parameters())
     row: Row = {"network": f"d{depth}", "pictures": f"{side}²", "compiled": compiled, "checkpointing": keep}
     row |= {"at a time": planned.batch, "tokens": planned.image_tokens + planned.tokens, "parameters": count}
-    with told(row, rows) as row:
+    with reported(row, rows) as row:
         machine.forget_peak()
         network = materialised(machine, shape)
         strategy.prepare(network)
@@ -159,12 +156,14 @@ def opponents(machine: Machine, rows: Rows, depth: int, side: int, compiled: boo
         return
     from diffusers import SD3Transformer2DModel
 
+    from benchmarks.step import stepper
+
     shape = presets(machine, depth)
     planned = job(machine, shape, side, Strategy(), averages=2)  # room for the second network
     planned = replace(planned, batch=max(1, planned.batch // 4))
     row: Row = {"against diffusers": f"d{depth}", "pictures": f"{side}²", "compiled": compiled}
     row["at a time"] = planned.batch
-    with told(row, rows) as row:
+    with reported(row, rows) as row:
         ours = materialised(machine, shape)
         theirs = twin(machine, ours, SD3Transformer2DModel).train()
         if compiled and not machine.tiny:
@@ -172,22 +171,13 @@ def opponents(machine: Machine, rows: Rows, depth: int, side: int, compiled: boo
             theirs.compile()
         goal, t, condition = batch_of(machine, planned)
 
-        def stepper(network: nn.Module, predict: Callable[[], Tensor]) -> Callable[[], None]:
-            optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
-
-            def once() -> None:
-                optimizer.zero_grad()
-                with torch.autocast(machine.device.type, torch.bfloat16):
-                    y = predict()
-                (y.float() - goal).square().mean().backward()
-                optimizer.step()
-
-            return once
-
         works: dict[str, Callable[[], object]] = {
-            "ours": stepper(ours, lambda: ours(goal, t, condition)),
+            "ours": stepper(ours, lambda: ours(goal, t, condition), goal, True),
             "diffusers": stepper(
-                theirs, lambda: theirs(goal, condition.text, condition.pooled, 1000 * t, return_dict=False)[0]
+                theirs,
+                lambda: theirs(goal, condition.text, condition.pooled, 1000 * t, return_dict=False)[0],
+                goal,
+                True,
             ),
         }
         took = race(machine, works, 2 * budget(machine))
@@ -217,7 +207,7 @@ def from_store(machine: Machine, rows: Rows) -> None:
         shape = MMDiT(depth=depth, width=width, text_dim=SHAPES["tokens"][1], pooled_dim=SHAPES["pooled"][0])
     strategy = Strategy(compile=not machine.tiny)
     row: Row = {"source": "store", "network": "d12", "at a time": most, "loader processes": workers}
-    with tempfile.TemporaryDirectory() as place, told(row, rows) as row:
+    with tempfile.TemporaryDirectory() as place, reported(row, rows) as row:
         for _ in write(Path(place), samples):
             pass
         network = materialised(machine, shape)
@@ -269,7 +259,7 @@ def profile(machine: Machine, rows: Rows, depth: int, side: int, compiled: bool)
     shape, strategy = presets(machine, depth), Strategy(compile=compiled and not machine.tiny)
     planned = job(machine, shape, side, strategy, averages=1)
     row: Row = {"network": f"d{depth}", "pictures": f"{side}²", "compiled": compiled, "at a time": planned.batch}
-    with told(row, rows) as row:
+    with reported(row, rows) as row:
         network = materialised(machine, shape)
         strategy.prepare(network)
         batch = batch_of(machine, planned)
@@ -311,10 +301,8 @@ def sampling(machine: Machine, rows: Rows, name: str, side: int) -> None:
     latent, tokens = (8, 5) if machine.tiny else (side // FACTOR, SAMPLED_TOKENS)
     network = materialised(machine, shape, torch.bfloat16).eval()
     with machine.device:
-        text, pooled = (
-            torch.randn(1, tokens, network.text_dim).bfloat16(),
-            torch.randn(1, network.pooled_dim).bfloat16(),
-        )
+        text = torch.randn(1, tokens, network.text_dim).bfloat16()
+        pooled = torch.randn(1, network.pooled_dim).bfloat16()
     condition, null = Condition(text, pooled), Condition(torch.zeros_like(text), torch.zeros_like(pooled))
     objective, z = Objective(shift=3.0), torch.randn(1, network.in_channels, latent, latent, device=machine.device)
     walk, _ = Sampling(steps=2 if machine.tiny else 28).walk(objective)
@@ -352,7 +340,7 @@ def sampling(machine: Machine, rows: Rows, name: str, side: int) -> None:
                 torch._dynamo.reset()
                 module.compile(**compile_options)
             row: Row = {"network": name, "pictures": f"{side}²", "how": how, "whose": who}
-            with told(row, rows) as row:
+            with reported(row, rows) as row:
                 machine.forget_peak()
                 took = timed(machine, drawer(model), budget(machine), turns=3)
                 row |= {"s a picture": took, "GB": machine.gigabytes()}
