@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+unexport PYTHONDONTWRITEBYTECODE  # set-up compiles nothing: what is imported first is kept for the next process
 
 .PHONY: setup demo shapes fewstep evaluate compare compare-quick test docs lint format benchmark
 
@@ -11,7 +12,6 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null 2>&1 || true  # on all cores; some packages hold templates
 	touch $(READY)
 
 demo: $(READY)  ## train on digits, then draw every digit from a caption
