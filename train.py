@@ -120,14 +120,23 @@ def one_line_faults(world: int) -> Iterator[None]:
         except StoreError as error:  # a loader process sends its whole traceback; the cause is the last line
             cause = str(error).splitlines()[-1].rpartition("StoreError: ")[2]
             fail(f"{cause}; `python -m data verify` finds all faults; then the same command resumes", MACHINE_FAULT)
-        except RuntimeError as error:
-            cause = str(error).partition("\n")[0]
-            if cause.startswith("DataLoader worker"):
+        except Exception as error:
+            if dead := next((str(e) for e in causes(error) if str(e).startswith("DataLoader worker")), None):
                 hint = "if the memory was full, lower data.workers; the same command resumes"
-                fail(f"a loader process died ({cause.strip()}): {hint}", MACHINE_FAULT)
-            if world == 1 or not re.search("gloo|nccl|TCPStore|peer|timed out", str(error), re.IGNORECASE):
+                fail(f"a loader process died ({dead.splitlines()[0].strip()}): {hint}", MACHINE_FAULT)
+            cause = str(error).partition("\n")[0]
+            lost = isinstance(error, RuntimeError) and re.search("gloo|nccl|TCPStore|peer|timed out", str(error), re.I)
+            if world == 1 or not lost:
                 raise
             fail(f"{LOST} ({cause})", MACHINE_FAULT)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those behind it. torch reports a dead loader wherever the process is, also where others catch it."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from trials import ENV, ROOT, Change, end, lines, second_of, shell, small, start, start_ranks
 
+import train
 from data.batch import Batch
 from data.loaders import begin_loader
 from data.module import TrainingDigits
@@ -52,6 +53,24 @@ def test_a_loader_process_that_dies_ends_the_run_in_one_line(config: Path, tmp_p
         assert ("a loader process died (DataLoader worker" if rank == 0 else "lost contact") in line
         assert "the same command resumes" in line
     assert [end(rank) for rank in start_ranks(config, *flags, world=world)] == [0] * world
+
+
+def caught_elsewhere() -> None:
+    """torch raises in a handler of signals, wherever the process is, as in `inspect`, which makes a TypeError of it."""
+    try:
+        raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. ")
+    except RuntimeError as error:
+        raise TypeError("unsupported callable") from error
+
+
+def test_a_dead_loader_is_told_also_where_other_code_has_caught_it(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end, train.one_line_faults(1):
+        caught_elsewhere()
+    assert end.value.code == 1
+    (line,) = errors(capsys.readouterr().err)
+    assert line.startswith("error: a loader process died (DataLoader worker (pid 3) is killed by signal: Killed.)")
+    with pytest.raises(TypeError), train.one_line_faults(2):
+        raise TypeError("a fault of our own, about a peer")
 
 
 def loader_fails(parent_ends: bool) -> None:
