@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from einops import rearrange
 from networks import inputs, plain, relative, stirred
+from torch.overrides import TorchFunctionMode
 
 from mmdit import checkpoint
 from mmdit.embed import crop_centre, patchify, sincos_2d, timestep_features, unpatchify
+from mmdit.layers import WRITTEN_OUT, scaled_dot_product
 from mmdit.model import Condition, MMDiT
 
 
@@ -50,6 +53,46 @@ def test_equals_diffusers_forward_and_in_every_gradient(
             assert max(ours_grad[name].abs().max(), parameter.grad.abs().max()) < 1e-5
         else:
             assert relative(ours_grad[name], parameter.grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens", [40, WRITTEN_OUT + 1])
+def test_attention_trained_in_bfloat16_has_at_most_twice_the_error_of_the_fused_kernel(
+    tokens: int, masked: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(2, tokens, 3, 16, generator=generator).bfloat16() for _ in range(4)]
+    mask = torch.arange(tokens).expand(2, 1, 1, -1) < torch.tensor([tokens // 2, tokens])[:, None, None, None]
+    fused = []
+
+    def results(dtype: torch.dtype, limit: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("mmdit.layers.WRITTEN_OUT", limit)
+        q, k, v, direction = (x.to(dtype) for x in drawn)
+        for x in (q, k, v):
+            x.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16), Called() as called:
+            y = scaled_dot_product(q, k, v, mask if masked else None)
+        fused.append(F.scaled_dot_product_attention in called.functions)
+        assert y.dtype == dtype
+        return [y, *torch.autograd.grad(y, (q, k, v), direction.flatten(2))]
+
+    exact, kernel, ours = results(torch.float64, 0), results(torch.bfloat16, 0), results(torch.bfloat16, WRITTEN_OUT)
+    assert fused == [True, True, tokens > WRITTEN_OUT]
+    for x, theirs, mine in zip(exact, kernel, ours, strict=True):
+        assert relative(mine.double(), x) < 2 * relative(theirs.double(), x) < 0.02
+
+
+class Called(TorchFunctionMode):
+    """Notes torch's functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.add(func)
+        return func(*args, **(kwargs or {}))
 
 
 def test_every_option_changes_the_output() -> None:
