@@ -1,7 +1,7 @@
 """Optimizers beside torch's: Muon, several as one, and the state of any of them by the names of the parameters."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from engine.checkpoint import rows_of
 from engine.strategy import local, whole
@@ -191,39 +192,66 @@ def skips(optimizer: torch.optim.Optimizer) -> bool:
 def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
     """The optimizer's tensors of the trained parameters: "PARAMETER.KEY", such as AdamW's step, exp_avg and exp_avg_sq.
 
+    A tensor that consists of others, as the moments of 8-bit optimizers, is given by them: "PARAMETER.KEY.PART".
     An optimizer that has none yet makes them by a step with zero gradients and rates: their values are to be restored.
     """
     if not any(optimizer.state.values()):
         begin(optimizer)
     found: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
-        state = optimizer.state.get(parameter, {})
-        found |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
+                parts, _ = value.__tensor_flatten__()
+                found |= {f"{name}.{key}.{part}": getattr(value, part) for part in parts}
+            elif isinstance(value, Tensor):
+                found[f"{name}.{key}"] = value
     return found
 
 
 def begin(optimizer: torch.optim.Optimizer) -> None:
     """Lets an optimizer take a step with zero gradients and rates, which makes all tensors of its state."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    set_rates(optimizer, [0.0] * len(rates))
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
         for weight in group["params"]:
             weight.grad = torch.zeros_like(weight)
     optimizer.step()
     optimizer.zero_grad()
+    set_rates(optimizer, rates)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Sets the learning rate of each group, in place where it is a tensor."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
-def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float | int | bool]]:
-    """What a step may change in the groups of an optimizer, such as a counter: all their numbers but the rates."""
-    return [
-        {key: value for key, value in group.items() if key not in OWN and isinstance(value, bool | int | float)}
-        for group in optimizer.param_groups
-    ]
+def optimizer_numbers(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Any]:
+    """All numbers that a step may change, as JSON: those of the groups but the rates, and those of the parameters."""
+    states = {name: written(optimizer.state.get(weight, {})) for name, weight in network.named_parameters()}
+    groups = [written({k: v for k, v in group.items() if k not in OWN}) for group in optimizer.param_groups]
+    return {"groups": groups, "parameters": {name: state for name, state in states.items() if state}}
 
 
-def set_group_numbers(optimizer: torch.optim.Optimizer, numbers: Iterable[dict[str, float | int | bool]]) -> None:
-    """Sets what `group_numbers` gave."""
-    for group, values in zip(optimizer.param_groups, numbers, strict=True):
-        group.update(values)
+def set_optimizer_numbers(optimizer: torch.optim.Optimizer, network: nn.Module, numbers: Any) -> None:
+    """Sets what `optimizer_numbers` gave. Checkpoints of before hold the groups alone."""
+    numbers = {"groups": numbers, "parameters": {}} if isinstance(numbers, list) else numbers
+    for group, values in zip(optimizer.param_groups, numbers["groups"], strict=True):
+        group.update(read(values))
+    weights = dict(network.named_parameters())
+    for name, values in numbers["parameters"].items():
+        optimizer.state[weights[name]].update(read(values))
+
+
+def written(values: Mapping[str, Any]) -> dict[str, float | str]:
+    """The numbers among some values. JSON has no infinity: it is a string."""
+    numbers = {key: value for key, value in values.items() if isinstance(value, bool | int | float)}
+    return {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
+
+
+def read(values: Mapping[str, float | str]) -> dict[str, float]:
+    """The numbers that `written` gave."""
+    return {key: float(value) if isinstance(value, str) else value for key, value in values.items()}

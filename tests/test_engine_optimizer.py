@@ -1,5 +1,7 @@
 """Muon against torch's, several optimizers as one, and steps that are skipped."""
 
+import json
+import math
 import multiprocessing
 import os
 import socket
@@ -10,8 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
-from engine.optimizer import Muon, Together, group_numbers, orthogonalised, set_group_numbers
+from engine.optimizer import (
+    Muon,
+    Together,
+    optimizer_numbers,
+    optimizer_state,
+    orthogonalised,
+    set_optimizer_numbers,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -88,14 +98,43 @@ def test_the_groups_of_all_parts_are_those_of_the_whole() -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.5
     assert [part.param_groups[0]["lr"] for part in optimizer.parts] == [0.5, 0.5]
-    numbers = group_numbers(optimizer)
-    assert numbers[0]["momentum"] == 0.95
-    assert "lr" not in numbers[0]
-    optimizer.parts[0].param_groups[0]["counter"] = 3
-    changed = group_numbers(optimizer)
-    del optimizer.parts[0].param_groups[0]["counter"]
-    set_group_numbers(optimizer, changed)
-    assert optimizer.parts[0].param_groups[0]["counter"] == 3
+
+
+def test_numbers_of_groups_and_of_parameters_are_kept_without_the_rates() -> None:
+    network = nn.Linear(3, 3)
+    optimizer = Together([Muon([network.weight], lr=0.1), torch.optim.SGD([network.bias], lr=0.1)])
+    optimizer.param_groups[0] |= {"counter": 3, "most": math.inf, "on": True, "name": "a"}
+    optimizer.state[network.bias] |= {"steps": 7, "least": -math.inf, "mean": torch.ones(2)}
+    numbers = json.loads(json.dumps(optimizer_numbers(optimizer, network), allow_nan=False))
+    assert numbers["parameters"] == {"bias": {"steps": 7, "least": "-inf"}}
+    assert not {"lr", "initial_lr", "name"} & numbers["groups"][0].keys()
+
+    optimizer.param_groups[0] |= {"counter": 4, "most": 1.0, "on": False, "lr": 0.2, "momentum": 0.5}
+    optimizer.state[network.bias] |= {"steps": 8, "least": 0.0}
+    set_optimizer_numbers(optimizer, network, numbers)
+    group, state = optimizer.param_groups[0], optimizer.state[network.bias]
+    assert (group["counter"], group["most"], group["on"], group["lr"], group["momentum"]) == (
+        3,
+        math.inf,
+        True,
+        0.2,
+        0.95,
+    )
+    assert (state["steps"], state["least"]) == (7, -math.inf)
+    set_optimizer_numbers(optimizer, network, [{"counter": 5}, {}])  # as checkpoints were once
+    assert optimizer.param_groups[0]["counter"] == 5
+
+
+def test_a_tensor_that_consists_of_others_is_given_by_its_parts() -> None:
+    network = nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    whole = TwoTensor(normal(2, 3), normal(2, 3, seed=1))
+    optimizer.state[network.weight] = {"momentum_buffer": whole}
+    found = optimizer_state(optimizer, network)
+    assert found.keys() == {"weight.momentum_buffer.a", "weight.momentum_buffer.b"}
+    found["weight.momentum_buffer.b"].zero_()
+    assert not whole.b.any()
+    assert whole.a.all()
 
 
 def sharded(rank: int, port: str) -> None:
@@ -131,3 +170,14 @@ def test_sharded_matrices_learn_as_whole_ones() -> None:
     for process in ranks:
         process.join(100)
     assert [process.exitcode for process in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_the_state_begins_without_a_change_of_weights_or_rates(rate: float | Tensor) -> None:
+    network = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, fused=True)
+    before = [weight.detach().clone() for weight in network.parameters()]
+    assert {name.partition(".")[2] for name in optimizer_state(optimizer, network)} == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(map(torch.equal, before, network.parameters()))
+    assert optimizer.param_groups[0]["lr"] == rate == pytest.approx(0.1)
+    assert (optimizer.param_groups[0]["lr"] is rate) or not isinstance(rate, Tensor)

@@ -79,6 +79,13 @@ OPTIMIZERS = {  # flags, and the tensors of a matrix's state
             {"momentum_buffer"}),
     "adamw": (("--optimization.optimizer", "torch.optim.AdamW", "--optimization.optimizer.betas", "[0.9, 0.95]",
                "--optimization.optimizer.eps", "1e-15"), {"step", "exp_avg", "exp_avg_sq"}),
+    "adafactor": (("--optimization.optimizer", "transformers.Adafactor", "--optimization.optimizer.relative_step",
+                   "false", "--optimization.optimizer.scale_parameter", "false"),
+                  {"exp_avg_sq_row", "exp_avg_sq_col", "RMS"}),  # counts its steps by a number for each weight
+    "prodigy": (("--optimization.optimizer", "prodigyopt.Prodigy", "--optimization.lr", "1"),
+                {"s", "p0", "exp_avg", "exp_avg_sq"}),  # has an infinite number
+    "schedule-free": (("--optimization.optimizer", "schedulefree.AdamWScheduleFree"),
+                      {"z", "exp_avg_sq"}),  # has to be told that it trains
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from data.order import NOT_COUNTED, Use, stream
 from data.raw.pictures import save_png, sheet
 from engine.ema import EMA, Averages
 from engine.guard import Guard, spread_nonfinite
-from engine.optimizer import group_numbers, optimizer_state, set_group_numbers
+from engine.optimizer import optimizer_numbers, optimizer_state, set_optimizer_numbers
 from engine.strategy import Strategy, skeleton, whole
 from flow.density import stratified
 from flow.objective import Interval, Model, TimeBins
@@ -278,8 +278,8 @@ class Generator(L.LightningModule):
         return {f"network.{name}": t for name, t in state.items() if self.writer.base is None or name in learning}
 
     def numbers(self) -> dict[str, Any]:
-        groups = group_numbers(self.trainer.optimizers[0])
-        return {"best": self.best if math.isfinite(self.best) else None, "optimizer": groups}
+        own = optimizer_numbers(self.trainer.optimizers[0], self.network)
+        return {"best": self.best if math.isfinite(self.best) else None, "optimizer": own}
 
     def on_resume(self, step: int, numbers: dict[str, Any]) -> None:
         there = self.writer.folder.exists()  # not yet in a run that begins from another's checkpoint
@@ -289,8 +289,8 @@ class Generator(L.LightningModule):
         if not self.trainer.is_global_zero:
             self.bins.sums.zero_()  # rank 0 keeps the sums of all processes
         if self.trainer.state.fn == "fit":
-            if groups := numbers.get("optimizer"):
-                set_group_numbers(self.trainer.optimizers[0], groups)
+            if own := numbers.get("optimizer"):
+                set_optimizer_numbers(self.trainer.optimizers[0], self.network, own)
             self.lr_scheduler_step(self.lr_schedulers(), None, step)
 
 

@@ -94,6 +94,9 @@ class Optimization:
         adamw = partial(torch.optim.AdamW, fused=True)
         makers = [(self.optimizer or adamw, rest), (self.matrices or adamw, some)]
         parts = [make(list(self._groups(weights))) for make, weights in makers if weights]
+        for part in parts:
+            if hasattr(part, "train"):  # schedule-free ones have a mode for evaluation, too
+                part.train()
         return parts[0] if len(parts) == 1 and skips(parts[0]) else Together(parts)
 
     def _groups(self, named: Sequence[tuple[str, Tensor]]) -> Iterator[dict[str, Any]]:
