@@ -237,7 +237,7 @@ def optimizer_numbers(optimizer: torch.optim.Optimizer, network: nn.Module) -> d
 
 
 def set_optimizer_numbers(optimizer: torch.optim.Optimizer, network: nn.Module, numbers: Any) -> None:
-    """Sets what `optimizer_numbers` gave. Checkpoints of before hold the groups alone."""
+    """Sets what `optimizer_numbers` gave. Older checkpoints have a list of the groups' numbers instead."""
     numbers = {"groups": numbers, "parameters": {}} if isinstance(numbers, list) else numbers
     for group, values in zip(optimizer.param_groups, numbers["groups"], strict=True):
         group.update(read(values))

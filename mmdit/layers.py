@@ -8,7 +8,7 @@ from einops import rearrange
 from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
-WRITTEN_OUT = 512  # tokens; beyond, the fused kernel is as fast and takes less memory
+WRITTEN_OUT = 512  # tokens; beyond, the fused kernel is as fast (on a Xeon with AMX) and takes less memory
 
 
 class Modulation(NamedTuple):
@@ -73,10 +73,19 @@ class Stream(Attention):
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of q (B, N, heads, head_dim) over k and v (B, M, heads, head_dim): (B, N, width).
+    """Attention, softmax(q·kᵀ/√head_dim)·v (Vaswani et al. 2017, eq. 1).
 
-    Few tokens in bfloat16 on a CPU are trained by the written-out formula: the backward pass of torch's fused kernel
-    takes several times as long there.
+    In bfloat16 on a CPU the backward pass of torch's fused kernel is slow: training with few tokens computes the
+    formula as it stands.
+
+    Args:
+        q: (B, N, heads, head_dim).
+        k: (B, M, heads, head_dim).
+        v: as k.
+        mask: bool, true where a token may be attended, broadcast to (B, heads, N, M); none means everywhere.
+
+    Returns:
+        (B, N, heads·head_dim).
     """
     q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad and k.shape[2] <= WRITTEN_OUT:

@@ -81,11 +81,11 @@ OPTIMIZERS = {  # flags, and the tensors of a matrix's state
                "--optimization.optimizer.eps", "1e-15"), {"step", "exp_avg", "exp_avg_sq"}),
     "adafactor": (("--optimization.optimizer", "transformers.Adafactor", "--optimization.optimizer.relative_step",
                    "false", "--optimization.optimizer.scale_parameter", "false"),
-                  {"exp_avg_sq_row", "exp_avg_sq_col", "RMS"}),  # counts its steps by a number for each weight
+                  {"exp_avg_sq_row", "exp_avg_sq_col", "RMS"}),  # counts steps for each weight, in a Python number
     "prodigy": (("--optimization.optimizer", "prodigyopt.Prodigy", "--optimization.lr", "1"),
-                {"s", "p0", "exp_avg", "exp_avg_sq"}),  # has an infinite number
+                {"s", "p0", "exp_avg", "exp_avg_sq"}),  # has an infinite number among its settings
     "schedule-free": (("--optimization.optimizer", "schedulefree.AdamWScheduleFree"),
-                      {"z", "exp_avg_sq"}),  # has to be told that it trains
+                      {"z", "exp_avg_sq"}),  # refuses a step outside its training mode
 }  # fmt: skip
 
 

@@ -95,7 +95,7 @@ class Optimization:
         makers = [(self.optimizer or adamw, rest), (self.matrices or adamw, some)]
         parts = [make(list(self._groups(weights))) for make, weights in makers if weights]
         for part in parts:
-            if hasattr(part, "train"):  # schedule-free ones have a mode for evaluation, too
+            if hasattr(part, "train"):  # a schedule-free optimizer refuses a step outside its training mode
                 part.train()
         return parts[0] if len(parts) == 1 and skips(parts[0]) else Together(parts)
 
