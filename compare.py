@@ -14,17 +14,19 @@ from jsonargparse import ArgumentError, ArgumentParser
 from cli import Parser, add_overwrite_flag, fail, one_line_errors, output, positive
 from storage.files import hold
 from storage.text import read_text, read_yaml
-from studies import document, fewstep
+from studies import document, fewstep, speed
 from studies.recipes import Recipes
 from studies.runner import ROOT
 from studies.steps import Steps
 
 WRITERS: dict[str | None, Callable[[Any, Path, Path, str], Path]] = {
-    Recipes.document: document.write,
+    "compare": document.write,
+    "speed": speed.write,
     "fewstep": fewstep.write,
 }
 FILES = {  # document → the files that are written with it
-    Recipes.document: ("compare.md", "compare.png", "compare-sheet.png"),
+    "compare": ("compare.md", "compare.png", "compare-sheet.png"),
+    "speed": ("speed.md", "speed.png"),
     "fewstep": ("fewstep.md", "fewstep.png", "fewstep-trajectories.png", "fewstep-digits.png", "fewstep-shapes.png"),
 }
 

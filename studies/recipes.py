@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -24,11 +24,13 @@ class Recipe:
         overlays: YAML files on top of the study's base.
         tuned_as: the recipe whose learning rate is used; None means that this recipe is tuned itself.
         learning_rates: its candidates; empty means those of the tuning.
+        steps: training steps; None means those of the study.
     """
 
     overlays: tuple[str, ...] = ()
     tuned_as: str | None = None
     learning_rates: tuple[float, ...] = ()
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,9 @@ class Recipes:
         tuning: the search for learning rates.
         budgets: longer trainings.
         flags: settings of train.py on top of the base.
+        document: the document that is written from the results.
     """
 
-    document: ClassVar[str] = "compare"
     base: str
     recipes: dict[str, Recipe]
     seeds: tuple[int, ...]
@@ -127,6 +129,7 @@ class Recipes:
     tuning: Tuning
     budgets: Budgets = field(default_factory=Budgets)
     flags: dict[str, Any] = field(default_factory=dict)
+    document: Literal["compare", "speed"] = "compare"
 
     def __post_init__(self) -> None:
         named = {r.tuned_as for r in self.recipes.values() if r.tuned_as} | self.budgets.recipes.keys()
@@ -188,7 +191,14 @@ class Recipes:
 
         return replace(
             self,
-            recipes={name: replace(r, learning_rates=middle(r.learning_rates)) for name, r in self.recipes.items()},
+            recipes={
+                name: replace(
+                    r,
+                    learning_rates=middle(r.learning_rates),
+                    steps=r.steps and 300 * r.steps // self.flags["run.steps"],
+                )
+                for name, r in self.recipes.items()
+            },
             seeds=self.seeds[:1],
             measurements=(replace(self.measurements[0], steps=(1, 4, 50), per_digit=10),),
             tuning=replace(self.tuning, learning_rates=middle(self.tuning.learning_rates)),
@@ -266,7 +276,7 @@ class Recipes:
     def training(self, name: str, seed: int, folder: Path, lr: float, steps: int | None = None) -> Step:
         """The step that trains a model of a recipe."""
         flags = self.flags | {"run.folder": folder, "run.seed": seed, "optimization.lr": lr}
-        if steps:
+        if steps := steps or self.recipes[name].steps:
             flags |= {"run.steps": steps, "run.validate_every": steps}
         configs = [part for file in (self.base, *self.recipes[name].overlays) for part in ("--config", file)]
         options = [part for key, value in flags.items() for part in (f"--{key}", str(value))]

@@ -143,7 +143,7 @@ def run(goals: Iterable[Step], title: str, at_once: int) -> None:
     check_sources(steps, done)
     waiting = [step for step in steps if step not in done]
     running: dict[Step, Popen] = {}
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     with tqdm(total=len(steps), initial=len(done), desc=title, unit="step") as bar:
         try:
             while waiting or running:
