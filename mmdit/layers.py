@@ -59,6 +59,39 @@ class Attention(nn.Module):
         return self.norm_q(q) if self.asks else q[:, :0], self.norm_k(k), v
 
 
+class LocalMlp(Mlp):
+    """The MLP of a block; with `grow`, its hidden layer also sees the neighbouring image tokens.
+
+    fc2(GELU(h + conv(h))), h = fc1(x), with a depthwise 3×3 convolution over the tokens' places: Mix-FFN (Xie et al.
+    2021, "SegFormer", eq. 3; in a diffusion transformer Xie et al. 2024, "SANA"). conv starts at zero.
+
+    Args:
+        width: channels of a token; the hidden layer has four times as many.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 4 * width, act_layer=GELUTanh)
+        self.local: nn.Conv2d | None = None
+
+    def grow(self) -> None:
+        """Adds the convolution. The function stays the same."""
+        hidden = self.fc1.out_features
+        self.local = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, device=self.fc1.weight.device)
+        nn.init.zeros_(self.local.weight)
+        assert self.local.bias is not None
+        nn.init.zeros_(self.local.bias)
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """x (B, M, width); grid is (height, width) of the M image tokens, which the convolution needs."""
+        if self.local is None:
+            return super().forward(x)
+        assert grid is not None
+        h = self.fc1(x)
+        places = rearrange(h, "b (i j) c -> b c i j", i=grid[0])
+        h = h + rearrange(self.local(places), "b c i j -> b (i j) c")
+        return self.fc2(self.act(h))
+
+
 class Stream(Attention):
     """The weights of one kind of token in a joint block: its part of the attention, and the MLP.
 
@@ -69,7 +102,7 @@ class Stream(Attention):
     def __init__(self, width: int, heads: int, qk_norm: bool, asks: bool = True) -> None:
         super().__init__(width, heads, qk_norm, asks)
         if asks:
-            self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
+            self.mlp = LocalMlp(width)
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -119,7 +152,9 @@ class JointBlock(nn.Module):
         self.parts = [9 if dual else 6, 2 if last else 6]  # modulation vectors of image and text
         self.modulation = nn.Linear(width, sum(self.parts) * width)
 
-    def forward(self, text: Tensor, image: Tensor, vector: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text: Tensor, image: Tensor, vector: Tensor, mask: Tensor | None, grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One block.
 
         Args:
@@ -127,6 +162,7 @@ class JointBlock(nn.Module):
             image: (B, M, width).
             vector: SiLU of time and pooled text, (B, width).
             mask: true where a token may be attended, (B, 1, 1, N + M); none means everywhere.
+            grid: (height, width) of the M image tokens, for an MLP that sees neighbours.
 
         Returns:
             (text, image), shapes as given.
@@ -145,7 +181,7 @@ class JointBlock(nn.Module):
             dual = Modulation(*image_parts[6:])
             attended = scaled_dot_product(*self.dual.attend(modulate(image, dual.shift, dual.scale)))
             x = torch.addcmul(x, dual.gate, self.dual.proj(attended))
-        image = torch.addcmul(x, mlp.gate, self.image.mlp(modulate(x, mlp.shift, mlp.scale)))
+        image = torch.addcmul(x, mlp.gate, self.image.mlp(modulate(x, mlp.shift, mlp.scale), grid))
 
         if self.text.asks:
             joint, mlp = Modulation(*text_parts[:3]), Modulation(*text_parts[3:])

@@ -46,6 +46,7 @@ class MMDiT(Network):
         picture_channels: channels of an input picture, concatenated to z (Saharia et al. 2021, §2.1); 0 means none.
         level_embeds: also takes the noise level of the input picture (Ho et al. 2021, §4.2).
         text_mask: takes a mask of the text; padding is not attended to.
+        local_mlp: the image MLPs also see the neighbouring tokens, by a depthwise convolution (Mix-FFN).
 
     Example:
         >>> import torch
@@ -82,6 +83,7 @@ class MMDiT(Network):
         picture_channels: int = 0,
         level_embeds: bool = False,
         text_mask: bool = False,
+        local_mlp: bool = False,
     ) -> None:
         super().__init__()
         width = 64 * depth if width is None else width
@@ -125,7 +127,7 @@ class MMDiT(Network):
         spacing = sample_size / patch_size / pos_embed_max_size
         self.register_buffer("positions", sincos_2d(pos_embed_max_size, width, spacing))
         self.init_weights()
-        self.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask)
+        self.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask, local_mlp)
 
     def init_weights(self) -> None:
         """Xavier for linears, N(0, 0.02) for the vector embeddings, zero for every modulation and the output.
@@ -151,8 +153,9 @@ class MMDiT(Network):
         picture_channels: int = 0,
         level_embeds: bool = False,
         text_mask: bool = False,
+        local_mlp: bool = False,
     ) -> None:
-        """Adds inputs that the network does not have yet. New weights start at zero, so the function stays the same.
+        """Adds inputs and layers that the network lacks. New weights start at zero, so the function stays the same.
 
         A student therefore starts as its teacher. The arguments are those of the constructor; only `text_mask` changes
         the output at once.
@@ -180,6 +183,10 @@ class MMDiT(Network):
             self.patch.in_features = self.patch.weight.shape[1]
             self.picture_channels = picture_channels
         self.text_mask = self.text_mask or text_mask
+        if local_mlp and not self.local_mlp:
+            for block in self.blocks:
+                block.image.mlp.grow()
+            self.local_mlp = True
 
     def forward(
         self,
@@ -235,7 +242,7 @@ class MMDiT(Network):
             mask = F.pad(condition.mask, (0, image.shape[1]), value=True)[:, None, None]  # b 1 1 n+m
         for i, block in enumerate(self.blocks):
             if i not in skip_layers:
-                text, image = block(text, image, vector, mask)
+                text, image = block(text, image, vector, mask, (height, width))
                 if hidden_states is not None:
                     hidden_states.add(i, image)
         return unpatchify(self.final(image, vector), height, width, self.patch_size)  # b c h w
