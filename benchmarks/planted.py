@@ -121,6 +121,20 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("act_layer=GELUTanh)", "act_layer=nn.GELU)"),
         ("return self.norm_q(q) if", "return self.norm_k(q) if"),
     ],
+    ("mmdit/layers.py", "mmdit_local"): [
+        ("i=grid[0]", "j=grid[0]"),
+        ("h = h + rearrange(self.local", "h = rearrange(self.local"),
+        ("3, padding=1, groups=hidden", "3, padding=1, padding_mode='circular', groups=hidden"),
+        ("nn.init.zeros_(self.local.weight)", "self.local.weight"),
+    ],
+    ("benchmarks/decisions.py", "benchmarks_decisions"): [
+        ("(2 * t**2)", "(2 * t)"),
+        ("z[:, None] - (1 - t) * latents", "z[:, None] - latents"),
+    ],
+    ("studies/speed.py", "study_speed"): [
+        ("return fewer * (more / fewer) ** share", "return fewer + (more - fewer) * share"),
+        ("1 / length[name] / cost", "cost / length[name]"),
+    ],
     ("mmdit/embed.py", "mmdit"): [
         ("(side - height) // 2, (side - width) // 2", "(side - height + 1) // 2, (side - width + 1) // 2"),
     ],
@@ -153,6 +167,11 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.sizes * epoch // self.batch_size", "self.sizes // self.batch_size * epoch"),
         ("self.shares.append(self.shares[-1]._replace(step=NOT_COUNTED))", "self.shares.append(self.shares[-1])"),
         ("stream(seed, Use.ORDER, epoch, bucket)", "stream(seed, Use.ORDER, epoch)"),
+    ],
+    ("data/coupling.py", "data_coupling"): [
+        ("distances.argmin(1)", "distances.argmax(1)"),
+        ("noise - x0[:, None].float()", "noise"),
+        ("return noise[:, 0]", "return noise[:, -1] * 1.01"),
     ],
     ("data/latents.py", "data_latents"): [
         ("q.logvar + 2 * math.log(self.scale)", "q.logvar + math.log(self.scale)"),
@@ -250,6 +269,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/terms.py", "terms"): [
         ("tokens[self.strong].detach()", "tokens[self.strong]"),
         ("(1 - similarity.mean(1))", "(1 - similarity.abs().mean(1))"),
+        ("2 * math.log(len(features))", "math.log(len(features))"),
+        (" / features.shape[1]", ""),
     ],
     ("training/teacher.py", "training_students training_teacher"): [
         ("low + (high - low) * u", "low + high * u"),
