@@ -124,7 +124,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("mmdit/layers.py", "mmdit_local"): [
         ("i=grid[0]", "j=grid[0]"),
         ("h = h + rearrange(self.local", "h = rearrange(self.local"),
-        ("3, padding=1, groups=hidden", "3, padding=1, padding_mode='circular', groups=hidden"),
+        ("3, padding=1, groups", "3, padding=1, padding_mode='circular', groups"),
         ("nn.init.zeros_(self.local.weight)", "self.local.weight"),
     ],
     ("benchmarks/decisions.py", "benchmarks_decisions"): [
@@ -180,7 +180,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/store/samples.py", "data_stored data_stages data_sizes"): [
         ("np.searchsorted(ends, u * ends[-1]", "np.searchsorted(ends, u"),
         ("drawn[:, 2:] >= self.encoder_dropout", "drawn[:, 1:-1] >= self.encoder_dropout"),
-        ("mean + (logvar / 2).exp() * noise", "mean + logvar.exp() * noise"),
+        ("mean + (logvar / 2).exp() * normal", "mean + logvar.exp() * normal"),
         ("[store.sizes(rows), after]", "[after, store.sizes(rows)]"),
         ("int(row) % len(store.weights(int(row)))", "0"),
     ],

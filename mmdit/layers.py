@@ -71,12 +71,14 @@ class LocalMlp(Mlp):
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 4 * width, act_layer=GELUTanh)
+        self.hidden = 4 * width
         self.local: nn.Conv2d | None = None
 
     def grow(self) -> None:
         """Adds the convolution. The function stays the same."""
-        hidden = self.fc1.out_features
-        self.local = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, device=self.fc1.weight.device)
+        self.local = nn.Conv2d(
+            self.hidden, self.hidden, 3, padding=1, groups=self.hidden, device=self.fc1.weight.device
+        )
         nn.init.zeros_(self.local.weight)
         assert self.local.bias is not None
         nn.init.zeros_(self.local.bias)

@@ -185,6 +185,7 @@ class MMDiT(Network):
         self.text_mask = self.text_mask or text_mask
         if local_mlp and not self.local_mlp:
             for block in self.blocks:
+                assert isinstance(block, JointBlock)
                 block.image.mlp.grow()
             self.local_mlp = True
 
