@@ -62,6 +62,7 @@ class MMDiT(Network):
     span: VectorEmbedding
     guidance: VectorEmbedding
     level: VectorEmbedding
+    local_mlp: bool = False
 
     def __init__(
         self,

@@ -62,7 +62,6 @@ class Network(nn.Module):
         picture_channels: channels of `Condition.picture`; 0 means that it takes no picture.
         level_embeds: whether it takes `Condition.level`.
         text_mask: whether it takes `Condition.mask`.
-        local_mlp: whether its image MLPs see the neighbouring tokens.
     """
 
     in_channels: int
@@ -80,7 +79,6 @@ class Network(nn.Module):
     picture_channels: int = 0
     level_embeds: bool = False
     text_mask: bool = False
-    local_mlp: bool = False
 
     CONDITION_FIELDS: ClassVar[dict[str, str]] = {
         "guidance": "guidance_embeds", "picture": "picture_channels", "level": "level_embeds", "mask": "text_mask",

@@ -359,11 +359,7 @@ def write(study: Recipes, out: Path, docs: Path, command: str) -> Path:
         FileNotFoundError: a result is missing.
     """
     plan, rates = study.plan(out), study.chosen_rates(out)
-    found = [
-        row | {"recipe": name, "seed": seed}
-        for (name, seed, _), step in plan.measured.items()
-        for row in read(step.folder)["rows"]
-    ]
+    found = plan.results()
     longer = [
         row | {"recipe": name, "budget": steps}
         for (name, steps), step in plan.longer.items()

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from flow.objective import Objective
 from pipeline.sampling import Sampling
 from storage.text import read_yaml
-from studies.results import read
+from studies.results import Result, read
 from studies.runner import ROOT, Step, result_of, run
 
 
@@ -105,6 +105,14 @@ class Plan(NamedTuple):
     measured: dict[tuple[str, int, int], Step]
     longer: dict[tuple[str, int], Step]
     sheet: Step
+
+    def results(self) -> list[Result]:
+        """The rows of all measurements. FileNotFoundError if one is missing."""
+        return [
+            row | {"recipe": name, "seed": seed}
+            for (name, seed, _), step in self.measured.items()
+            for row in read(step.folder)["rows"]
+        ]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ RESULTS = {  # command → the file that it writes last into its folder, when it
 POLL = 0.05  # seconds between two looks at the running commands
 
 
+def cores() -> int:
+    """The cores that this process may use; all of them where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def result_of(command: Sequence[str]) -> str:
     """The file in its folder that shows that a command succeeded. ValueError for an unknown command."""
     for words, file in RESULTS.items():
@@ -143,7 +148,7 @@ def run(goals: Iterable[Step], title: str, at_once: int) -> None:
     check_sources(steps, done)
     waiting = [step for step in steps if step not in done]
     running: dict[Step, Popen] = {}
-    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    threads = max(1, cores() // at_once)
     with tqdm(total=len(steps), initial=len(done), desc=title, unit="step") as bar:
         try:
             while waiting or running:

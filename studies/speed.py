@@ -115,11 +115,7 @@ def write(study: Recipes, out: Path, docs: Path, command: str) -> Path:
         FileNotFoundError: a result is missing.
     """
     plan, rates = study.plan(out), study.chosen_rates(out)
-    results = [
-        row | {"recipe": name, "seed": seed}
-        for (name, seed, _), step in plan.measured.items()
-        for row in read(step.folder)["rows"]
-    ]
+    results = plan.results()
     record = read(next(iter(plan.measured.values())).folder)
     usual = study.flags["run.steps"]
     length = {name: recipe.steps or usual for name, recipe in study.recipes.items()}

@@ -58,8 +58,7 @@ def test_a_network_grows_it_without_a_change_of_its_function() -> None:
     assert not torch.equal(stirred(network)(z, t, condition), before)
 
 
-def test_it_is_learned(tmp_path: Path) -> None:
-    """After a step from zero, its weights are no longer zero; the text's MLPs have none."""
+def test_each_image_mlp_has_one_and_it_gets_a_gradient_from_zero() -> None:
     network = plain(local_mlp=True)
     for name, weight in network.named_parameters():
         if "local" not in name:
