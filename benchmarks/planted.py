@@ -121,11 +121,10 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("act_layer=GELUTanh)", "act_layer=nn.GELU)"),
         ("return self.norm_q(q) if", "return self.norm_k(q) if"),
     ],
-    ("mmdit/layers.py", "mmdit_local"): [
+    ("mmdit/layers.py", "mmdit_conv"): [
         ("i=grid[0]", "j=grid[0]"),
-        ("h = h + rearrange(self.local", "h = rearrange(self.local"),
-        ("3, padding=1, groups", "3, padding=1, padding_mode='circular', groups"),
-        ("nn.init.zeros_(self.local.weight)", "self.local.weight"),
+        ("self.conv2(F.silu(self.conv1(places)))", "self.conv1(F.silu(self.conv2(places)))"),
+        ("self.conv2 = nn.Conv2d(width, width, 3, padding=1)", "self.conv2 = nn.Conv2d(width, width, 1)"),
     ],
     ("benchmarks/decisions.py", "benchmarks_decisions"): [
         ("(2 * t**2)", "(2 * t)"),

@@ -26,7 +26,7 @@ CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 DIFFUSERS_CLASS, OUR_CLASS = "SD3Transformer2DModel", "MMDiT"
 EXTENSIONS = {  # settings of MMDiT that diffusers' class does not have, with their defaults
     "time_scale": TIME_SCALE, "two_times": False, "guidance_embeds": False, "picture_channels": 0,
-    "level_embeds": False, "text_mask": False, "local_mlp": False,
+    "level_embeds": False, "text_mask": False, "conv_mlp": False,
 }  # fmt: skip
 NOT_IN_SHAPES = ("time_scale", "picture_channels", "text_mask")  # cannot be inferred from names and shapes
 PREFIX = "model.diffusion_model."  # before the network's names in a single file
@@ -60,7 +60,8 @@ IN_BLOCK: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "image.proj": (("attn.to_out.0",), ("x_block.attn.proj",)),
     "image.mlp.fc1": (("ff.net.0.proj",), ("x_block.mlp.fc1",)),
     "image.mlp.fc2": (("ff.net.2",), ("x_block.mlp.fc2",)),
-    "image.mlp.local": (("ff.local",), ("x_block.mlp.local",)),
+    "image.mlp.conv1": (("ff.conv1",), ("x_block.mlp.conv1",)),
+    "image.mlp.conv2": (("ff.conv2",), ("x_block.mlp.conv2",)),
     "text.qkv": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), ("context_block.attn.qkv",)),
     "text.norm_q": (("attn.norm_added_q",), ("context_block.attn.ln_q",)),
     "text.norm_k": (("attn.norm_added_k",), ("context_block.attn.ln_k",)),
@@ -215,7 +216,7 @@ def infer(weights: Weights) -> tuple[Naming, dict[str, Any]]:
         "two_times": shape("span.fc1") is not None,
         "guidance_embeds": shape("guidance.fc1") is not None,
         "level_embeds": shape("level.fc1") is not None,
-        "local_mlp": shape("image.mlp.local", block=0) is not None,
+        "conv_mlp": shape("image.mlp.conv1", block=0) is not None,
     }
 
 
@@ -228,7 +229,6 @@ def load(
     picture_channels: int = 0,
     level_embeds: bool = False,
     text_mask: bool = False,
-    local_mlp: bool = False,
 ) -> MMDiT:
     """Reads a transformer, ours or a released one, tensor by tensor: peak memory is that of the network.
 
@@ -243,7 +243,6 @@ def load(
         picture_channels: likewise adds an input for a picture with this many channels.
         level_embeds: likewise adds an input for the noise level of that picture.
         text_mask: masks padding from now on.
-        local_mlp: lets the image MLPs see the neighbouring tokens.
 
     Raises:
         FileNotFoundError, ValueError: in one line, if a file is missing, truncated, of another kind or does not fit.
@@ -268,7 +267,7 @@ def load(
     except (TypeError, RuntimeError) as error:  # the latter for sizes beyond 64 bits
         raise ValueError(f"{path} describes no network that could be built: {error}") from None
     network = read(network, weights, naming, dtype_of(dtype), device)
-    network.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask, local_mlp)
+    network.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask)
     return network.to(device, dtype_of(dtype)).eval()
 
 

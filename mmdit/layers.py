@@ -59,52 +59,37 @@ class Attention(nn.Module):
         return self.norm_q(q) if self.asks else q[:, :0], self.norm_k(k), v
 
 
-class LocalMlp(Mlp):
-    """The MLP of a block; with `grow`, its hidden layer also sees the neighbouring image tokens.
+class ConvMlp(nn.Module):
+    """The MLP of image tokens as two 3×3 convolutions over their places, conv2(SiLU(conv1(x))), all of one width.
 
-    fc2(GELU(h + conv(h))), h = fc1(x), with a depthwise 3×3 convolution over the tokens' places: Mix-FFN (Xie et al.
-    2021, "SegFormer", eq. 3; in a diffusion transformer Xie et al. 2024, "SANA"). conv starts at zero.
+    It has the convolutions of a U-Net's residual block (Ho et al. 2020, appendix B), under adaLN-Zero as any MLP.
 
     Args:
-        width: channels of a token; the hidden layer has four times as many.
+        width: channels of a token.
     """
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, 4 * width, act_layer=GELUTanh)
-        self.hidden = 4 * width
-        self.local: nn.Conv2d | None = None
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
-    def grow(self) -> None:
-        """Adds the convolution. The function stays the same."""
-        self.local = nn.Conv2d(
-            self.hidden, self.hidden, 3, padding=1, groups=self.hidden, device=self.fc1.weight.device
-        )
-        nn.init.zeros_(self.local.weight)
-        assert self.local.bias is not None
-        nn.init.zeros_(self.local.bias)
-
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """x (B, M, width); grid is (height, width) of the M image tokens, which the convolution needs."""
-        if self.local is None:
-            return super().forward(x)
-        assert grid is not None
-        h = self.fc1(x)
-        places = rearrange(h, "b (i j) c -> b c i j", i=grid[0])
-        h = h + rearrange(self.local(places), "b c i j -> b (i j) c")
-        return self.fc2(self.act(h))
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x (B, M, width), where M = height·width of the grid, row by row."""
+        places = rearrange(x, "b (i j) c -> b c i j", i=grid[0])
+        return rearrange(self.conv2(F.silu(self.conv1(places))), "b c i j -> b (i j) c")
 
 
 class Stream(Attention):
     """The weights of one kind of token in a joint block: its part of the attention, and the MLP.
 
-    Arguments as in `Attention`. `asks` is false for the text of the last block: the image attends to it, but the
+    Arguments as in `Attention`, and conv: the MLP is a `ConvMlp`. `asks` is false for the text of the last block: the image attends to it, but the
     block's text output is not used.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, asks: bool = True) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, asks: bool = True, conv: bool = False) -> None:
         super().__init__(width, heads, qk_norm, asks)
         if asks:
-            self.mlp = LocalMlp(width)
+            self.mlp = ConvMlp(width) if conv else Mlp(width, 4 * width, act_layer=GELUTanh)
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -144,11 +129,21 @@ class JointBlock(nn.Module):
         qk_norm: RMS-normalise q and k.
         last: the text stream only has k and v; `forward` returns its tokens unchanged.
         dual: the image stream has a second attention.
+        conv_mlp: the image stream has a `ConvMlp`.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, last: bool = False, dual: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_norm: bool,
+        last: bool = False,
+        dual: bool = False,
+        conv_mlp: bool = False,
+    ) -> None:
         super().__init__()
-        self.image = Stream(width, heads, qk_norm)
+        self.image = Stream(width, heads, qk_norm, conv=conv_mlp)
+        self.conv_mlp = conv_mlp
         self.text = Stream(width, heads, qk_norm, asks=not last)
         self.dual = Attention(width, heads, qk_norm) if dual else None
         self.parts = [9 if dual else 6, 2 if last else 6]  # modulation vectors of image and text
@@ -164,7 +159,7 @@ class JointBlock(nn.Module):
             image: (B, M, width).
             vector: SiLU of time and pooled text, (B, width).
             mask: true where a token may be attended, (B, 1, 1, N + M); none means everywhere.
-            grid: (height, width) of the M image tokens, for an MLP that sees neighbours.
+            grid: (height, width) of the M image tokens, for a `ConvMlp`.
 
         Returns:
             (text, image), shapes as given.
@@ -183,7 +178,8 @@ class JointBlock(nn.Module):
             dual = Modulation(*image_parts[6:])
             attended = scaled_dot_product(*self.dual.attend(modulate(image, dual.shift, dual.scale)))
             x = torch.addcmul(x, dual.gate, self.dual.proj(attended))
-        image = torch.addcmul(x, mlp.gate, self.image.mlp(modulate(x, mlp.shift, mlp.scale), grid))
+        normed = modulate(x, mlp.shift, mlp.scale)
+        image = torch.addcmul(x, mlp.gate, self.image.mlp(normed, grid) if self.conv_mlp else self.image.mlp(normed))
 
         if self.text.asks:
             joint, mlp = Modulation(*text_parts[:3]), Modulation(*text_parts[3:])

@@ -46,7 +46,7 @@ class MMDiT(Network):
         picture_channels: channels of an input picture, concatenated to z (Saharia et al. 2021, §2.1); 0 means none.
         level_embeds: also takes the noise level of the input picture (Ho et al. 2021, §4.2).
         text_mask: takes a mask of the text; padding is not attended to.
-        local_mlp: the image MLPs also see the neighbouring tokens, by a depthwise convolution (Mix-FFN).
+        conv_mlp: the MLPs of the image tokens are 3×3 convolutions, which see the neighbouring tokens.
 
     Example:
         >>> import torch
@@ -62,7 +62,6 @@ class MMDiT(Network):
     span: VectorEmbedding
     guidance: VectorEmbedding
     level: VectorEmbedding
-    local_mlp: bool = False
 
     def __init__(
         self,
@@ -84,7 +83,7 @@ class MMDiT(Network):
         picture_channels: int = 0,
         level_embeds: bool = False,
         text_mask: bool = False,
-        local_mlp: bool = False,
+        conv_mlp: bool = False,
     ) -> None:
         super().__init__()
         width = 64 * depth if width is None else width
@@ -113,7 +112,7 @@ class MMDiT(Network):
         self.sample_size, self.pos_embed_max_size, self.out_channels = sample_size, pos_embed_max_size, out_channels
         if time_scale <= 0:
             raise ValueError(f"time_scale must be > 0, got {time_scale}")
-        self.time_scale = time_scale
+        self.time_scale, self.conv_mlp = time_scale, conv_mlp
         self.skippable = depth
         self.unit, self.largest = patch_size, pos_embed_max_size * patch_size
 
@@ -122,13 +121,14 @@ class MMDiT(Network):
         self.time = VectorEmbedding(TIME_FEATURES, width)
         self.pooled = VectorEmbedding(pooled_dim, width)
         self.blocks = nn.ModuleList(
-            JointBlock(width, heads, qk_norm, last=i == depth - 1, dual=i in dual) for i in range(depth)
+            JointBlock(width, heads, qk_norm, last=i == depth - 1, dual=i in dual, conv_mlp=conv_mlp)
+            for i in range(depth)
         )
         self.final = FinalLayer(width, patch_size**2 * out_channels)
         spacing = sample_size / patch_size / pos_embed_max_size
         self.register_buffer("positions", sincos_2d(pos_embed_max_size, width, spacing))
         self.init_weights()
-        self.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask, local_mlp)
+        self.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask)
 
     def init_weights(self) -> None:
         """Xavier for linears, N(0, 0.02) for the vector embeddings, zero for every modulation and the output.
@@ -154,7 +154,6 @@ class MMDiT(Network):
         picture_channels: int = 0,
         level_embeds: bool = False,
         text_mask: bool = False,
-        local_mlp: bool = False,
     ) -> None:
         """Adds inputs and layers that the network lacks. New weights start at zero, so the function stays the same.
 
@@ -184,11 +183,6 @@ class MMDiT(Network):
             self.patch.in_features = self.patch.weight.shape[1]
             self.picture_channels = picture_channels
         self.text_mask = self.text_mask or text_mask
-        if local_mlp and not self.local_mlp:
-            for block in self.blocks:
-                assert isinstance(block, JointBlock)
-                block.image.mlp.grow()
-            self.local_mlp = True
 
     def forward(
         self,

@@ -10,7 +10,7 @@ from trials import ROOT, assert_same, fit, refused, small, state
 
 from training.experiment import parser, resolve, upgraded
 
-OLD_NETWORK = {"picture_channels", "level_embeds", "text_mask", "local_mlp"}  # keys that were not there before
+OLD_NETWORK = {"picture_channels", "level_embeds", "text_mask", "conv_mlp"}  # keys that were not there before
 OLD_DATA = {"text_mask", "degrade"}
 
 
