@@ -1,0 +1,276 @@
+"""Time to quality on the digits: this project against two plain loops, with the same pictures, captions and judge.
+
+    python -m benchmarks.leaderboard --out runs/leaderboard
+
+Quality is an FD ratio of at most 1.1 and an accuracy of at least 98 %, with 50 Euler steps from held-out captions. The
+entries:
+
+- ours: `train.py fit --config configs/digits.yaml` with convolutions in the image MLPs and a rate of 8e-3, for each of
+  some lengths: the cosine ends at the length. The model is the average of the weights.
+- sd3-loop: diffusers' `SD3Transformer2DModel` of the same width and depth in a bare loop with the loss of diffusers'
+  SD3 training script: 1,000 discrete times drawn logit-normally, AdamW, a constant rate after a warm-up, no averages.
+- dit-loop: diffusers' class-conditional `DiTTransformer2DModel` of the same width and depth in a bare loop of plain
+  rectified flow, as in minRF: logit-normal times, AdamW, a constant rate, no averages. Labels take the captions' place.
+
+A loop is judged at each of the lengths as it passes them. Seconds are those of training steps alone. Loops take the
+rate of --rates that has the lowest distance to the *training* digits on another seed, at the second length.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
+from torch import Tensor, nn
+from tqdm import trange
+
+from cli import output, positive
+from data import digits
+from data.examined import Digits
+from data.latents import Pixels
+from data.text.clip import CLIPText
+from metrics.distance import Measure
+from metrics.features import load_features
+from pipeline import Pipeline
+from pipeline.sampling import Sampling
+from storage.files import commit_json
+
+ROOT = Path(__file__).parents[1]
+FD, ACCURACY, STEPS = 1.1, 0.98, 50
+BATCH, DROPOUT, WARMUP, TRAIN_STEPS = 32, 0.1, 200, 1000
+WIDTH, HEADS, DEPTH = 64, 2, 4  # as in configs/digits.yaml
+RATE, CHOOSING = 8e-3, 1000  # ours, chosen by configs/studies/speed.yaml; the seed on which loops choose theirs
+OURS = ["--config", "configs/digits.yaml", "--config", "configs/network/conv.yaml", "--optimization.lr", str(RATE)]
+
+
+class Judged(NamedTuple):
+    """A model after some steps."""
+
+    steps: int
+    seconds: float
+    fd: float
+    accuracy: float
+
+    def good(self) -> bool:
+        return self.fd <= FD and self.accuracy >= ACCURACY
+
+
+class Jury:
+    """Judges pictures (N, 1, 8, 8) in [0, 1] of the held-out captions, in order.
+
+    Args:
+        each: pictures of each digit.
+    """
+
+    def __init__(self, each: int) -> None:
+        self.asked = Digits(each)
+        network, real = load_features(self.asked.features), self.asked.real
+        self.held_out = Measure(network, real["train"], real["held_out"])
+        self.train = Measure(network, real["held_out"], real["train"])  # only to choose rates
+
+    def __call__(self, pictures: Tensor, choosing: bool = False) -> tuple[float, float]:
+        """Returns FD ratio and accuracy; `choosing` measures to the training digits."""
+        measure = self.train if choosing else self.held_out
+        quality = measure.quality(pictures.mul(255).round() / 255, self.asked.labels)
+        assert quality.distance_ratio is not None
+        assert quality.accuracy is not None
+        return quality.distance_ratio, quality.accuracy
+
+
+class Loop(ABC):
+    """A bare training loop of one of diffusers' networks, of the sizes in configs/digits.yaml.
+
+    Args:
+        rate: the learning rate.
+        seed: of weights, batches and noise.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, rate: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.rate, self.random = rate, np.random.default_rng(seed)
+        self.codec = Pixels(channels=1, shift=0.3, scale=2.66)
+        pixels, self.labels = digits.load("train")
+        self.x0 = self.codec.encode(pixels)
+        self.network = self.build()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate)
+        self.done, self.seconds = 0, 0.0
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """A new network."""
+
+    @abstractmethod
+    def told(self, labels: Tensor) -> tuple[Tensor, ...]:
+        """What the network is told in training of pictures with these labels."""
+
+    @abstractmethod
+    def asked(self, asked: Digits) -> tuple[Tensor, ...]:
+        """What the network is told to draw what is asked for."""
+
+    @abstractmethod
+    def velocity(self, z: Tensor, t: Tensor, told: tuple[Tensor, ...]) -> Tensor:
+        """The network's output."""
+
+    def times(self) -> Tensor:
+        """Times of a batch, logit-normal."""
+        return torch.sigmoid(torch.randn(BATCH))
+
+    def step(self) -> None:
+        """One step of the optimizer."""
+        chosen = self.random.integers(len(self.x0), size=BATCH)
+        x0, noise, t = self.x0[chosen], torch.randn(BATCH, *self.x0.shape[1:]), self.times()
+        z = torch.lerp(x0, noise, t[:, None, None, None])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, (self.done + 1) / WARMUP)
+        loss = (self.velocity(z, t, self.told(self.labels[chosen])) - (noise - x0)).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.done += 1
+
+    def train(self, steps: int) -> None:
+        """Trains until so many steps are done."""
+        self.network.train()
+        began = time.perf_counter()
+        for _ in trange(steps - self.done, desc=f"{self.name}, rate {self.rate:g}", unit="step", leave=False):
+            self.step()
+        self.seconds += time.perf_counter() - began
+
+    @torch.no_grad()
+    def draw(self, asked: Digits) -> Tensor:
+        """Pictures (N, 1, 8, 8) of what is asked for, by Euler steps."""
+        self.network.eval()
+        n, told = len(asked.labels), self.asked(asked)
+        z = torch.randn(n, *self.x0.shape[1:], generator=torch.Generator().manual_seed(0))
+        for k in range(STEPS, 0, -1):
+            z = z - self.velocity(z, torch.full((n,), k / STEPS), told) / STEPS
+        return self.codec.decode(z)
+
+
+class SD3Loop(Loop):
+    """Text to image with the loss of diffusers' SD3 training script."""
+
+    name = "sd3-loop"
+
+    def build(self) -> nn.Module:
+        self.encoder, self.templates = CLIPText(ROOT / "assets/digits/text"), len(digits.TRAIN_TEMPLATES)
+        captions = [caption for label in range(10) for caption in digits.captions(label, digits.TRAIN_TEMPLATES)]
+        self.text = self.encoder.encode(["", *captions])
+        return SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=1, out_channels=1, num_layers=DEPTH, num_attention_heads=HEADS,
+            attention_head_dim=WIDTH // HEADS, caption_projection_dim=WIDTH, joint_attention_dim=64,
+            pooled_projection_dim=64, pos_embed_max_size=8, qk_norm="rms_norm",
+        )  # fmt: skip
+
+    def told(self, labels: Tensor) -> tuple[Tensor, ...]:
+        which = torch.from_numpy(self.random.integers(self.templates, size=BATCH))
+        rows = torch.where(torch.rand(BATCH) < DROPOUT, 0, 1 + labels * self.templates + which)
+        return self.text.tokens[rows], self.text.pooled[rows]
+
+    def asked(self, asked: Digits) -> tuple[Tensor, ...]:
+        text = self.encoder.encode(asked.prompts)
+        return text.tokens, text.pooled
+
+    def times(self) -> Tensor:
+        return torch.ceil(super().times() * TRAIN_STEPS) / TRAIN_STEPS
+
+    def velocity(self, z: Tensor, t: Tensor, told: tuple[Tensor, ...]) -> Tensor:
+        return self.network(z, *told, t * TRAIN_STEPS, return_dict=False)[0]
+
+
+class DiTLoop(Loop):
+    """Labels to image by plain rectified flow."""
+
+    name = "dit-loop"
+
+    def build(self) -> nn.Module:
+        return DiTTransformer2DModel(
+            num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=1, out_channels=1,
+            num_layers=DEPTH, sample_size=8, patch_size=2, num_embeds_ada_norm=10,
+        )  # fmt: skip
+
+    def told(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return (labels,)  # the network drops a tenth of them in training by itself
+
+    def asked(self, asked: Digits) -> tuple[Tensor, ...]:
+        return (asked.labels,)
+
+    def velocity(self, z: Tensor, t: Tensor, told: tuple[Tensor, ...]) -> Tensor:
+        return self.network(z, timestep=t * TRAIN_STEPS, class_labels=told[0], return_dict=False)[0]
+
+
+def chosen(kind: type[Loop], rates: list[float], steps: int, jury: Jury) -> float:
+    """The rate with which a loop is nearest to the training digits after some steps, on a seed of its own."""
+
+    def distance(rate: float) -> float:
+        trial = kind(rate, CHOOSING)
+        trial.train(steps)
+        return jury(trial.draw(jury.asked), choosing=True)[0]
+
+    return min(rates, key=distance) if len(rates) > 1 else rates[0]
+
+
+def passing(loop: Loop, lengths: list[int], jury: Jury) -> Iterator[Judged]:
+    """A loop, judged at each length."""
+    for steps in lengths:
+        loop.train(steps)
+        yield Judged(steps, loop.seconds, *jury(loop.draw(jury.asked)))
+
+
+def ours(lengths: list[int], seed: int, jury: Jury, out: Path) -> Iterator[Judged]:
+    """Trainings of this project, one for each length."""
+    for steps in lengths:
+        folder = out / f"ours-{seed}-{steps}"
+        flags = ["--run.folder", folder, "--run.steps", steps, "--run.seed", seed, "--run.validate_every", steps]
+        done = subprocess.run([sys.executable, "train.py", "fit", *OURS, *map(str, flags)], cwd=ROOT)
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said why
+        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        times = [line["perf/step_s"] for line in lines if "perf/step_s" in line]
+        pipe = Pipeline.load(folder)
+        images = pipe(jury.asked.prompts, range(len(jury.asked.prompts)), sampling=Sampling(steps=STEPS, guidance=1.0))
+        yield Judged(steps, steps * sum(times) / len(times), *jury(jury.asked.compared(images)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=output, default=ROOT / "runs/leaderboard", help="folder of trainings and results")
+    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="trainings of each entry")
+    p.add_argument("--lengths", type=positive, nargs="+", default=[500, 1000, 2000, 4000, 8000], help="in steps")
+    p.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3], help="of the loops")
+    p.add_argument("--per-digit", type=positive, default=50, help="pictures of each digit")
+    args = p.parse_args(argv)
+
+    jury, lengths, rows = Jury(args.per_digit), sorted(args.lengths), []
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}", flush=True)
+    for kind in (None, SD3Loop, DiTLoop):
+        name = kind.name if kind else "ours"
+        rate = chosen(kind, args.rates, lengths[min(1, len(lengths) - 1)], jury) if kind else RATE
+        for seed in args.seeds:
+            judged = passing(kind(rate, seed), lengths, jury) if kind else ours(lengths, seed, jury, args.out)
+            for row in judged:
+                rows.append({"entry": name, "seed": seed, "rate": rate, **row._asdict(), "reached": row.good()})
+                print(
+                    f"{name:9} seed {seed}  rate {rate:g} {row.steps:6} steps {row.seconds:7.1f} s  FD {row.fd:6.2f}"
+                    f"  accuracy {100 * row.accuracy:5.1f} %{'  reached' if row.good() else ''}",
+                    flush=True,
+                )
+                if row.good():
+                    break
+    commit_json(args.out / "leaderboard.json", {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
