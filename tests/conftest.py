@@ -52,7 +52,7 @@ def model(pipe: Pipeline, tmp_path: Path) -> Path:
 def drawer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random model on disk that draws pictures of the shapes' size."""
     network = MMDiT(
-        in_channels=16, depth=1, width=32, heads=1, text_dim=160, pooled_dim=128, sample_size=8, pos_embed_max_size=4
+        in_channels=4, depth=1, width=32, heads=1, text_dim=160, pooled_dim=128, sample_size=8, pos_embed_max_size=4
     )
     text, codec = CLIPText(ROOT / "assets/shapes/text"), VAE(ROOT / "assets/shapes/vae")
     folder = tmp_path_factory.mktemp("drawer") / "model"

@@ -2,7 +2,7 @@
 
     python -m tools.train_shapes_vae
 
-diffusers' `AutoencoderKL` with SD3's compression (8 × 8 pixels to 16 numbers), narrow enough for a CPU, on scenes
+diffusers' `AutoencoderKL` with 4 channels, as in SD1 and SDXL (8 × 8 pixels), narrow enough for a CPU, on scenes
 drawn for it. The loss is the sum of |error| over the picture plus a weighted Kullback-Leibler divergence to N(0, 1)
 (Rombach et al. 2022, appendix G), whose weight rises linearly over the first fifth of the training. The weight is much
 larger than Stable Diffusion's: latents are noisy in training, so that the decoder tolerates a generator's small errors.
@@ -36,7 +36,7 @@ CONFIG = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "block_out_channels": [16, 16, 32, 64],
     "layers_per_block": 1,
-    "latent_channels": 16,
+    "latent_channels": 4,
     "norm_num_groups": 8,
     "sample_size": shapes.SIDE,
     "use_quant_conv": False,
