@@ -44,7 +44,7 @@ class Job:
         cuda: count what autograd keeps on CUDA; else on a CPU, where autocast and norms differ.
 
     Raises:
-        ValueError: batch, replicas or nodes are not divisible as they must be.
+        ValueError: batch, replicas or nodes are not divisible as they must be; the network has other MLPs.
     """
 
     network: MMDiT
@@ -62,6 +62,8 @@ class Job:
 
     def __post_init__(self) -> None:
         s = self.strategy
+        if self.network.conv_mlp:
+            raise ValueError("the prediction knows MLPs of linear layers alone: leave out network.conv_mlp")
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(f"gpus must be a multiple of the {self.per_node} gpus_per_node, got {self.gpus}")
         if self.batch % (self.gpus * s.accumulate_grad_batches):

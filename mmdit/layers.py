@@ -82,8 +82,8 @@ class ConvMlp(nn.Module):
 class Stream(Attention):
     """The weights of one kind of token in a joint block: its part of the attention, and the MLP.
 
-    Arguments as in `Attention`, and conv: the MLP is a `ConvMlp`. `asks` is false for the text of the last block: the image attends to it, but the
-    block's text output is not used.
+    Arguments as in `Attention`. `conv` makes the MLP a `ConvMlp`. `asks` is false for the text of the last block: the
+    image attends to it, but the block's text output is not used.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool, asks: bool = True, conv: bool = False) -> None:

@@ -229,6 +229,7 @@ def test_flags_reach_the_plan() -> None:
         (("--gpus", "12", "--batch_size", "12"), "multiple of the 8 gpus_per_node"),
         (("--config", str(ROOT / "configs/network/dit.yaml")), "only an MMDiT"),
         (("--config", str(ROOT / "configs/sd3/finetune.yaml")), "read from disk"),
+        (("--config", str(ROOT / "configs/network/conv.yaml")), "leave out network.conv_mlp"),
         (("--side", "100"), "side must be a multiple of 16"),
         (("--network.depth", "0"), "at least 1"),
     ],
