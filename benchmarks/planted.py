@@ -167,11 +167,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.shares.append(self.shares[-1]._replace(step=NOT_COUNTED))", "self.shares.append(self.shares[-1])"),
         ("stream(seed, Use.ORDER, epoch, bucket)", "stream(seed, Use.ORDER, epoch)"),
     ],
-    ("data/coupling.py", "data_coupling"): [
-        ("distances.argmin(1)", "distances.argmax(1)"),
-        ("noise - x0[:, None].float()", "noise"),
-        ("return noise[:, 0]", "return noise[:, -1] * 1.01"),
-    ],
     ("data/latents.py", "data_latents"): [
         ("q.logvar + 2 * math.log(self.scale)", "q.logvar + math.log(self.scale)"),
         ("(q.mean - self.shift) * self.scale", "q.mean * self.scale - self.shift"),
@@ -179,7 +174,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/store/samples.py", "data_stored data_stages data_sizes"): [
         ("np.searchsorted(ends, u * ends[-1]", "np.searchsorted(ends, u"),
         ("drawn[:, 2:] >= self.encoder_dropout", "drawn[:, 1:-1] >= self.encoder_dropout"),
-        ("mean + (logvar / 2).exp() * normal", "mean + logvar.exp() * normal"),
+        ("mean + (logvar / 2).exp() * noise", "mean + logvar.exp() * noise"),
         ("[store.sizes(rows), after]", "[after, store.sizes(rows)]"),
         ("int(row) % len(store.weights(int(row)))", "0"),
     ],
@@ -268,8 +263,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/terms.py", "terms"): [
         ("tokens[self.strong].detach()", "tokens[self.strong]"),
         ("(1 - similarity.mean(1))", "(1 - similarity.abs().mean(1))"),
-        ("2 * math.log(len(features))", "math.log(len(features))"),
-        (" / features.shape[1]", ""),
     ],
     ("training/teacher.py", "training_students training_teacher"): [
         ("low + (high - low) * u", "low + high * u"),

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from data import digits
 from data.batch import Batch, complete
-from data.coupling import check_draws, nearest_noise
 from data.degrade import Degrade, enlarged, noised
 from data.latents import Codec
 from data.loaders import begin_loader
@@ -83,23 +82,22 @@ class TrainingDigits(CaptionedDigits):
         side: int = digits.SIDE,
         text_mask: bool = False,
         degrade: Degrade | None = None,
-        noise_draws: int = 1,
     ) -> None:
         super().__init__("train", side, text, codec, text_mask, degrade)
-        self.seed, self.batch_size, self.caption_dropout, self.draws = seed, batch_size, caption_dropout, noise_draws
+        self.seed, self.batch_size, self.caption_dropout = seed, batch_size, caption_dropout
         self.most = degrade.noise if degrade else 0.0  # noise of a picture
 
     def __getitem__(self, share: Share) -> Batch:
         drawn = stream(self.seed, Use.CAPTION, share.step).random((self.batch_size, 2))[share.positions]
         rows = self.rows(share.samples, (drawn[:, 0] * self.templates).astype(int))
         rows[drawn[:, 1] < self.caption_dropout] = 0
-        x0 = self.latents[share.samples]
-        batch = self.batch(share, rows, nearest_noise(x0, self.seed, share.step, share.positions, self.draws))
+        shape = tuple(self.latents.shape[1:])
+        batch = self.batch(share, rows, normal(self.seed, Use.NOISE, share.step, share.positions, shape))
         if not self.most or batch.picture is None:
             return batch
         levels = self.most * stream(self.seed, Use.LEVEL, share.step).random(self.batch_size)[share.positions]
         level = torch.from_numpy(levels).float()
-        noise = normal(self.seed, Use.DEGRADE, share.step, share.positions, tuple(x0.shape[1:]))
+        noise = normal(self.seed, Use.DEGRADE, share.step, share.positions, shape)
         return batch._replace(picture=noised(batch.picture, noise, level), level=level)
 
 
@@ -238,7 +236,6 @@ class Digits(Data):
         workers: loader processes; 0 loads in the training process.
         text_mask: padding of the captions is masked, in training as in sampling.
         degrade: also gives the network a smaller picture of each digit, to be enlarged (super-resolution).
-        noise_draws: each sample is paired with the nearest of so many draws of noise; 1 is independent noise.
     """
 
     def __init__(
@@ -252,15 +249,13 @@ class Digits(Data):
         workers: int = 0,
         text_mask: bool = False,
         degrade: Degrade | None = None,
-        noise_draws: int = 1,
     ) -> None:
         super().__init__(text, codec, seed, batch_size, side, workers, text_mask=text_mask)
-        check_draws(noise_draws)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout must be from 0 to 1, got {caption_dropout}")
         if side < digits.SIDE or side % codec.factor:
             raise ValueError(f"data.side must be a multiple of {codec.factor} and at least 8, got {side}")
-        self.caption_dropout, self.degrade, self.noise_draws = caption_dropout, degrade, noise_draws
+        self.caption_dropout, self.degrade = caption_dropout, degrade
         if degrade:
             degrade.smaller(torch.empty(1, 1, side, side))  # a factor that does not fit should fail now
             self.picture_channels, self.level_embeds = codec.channels, degrade.noise > 0
@@ -278,7 +273,7 @@ class Digits(Data):
         rank, world = self._place()
         data = TrainingDigits(
             self.text, self.codec, self.seed, self.batch_size, self.caption_dropout, self.side, self.text_mask,
-            self.degrade, self.noise_draws,
+            self.degrade,
         )  # fmt: skip
         start, parts = self._start()
         pool = [np.arange(len(data.latents))]
@@ -328,7 +323,6 @@ class Stored(Data):
             network is then larger by 1,536.
         workers: loader processes; 0 loads in the training process.
         text_mask: padding of the captions is masked, in training as in sampling.
-        noise_draws: each sample is paired with the nearest of so many draws of noise; 1 is independent noise.
 
     Raises:
         ValueError: a store is damaged, or was written with another codec or text encoder.
@@ -350,9 +344,7 @@ class Stored(Data):
         size_conditioning: bool = False,
         workers: int = 0,
         text_mask: bool = False,
-        noise_draws: int = 1,
     ) -> None:
-        check_draws(noise_draws)
         if not (0 <= caption_dropout <= 1 and 0 <= encoder_dropout <= 1):
             raise ValueError(f"dropouts must be from 0 to 1, got {caption_dropout} and {encoder_dropout}")
         self.stores = [Store(path) for path in (*(stage.store for stage in before), store)]
@@ -368,10 +360,7 @@ class Stored(Data):
         super().__init__(text, codec, seed, batch_size, side, workers, size_conditioning, text_mask)
         if not 1 <= held_out < len(main):
             raise ValueError(f"data.held_out must be from 1 to below the store's {len(main)} samples, got {held_out}")
-        if teacher is not None and noise_draws > 1:
-            raise ValueError("a store of pairs has its own noise: leave out data.noise_draws")
         self.caption_dropout, self.encoder_dropout, self.before = caption_dropout, encoder_dropout, before
-        self.noise_draws = noise_draws
         self.apart = stored.held_out(main, held_out)
         self.pools = [stored.divided(opened, self.apart, False) for opened in self.stores]
         for opened, pool in zip(self.stores, self.pools, strict=True):
@@ -400,7 +389,7 @@ class Stored(Data):
         rank, world = self._place()
         data = stored.TrainingSamples(
             self.stores, len(self.text.slots), self.sized, self._mask(), self.seed, self.batch_size,
-            self.caption_dropout, self.encoder_dropout, self.noise_draws,
+            self.caption_dropout, self.encoder_dropout,
         )  # fmt: skip
         lengths = [*(stage.steps for stage in self.before), None]
         batches = [GlobalBatches(pool, self.batch_size, self.seed, 0, rank, world) for pool in self.pools]

@@ -61,13 +61,13 @@ def test_the_document_is_written_from_the_results(tmp_path: Path) -> None:
         "| muon | 500 | 0.004 | 1.00 ± 0.01 | 1.00 ± 0.01 | 1.00 ± 0.01 | 90.0% ± 0.0% | 1.50 | 2.00 × | 1.33 × |"
         in text
     )
-    assert "| nearest | 500 | 0.004 | 2.20 ± 0.01" in text
+    assert "| layersync | 500 | 0.004 | 2.20 ± 0.01" in text
     assert "| 0.91 × | 0.91 × |" in text  # 500 · 2 / 2.2 steps, since the FD halves where the steps double
     assert "| baseline-fourfold | 2,000 |" in text
     verdicts = {
         line.split("|")[1].strip(): line.split("|")[-2].strip() for line in text.splitlines() if ": FD over" in line
     }
     assert verdicts["muon: FD over the baseline's"] == "yes"
-    assert verdicts["nearest: FD over the baseline's"] == "no"
+    assert verdicts["layersync: FD over the baseline's"] == "no"
     with Image.open(docs / "speed.png") as picture:
         assert picture.size[0] > 1000

@@ -1,4 +1,4 @@
-"""Loss terms beside the objective: LayerSync, the dispersive loss, and how a training adds them."""
+"""Loss terms beside the objective: LayerSync, and how a training adds it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 import yaml
 from trials import ROOT, fit, lines, refused, small
 
-from training.terms import Dispersive, LayerSync
+from training.terms import LayerSync
 
 TERM = ["--terms", "[{class_path: LayerSync, init_args: {weak: 0, strong: 1}}]"]
 
@@ -41,36 +41,6 @@ def test_impossible_terms_are_refused(weak: int, strong: int, weight: float) -> 
         LayerSync(weak, strong, weight)
 
 
-def test_the_dispersive_loss_is_the_log_mean_over_all_pairs_and_pushes_them_apart() -> None:
-    h = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    pairs = [torch.exp(-(a - b).square().mean() / 0.25) for a in h for b in h]
-    found = Dispersive(block=2, weight=0.7, temperature=0.25)({2: h})
-    assert found.shape == (4,)
-    torch.testing.assert_close(found.mean(), 0.7 * torch.stack(pairs).mean().log())
-    found.mean().backward()
-    assert h.grad is not None
-
-    def distances(features: torch.Tensor) -> torch.Tensor:
-        return torch.pdist(features.flatten(1))
-
-    assert (distances(h - 0.1 * h.grad) > distances(h)).all()
-
-
-def test_equal_pictures_have_the_highest_dispersive_loss_and_a_finite_gradient() -> None:
-    h = torch.ones(3, 2, 4, requires_grad=True)
-    found = Dispersive(block=0)({0: h}).mean()
-    found.backward()
-    assert abs(found.item()) < 1e-6
-    assert h.grad is not None
-    assert h.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(("block", "weight", "temperature"), [(-1, 0.5, 0.5), (0, 0.0, 0.5), (0, 0.5, 0.0)])
-def test_an_impossible_dispersive_loss_is_refused(block: int, weight: float, temperature: float) -> None:
-    with pytest.raises(ValueError, match="block >= 0, weight > 0 and temperature > 0"):
-        Dispersive(block, weight, temperature)
-
-
 def test_a_training_adds_it_and_logs_it_apart(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "synced").mkdir()
@@ -91,11 +61,10 @@ def test_a_term_of_blocks_that_are_not_there_ends_in_one_line(tmp_path: Path, ca
     )
 
 
-@pytest.mark.parametrize(("overlay", "name"), [("layersync", "LayerSync"), ("dispersive", "Dispersive")])
-def test_the_overlay_is_of_the_digits(tmp_path: Path, overlay: str, name: str) -> None:
+def test_the_overlay_is_of_the_digits(tmp_path: Path) -> None:
     file = small(tmp_path)
     content = yaml.safe_load(file.read_text())
     content["network"]["init_args"]["depth"] = 4
     file.write_text(yaml.safe_dump(content))
-    fit(file, "--config", str(ROOT / f"configs/terms/{overlay}.yaml"))
-    assert any(f"train/{name}_0" in line for line in lines(tmp_path / "run"))
+    fit(file, "--config", str(ROOT / "configs/terms/layersync.yaml"))
+    assert any("train/LayerSync_0" in line for line in lines(tmp_path / "run"))

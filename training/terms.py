@@ -1,6 +1,5 @@
 """Loss terms that are added to the objective. They read the hidden states of the same forward pass."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -52,40 +51,3 @@ class LayerSync(LossTerm):
     def __call__(self, tokens: Mapping[int, Tensor]) -> Tensor:
         similarity = F.cosine_similarity(tokens[self.weak].float(), tokens[self.strong].detach().float(), dim=-1)
         return self.weight * (1 - similarity.mean(1))
-
-
-class Dispersive(LossTerm):
-    """weight·log mean over pairs i, j of exp(−‖h_i − h_j‖²/(n·temperature)): features of pictures move apart.
-
-    Dispersive loss (Wang and He 2025, InfoNCE with the squared distance). h_i are the n numbers of all image tokens of
-    picture i after a block, in the first quarter of the network in the paper. The pairs are those of the micro-batch,
-    i = j too. The term needs no other network or pass.
-
-    Args:
-        block: counted from 0.
-        weight: factor of the term.
-        temperature: of the distances.
-
-    Example:
-        >>> import torch
-        >>> h = torch.tensor([[[0.0]], [[1.0]]])  # two pictures of one token of one number
-        >>> expected = 0.5 * torch.log((1 + torch.exp(torch.tensor(-2.0))) / 2)
-        >>> bool(torch.allclose(Dispersive(block=0)({0: h}), expected))
-        True
-    """
-
-    def __init__(self, block: int, weight: float = 0.5, temperature: float = 0.5) -> None:
-        if not (block >= 0 and weight > 0 and temperature > 0):
-            raise ValueError(
-                f"Dispersive needs block >= 0, weight > 0 and temperature > 0, got {block}, {weight} and {temperature}"
-            )
-        self.block, self.weight, self.temperature = block, weight, temperature
-        self.blocks = (block,)
-
-    def __call__(self, tokens: Mapping[int, Tensor]) -> Tensor:
-        features = tokens[self.block].float().flatten(1)  # (B, n)
-        gram = features @ features.T
-        squares = gram.diagonal()
-        distances = (squares[:, None] + squares - 2 * gram).clamp(min=0) / features.shape[1]
-        spread = (-distances / self.temperature).flatten().logsumexp(0) - 2 * math.log(len(features))
-        return (self.weight * spread).expand(len(features))

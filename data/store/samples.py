@@ -8,12 +8,10 @@ import xxhash
 from torch.utils.data import Dataset
 
 from data.batch import Batch
-from data.coupling import nearest_noise
 from data.order import Share, Use, normal, stream
 from data.store.reader import Store
 
 Mask = Callable[[Sequence[str]], torch.Tensor]
-Noise = Callable[[torch.Tensor], torch.Tensor]
 PAIR = "pair"  # the plan's word for latents of twice the channels: a picture and the noise that it was made from
 
 
@@ -42,15 +40,18 @@ class StoredSamples(Dataset[Batch]):
     def __init__(self, stores: Sequence[Store], encoders: int, sized: bool, mask: Mask | None) -> None:
         self.stores, self.encoders, self.sized, self.mask = stores, encoders, sized, mask
 
-    def batch(self, share: Share, choice: np.ndarray, kept: np.ndarray | None, draw: int | None, noise: Noise) -> Batch:
-        """The samples of a share as a batch, with noise for its latents, or that of the store if it has pairs.
+    def batch(
+        self, share: Share, choice: np.ndarray, kept: np.ndarray | None, draw: int | None, use: Use, seed: int
+    ) -> Batch:
+        """The samples of a share as a batch, with the noise of the stream (seed, use), or of the store if it has pairs.
 
         Args:
             share: which samples.
             choice: the number of each sample's caption, (b,).
             kept: which encoders are kept, (b, encoders); None keeps all.
             draw: seed of the draw from the posterior, if the store has one; None takes its mean.
-            noise: latents (b, C, H, W) → their noise.
+            use: purpose of the noise.
+            seed: of the noise.
         """
         store, rows = self.stores[share.stage], share.samples
         x0 = store.latents(rows)
@@ -62,7 +63,8 @@ class StoredSamples(Dataset[Batch]):
             mean, logvar = x0.float().chunk(2, dim=1)
             x0 = mean
             if draw is not None:
-                x0 = mean + (logvar / 2).exp() * normal(draw, Use.POSTERIOR, share.step, numbers, tuple(mean.shape[1:]))
+                noise = normal(draw, Use.POSTERIOR, share.step, numbers, tuple(mean.shape[1:]))
+                x0 = mean + (logvar / 2).exp() * noise
         captions, mask, text, pooled = None, None, torch.empty(0), torch.empty(0)
         if self.mask or not store.has_tokens:
             captions = [store.captions(int(row))[i] for row, i in zip(rows, choice, strict=True)]
@@ -74,10 +76,9 @@ class StoredSamples(Dataset[Batch]):
         if self.sized:
             after = np.broadcast_to(store.buckets[share.bucket], (len(rows), 2))
             sizes = torch.from_numpy(np.concatenate([store.sizes(rows), after], axis=1).astype(np.int64))
+        noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:])) if own is None else own
         kept_here = None if kept is None else torch.from_numpy(kept)
-        return Batch(
-            share.step, numbers, x0, noise(x0) if own is None else own, text, pooled, captions, kept_here, sizes, mask
-        )
+        return Batch(share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask)
 
 
 class TrainingSamples(StoredSamples):
@@ -93,10 +94,9 @@ class TrainingSamples(StoredSamples):
         batch_size: int,
         caption_dropout: float,
         encoder_dropout: float,
-        noise_draws: int = 1,
     ) -> None:
         super().__init__(stores, encoders, sized, mask)
-        self.seed, self.batch_size, self.draws = seed, batch_size, noise_draws
+        self.seed, self.batch_size = seed, batch_size
         self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
 
     def __getitem__(self, share: Share) -> Batch:
@@ -107,13 +107,7 @@ class TrainingSamples(StoredSamples):
             [chosen(store.weights(int(row)), u) for row, u in zip(share.samples, drawn[:, 0], strict=True)]
         )
         kept = (drawn[:, 1:2] >= self.caption_dropout) & (drawn[:, 2:] >= self.encoder_dropout)
-        return self.batch(
-            share,
-            choice,
-            kept,
-            self.seed,
-            lambda x0: nearest_noise(x0, self.seed, share.step, share.positions, self.draws),
-        )
+        return self.batch(share, choice, kept, self.seed, Use.NOISE, self.seed)
 
 
 class ValidationSamples(StoredSamples):
@@ -122,13 +116,7 @@ class ValidationSamples(StoredSamples):
     def __getitem__(self, share: Share) -> Batch:
         store = self.stores[share.stage]
         choice = np.array([int(row) % len(store.weights(int(row))) for row in share.samples])
-        return self.batch(
-            share,
-            choice,
-            None,
-            None,
-            lambda x0: normal(0, Use.VALIDATION, share.step, share.positions, tuple(x0.shape[1:])),
-        )
+        return self.batch(share, choice, None, None, Use.VALIDATION, 0)
 
 
 def chosen(weights: Sequence[float], u: float) -> int:
