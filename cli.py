@@ -158,7 +158,12 @@ def add_model_flags(parser: Parser) -> None:
     p.add_argument("--device", help="cpu, cuda, …; default: cuda if there is a GPU")
     p.add_argument("--dtype", choices=DTYPES, help="type of network and VAE; default: float32 on cpu, else as stored")
     p.add_argument("--parts", type=Path, help="model folder with the tokenizers and encoders that a single file lacks")
-    p.add_argument("--lora", type=Path, help="LoRA in diffusers' layout, file or folder, to merge into the network")
+    p.add_argument(
+        "--lora",
+        action="append",
+        metavar="PATH[:STRENGTH]",
+        help="LoRA, LoHa, LoKr or DoRA of any tool, file or folder, to merge into the network; repeatable",
+    )
     p.add_argument("--text-device", help="device of the text encoders; default: as --device")
     p.add_argument("--text-dtype", choices=DTYPES, help="type of SD3's text encoders; default: as --dtype")
     p.add_argument("--max-sequence-length", type=positive, default=256, help="tokens that T5 reads, up to 512")
@@ -168,8 +173,9 @@ def add_model_flags(parser: Parser) -> None:
 def load_options_of(args: Namespace) -> dict[str, Any]:
     """The flags of `add_model_flags` as arguments of `pipeline.LoadOptions`. ValueError for an unknown device."""
     text_device = args.text_device and find_device(args.text_device)
-    names = ("dtype", "parts", "lora", "text_dtype", "max_sequence_length", "text_cache")
+    names = ("dtype", "parts", "text_dtype", "max_sequence_length", "text_cache")
     return {name: getattr(args, name) for name in names} | {
+        "lora": tuple(args.lora or ()),
         "device": find_device(args.device),
         "text_device": text_device,
     }

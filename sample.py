@@ -213,7 +213,8 @@ def draw(argv: list[str]) -> None:
         "shift": pipe.shift(height, width) if args.shift is None else args.shift,
         "dtype": str(next(pipe.network.parameters()).dtype).removeprefix("torch."),
         "model": str(path),
-        **{name: str(value) for name in ("lora", "image", "mask", "picture") if (value := getattr(args, name))},
+        **({"lora": args.lora} if args.lora else {}),
+        **{name: str(value) for name in ("image", "mask", "picture") if (value := getattr(args, name))},
         **{name: given[name] for name in ("strength", "level") if name in given},
     }
     given |= {"negative": args.negative, "sampling": sampling, "shift": args.shift, "height": height, "width": width}

@@ -121,6 +121,19 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("act_layer=GELUTanh)", "act_layer=nn.GELU)"),
         ("return self.norm_q(q) if", "return self.norm_k(q) if"),
     ],
+    ("mmdit/adapters.py", "mmdit_adapters mmdit_lora"): [
+        ("weight + strength * delta", "weight + delta"),
+        ("dim=magnitude.shape.index(1)", "dim=1"),
+        ("/ whole.norm(", "/ weight.norm("),
+        ("* one * two", "* (one + two)"),
+        ("torch.kron(one, two)", "torch.kron(two, one)"),
+        ("scale(inner[-1] if inner else None)", "1.0"),
+        ("math.sqrt(rank) if", "rank if"),
+        ("start += part.rows", "start += 0"),
+        ("merged = weight.float()", "merged = weight"),
+        ("swap(delta), magnitude if", "delta, magnitude if"),
+        ('"lora_unet_", "original", flat=True', '"lora_unet_", "diffusers", flat=True'),
+    ],
     ("mmdit/layers.py", "mmdit_conv"): [
         ("i=grid[0]", "j=grid[0]"),
         ("self.conv2(F.silu(self.conv1(places)))", "self.conv1(F.silu(self.conv2(places)))"),
@@ -144,10 +157,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(condition.guidance, TIME_FEATURES, 1.0)", "(condition.guidance, TIME_FEATURES)"),
     ],
     ("mmdit/lora.py", "mmdit_lora"): [
-        ("(math.sqrt(rank) if", "(rank if"),
         ('up = up * layer.scaling["default"]', "up = up * 1.0"),
-        ("(weight[rows].float() + delta).to(weight.dtype)", "weight[rows] + delta.to(weight.dtype)"),
-        ("swap(up) if part.swapped else up", "up"),
     ],
     ("mmdit/checkpoint.py", "mmdit_checkpoint"): [
         ('"heads": width // norm[0]', '"heads": width // 64'),

@@ -16,7 +16,9 @@ def parser() -> Parser:
     export.add_argument("--out", type=output, help="a new folder; default: export/FORMAT in a run's folder")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.add_argument("--dtype", choices=DTYPES, help="type of network and VAE; default: as stored")
-    export.add_argument("--lora", type=Path, help="a LoRA to merge into the network")
+    export.add_argument(
+        "--lora", action="append", metavar="PATH[:STRENGTH]", help="a LoRA or the like to merge; repeatable"
+    )
     export.add_argument("--parts", type=Path, help="model folder with the tokenizers and encoders a single file lacks")
     export.add_argument(
         "--push-to-hub",
@@ -41,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         there = bool(args.push_to_hub) and (out / "README.md").exists() and not args.overwrite
         check_place(out, path, args.overwrite or there)
         if not there:
-            pipe = Pipeline.load(path, LoadOptions(dtype=args.dtype or "stored", lora=args.lora, parts=args.parts))
+            pipe = Pipeline.load(
+                path, LoadOptions(dtype=args.dtype or "stored", lora=tuple(args.lora or ()), parts=args.parts)
+            )
             write = as_folder if args.format == "diffusers" else as_file
             print(f"{out}: {write(pipe, out, run, (args.out or run).resolve().name)}")
         if args.push_to_hub:

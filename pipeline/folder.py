@@ -20,7 +20,8 @@ from flow.describe import restore
 from flow.objective import Objective
 from flow.target import Target
 from flow.variance import LearnedVariance
-from mmdit import checkpoint, lora
+from mmdit import adapters, checkpoint, lora
+from mmdit.adapters import Adapter
 from mmdit.model import MMDiT
 from mmdit.network import Network
 from pipeline import networks
@@ -67,7 +68,8 @@ class LoadOptions:
         dtype: type of network and VAE; "stored" keeps each as it is stored. None means float32 on a CPU, and elsewhere
             the stored type of the network.
         parts: a model folder with what a single file lacks: the tokenizers, perhaps text encoders and VAE.
-        lora: a LoRA in diffusers' layout, a file or a folder, which is merged into the network.
+        lora: LoRAs and the like of any tool (`mmdit.adapters`), files or folders, each as PATH or PATH:STRENGTH, which
+            are merged into the network in this order.
         text_device: device of the text encoders; None means `device`.
         text_dtype: type of Stable Diffusion 3's text encoders; None means `dtype`.
         max_sequence_length: tokens that T5 reads, at most 512.
@@ -77,7 +79,7 @@ class LoadOptions:
     device: str = "cpu"
     dtype: DType | Literal["stored"] | None = None
     parts: Path | None = None
-    lora: Path | None = None
+    lora: tuple[str, ...] = ()
     text_device: str | None = None
     text_dtype: DType | None = None
     max_sequence_length: int = 256
@@ -99,28 +101,29 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
         ValueError, FileNotFoundError: in one line, if a file is missing, truncated or of another kind.
     """
     options = options or LoadOptions()
+    updates = [Adapter.parse(text) for text in options.lora]
+    for update in updates:
+        adapters.find(update.path)  # fails before the model is read
     if path.is_file():
         parts = _read_file(path, options)
     elif (path / INDEX).is_file():
         parts = _read_folder(path, options)
-    elif (path / lora.FILE).is_file():
+    elif any((path / file).is_file() for file in adapters.FILES):
         verify(path)
         base = read_json(path / lora.CONFIG).get("base_model_name_or_path")
         if not isinstance(base, str):
             raise ValueError(f"{path / lora.CONFIG} lacks base_model_name_or_path: give --model BASE --lora {path}")
-        if (Path(base) / lora.FILE).is_file():
+        if any((Path(base) / file).is_file() for file in adapters.FILES):
             raise ValueError(f"{path / lora.CONFIG} names {base}, which is a LoRA and no model: name a whole model")
-        if options.lora:
-            raise ValueError(f"{path} is a LoRA itself: give its base as --model, and one of the two as --lora")
-        return read(Path(base), replace(options, lora=path))
+        return read(Path(base), replace(options, lora=(str(path), *options.lora)))
     else:
         raise FileNotFoundError(f"{path} is no model folder: it has no {INDEX}")
-    if options.lora:
+    if updates:
         if not isinstance(parts.network, MMDiT):
             raise ValueError(
                 f"{path} is a {type(parts.network).__name__}, and only an MMDiT takes a LoRA: leave it out"
             )
-        lora.merge(parts.network, options.lora)
+        adapters.merge(parts.network, updates)
     return parts
 
 

@@ -106,14 +106,14 @@ def foreign(file: Path) -> str:
     return found[0] if found and start[8:9] != b"{" else ""
 
 
-def open_file(file: Path) -> Weights:
-    """The tensors of one file. A wrapper before all of the names is taken off.
+def open_file(file: Path, unwrap: bool = True) -> Weights:
+    """The tensors of one file. A wrapper before all of the names is taken off, unless `unwrap` is false.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: in one line, for a pickle, a truncated file or another file that is not safetensors.
     """
-    return _unwrapped(_open(file))
+    return _unwrapped(_open(file)) if unwrap else _open(file)
 
 
 def _open(file: Path) -> Weights:

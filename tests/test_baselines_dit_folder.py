@@ -125,7 +125,7 @@ def test_features_of_mmdit_alone_are_refused(kind, text: CLIPText, pipe: Pipelin
     ours, name = whole(kind, text, pipe), kind.__name__
     ours.save(tmp_path / "model")
     with pytest.raises(ValueError, match=f"is a {name}, and only an MMDiT takes a LoRA"):
-        Pipeline.load(tmp_path / "model", LoadOptions(lora=tmp_path))
+        Pipeline.load(tmp_path / "model", LoadOptions(lora=(str(tmp_path / "model/checksums.json"),)))
     with pytest.raises(ValueError, match=f"the single-file format holds an MMDiT, not a {name}"):
         single_file(ours.parts)
     with pytest.raises(ValueError, match="skip_layers"):

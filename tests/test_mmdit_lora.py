@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmdit import checkpoint, lora
+from mmdit.adapters import Adapter, merge
 from mmdit.lora import LoRA
 from mmdit.model import Condition, MMDiT
 
@@ -79,7 +80,7 @@ def test_updates_made_here_are_diffusers_s(
     assert close(output(opponent), ours)
 
     again = checkpoint.load(tmp_path / "transformer")
-    lora.merge(again, tmp_path / "lora")
+    merge(again, [Adapter(tmp_path / "lora")])
     assert close(output(again), ours)
 
 
@@ -105,7 +106,7 @@ def test_updates_made_by_diffusers_are_ours(
     StableDiffusion3Pipeline.save_lora_weights(
         tmp_path / "lora", get_peft_model_state_dict(opponent), transformer_lora_adapter_metadata=config.to_dict()
     )
-    lora.merge(network, tmp_path / "lora" / lora.FILE)
+    merge(network, [Adapter(tmp_path / "lora" / lora.FILE)])
     assert close(output(network), theirs)
 
 
@@ -115,7 +116,7 @@ def test_a_merge_into_half_precision_rounds_once(network: MMDiT, tmp_path: Path)
     lora.save(network, tmp_path / "lora", "base")
     exact, half = (checkpoint.load(tmp_path / "transformer", "bfloat16") for _ in range(2))
     for other in (exact.float(), half):
-        lora.merge(other, tmp_path / "lora")
+        merge(other, [Adapter(tmp_path / "lora"), Adapter(tmp_path / "lora", 0.7)])
     wanted = exact.bfloat16().state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in half.state_dict().items())
 
@@ -131,7 +132,7 @@ def test_an_alpha_in_the_file_scales_its_layer(network: MMDiT, tmp_path: Path) -
     outputs = []
     for file in ("half", "twice"):
         other = checkpoint.load(tmp_path / "transformer")
-        lora.merge(other, tmp_path / f"{file}.safetensors")
+        merge(other, [Adapter(tmp_path / f"{file}.safetensors")])
         outputs.append(output(other))
     assert close(*outputs)
 
@@ -167,14 +168,14 @@ def test_files_that_do_not_fit_are_named_and_change_nothing(network: MMDiT, tmp_
     ):
         save_file(changed, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match=message):
-            lora.merge(network, tmp_path / "x.safetensors")
+            merge(network, [Adapter(tmp_path / "x.safetensors")])
     for metadata in ("[]", "{", '{"lora_alpha": "high"}', '{"alpha_pattern": [1]}'):
         save_file(state, tmp_path / "y.safetensors", metadata={"lora_adapter_metadata": metadata})
         with pytest.raises(ValueError, match="broken adapter metadata"):
-            lora.merge(network, tmp_path / "y.safetensors")
+            merge(network, [Adapter(tmp_path / "y.safetensors")])
     save_file(state, tmp_path / "dora.safetensors", metadata={"lora_adapter_metadata": json.dumps({"use_dora": True})})
     with pytest.raises(ValueError, match="is a DoRA"):
-        lora.merge(network, tmp_path / "dora.safetensors")
+        merge(network, [Adapter(tmp_path / "dora.safetensors")])
     with pytest.raises(FileNotFoundError, match="is not a LoRA"):
-        lora.merge(network, tmp_path / "nowhere")
+        merge(network, [Adapter(tmp_path / "nowhere")])
     assert torch.equal(output(network), plain)

@@ -150,7 +150,7 @@ def test_a_lora_s_folder_is_merged_into_what_it_belongs_to(tmp_path: Path) -> No
             torch.nn.init.normal_(parameter, std=0.1)
     lora.save(network, tmp_path / "run/lora", str(tmp_path / "base"))
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "whole")])
-    merged = Pipeline.load(tmp_path / "base", LoadOptions(lora=tmp_path / "run"))
+    merged = Pipeline.load(tmp_path / "base", LoadOptions(lora=(str(tmp_path / "run"),)))
     whole = Pipeline.load(tmp_path / "whole")
     plain = Pipeline.load(tmp_path / "base")
     pictures = [p(["a seven"], [0], height=64, width=64) for p in (merged, whole, plain)]

@@ -161,7 +161,7 @@ def spoil_schedule(base: Path) -> None:
         (None, ["--skip-scale", "2"], "need --skip-layers"),
         (None, ["--guidance", "1", "--rescale", "0.5"], "need guidance, which is 1"),
         (None, ["--guidance", "1", "--negative", "the digit 3"], "--negative needs guidance"),
-        (None, ["--model", "RUN", "--lora", "RUN"], "is a LoRA itself"),
+        (None, ["--lora", "x:abc"], "x:abc is neither a file nor PATH:STRENGTH"),
         (None, ["--device", "meta"], "no device meta"),
         (spoil_shift, [], "scheduler_config.json: shift must be > 0, got 0"),
         (spoil_shift_word, [], "scheduler_config.json"),

@@ -66,6 +66,6 @@ def test_a_lora_is_checked_too(pipe: Pipeline, model: Path, tmp_path: Path) -> N
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    for act in (lambda: read(tmp_path / "lora"), lambda: read(model, LoadOptions(lora=tmp_path / "lora"))):
+    for act in (lambda: read(tmp_path / "lora"), lambda: read(model, LoadOptions(lora=(str(tmp_path / "lora"),)))):
         with pytest.raises(ValueError, match="is not as it was written"):
             act()

@@ -94,7 +94,7 @@ def test_low_rank_updates_are_trained_here_and_draw_the_same_in_diffusers(
     assert ours.sampling.spacing == "flow_match"
     drawn = picture(ours)
     assert (drawn - picture(Pipeline.load(base))).abs().max() > 0.02
-    again = Pipeline.load(base, LoadOptions(lora=tmp_path / "run"))
+    again = Pipeline.load(base, LoadOptions(lora=(str(tmp_path / "run"),)))
     assert torch.equal(drawn, picture(again))
     pipe = StableDiffusion3Pipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
