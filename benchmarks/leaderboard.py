@@ -25,7 +25,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -168,11 +168,12 @@ class SD3Loop(Loop):
         self.encoder, self.templates = CLIPText(ROOT / "assets/digits/text"), len(digits.TRAIN_TEMPLATES)
         captions = [caption for label in range(10) for caption in digits.captions(label, digits.TRAIN_TEMPLATES)]
         self.text = self.encoder.encode(["", *captions])
-        return SD3Transformer2DModel(
+        network = SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=1, out_channels=1, num_layers=DEPTH, num_attention_heads=HEADS,
             attention_head_dim=WIDTH // HEADS, caption_projection_dim=WIDTH, joint_attention_dim=64,
             pooled_projection_dim=64, pos_embed_max_size=8, qk_norm="rms_norm",
         )  # fmt: skip
+        return cast(nn.Module, network)
 
     def told(self, labels: Tensor) -> tuple[Tensor, ...]:
         which = torch.from_numpy(self.random.integers(self.templates, size=BATCH))
@@ -196,10 +197,11 @@ class DiTLoop(Loop):
     name = "dit-loop"
 
     def build(self) -> nn.Module:
-        return DiTTransformer2DModel(
+        network = DiTTransformer2DModel(
             num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=1, out_channels=1,
             num_layers=DEPTH, sample_size=8, patch_size=2, num_embeds_ada_norm=10,
         )  # fmt: skip
+        return cast(nn.Module, network)
 
     def told(self, labels: Tensor) -> tuple[Tensor, ...]:
         return (labels,)  # the network drops a tenth of them in training by itself
