@@ -156,6 +156,13 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("is None else t - end", "is None else end"),
         ("(condition.guidance, TIME_FEATURES, 1.0)", "(condition.guidance, TIME_FEATURES)"),
     ],
+    ("mmdit/convert.py", "mmdit_adapters"): [
+        ("swap(update.up) if two and naming", "update.up if two and naming"),
+        ("update.scale * len(update.down)", "update.scale"),
+        ("update.scale * up", "up"),
+        ("torch.block_diag(*ups)", "torch.cat([*ups], dim=1)"),
+        ("whole.up.chunk(count)", "whole.up.chunk(count)[::-1]"),
+    ],
     ("mmdit/lora.py", "mmdit_lora"): [
         ('up = up * layer.scaling["default"]', "up = up * 1.0"),
     ],

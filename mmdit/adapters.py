@@ -163,13 +163,7 @@ def read(network: MMDiT, weights: Weights, settings: Mapping[str, Any] | None = 
         ValueError: the file holds anything but updates of this network's linear layers.
     """
     scale = Scale(weights, settings or {})
-    found: dict[str, dict[str, str]] = {}  # name of a layer → kind of tensor → name of the tensor
-    for key in weights:
-        for end, kind in TENSORS.items():
-            if key.endswith(f".{end}"):
-                found.setdefault(key[: -len(end) - 1], {})[kind] = key
-                break
-    left, misfits = set(weights), []
+    found, left, misfits = by_layer(weights), set(weights), []
     updates: dict[str, list[Update]] = {}
     for ours, inputs, start, part, dialect, name in _places(network):
         keys = found.get(name)
@@ -195,9 +189,20 @@ def read(network: MMDiT, weights: Weights, settings: Mapping[str, Any] | None = 
         problems = [f"{len(left)} left over ({shorten(sorted(left))})"] * bool(left)
         problems += [f"{len(misfits)} damaged ({shorten(misfits)})"] * bool(misfits)
         raise ValueError(
-            f"{weights.source} is not a LoRA of this network: {', '.join(problems) or 'it is empty'}{_guess(left)}"
+            f"{weights.source} is not a LoRA of this network: {', '.join(problems) or 'it is empty'}{guess(left)}"
         )
     return updates
+
+
+def by_layer(weights: Weights) -> dict[str, dict[str, str]]:
+    """Name of a layer in the file → kind of tensor → name of the tensor, of all that have a known end."""
+    found: dict[str, dict[str, str]] = {}
+    for key in weights:
+        for end, kind in TENSORS.items():
+            if key.endswith(f".{end}"):
+                found.setdefault(key[: -len(end) - 1], {})[kind] = key
+                break
+    return found
 
 
 def _places(network: MMDiT) -> Iterator[tuple[str, int, int, Part, str, str]]:
@@ -244,7 +249,7 @@ def _magnitude(magnitude: Tensor | None, delta: Tensor) -> Tensor | None:
     return magnitude
 
 
-def _guess(left: set[str]) -> str:
+def guess(left: set[str]) -> str:
     """What the tensors that are not understood may belong to, as the end of a sentence."""
     for word, model in STRANGERS.items():
         if any(word in key for key in left):

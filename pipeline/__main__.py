@@ -1,4 +1,8 @@
-"""Exports a model: `python -m pipeline export runs/digits --format diffusers`."""
+"""Models and LoRAs for other tools.
+
+python -m pipeline export runs/digits --format diffusers
+python -m pipeline convert lora.safetensors --to kohya --out kohya.safetensors
+"""
 
 from pathlib import Path
 
@@ -8,9 +12,12 @@ from storage.models import find_model
 
 def parser() -> Parser:
     p = Parser(prog="python -m pipeline", description=__doc__)
-    export = p.add_subparsers(dest="command", required=True, parser_class=Parser).add_parser(
-        "export", help="write a model for other tools, with a model card"
-    )
+    commands = p.add_subparsers(dest="command", required=True, parser_class=Parser)
+    convert = commands.add_parser("convert", help="write a LoRA under the names of another tool")
+    convert.add_argument("lora", type=Path, help="a LoRA of any tool, file or folder")
+    convert.add_argument("--to", choices=["diffusers", "kohya", "peft"], required=True)
+    convert.add_argument("--out", type=output, required=True, help="a new file; for PEFT a new folder")
+    export = commands.add_parser("export", help="write a model for other tools, with a model card")
     export.add_argument("model", type=Path, help="a run's folder, a model folder or a single file")
     export.add_argument("--format", choices=["diffusers", "single-file"], default="diffusers")
     export.add_argument("--out", type=output, help="a new folder; default: export/FORMAT in a run's folder")
@@ -32,6 +39,17 @@ def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
+        if args.command == "convert":
+            if args.out.exists():
+                raise ValueError(f"{args.out} exists: choose another --out")
+            from mmdit import adapters  # slow
+            from mmdit.convert import convert, write_lora
+
+            file = adapters.find(args.lora)
+            state = convert(adapters.open_file(file, unwrap=False), args.to, adapters.settings_beside(file))
+            write_lora(state, args.to, args.out)
+            print(f"{args.out}: {len(state)} tensors")
+            return
         path = find_model(args.model)
         run = args.model if args.model.is_dir() else args.model.parent
         if args.out is None and not (run / "config.yaml").is_file():

@@ -9,13 +9,14 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_mmdit_lora import THEIRS, close, output
 from torch import Tensor, nn
 
 from mmdit import checkpoint
 from mmdit.adapters import Adapter, merge
 from mmdit.model import MMDiT
+from pipeline.__main__ import main
 
 WIDTH, RANK, ALPHA = 64, 3, 2.0
 # Our layer, its name in the single files, and the names of its rows in diffusers.
@@ -171,6 +172,63 @@ def test_strengths_scale_and_several_add_up_as_in_diffusers(
     opponent.set_adapters(["one", "two"], weights=[strength, 0.8])
     files = Adapter.parse(f"{tmp_path}/one.safetensors:{strength}"), Adapter.parse(f"{tmp_path}/two.safetensors:0.8")
     assert close(output(merged(base, *files)), output(opponent))
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya", "peft"])
+@pytest.mark.parametrize("dialect", ["diffusers", "PEFT", "kohya", "ComfyUI", "OneTrainer"])
+def test_a_converted_lora_is_the_same(base: Path, tmp_path: Path, dialect: str, to: str) -> None:
+    file = file_of(dialect, written(dialect, factors(checkpoint.load(base))), tmp_path / "files")
+    out = tmp_path / ("peft" if to == "peft" else "out.safetensors")
+    main(["convert", str(file), "--to", to, "--out", str(out)])
+    found, wanted = merged(base, Adapter(out)).state_dict(), merged(base, Adapter(file)).state_dict()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+def test_a_lora_of_kohya_comes_back_to_the_bit_and_diffusers_reads_it(
+    base: Path, opponent: SD3Transformer2DModel, tmp_path: Path
+) -> None:
+    network = checkpoint.load(base)
+    state = written("kohya", factors(network))
+    for name in ("0_x_block_adaLN_modulation_1", "2_context_block_adaLN_modulation_1"):  # the last has two vectors
+        rows = {"0": 9, "2": 2}[name[0]] * WIDTH
+        state[f"lora_unet_joint_blocks_{name}.lora_down.weight"] = torch.randn(2, WIDTH)
+        state[f"lora_unet_joint_blocks_{name}.lora_up.weight"] = torch.randn(rows, 2) / 9
+        state[f"lora_unet_joint_blocks_{name}.alpha"] = torch.tensor(2.0)
+    state |= {
+        name: torch.tensor(float(len(state[name.replace("alpha", "lora_down.weight")])))
+        for name in state
+        if "alpha" in name
+    }  # s = 1: nothing is rounded
+    save_file(state, tmp_path / "kohya.safetensors")
+    main(
+        ["convert", str(tmp_path / "kohya.safetensors"), "--to", "diffusers", "--out", str(tmp_path / "d.safetensors")]
+    )
+    main(["convert", str(tmp_path / "d.safetensors"), "--to", "kohya", "--out", str(tmp_path / "again.safetensors")])
+    again = load_file(tmp_path / "again.safetensors")
+    assert set(again) == set(state)
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    theirs = StableDiffusion3Pipeline.lora_state_dict(str(tmp_path / "d.safetensors"))
+    opponent.load_lora_adapter(theirs, prefix="transformer")
+    assert close(output(merged(base, Adapter(tmp_path / "kohya.safetensors"))), output(opponent))
+
+
+def test_what_cannot_be_converted_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save_file({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": torch.zeros(2, 2)}, tmp_path / "lokr.safetensors")
+    save_file({"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.zeros(())}, tmp_path / "flux.safetensors")
+    (tmp_path / "there").mkdir()
+    for file, out, words in (
+        ("lokr.safetensors", "x", "it holds lycoris_transformer_blocks_0_attn_to_q.lokr_w1"),
+        ("flux.safetensors", "x", "it looks like one of Flux"),
+        ("nowhere", "x", "is not a LoRA"),
+        ("lokr.safetensors", "there", "exists: choose another --out"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["convert", str(tmp_path / file), "--to", "kohya", "--out", str(tmp_path / out)])
+        told = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert words in told
+        assert told.count("\n") == 1
 
 
 def test_a_dora_of_columns_is_normed_over_the_rows(base: Path, tmp_path: Path) -> None:
