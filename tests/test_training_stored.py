@@ -28,8 +28,10 @@ def config(tmp_path: Path, stores: dict[str, str]) -> Path:
     content["codec"] = {"class_path": "Pixels", "init_args": {"channels": 3}}
     content["data"]["init_args"] |= {"store": stores["tokens"], "batch_size": 8, "held_out": HELD_OUT}
     content["network"]["init_args"] |= {
-        "in_channels": 3, "depth": 1, "width": 16, "heads": 1, "sample_size": 16, "pos_embed_max_size": 16,
+        "in_channels": 3, "patch_size": 2, "depth": 1, "width": 16, "heads": 1, "sample_size": 16,
+        "pos_embed_max_size": 16,
     }  # fmt: skip
+    content["strategy"]["compile"] = False
     content["optimization"]["warmup"] = 2
     content["sampling"]["steps"] = 2
     content["grid"] = {"prompts": ["a large red circle"], "columns": 1}
