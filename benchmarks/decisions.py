@@ -9,8 +9,8 @@ model can do better. So a training should draw many t where this number rises, a
 there.
 
 Second: held-out scenes are mixed with noise at t, and the model walks from there to a picture, with the caption that
-says everything. The table gives the share of right pictures by t. Where it is low although the
-first table is near 1, the latents say what the scene is and the model does not see it.
+says everything. The table gives the share of right pictures by t. Where it is low although the first table is near 1,
+the latents say what the scene is and the model does not see it.
 """
 
 from collections.abc import Callable

@@ -131,7 +131,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("math.sqrt(rank) if", "rank if"),
         ("start += part.rows", "start += 0"),
         ("merged = weight.float()", "merged = weight"),
-        ("swap(delta), magnitude if", "delta, magnitude if"),
+        ("swap(delta) if swapped", "delta if swapped"),
+        ("magnitude = swap(magnitude)", "magnitude = 1 * magnitude"),
         ('"lora_unet_", "original", flat=True', '"lora_unet_", "diffusers", flat=True'),
     ],
     ("mmdit/layers.py", "mmdit_conv"): [

@@ -70,18 +70,18 @@ class Update(NamedTuple):
 
     Attributes:
         rows: the rows.
-        delta: ΔW, (rows, inputs) float32.
+        delta: gives ΔW, (rows, inputs) float32. Until then only its factors are in memory.
         magnitude: m of a DoRA, broadcast over W: W becomes m·(W + ΔW)/|W + ΔW| (Liu et al. 2024, eq. 5); none means
             W + ΔW. The norm is over the dimension in which m has length 1.
     """
 
     rows: slice
-    delta: Tensor
+    delta: Callable[[], Tensor]
     magnitude: Tensor | None = None
 
     def applied(self, weight: Tensor, strength: float) -> Tensor:
         """The rows W (rows, inputs) float32 with so much of the update: W + strength·(W' − W)."""
-        delta = self.delta.to(weight.device)
+        delta = self.delta().to(weight.device)
         if self.magnitude is not None:
             magnitude = self.magnitude.to(weight.device)
             whole = weight + delta
@@ -111,8 +111,10 @@ class Adapter(NamedTuple):
             )
         return cls(Path(path), strength)
 
-    def __str__(self) -> str:
-        return str(self.path) if self.strength == 1 else f"{self.path}:{self.strength:g}"
+
+def holds(folder: Path) -> bool:
+    """Whether a folder is one of an adapter."""
+    return any((folder / name).is_file() for name in FILES)
 
 
 def find(path: Path) -> Path:
@@ -130,11 +132,7 @@ def merge(network: MMDiT, adapters: Sequence[Adapter]) -> None:
     Raises:
         FileNotFoundError, ValueError: in one line that names all that does not fit, before anything is changed.
     """
-    files = []
-    for adapter in adapters:
-        file = find(adapter.path)
-        verify(file.parent, file.name)
-        files.append((read(network, open_file(file, unwrap=False), settings_beside(file)), adapter.strength))
+    files = [(read(network, *opened(adapter.path)), adapter.strength) for adapter in adapters]
     modules = dict(network.named_modules())
     for name in dict.fromkeys(name for updates, _ in files for name in updates):
         weight = modules[name].weight
@@ -145,10 +143,16 @@ def merge(network: MMDiT, adapters: Sequence[Adapter]) -> None:
         weight.copy_(merged)
 
 
-def settings_beside(file: Path) -> dict[str, Any]:
-    """PEFT's settings of a file: those of the adapter_config.json in its folder, if the file is PEFT's."""
+def opened(path: Path) -> tuple[Weights, dict[str, Any]]:
+    """The tensors of an adapter, given the file or its folder, and PEFT's settings in adapter_config.json beside it.
+
+    Only the file that PEFT itself writes has its settings there. FileNotFoundError or ValueError in one line.
+    """
+    file = find(path)
+    verify(file.parent, file.name)
     config = file.with_name(lora.CONFIG)
-    return dict(read_json(config)) if file.name == FILES[1] and config.is_file() else {}
+    settings = dict(read_json(config)) if file.name == FILES[1] and config.is_file() else {}
+    return open_file(file, unwrap=False), settings
 
 
 def read(network: MMDiT, weights: Weights, settings: Mapping[str, Any] | None = None) -> dict[str, list[Update]]:
@@ -173,8 +177,11 @@ def read(network: MMDiT, weights: Weights, settings: Mapping[str, Any] | None = 
         tensors = {kind: weights[key].float() for kind, key in keys.items()}
         try:
             factor = partial(scale, name.removeprefix(DIALECTS[dialect].prefix), tensors.get("alpha"))
-            delta = _delta(tensors, (part.rows, inputs), factor)
-            magnitude = _magnitude(tensors.get("magnitude"), delta)
+            delta = partial(_delta, tensors, factor, part.swapped)
+            shape = _delta({kind: tensor.to("meta") for kind, tensor in tensors.items()}, factor).shape
+            if shape != (part.rows, inputs):
+                raise ValueError(f"{tuple(shape)} is not {(part.rows, inputs)}")
+            magnitude = _magnitude(tensors.get("magnitude"), shape)
         except (RuntimeError, ValueError):
             misfits.append(" and ".join(f"{key} {weights.shape(key)}" for key in keys.values()))
             continue
@@ -182,8 +189,8 @@ def read(network: MMDiT, weights: Weights, settings: Mapping[str, Any] | None = 
             misfits.append(f"{name} is not finite")
         if scale.settings.get("use_dora") and magnitude is None:
             misfits.append(f"{name} is a DoRA without its magnitude")
-        if part.swapped:
-            delta, magnitude = swap(delta), magnitude if magnitude is None or len(magnitude) == 1 else swap(magnitude)
+        if part.swapped and magnitude is not None and len(magnitude) == part.rows:
+            magnitude = swap(magnitude)
         updates.setdefault(ours, []).append(Update(slice(start, start + part.rows), delta, magnitude))
     if left or misfits or not updates:
         problems = [f"{len(left)} left over ({shorten(sorted(left))})"] * bool(left)
@@ -218,8 +225,14 @@ def _places(network: MMDiT) -> Iterator[tuple[str, int, int, Part, str, str]]:
                 start += part.rows
 
 
-def _delta(tensors: Mapping[str, Tensor], shape: tuple[int, int], scale: Callable[[int | None], float]) -> Tensor:
-    """ΔW of an update; scale is a function of the rank. RuntimeError or ValueError if it does not have the shape."""
+def _delta(tensors: Mapping[str, Tensor], scale: Callable[[int | None], float], swapped: bool = False) -> Tensor:
+    """ΔW of an update, with its halves swapped if so asked. RuntimeError if the tensors do not fit.
+
+    Args:
+        tensors: kind → tensor, float32.
+        scale: the factor s as a function of the rank.
+        swapped: the file has scale before shift.
+    """
     if "diff" in tensors:
         delta = tensors["diff"]
     elif "down" in tensors:
@@ -234,18 +247,16 @@ def _delta(tensors: Mapping[str, Tensor], shape: tuple[int, int], scale: Callabl
         )
         inner = [len(tensors[f"lokr_{w}_b"]) for w in ("w1", "w2") if f"lokr_{w}_b" in tensors]
         delta = torch.kron(one, two) * scale(inner[-1] if inner else None)
-    if delta.shape != shape:
-        raise ValueError(f"{tuple(delta.shape)} is not {shape}")
-    return delta
+    return swap(delta) if swapped else delta
 
 
-def _magnitude(magnitude: Tensor | None, delta: Tensor) -> Tensor | None:
-    """m of a DoRA as (rows, 1) or (1, inputs). ValueError if it is neither."""
+def _magnitude(magnitude: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """m of a DoRA of (rows, inputs), as (rows, 1) or (1, inputs). ValueError if it is neither."""
     if magnitude is None:
         return None
     magnitude = magnitude[:, None] if magnitude.dim() == 1 else magnitude
-    if magnitude.shape not in ((len(delta), 1), (1, delta.shape[1])):
-        raise ValueError(f"{tuple(magnitude.shape)} is not a magnitude of {tuple(delta.shape)}")
+    if magnitude.shape not in ((shape[0], 1), (1, shape[1])):
+        raise ValueError(f"{tuple(magnitude.shape)} is not a magnitude of {tuple(shape)}")
     return magnitude
 
 

@@ -16,7 +16,7 @@ from mmdit import lora
 from mmdit.adapters import DIALECTS, FILES, Scale, by_layer, guess
 from mmdit.checkpoint import IN_BLOCK, OUTSIDE_BLOCKS, Naming, swap
 from storage.checksums import write_checksums
-from storage.files import commit_json
+from storage.files import commit_json, replace_folder
 from storage.weights import Weights, shorten, write_tensors
 
 TARGETS = {"diffusers": "diffusers", "kohya": "kohya", "peft": "PEFT"}  # name of a flag → dialect
@@ -76,15 +76,17 @@ def write_lora(state: Mapping[str, Tensor], to: str, out: Path) -> None:
     }
     most = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != most}
-    commit_json(
-        out / lora.CONFIG,
-        {
-            "peft_type": "LORA", "r": most, "lora_alpha": most, "target_modules": sorted(ranks), "rank_pattern": others,
-            "alpha_pattern": others, "base_model_name_or_path": None,
-        },
-    )  # fmt: skip
-    write_tensors(state, out / FILES[1])
-    write_checksums(out, [out / lora.CONFIG, out / FILES[1]])
+    config = {
+        "peft_type": "LORA", "r": most, "lora_alpha": most, "target_modules": sorted(ranks), "rank_pattern": others,
+        "alpha_pattern": others, "base_model_name_or_path": None,
+    }  # fmt: skip
+
+    def fill(folder: Path) -> None:
+        commit_json(folder / lora.CONFIG, config)
+        write_tensors(state, folder / FILES[1])
+        write_checksums(folder, [folder / lora.CONFIG, folder / FILES[1]])
+
+    replace_folder(out, fill)
 
 
 def _read(

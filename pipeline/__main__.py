@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "convert":
             if args.out.exists():
                 raise ValueError(f"{args.out} exists: choose another --out")
-            from mmdit import adapters  # slow
+            from mmdit.adapters import opened  # slow
             from mmdit.convert import convert, write_lora
 
-            file = adapters.find(args.lora)
-            state = convert(adapters.open_file(file, unwrap=False), args.to, adapters.settings_beside(file))
+            weights, settings = opened(args.lora)
+            state = convert(weights, args.to, settings)
             write_lora(state, args.to, args.out)
             print(f"{args.out}: {len(state)} tensors")
             return

@@ -108,12 +108,12 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
         parts = _read_file(path, options)
     elif (path / INDEX).is_file():
         parts = _read_folder(path, options)
-    elif any((path / file).is_file() for file in adapters.FILES):
+    elif adapters.holds(path):
         verify(path)
         base = read_json(path / lora.CONFIG).get("base_model_name_or_path")
         if not isinstance(base, str):
             raise ValueError(f"{path / lora.CONFIG} lacks base_model_name_or_path: give --model BASE --lora {path}")
-        if any((Path(base) / file).is_file() for file in adapters.FILES):
+        if adapters.holds(Path(base)):
             raise ValueError(f"{path / lora.CONFIG} names {base}, which is a LoRA and no model: name a whole model")
         return read(Path(base), replace(options, lora=(str(path), *options.lora)))
     else:

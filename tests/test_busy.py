@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from encoded import config_in
-from samples import contents
+from store_files import contents
 
 import compare
 import encode

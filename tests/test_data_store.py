@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
-from samples import (
+from store_files import (
     FIRST,
     HERE,
     INPUTS,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import NULL, PLAN, assert_holds, refused, sample
+from store_files import NULL, PLAN, assert_holds, refused, sample
 
 from data.store.reader import Store, Writer
 from data.store.units import near_duplicates

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import FIRST, HERE, NULL, PLAN, SIDECAR, TOKENS, UNIT, contents, encode, refused, sample, written
+from store_files import FIRST, HERE, NULL, PLAN, SIDECAR, TOKENS, UNIT, contents, encode, refused, sample, written
 
 from data.store import writer as writing
 from data.store.reader import Store, StoreError, Writer

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from samples import replan
+from store_files import replan
 from torch import Tensor
 
 import sample

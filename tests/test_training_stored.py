@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from painted import HELD_OUT, ROOT, TEXT
-from samples import replan
+from store_files import replan
 from trials import ENV, assert_same, ended, fit, lines, shell, state
 
 from pipeline import Pipeline

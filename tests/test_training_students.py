@@ -12,7 +12,7 @@ import pytest
 import torch
 from networks import stirred
 from safetensors.torch import load_file, save_file
-from samples import replan
+from store_files import replan
 from trials import (
     ROOT,
     Change,
