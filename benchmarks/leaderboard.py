@@ -43,11 +43,19 @@ from metrics.features import load_features
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
 from storage.files import commit_json
+from storage.text import read_yaml
 
 ROOT = Path(__file__).parents[1]
 FD, ACCURACY, STEPS = 1.1, 0.98, 50
-BATCH, DROPOUT, WARMUP, TRAIN_STEPS = 32, 0.1, 200, 1000
-WIDTH, HEADS, DEPTH = 64, 2, 4  # as in configs/digits.yaml
+TRAIN_STEPS = 1000  # times of the script's scheduler
+CONFIG = read_yaml(ROOT / "configs/digits.yaml")
+SIZES, DATA = CONFIG["network"]["init_args"], CONFIG["data"]["init_args"]
+BATCH, WARMUP = DATA["batch_size"], CONFIG["optimization"]["warmup"]
+SHARED = {  # arguments of both networks of diffusers
+    "in_channels": 1, "out_channels": 1, "sample_size": SIZES["sample_size"], "patch_size": 2,
+    "num_layers": SIZES["depth"], "num_attention_heads": SIZES["heads"],
+    "attention_head_dim": SIZES["width"] // SIZES["heads"],
+}  # fmt: skip
 RATE, CHOOSING = 8e-3, 1000  # ours, chosen by configs/studies/speed.yaml; the seed on which loops choose theirs
 OURS = ["--config", "configs/digits.yaml", "--config", "configs/network/conv.yaml", "--optimization.lr", str(RATE)]
 
@@ -99,7 +107,7 @@ class Loop(ABC):
     def __init__(self, rate: float, seed: int) -> None:
         torch.manual_seed(seed)
         self.rate, self.random = rate, np.random.default_rng(seed)
-        self.codec = Pixels(channels=1, shift=0.3, scale=2.66)
+        self.codec = Pixels(**CONFIG["codec"]["init_args"])
         pixels, self.labels = digits.load("train")
         self.x0 = self.codec.encode(pixels)
         self.network = self.build()
@@ -111,16 +119,16 @@ class Loop(ABC):
         """A new network."""
 
     @abstractmethod
-    def told(self, labels: Tensor) -> tuple[Tensor, ...]:
-        """What the network is told in training of pictures with these labels."""
+    def training_inputs(self, labels: Tensor) -> tuple[Tensor, ...]:
+        """The network's inputs beside z and t, for training pictures with these labels (B,)."""
 
     @abstractmethod
-    def asked(self, asked: Digits) -> tuple[Tensor, ...]:
-        """What the network is told to draw what is asked for."""
+    def sampling_inputs(self, asked: Digits) -> tuple[Tensor, ...]:
+        """The same for samples, one for each of the prompts."""
 
     @abstractmethod
-    def velocity(self, z: Tensor, t: Tensor, told: tuple[Tensor, ...]) -> Tensor:
-        """The network's output."""
+    def velocity(self, z: Tensor, t: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The network's output at z (B, 1, 8, 8) and t (B,), shaped like z."""
 
     def times(self) -> Tensor:
         """Times of a batch, logit-normal."""
@@ -133,7 +141,7 @@ class Loop(ABC):
         z = torch.lerp(x0, noise, t[:, None, None, None])
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, (self.done + 1) / WARMUP)
-        loss = (self.velocity(z, t, self.told(self.labels[chosen])) - (noise - x0)).square().mean()
+        loss = (self.velocity(z, t, self.training_inputs(self.labels[chosen])) - (noise - x0)).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -152,10 +160,10 @@ class Loop(ABC):
     def draw(self, asked: Digits) -> Tensor:
         """Pictures (N, 1, 8, 8) of what is asked for, by Euler steps."""
         self.network.eval()
-        n, told = len(asked.labels), self.asked(asked)
+        n, inputs = len(asked.labels), self.sampling_inputs(asked)
         z = torch.randn(n, *self.x0.shape[1:], generator=torch.Generator().manual_seed(0))
         for k in range(STEPS, 0, -1):
-            z = z - self.velocity(z, torch.full((n,), k / STEPS), told) / STEPS
+            z = z - self.velocity(z, torch.full((n,), k / STEPS), inputs) / STEPS
         return self.codec.decode(z)
 
 
@@ -169,26 +177,26 @@ class SD3Loop(Loop):
         captions = [caption for label in range(10) for caption in digits.captions(label, digits.TRAIN_TEMPLATES)]
         self.text = self.encoder.encode(["", *captions])
         network = SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=1, out_channels=1, num_layers=DEPTH, num_attention_heads=HEADS,
-            attention_head_dim=WIDTH // HEADS, caption_projection_dim=WIDTH, joint_attention_dim=64,
-            pooled_projection_dim=64, pos_embed_max_size=8, qk_norm="rms_norm",
+            **SHARED, caption_projection_dim=SIZES["width"], joint_attention_dim=SIZES["text_dim"],
+            pooled_projection_dim=SIZES["pooled_dim"], pos_embed_max_size=SIZES["pos_embed_max_size"],
+            qk_norm="rms_norm",
         )  # fmt: skip
         return cast(nn.Module, network)
 
-    def told(self, labels: Tensor) -> tuple[Tensor, ...]:
+    def training_inputs(self, labels: Tensor) -> tuple[Tensor, ...]:
         which = torch.from_numpy(self.random.integers(self.templates, size=BATCH))
-        rows = torch.where(torch.rand(BATCH) < DROPOUT, 0, 1 + labels * self.templates + which)
+        rows = torch.where(torch.rand(BATCH) < DATA["caption_dropout"], 0, 1 + labels * self.templates + which)
         return self.text.tokens[rows], self.text.pooled[rows]
 
-    def asked(self, asked: Digits) -> tuple[Tensor, ...]:
+    def sampling_inputs(self, asked: Digits) -> tuple[Tensor, ...]:
         text = self.encoder.encode(asked.prompts)
         return text.tokens, text.pooled
 
     def times(self) -> Tensor:
         return torch.ceil(super().times() * TRAIN_STEPS) / TRAIN_STEPS
 
-    def velocity(self, z: Tensor, t: Tensor, told: tuple[Tensor, ...]) -> Tensor:
-        return self.network(z, *told, t * TRAIN_STEPS, return_dict=False)[0]
+    def velocity(self, z: Tensor, t: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        return self.network(z, *inputs, t * TRAIN_STEPS, return_dict=False)[0]
 
 
 class DiTLoop(Loop):
@@ -197,20 +205,17 @@ class DiTLoop(Loop):
     name = "dit-loop"
 
     def build(self) -> nn.Module:
-        network = DiTTransformer2DModel(
-            num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=1, out_channels=1,
-            num_layers=DEPTH, sample_size=8, patch_size=2, num_embeds_ada_norm=10,
-        )  # fmt: skip
+        network = DiTTransformer2DModel(**SHARED, num_embeds_ada_norm=10)
         return cast(nn.Module, network)
 
-    def told(self, labels: Tensor) -> tuple[Tensor, ...]:
+    def training_inputs(self, labels: Tensor) -> tuple[Tensor, ...]:
         return (labels,)  # the network drops a tenth of them in training by itself
 
-    def asked(self, asked: Digits) -> tuple[Tensor, ...]:
+    def sampling_inputs(self, asked: Digits) -> tuple[Tensor, ...]:
         return (asked.labels,)
 
-    def velocity(self, z: Tensor, t: Tensor, told: tuple[Tensor, ...]) -> Tensor:
-        return self.network(z, timestep=t * TRAIN_STEPS, class_labels=told[0], return_dict=False)[0]
+    def velocity(self, z: Tensor, t: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        return self.network(z, timestep=t * TRAIN_STEPS, class_labels=inputs[0], return_dict=False)[0]
 
 
 def chosen(kind: type[Loop], rates: list[float], steps: int, jury: Jury) -> float:

@@ -181,7 +181,7 @@ def read(network: MMDiT, weights: Weights, settings: Mapping[str, Any] | None = 
             shape = _delta({kind: tensor.to("meta") for kind, tensor in tensors.items()}, factor).shape
             if shape != (part.rows, inputs):
                 raise ValueError(f"{tuple(shape)} is not {(part.rows, inputs)}")
-            magnitude = _magnitude(tensors.get("magnitude"), shape)
+            magnitude = _magnitude(tensors.get("magnitude"), (part.rows, inputs))
         except (RuntimeError, ValueError):
             misfits.append(" and ".join(f"{key} {weights.shape(key)}" for key in keys.values()))
             continue
@@ -250,13 +250,13 @@ def _delta(tensors: Mapping[str, Tensor], scale: Callable[[int | None], float], 
     return swap(delta) if swapped else delta
 
 
-def _magnitude(magnitude: Tensor | None, shape: torch.Size) -> Tensor | None:
+def _magnitude(magnitude: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     """m of a DoRA of (rows, inputs), as (rows, 1) or (1, inputs). ValueError if it is neither."""
     if magnitude is None:
         return None
     magnitude = magnitude[:, None] if magnitude.dim() == 1 else magnitude
     if magnitude.shape not in ((shape[0], 1), (1, shape[1])):
-        raise ValueError(f"{tuple(magnitude.shape)} is not a magnitude of {tuple(shape)}")
+        raise ValueError(f"{tuple(magnitude.shape)} is not a magnitude of {shape}")
     return magnitude
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from adapted import THEIRS, close, opponent_network, output
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_mmdit_lora import THEIRS, close, output
 from torch import Tensor, nn
 
 from mmdit import checkpoint
@@ -35,8 +35,7 @@ LAYERS = {
 
 @pytest.fixture
 def opponent() -> SD3Transformer2DModel:
-    torch.manual_seed(0)
-    return tiny.frozen(tiny.transformer("sd35_medium"))
+    return opponent_network()
 
 
 @pytest.fixture
@@ -211,6 +210,19 @@ def test_a_lora_of_kohya_comes_back_to_the_bit_and_diffusers_reads_it(
     theirs = StableDiffusion3Pipeline.lora_state_dict(str(tmp_path / "d.safetensors"))
     opponent.load_lora_adapter(theirs, prefix="transformer")
     assert close(output(merged(base, Adapter(tmp_path / "kohya.safetensors"))), output(opponent))
+
+
+def test_peft_itself_reads_what_is_written_for_it(base: Path, opponent: SD3Transformer2DModel, tmp_path: Path) -> None:
+    state = written("kohya", factors(checkpoint.load(base)))
+    name = "lora_unet_joint_blocks_0_x_block_adaLN_modulation_1"  # of another rank than the rest
+    state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = (
+        torch.randn(2, WIDTH),
+        torch.randn(9 * WIDTH, 2),
+    )
+    save_file(state, tmp_path / "kohya.safetensors")
+    main(["convert", str(tmp_path / "kohya.safetensors"), "--to", "peft", "--out", str(tmp_path / "peft")])
+    PeftModel.from_pretrained(opponent, str(tmp_path / "peft"))  # type: ignore[arg-type]
+    assert close(output(opponent), output(merged(base, Adapter(tmp_path / "kohya.safetensors"))))
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

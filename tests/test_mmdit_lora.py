@@ -4,47 +4,28 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from adapted import THEIRS, close, opponent_network, output
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mmdit import checkpoint, lora
 from mmdit.adapters import Adapter, merge
 from mmdit.lora import LoRA
-from mmdit.model import Condition, MMDiT
-
-THEIRS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
-          "attn.add_v_proj", "attn.to_add_out"]  # fmt: skip
+from mmdit.model import MMDiT
 
 
 @pytest.fixture
 def opponent() -> SD3Transformer2DModel:
-    torch.manual_seed(0)
-    return tiny.frozen(tiny.transformer("sd35_medium"))
+    return opponent_network()
 
 
 @pytest.fixture
 def network(opponent: SD3Transformer2DModel, tmp_path: Path) -> MMDiT:
     opponent.save_pretrained(tmp_path / "transformer")
     return checkpoint.load(tmp_path / "transformer")
-
-
-def output(model: MMDiT | SD3Transformer2DModel) -> Tensor:
-    draw = torch.Generator().manual_seed(1)
-    z, t = torch.randn(2, 16, 8, 12, generator=draw), torch.tensor([0.2, 0.9])
-    text, pooled = torch.randn(2, 9, tiny.TOKENS, generator=draw), torch.randn(2, tiny.POOLED, generator=draw)
-    with torch.no_grad():
-        if isinstance(model, MMDiT):
-            return model(z, t, Condition(text, pooled))
-        return model(z, text, pooled, 1000 * t, return_dict=False)[0]
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).norm() < 1e-5 * b.norm())
 
 
 def shaken(model: torch.nn.Module) -> None:
