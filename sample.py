@@ -19,6 +19,7 @@ from cli import (
     add_sampling_flags,
     check_count,
     device_of_rank,
+    fail,
     finite,
     load_options_of,
     natural,
@@ -30,6 +31,7 @@ from cli import (
     purpose_of,
     sampling_of,
 )
+from data.drawn import recorded
 from data.latents import VAE
 from data.prompts import prompts_or_store, read_prompts, weighted
 from data.raw.pictures import load_picture
@@ -41,13 +43,15 @@ if TYPE_CHECKING:  # slow to import; wrong flags are reported before
     from pipeline import Pipeline
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
+RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if not left at their defaults
 PROMPTS = "a text file with one prompt a line, or a store: its captions are the prompts"
 
 
 def parser() -> Parser:
     p = Parser(description=__doc__)
-    p.add_argument("--model", type=Path, required=True,
+    p.add_argument("--model", type=Path,
                    help="a model folder (ours or Stable Diffusion 3's), a single file, or a run's folder")  # fmt: skip
+    p.add_argument("--like", type=Path, help="a PNG of sample.py: the defaults of all flags are those that drew it")
     p.add_argument("--prompt", type=str, action="append", default=[], help='repeatable; "" is unconditional')
     p.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
     p.add_argument("--negative", type=str, default="", help="negative prompt: guidance moves away from it")
@@ -178,9 +182,26 @@ def input_pictures(args: Namespace, pipe: "Pipeline") -> dict[str, Any]:
     return given
 
 
+def parse(argv: list[str]) -> Namespace:
+    """The flags of the command without a name, with the defaults of `--like`."""
+    args = parser().parse_args(argv)
+    if args.like:
+        with one_line_errors(*USER_ERRORS):
+            flags = recorded(args.like)
+        texts = {name: value for name, value in flags.items() if name not in ("prompt", "lora")}
+        p = parser()
+        p.set_defaults(**texts)
+        args = p.parse_args(argv)
+        args.prompt = args.prompt or ([] if args.prompts else [flags["prompt"]])
+        args.lora = args.lora or flags.get("lora")
+    if args.model is None:
+        fail("the following arguments are required: --model, or --like PICTURE")
+    return args
+
+
 def draw(argv: list[str]) -> None:
     """The command without a name."""
-    args = parser().parse_args(argv)
+    args = parse(argv)
     with one_line_errors(*USER_ERRORS):
         path = find_model(args.model)
         given_prompts = read_prompts(args.prompt, args.prompts)
@@ -214,7 +235,7 @@ def draw(argv: list[str]) -> None:
         "dtype": str(next(pipe.network.parameters()).dtype).removeprefix("torch."),
         "model": str(path),
         **({"lora": args.lora} if args.lora else {}),
-        **{name: str(value) for name in ("image", "mask", "picture") if (value := getattr(args, name))},
+        **{name: str(value) for name in RECORDED if (value := getattr(args, name)) != parser().get_default(name)},
         **{name: given[name] for name in ("strength", "level") if name in given},
     }
     given |= {"negative": args.negative, "sampling": sampling, "shift": args.shift, "height": height, "width": width}

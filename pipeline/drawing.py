@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from data.drawn import png_notes
 from data.prompts import file_stem
 from data.raw.pictures import load_masked, load_picture, save_png, sheet, to_image
 from pipeline import Pipeline
@@ -97,9 +98,10 @@ def draw_files(
     notes: dict[str, Any],
     out: Path,
 ) -> Path:
-    """Draws one picture for each prompt and writes it as a PNG, with its settings in samples.json and a sheet beside.
+    """Draws one picture for each prompt and writes it as a PNG, and all of them as a sheet.
 
-    No file is replaced: samples.json grows, and the names of further pictures and sheets are numbered.
+    The settings stand in the PNG and in samples.json. No file is replaced: samples.json grows, and the names of
+    further pictures and sheets are numbered.
 
     Args:
         pipe: the model.
@@ -109,7 +111,7 @@ def draw_files(
         steps: steps of one picture, for the progress bar.
         batch_size: pictures at a time.
         columns: pictures in a row of the sheet.
-        notes: what samples.json records of each picture besides file, prompt, seed and size.
+        notes: what is recorded of each picture besides file, prompt, seed and size: see `png_notes`.
         out: a folder.
 
     Returns:
@@ -141,10 +143,11 @@ def draw_files(
                 entries = entries_in(out)
                 for prompt, seed, picture in zip(prompts[part], seeds[part], batch, strict=True):
                     file = free(out, f"{file_stem(prompt)}_{seed}")
-                    save_png(to_image(picture), new / file.name)
-                    (new / file.name).rename(file)
                     shape = {"height": picture.shape[-2], "width": picture.shape[-1]}
-                    entries.append({"file": file.name, "prompt": prompt, "seed": seed, **notes, **shape})
+                    entry = {"file": file.name, "prompt": prompt, "seed": seed, **notes, **shape}
+                    save_png(to_image(picture), new / file.name, png_notes(entry))
+                    (new / file.name).rename(file)
+                    entries.append(entry)
                 text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
                 commit_bytes(out / "samples.json", text.encode())
     with writing(out):

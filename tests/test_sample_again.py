@@ -1,6 +1,7 @@
 """sample.py in a folder that holds pictures: none is lost."""
 
 import json
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def test_prompts_of_one_name_have_a_picture_each(model: Path, tmp_path: Path) ->
 
 def draw(pipe: Pipeline, out: Path, first: int) -> None:
     arguments = {"negative": "", "sampling": pipe.sampling}
-    draw_files(pipe, ["a seven"] * 8, [first] * 8, arguments, 4, 1, 4, {}, out)
+    notes = {"negative": "", **asdict(pipe.sampling), "shift": 1.5, "model": "digits"}
+    draw_files(pipe, ["a seven"] * 8, [first] * 8, arguments, 4, 1, 4, notes, out)
 
 
 def test_two_at_once_lose_nothing(pipe: Pipeline, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
@@ -66,10 +67,19 @@ def sheet(pictures: Tensor, columns: int, side: int = 64) -> Image.Image:
     return to_image(make_grid(large, nrow=columns, padding=4, pad_value=0.5)[: pictures.shape[1]])
 
 
-def save_png(image: Image.Image, file: Path) -> None:
-    """Writes a PNG, and makes its folder."""
+def save_png(image: Image.Image, file: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Writes a PNG with some texts by keyword, and makes its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file, format="PNG")
+    chunks = PngInfo()
+    for keyword, text in (texts or {}).items():
+        chunks.add_text(keyword, text)
+    image.save(file, format="PNG", pnginfo=chunks)
+
+
+def png_texts(file: Path) -> dict[str, str]:
+    """The texts of a PNG by keyword; none for a picture of another format. PictureError if it can't be read."""
+    with _opened(file, LARGEST) as image:
+        return dict(getattr(image, "text", {}))  # also those after the pixels
 
 
 @contextmanager
