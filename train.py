@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             if command == "average":
                 out = out or model.with_name(f"{model.name}-{width}")
                 weights = reconstruct(run.folder / "snapshots", width, step)
-                generator.writer.write(generator.network.state_dict() | weights, out)
+                generator.writer.write(generator.kept(generator.network) | weights, out)
                 print(f"the model averaged with width {width} is {out}")
                 return
         if command == "fit" and newest and newest.step >= run.steps:

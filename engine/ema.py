@@ -61,7 +61,7 @@ class EMA(nn.Module, Generic[N]):
     Args:
         averages: which averages.
         copies: one network for each average, in their order, on the device of `network` and sharded like it.
-        network: the network that is trained. Its frozen parameters are copied once and not averaged.
+        network: the network that is trained. Its frozen parameters are copied once, or shared, and not averaged.
     """
 
     def __init__(self, averages: Averages, copies: list[N], network: nn.Module) -> None:
@@ -70,11 +70,12 @@ class EMA(nn.Module, Generic[N]):
         self.copies = nn.ModuleList(copies)
         self.learning = [name for name, p in network.named_parameters() if p.requires_grad]
         self.pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # (average, weights), made at the first update
+        held = tensors(network)
         with torch.no_grad():
-            held = dict(network.named_buffers()) | network.state_dict()
             for copied in copies:
-                for name, tensor in (*copied.state_dict().items(), *copied.named_buffers()):  # also those not in state
-                    local(tensor).copy_(local(held[name]))
+                for name, tensor in tensors(copied).items():
+                    if tensor is not held[name]:
+                        local(tensor).copy_(local(held[name]))
 
     @property
     def main(self) -> N:
@@ -98,3 +99,26 @@ class EMA(nn.Module, Generic[N]):
             state: Mapping[str, Tensor] = copied.state_dict()
             found |= {f"{name}.{parameter}": state[parameter] for parameter in self.learning}
         return found
+
+
+def tensors(network: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, also those that are no part of the state."""
+    return dict(network.named_parameters()) | dict(network.named_buffers())
+
+
+def share_frozen(network: nn.Module, copied: nn.Module) -> None:
+    """Gives a skeleton of the network the network's own frozen parts, and empty tensors on its device for the others.
+
+    A part is frozen if it has parameters or buffers and none of them learns: it can have another class there.
+    """
+    for name, part in network.named_children():
+        if not any(p.requires_grad for p in part.parameters()) and tensors(part):
+            setattr(copied, name, part)
+        else:
+            share_frozen(part, copied.get_submodule(name))
+    for name, parameter in network.named_parameters(recurse=False):
+        empty = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+        setattr(copied, name, empty if parameter.requires_grad else parameter)
+    for name, buffer in network.named_buffers(recurse=False):
+        persistent = name not in network._non_persistent_buffers_set
+        copied.register_buffer(name, buffer, persistent)

@@ -7,7 +7,7 @@ these layers and A is repeated for each. Files of other tools are merged by `mmd
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -28,11 +28,14 @@ class LoRA:
         rank: rows of A and columns of B.
         alpha: the update is scaled by alpha / rank; none means rank.
         targets: ends of the names of the linear layers; by default those of the joint attention.
+        quantize: how the frozen weights of the blocks are kept while training (QLoRA, Dettmers et al. 2023); none
+            leaves them as they were loaded.
     """
 
     rank: int = 16
     alpha: int | None = None
     targets: tuple[str, ...] = ("image.qkv", "image.proj", "text.qkv", "text.proj")
+    quantize: Literal["none", "int8", "nf4"] = "none"
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.targets or not (self.alpha is None or self.alpha > 0):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from baselines.dit import DiT
-from engine.ema import EMA, Averages
+from engine.ema import EMA, Averages, share_frozen
 from engine.posthoc import decay, exponent
 from engine.strategy import skeleton
 
@@ -43,3 +43,29 @@ def test_averages_have_all_buffers_of_the_network() -> None:
     averaged = EMA(Averages(), [copied], network).main
     assert dict(averaged.named_buffers()).keys() == {"positions"}
     assert torch.equal(averaged.positions, network.positions)
+
+
+def test_averages_of_a_network_that_learns_in_part_share_the_rest() -> None:
+    """Also parts of another class than in the skeleton, and parameters and buffers beside parts that learn."""
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)), nn.BatchNorm1d(2)
+    )
+    model.requires_grad_(False)
+    model[1][2].weight.requires_grad_(True)
+    copied = skeleton(model)
+    model[0] = nn.Conv1d(3, 4, 1).requires_grad_(False)
+    share_frozen(model, copied)
+    ema = EMA(Averages(0.5), [copied], model)
+    assert copied[0] is model[0]
+    assert copied[1][0] is model[1][0]
+    assert copied[2] is model[2]
+    assert copied[1][2].bias is model[1][2].bias
+    assert copied[1][2].weight is not model[1][2].weight
+    assert torch.equal(copied[1][2].weight, model[1][2].weight)
+    assert not any(tensor.is_meta for tensor in (*copied.parameters(), *copied.buffers()))
+    start = model[1][2].weight.detach().clone()
+    with torch.no_grad():
+        model[1][2].weight += 1.0
+    ema.update(model, 9)
+    torch.testing.assert_close(copied[1][2].weight, start + 0.5)
+    assert [*ema.named()] == ["decay-0.5.1.2.weight"]

@@ -104,8 +104,11 @@ def test_low_rank_updates_are_trained_here_and_draw_the_same_in_diffusers(
     assert sizes["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"] == (4, 64)
 
 
-def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(base: Path, store: Path, tmp_path: Path) -> None:
-    flags = ("--lora.rank", "4")
+@pytest.mark.parametrize("small", [(), ("--lora.quantize", "nf4", "--network.init_args.dtype", "bfloat16")])
+def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(
+    base: Path, store: Path, tmp_path: Path, small: tuple[str, ...]
+) -> None:
+    flags = ("--lora.rank", "4", *small)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     fit(base, store, straight, *flags)
     names = state(straight)["tensors"].keys() - {"bins", "guard.counts", "guard.usual"}
@@ -138,6 +141,8 @@ def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(base: Path
         (["--network.init_args.dtype", "bfloat16"], "trained weights must be float32"),
         (["--lora.rank", "4", "--network.init_args.path", "LONE"], "lora needs a whole model folder"),
         (["--lora.rank", "4", "--lora.targets", "[query]"], "ends in 'query'"),
+        (["--lora.rank", "4", "--lora.quantize", "int4"], "int4"),
+        (["--lora.rank", "4", "--lora.quantize", "int8", "--strategy.kind", "fsdp2"], "goes with strategy.kind ddp"),
         (["--network.init_args.path", "nowhere"], "nowhere"),
         (["--codec.init_args.path", "nowhere"], "nowhere"),
         (["--data.store", "nowhere"], "nowhere"),

@@ -22,6 +22,7 @@ from engine.progress import StepProgress
 from engine.resume import Resume
 from mmdit import lora
 from mmdit.model import MMDiT
+from mmdit.quantized import quantize
 from pipeline import Pipeline
 from training.cost import StepCost
 from training.generator import Generator
@@ -91,6 +92,10 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
         pipeline, run, data.batch_size, config.optimization, config.ema, config.strategy, config.grid, data.side,
         ModelWriter(pipeline, run.folder, base), teacher, config.terms, data.examples(config.grid.columns),
     )  # fmt: skip
+    if config.lora and config.lora.quantize != "none":
+        if config.strategy.kind == "fsdp2":
+            raise ValueError("lora.quantize goes with strategy.kind ddp: fsdp2 shards weights that are not quantized")
+        quantize(network, config.lora.quantize)  # after all that is told from the shapes of the weights
     return generator, data
 
 

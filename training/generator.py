@@ -14,13 +14,13 @@ from data.batch import Batch
 from data.module import Examples
 from data.order import NOT_COUNTED, Use, stream
 from data.raw.pictures import save_png, sheet
-from engine.ema import EMA, Averages
+from engine.ema import EMA, Averages, share_frozen
 from engine.guard import Guard, spread_nonfinite
 from engine.optimizer import optimizer_numbers, optimizer_state, set_optimizer_numbers
 from engine.strategy import Strategy, skeleton, whole
 from flow.density import stratified
 from flow.objective import Interval, Model, TimeBins
-from mmdit.network import Condition, HiddenStates
+from mmdit.network import Condition, HiddenStates, Network
 from pipeline import Pipeline
 from pipeline.sampling import sent
 from training.optimization import Optimization
@@ -114,13 +114,17 @@ class Generator(L.LightningModule):
             self.teacher.to(device)
         strategy.prepare(self.network)
         copies = [skeleton(self.writer.network) for _ in self.averages.decays()]
-        if strategy.kind == "fsdp2" and world > 1:
+        sharded = strategy.kind == "fsdp2" and world > 1
+        if sharded:
             mesh = strategy.mesh(device, world)
             dtype = torch.float32 if self.trainer.precision == "32-true" else torch.bfloat16
             for network in (self.network, *copies):
                 strategy.shard(network, mesh, dtype)
         for copied in copies:
-            copied.to_empty(device=next(self.network.parameters()).device)
+            if sharded:
+                copied.to_empty(device=next(self.network.parameters()).device)
+            else:
+                share_frozen(self.network, copied)
         self.ema = EMA(self.averages, copies, self.network)
         self.weights = [p for p in self.network.parameters() if p.requires_grad]
         self.pipeline = Pipeline(copies[0], *self.pipeline.parts[1:])
@@ -228,7 +232,7 @@ class Generator(L.LightningModule):
         self.draw_samples()
         if mean < self.best:
             self.best = mean
-            weights = gather(self.trainer, self.ema.main.state_dict())
+            weights = gather(self.trainer, self.kept(self.ema.main))
             if weights is not None:
                 self.writer.write(weights)
 
@@ -272,10 +276,14 @@ class Generator(L.LightningModule):
         return state | {"bins": self.bins.sums}
 
     def network_state(self) -> dict[str, Tensor]:
-        """The network's part of the state: all its tensors, or for a LoRA training only the trained ones."""
+        """The network's part of the state."""
+        return {f"network.{name}": tensor for name, tensor in self.kept(self.network).items()}
+
+    def kept(self, network: Network) -> dict[str, Tensor]:
+        """The tensors of the network or of an average that are saved: all, or for a LoRA training the trained ones."""
         learning = {name for name, p in self.network.named_parameters() if p.requires_grad}
-        state: Mapping[str, Tensor] = self.network.state_dict()
-        return {f"network.{name}": t for name, t in state.items() if self.writer.base is None or name in learning}
+        state: Mapping[str, Tensor] = network.state_dict()
+        return {name: t for name, t in state.items() if self.writer.base is None or name in learning}
 
     def numbers(self) -> dict[str, Any]:
         own = optimizer_numbers(self.trainer.optimizers[0], self.network)

@@ -42,9 +42,9 @@ class ModelWriter:
             replace_folder(folder, lambda new: lora.save(updated, new, base))
 
     def network_with(self, weights: Mapping[str, Tensor]) -> Network:
-        """A copy of the trained network with these weights."""
+        """A copy of the trained network with these weights. In a LoRA training the others have no values."""
         network = skeleton(self.network)
-        network.load_state_dict(dict(weights), assign=True)
+        network.load_state_dict(dict(weights), strict=self.base is None, assign=True)
         return network
 
 
