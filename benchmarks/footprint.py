@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import nn
 
 from engine.flops import forward_flops
 from engine.hardware import Device
 from engine.strategy import Strategy
+from mmdit.lora import LoRA
 from mmdit.model import Condition, MMDiT
+from mmdit.quantized import BLOCK
 
 MOVING = 0.8  # share of the data sheet's bandwidth that memory and links reach
 RESERVE = 2e9  # bytes of CUDA context, libraries and NCCL's buffers
@@ -42,6 +45,8 @@ class Job:
         averages: running averages of the weights.
         efficiency: share of the peak that matrix products reach.
         cuda: count what autograd keeps on CUDA; else on a CPU, where autocast and norms differ.
+        lora: the updates, if they alone are trained. Activations are counted as if all were: that is an upper bound.
+        frozen: bytes of each frozen weight as loaded, 4 or 2.
 
     Raises:
         ValueError: batch, replicas or nodes are not divisible as they must be; the network has other MLPs.
@@ -59,6 +64,8 @@ class Job:
     averages: int
     efficiency: float = 0.5
     cuda: bool = True
+    lora: LoRA | None = None
+    frozen: int = 4
 
     def __post_init__(self) -> None:
         s = self.strategy
@@ -71,6 +78,36 @@ class Job:
             raise ValueError(f"the batch must be a multiple of {parts}, got {self.batch}")
         if s.kind == "fsdp2" and self.gpus % s.replicas:
             raise ValueError(f"strategy.replicas must divide the {self.gpus} gpus, got {s.replicas}")
+
+    @property
+    def trained(self) -> int:
+        """Number of trained weights."""
+        if self.lora is None:
+            return sum(p.numel() for p in self.network.parameters())
+        ends = tuple(f".{target}" for target in self.lora.targets)
+        return sum(
+            self.lora.rank * (module.in_features + module.out_features)
+            for name, module in self.network.named_modules()
+            if isinstance(module, nn.Linear) and f".{name}".endswith(ends)
+        )
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of all weights, frozen or trained."""
+        if self.lora is None:
+            return 4.0 * self.trained
+        small = sum(decoded.weight.numel() for decoded in self.quantized)
+        rows = sum(decoded.out_features for decoded in self.quantized)
+        packed = {"none": 0.0, "int8": small + 4.0 * rows, "nf4": small / 2 + 4.0 * small / BLOCK}[self.lora.quantize]
+        rest = sum(p.numel() for p in self.network.parameters()) - small
+        return packed + self.frozen * rest + 4.0 * self.trained
+
+    @property
+    def quantized(self) -> list[nn.Linear]:
+        """The layers that are decoded when they are used."""
+        if self.lora is None or self.lora.quantize == "none":
+            return []
+        return [module for module in self.network.blocks.modules() if isinstance(module, nn.Linear)]
 
     @property
     def micro(self) -> int:
@@ -105,6 +142,7 @@ class Memory:
     activations: float
     recomputed: float
     workspace: float
+    decoded: float
     gathered: float
     reserve: float
 
@@ -231,11 +269,13 @@ def memory(job: Job) -> Memory:
     count = sum(p.numel() for p in n.parameters())
     sizes = [sum(p.numel() for p in block.parameters()) for block in n.blocks]
     ends = count - sum(sizes)
+    learning = job.trained
     sharded = s.kind == "fsdp2" and job.gpus > 1
     # ends stay; of blocks this one, the next one twice, this one's gradient, and that in float32 to send
     gathered = c * ends + max(sizes) * (3 * c + c + 4) if sharded else 0.0
     kept = [job.micro * size for size in activation_bytes(job)]
-    held = 2.0 * count if job.mixed and not sharded else 0.0  # autocast's copies
+    cast = count if job.lora is None or (job.frozen == 4 and not job.quantized) else 0  # those in bfloat16 need none
+    held = 2.0 * cast if job.mixed and not sharded else 0.0  # autocast's copies
     moments = [(held, sum(kept), 0.0)]  # copies, activations, recomputed: at the end of the forward pass
     for i, size in enumerate(sizes):  # and in each block of the backward pass, when those behind it are let go
         alive = ends + size + sum(other for j, other in enumerate(sizes) if j != i and not checkpointed(job, j))
@@ -245,15 +285,16 @@ def memory(job: Job) -> Memory:
     pixels = n.in_channels * job.latent[0] * job.latent[1]
     given = 4 * (3 * pixels + n.text_dim * job.tokens + n.pooled_dim)  # the batch itself
     parts = {
-        "parameters": 4 * count / job.shards,
-        "positions": 4.0 * n.positions.numel() * (1 + job.averages),  # each average has its own
-        "gradients": 4 * count / job.shards,
-        "optimizer": 8 * count / job.shards,
-        "averages": 4 * count / job.shards * job.averages,
+        "parameters": job.weight_bytes / job.shards,
+        "positions": 4.0 * n.positions.numel() * (1 + job.averages * sharded),  # there each average has its own
+        "gradients": 4 * learning / job.shards,
+        "optimizer": 8 * learning / job.shards,
+        "averages": (4 * learning if job.shards == 1 else job.weight_bytes) / job.shards * job.averages,
         "copies": copies,
         "activations": activations + job.micro * given,
         "recomputed": again,
         "workspace": 8.0 * job.micro * (job.image_tokens + job.tokens) * n.width,  # two gradients of all tokens
+        "decoded": 4.0 * max((layer.weight.numel() for layer in job.quantized), default=0),  # once before the scale
         "gathered": gathered,
     }
     return Memory(**parts, reserve=RESERVE + FRAGMENTED * sum(parts.values()))
@@ -319,7 +360,7 @@ def times(traffic: Traffic, count: float) -> Traffic:
 
 def communication(job: Job) -> dict[str, Traffic]:
     """All collectives of one step. FSDP2 gathers for forward and backward, and reduces, in every micro-batch."""
-    count = sum(p.numel() for p in job.network.parameters())
+    count = job.trained
     s, groups = job.strategy, job.network.depth + 1
     here = min(job.shards, job.per_node)  # of a group of shards, on one node
     if job.gpus == 1:
@@ -351,8 +392,9 @@ def step(job: Job, forward: int | None = None) -> Step:
     images = job.batch / job.gpus
     peak = (device.bf16 if job.mixed else device.fp32) * job.efficiency
     memory_speed = MOVING * device.bandwidth
-    count = sum(p.numel() for p in n.parameters())
-    matrix = 3 * forward * images / peak
+    count = job.trained
+    passes = 3 if job.lora is None else 2  # without the gradients of the weights
+    matrix = passes * forward * images / peak
     casts = 6 * count * s.accumulate_grad_batches if job.mixed and not (s.kind == "fsdp2" and job.gpus > 1) else 0
     moved = moved_bytes(job) * images
     elementwise = (3 * moved + casts) / memory_speed
@@ -369,7 +411,7 @@ def step(job: Job, forward: int | None = None) -> Step:
         hiding *= 2 / 3 / s.accumulate_grad_batches
     exposed = max(sum(busy) / (n.depth + 1), sum(busy) - hiding * n.depth / (n.depth + 1))
     total = matrix + elementwise + again + optimizer + exposed
-    mfu = 3 * forward * images / total / (device.bf16 if job.mixed else device.fp32)
+    mfu = passes * forward * images / total / (device.bf16 if job.mixed else device.fp32)
     return Step(forward, matrix, elementwise, again, optimizer, traffic, exposed, total, job.batch / total, mfu)
 
 
@@ -378,7 +420,7 @@ def alternatives(job: Job) -> Iterator[Job]:
     at_most = job.batch // job.gpus
     counts = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if at_most % k == 0]
     kinds: list[tuple[Literal["ddp", "fsdp2"], int]] = [("ddp", 1)]
-    if job.gpus > 1:
+    if job.gpus > 1 and not job.quantized:
         kinds += [("fsdp2", job.strategy.replicas), ("fsdp2", 1)]
     keeps: list[Literal["none", "selective", "full"]] = ["none", "selective", "full"]
     for (kind, replicas), keep, count in itertools.product(kinds, keeps, counts):

@@ -1,8 +1,8 @@
 """Compares `benchmarks.footprint` with measurements: `python -m benchmarks.plan --check`, a minute on a CPU.
 
-It measures three things: the bytes that autograd keeps, on this CPU and, without a GPU, by PyTorch's rules for CUDA;
+It measures four things: the bytes that autograd keeps, on this CPU and, without a GPU, by PyTorch's rules for CUDA;
 the peak memory of a step on this CPU; the time of a step on this CPU, with its peak speed and bandwidth measured
-between the steps.
+between the steps; what a LoRA training holds.
 """
 
 import os
@@ -22,9 +22,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.footprint import Job, activation_bytes, memory, step
+from engine.ema import share_frozen
 from engine.hardware import DEVICES, Device
-from engine.strategy import Strategy
+from engine.strategy import Strategy, skeleton
+from mmdit.lora import LoRA, add
 from mmdit.model import Condition, MMDiT
+from mmdit.quantized import quantize
 
 TURNS = 9
 FUSED = patch("mmdit.layers.WRITTEN_OUT", 0)  # attention by the fused kernel also on a CPU, as it is predicted
@@ -116,6 +119,28 @@ def peak_bytes(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool) 
     return top
 
 
+def lora_job(network: MMDiT, updates: LoRA, batch: int, side: int, tokens: int) -> Job:
+    """One GPU's LoRA training of a network in bfloat16, with one average and all blocks recomputed."""
+    strategy = Strategy(activation_checkpointing="full")
+    size = (batch, (side, side), tokens)
+    return Job(network, DEVICES["h200"], 1, 1, *size, strategy, True, 1, cuda=False, lora=updates, frozen=2)
+
+
+def lora_bytes(network: MMDiT, updates: LoRA, batch: int, side: int, tokens: int) -> tuple[int, int]:
+    """Bytes that this training holds, with AdamW and one average, and those of its peak on this CPU beyond these."""
+    network.to(torch.bfloat16)
+    add(network, updates)
+    averaged = skeleton(network)
+    if updates.quantize != "none":
+        quantize(network, updates.quantize)
+    share_frozen(network, averaged)
+    found = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for part in (network, averaged)
+             for x in (*part.parameters(), *part.buffers())}  # fmt: skip
+    learning = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    Strategy(activation_checkpointing="full").prepare(network)
+    return sum(found.values()) + 3 * 4 * learning, peak_bytes(network, batch, side, tokens, True)
+
+
 def predicted_peak(network: MMDiT, batch: int, side: int, tokens: int, mixed: bool, keep: Any) -> float:
     """The prediction of `memory` for `peak_bytes`."""
     needed = memory(job(network, batch, side, tokens, mixed, keep, DEVICES["h200"], cuda=False))
@@ -179,6 +204,15 @@ def report() -> str:
             Strategy(activation_checkpointing=keep).prepare(network)  # type: ignore[arg-type]
             mode = f"{'bf16-mixed' if mixed else '32-true'}, checkpointing {keep}"
             row(f"peak of a step, CPU, small, {mode}", predicted / 1e6, peak_bytes(network, *size, mixed) / 1e6, "MB")
+    for kind in ("none", "int8", "nf4"):
+        network, updates = MMDiT(depth=4, sample_size=32, pos_embed_max_size=32), LoRA(quantize=kind)
+        count, needed = sum(p.numel() for p in network.parameters()), memory(lora_job(network, updates, 1, 32, 40))
+        held, peak = lora_bytes(network, updates, 1, 32, 40)
+        frozen = "bfloat16" if kind == "none" else kind
+        wanted = needed.parameters + needed.positions + needed.gradients + needed.optimizer + needed.averages
+        row(f"held by a LoRA training for each weight, width 1536, {frozen}", wanted / count, held / count, "B ")
+        wanted = needed.copies + needed.activations + needed.recomputed + needed.workspace + needed.decoded
+        row(f"its peak beyond that, CPU, checkpointing full, {frozen}", wanted / 1e6, peak / 1e6, "MB")
     for depth in (24, 38):
         with torch.device("meta"):
             network = MMDiT(depth=depth)

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
@@ -22,6 +22,7 @@ from cli import fail, one_line_errors
 from engine.ema import Averages
 from engine.hardware import DEVICES
 from engine.strategy import Strategy
+from mmdit.lora import LoRA
 from mmdit.model import MMDiT
 from training.experiment import Parser, parser, short_cause
 
@@ -53,6 +54,8 @@ def arguments() -> Parser:
     p.add_argument("--steps", type=int | None, help="to count; default: run.steps, and 500,000 × 4,096 pictures' worth")
     p.add_argument("--price", type=float | None, help="of one GPU for an hour")
     p.add_argument("--efficiency", type=float, default=0.5, help="share of the peak that matrix products reach")
+    p.add_argument("--frozen", type=Literal["float32", "bfloat16"], default="bfloat16",
+                   help="type of the frozen weights of a LoRA training as they are loaded: network.dtype")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return p
 
@@ -102,6 +105,8 @@ def job_of(config: Namespace) -> Job:
         mixed=config.run.precision == "bf16-mixed",
         averages=len(averages.decays()),
         efficiency=config.efficiency,
+        lora=config.lora and LoRA(**config.lora.get("init_args", config.lora).as_dict()),
+        frozen=4 if config.frozen == "float32" else 2,
     )
 
 
@@ -145,8 +150,10 @@ def heading(job: Job) -> list[str]:
         s.activation_checkpointing_every > 1
     )
     where = f"{job.gpus:,} × {job.device.name}, {min(job.gpus, job.per_node)} a node"
+    kept = "" if job.lora is None or job.lora.quantize == "none" else f" in {job.lora.quantize}"
+    updates = f"; {job.trained:,} of updates, the others frozen{kept}" if job.lora else ""
     return [
-        f"MMDiT of depth {n.depth} and width {n.width}: {count:,} parameters",
+        f"MMDiT of depth {n.depth} and width {n.width}: {count:,} parameters{updates}",
         f"{where}; {shared if job.gpus > 1 else 'one GPU'}; activation checkpointing {saved}{'; compiled' * s.compile}",
         f"{job.batch:,} pictures a step, {job.micro} at a time on a GPU (micro-batches: {s.accumulate_grad_batches}); "
         f"{job.image_tokens} + {job.tokens} tokens; {'bf16-mixed' if job.mixed else '32-true'}",
@@ -162,7 +169,7 @@ def aligned(title: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def table(job: Job, needed: Memory, taken: Step, trainings: list[Bill]) -> str:
     names = {
-        "parameters": "parameters, float32",
+        "parameters": "parameters" if job.lora else "parameters, float32",
         "positions": "tables of positions",
         "gradients": "gradients",
         "optimizer": "AdamW's moments",
@@ -171,6 +178,7 @@ def table(job: Job, needed: Memory, taken: Step, trainings: list[Bill]) -> str:
         "activations": "activations",
         "recomputed": "the block that is recomputed",
         "workspace": "gradients of tokens",
+        "decoded": "the layer that is decoded",
         "gathered": "gathered blocks",
         "reserve": "CUDA, NCCL, fragmentation",
     }

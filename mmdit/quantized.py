@@ -59,7 +59,7 @@ class Quantized(nn.Module):
             return codes.to(dtype) * scale
         levels = NF4.to(codes.device, dtype)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # of each byte
-        decoded = pairs[codes.int()].reshape(-1, BLOCK) * scale
+        decoded = F.embedding(codes.int(), pairs).view(-1, BLOCK).mul_(scale)
         return decoded.flatten()[: self.shape.numel()].view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:

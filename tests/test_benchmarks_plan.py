@@ -12,6 +12,7 @@ from benchmarks.footprint import Job, activation_bytes, collective, communicatio
 from benchmarks.plan import arguments, job_of, main, shape_of
 from engine.hardware import DEVICES
 from engine.strategy import Strategy
+from mmdit.lora import LoRA
 from mmdit.model import MMDiT
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,31 @@ def test_peak_of_a_step(keep: str, mixed: bool) -> None:
     wanted = check.predicted_peak(network, 4, 32, 40, mixed, keep)
     Strategy(activation_checkpointing=keep).prepare(network)  # type: ignore[arg-type]
     assert wanted == pytest.approx(check.peak_bytes(network, 4, 32, 40, mixed), rel=0.1)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("none", 2.3), ("int8", 1.3), ("nf4", 0.9)])
+def test_a_lora_training_holds_the_frozen_weights_once(kind: str, most: float) -> None:
+    """Beside 28 bytes for each of its own: weight, gradient, two moments, average."""
+    network = MMDiT(depth=3, width=256, text_dim=64, pooled_dim=64, sample_size=16, pos_embed_max_size=8)
+    updates = LoRA(rank=4, quantize=kind)  # type: ignore[arg-type]
+    count, needed = sum(p.numel() for p in network.parameters()), memory(check.lora_job(network, updates, *SIZE))
+    held, peak = check.lora_bytes(network, updates, *SIZE)
+    wanted = needed.parameters + needed.positions + needed.gradients + needed.optimizer + needed.averages
+    assert held == pytest.approx(wanted, rel=0.02)
+    assert held / count < most
+    beyond = needed.copies + needed.activations + needed.recomputed + needed.workspace + needed.decoded
+    assert peak < beyond < 2.5 * peak  # an upper bound
+
+
+def test_flags_of_a_lora_training_reach_the_plan() -> None:
+    files = ("sd3/finetune", "sd3/lora-24gb", "network/sd3-medium")
+    flags = [word for file in files for word in ("--config", str(ROOT / f"configs/{file}.yaml"))]
+    job = job_of(arguments().parse_args([*flags, "--lora.rank", "8", "--frozen", "float32"]))
+    assert job.lora == LoRA(rank=8, quantize="int8")
+    assert (job.frozen, job.batch, job.trained) == (4, 1, 8 * 24 * 2 * (4 + 2) * 1536 - 8 * 2 * 1536)
+    small = memory(job_of(arguments().parse_args(flags)))
+    assert small.total < memory(job_of(arguments().parse_args([*flags, "--lora.quantize", "none"]))).total
+    assert small.total < 8e9
 
 
 def test_weights_of_one_gpu(medium: MMDiT) -> None:

@@ -114,16 +114,16 @@ class Generator(L.LightningModule):
             self.teacher.to(device)
         strategy.prepare(self.network)
         copies = [skeleton(self.writer.network) for _ in self.averages.decays()]
-        sharded = strategy.kind == "fsdp2" and world > 1
-        if sharded:
+        if strategy.kind == "fsdp2" and world > 1:
             mesh = strategy.mesh(device, world)
             dtype = torch.float32 if self.trainer.precision == "32-true" else torch.bfloat16
             for network in (self.network, *copies):
                 strategy.shard(network, mesh, dtype)
-        for copied in copies:
-            if sharded:
+            for copied in copies:
                 copied.to_empty(device=next(self.network.parameters()).device)
-            else:
+        else:
+            self.network.to(device)  # before parts are shared: moving a buffer makes another one
+            for copied in copies:
                 share_frozen(self.network, copied)
         self.ema = EMA(self.averages, copies, self.network)
         self.weights = [p for p in self.network.parameters() if p.requires_grad]
