@@ -206,7 +206,7 @@ def report() -> str:
             row(f"peak of a step, CPU, small, {mode}", predicted / 1e6, peak_bytes(network, *size, mixed) / 1e6, "MB")
     for kind in ("none", "int8", "nf4"):
         network = MMDiT(depth=4, width=1536, heads=24, sample_size=32, pos_embed_max_size=32)
-        updates = LoRA(quantize=kind)  # type: ignore[arg-type]
+        updates = LoRA(quantize=kind)
         count, needed = sum(p.numel() for p in network.parameters()), memory(lora_job(network, updates, 1, 32, 40))
         held, peak = lora_bytes(network, updates, 1, 32, 40)
         frozen = "bfloat16" if kind == "none" else kind

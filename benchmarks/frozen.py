@@ -10,6 +10,7 @@ in bfloat16, as with `run.precision bf16-mixed`; their weights outside of the bl
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from cli import Parser, one_line_errors, positive
 from data.prompts import read_prompts
 from mmdit import lora
+from mmdit.model import MMDiT
 from mmdit.quantized import quantize
 from pipeline import Pipeline
 from storage.models import find_model
@@ -28,7 +30,7 @@ KINDS = ("float32", "bfloat16", "int8", "nf4")
 def first_step(pipe: Pipeline, kind: str, prompts: list[str], x0: Tensor, rank: int) -> tuple[float, Tensor]:
     """The loss, and the gradient of all updates in one row."""
     torch.manual_seed(0)  # of the updates
-    network = copy.deepcopy(pipe.network).to(torch.float32 if kind == "float32" else torch.bfloat16)
+    network = cast(MMDiT, copy.deepcopy(pipe.network)).to(torch.float32 if kind == "float32" else torch.bfloat16)
     lora.add(network, lora.LoRA(rank=rank))
     if kind in ("int8", "nf4"):
         quantize(network, kind)  # type: ignore[arg-type]

@@ -164,6 +164,24 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("torch.block_diag(*ups)", "torch.cat([*ups], dim=1)"),
         ("whole.up.chunk(count)", "whole.up.chunk(count)[::-1]"),
     ],
+    ("mmdit/quantized.py", "mmdit_quantized"): [
+        ("(levels[1:] + levels[:-1]) / 2", "levels[1:]"),
+        ("16 * nearest[::2] + nearest[1::2]", "16 * nearest[1::2] + nearest[::2]"),
+        ("gradient @ ctx.layer.weight(ctx.dtype)", "gradient @ ctx.layer.weight(ctx.dtype).sign()"),
+        ("amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / 127", "amax().clamp(min=1e-9) / 127"),
+        ("type(module) is nn.Linear and not module.weight.requires_grad", "type(module) is nn.Linear"),
+    ],
+    ("data/raw/base.py", "encode_mirrored"): [
+        ("self.source.read(own, start)", "self.source.read(own)"),
+        ("return name.removesuffix(MIRRORED)", "return name"),
+    ],
+    ("data/store/encoding.py", "encode_mirrored"): [
+        ("ImageOps.mirror(image) if found.mirrored", "ImageOps.flip(image) if found.mirrored"),
+    ],
+    ("data/drawn.py", "sample_like"): [
+        ('if found.get("guidance") == 1', 'if found.get("guidance") == 0'),
+        ("for name in FLAGS if name not in idle", "for name in found if name not in idle"),
+    ],
     ("mmdit/lora.py", "mmdit_lora"): [
         ('up = up * layer.scaling["default"]', "up = up * 1.0"),
     ],
@@ -233,7 +251,9 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("engine/ema.py", "engine_averages"): [
         ("(1 + step) / (10 + step)", "step / (10 + step)"),
-        ("(*copied.state_dict().items(), *copied.named_buffers())", "copied.state_dict().items()"),
+        ("named_parameters()) | dict(network.named_buffers())", "named_parameters())"),
+        ("setattr(copied, name, part)", "pass"),
+        ("empty if parameter.requires_grad else parameter", "parameter"),
     ],
     ("engine/posthoc.py", "engine_posthoc"): [
         ("np.where(ta <= tb, gb, ga)", "np.where(ta <= tb, ga, gb)"),

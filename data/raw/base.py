@@ -5,11 +5,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, final
 
 from PIL import Image
 
 UNIT = 1024  # inputs in a shard of a source with numbered rows
+MIRRORED = "#mirrored"
 LARGEST_FILE = 2**30  # bytes of a picture
 LARGEST_CAPTION = 2**20  # bytes of a caption
 NAMES = ("text", "caption", "captions", "prompt", "txt")  # of caption columns, the most likely first
@@ -31,6 +32,7 @@ class Raw(NamedTuple):
     picture: bytes | Path | Image.Image
     captions: tuple[str, ...]  # stripped, none empty
     weights: tuple[float, ...]  # of the captions
+    mirrored: bool = False  # left and right are to be exchanged
 
 
 class Fault(NamedTuple):
@@ -68,6 +70,34 @@ class Source(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """A description of the data, as JSON. It changes if names, sizes or number of the files change."""
+
+
+@final
+class Mirrored(Source):
+    """A source and, in further shards, the same again with left and right exchanged.
+
+    Args:
+        source: the inputs. The mirrored ones have ids that end in MIRRORED.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.shards = source, 2 * source.shards
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Input]:
+        if not 0 <= shard < self.shards:
+            raise ValueError(f"there are shards 0 to {self.shards - 1}, not {shard}")
+        second, own = divmod(shard, self.source.shards)
+        for found in self.source.read(own, start):
+            other = found._replace(id=found.id + MIRRORED) if second else found
+            yield other._replace(mirrored=True) if second and isinstance(other, Raw) else other
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "Mirrored", "source": self.source.describe()}
+
+
+def original(name: str) -> str:
+    """The id of the picture of which this is the id, or that of its mirrored twin."""
+    return name.removesuffix(MIRRORED)
 
 
 @dataclass(frozen=True)

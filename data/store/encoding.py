@@ -12,12 +12,13 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from data.latents import Codec
 from data.order import Use, normal
-from data.raw.base import UNIT, Fault, Filters, Raw, Source, perceptual_hash
+from data.raw.base import UNIT, Fault, Filters, Mirrored, Raw, Source, perceptual_hash
 from data.raw.buckets import Buckets
 from data.raw.pictures import PictureError, cover, open_picture, size_of
 from data.raw.profiles import BROKEN
@@ -48,6 +49,8 @@ class Encoding:
         filters: which inputs are used.
         duplicates: of pictures whose perceptual hashes differ in at most so many of 64 bits, 0 to 8, only the first is
             used; None keeps all.
+        mirror: encodes each picture twice, the second time with left and right exchanged. No latents are flipped, which
+            would not be the same. Not for captions that name sides, writing or faces.
         batch_size: of pictures.
         threads: that read and decode pictures.
         seed: of the draws.
@@ -63,6 +66,7 @@ class Encoding:
     text: Literal["encoded", "captions"] = "encoded"
     filters: Filters = field(default_factory=Filters)
     duplicates: int | None = None
+    mirror: bool = False
     batch_size: int = 16
     threads: int = 4
     seed: int = 0
@@ -102,6 +106,7 @@ class StoreEncoder:
 
     def __init__(self, settings: Encoding, codec: Codec, text: TextEncoder) -> None:
         self.settings, self.codec, self.text = settings, codec, text
+        self.source = Mirrored(settings.source) if settings.mirror else settings.source
         self.buckets = Buckets(settings.side, settings.step, settings.max_aspect)
         if settings.step % codec.factor:
             raise ValueError(
@@ -138,14 +143,14 @@ class StoreEncoder:
                 "sizes": [list(size) for size in buckets.sizes],
             },
             "crop": "cover, centre",
-            "source": settings.source.describe(),
+            "source": self.source.describe(),
             "filters": filters,
             "duplicates": settings.duplicates,
         }
 
     def run(self, rank: int = 0, world: int = 1) -> dict[str, Any] | None:
         """Encodes this rank's shards. Returns the report, or None if a shard of another rank is not finished."""
-        own = range(rank, self.settings.source.shards, world)
+        own = range(rank, self.source.shards, world)
         done = inputs = 0  # number of finished shards, and of their inputs
         with (
             ThreadPoolExecutor(self.settings.threads) as pool,
@@ -169,14 +174,14 @@ class StoreEncoder:
         if self.unprofiled:
             faults = "are broken or of another colour space: they were ignored"
             warnings.warn(f"the colour profiles of {self.unprofiled} pictures {faults}", stacklevel=2)
-        return self.writer.finish(self.settings.source.shards, self.settings.duplicates)
+        return self.writer.finish(self.source.shards, self.settings.duplicates)
 
     def _shard(self, shard: int, pool: ThreadPoolExecutor) -> Iterator[int]:
         """Encodes the rest of a shard, unit by unit; yields the number of inputs done since the last yield."""
         _, start, finished = self.writer.position(shard)
         if finished:
             return
-        found = self.settings.source.read(shard, start)
+        found = self.source.read(shard, start)
         ready = ahead(pool, self.prepare, found, min(AHEAD * self.settings.batch_size, UNIT))
         following = next(ready, None)
         while True:
@@ -214,6 +219,7 @@ class StoreEncoder:
             bucket = self.buckets.of(*size)
             height, width = self.buckets.sizes[bucket]
             image = open_picture(found.picture, self.codec.pixel_channels, needed=(height, width))
+            image = ImageOps.mirror(image) if found.mirrored else image
             phash = perceptual_hash(image) if self.settings.duplicates is not None else 0
             image, top, left = cover(image, height, width)
         except PictureError as error:

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from data.batch import Batch
 from data.order import Share, Use, normal, stream
+from data.raw.base import original
 from data.store.reader import Store
 
 Mask = Callable[[Sequence[str]], torch.Tensor]
@@ -16,15 +17,19 @@ PAIR = "pair"  # the plan's word for latents of twice the channels: a picture an
 
 
 def held_out(store: Store, count: int) -> set[str]:
-    """The ids of the `count` samples whose ids have the lowest hashes; depends only on the ids."""
-    ids = store.ids().to_pylist()
+    """The ids of the `count` samples whose ids have the lowest hashes; depends only on the ids. None is mirrored."""
+    ids = [name for name in store.ids().to_pylist() if original(name) == name]
     return set(sorted(ids, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode()), name))[:count])
 
 
 def divided(store: Store, apart: Collection[str], within: bool) -> list[np.ndarray]:
-    """The numbers of a store's samples in each bucket: those with ids in `apart` if `within`, else all others."""
-    inside = np.array([name in apart for name in store.ids().to_pylist()], dtype=bool)
-    return [rows[inside[rows] == within] for rows in map(store.members, range(len(store.buckets)))]
+    """The numbers of a store's samples in each bucket.
+
+    Those with ids in `apart` if `within`, else all others but the mirrored twins of these.
+    """
+    ids = store.ids().to_pylist()
+    chosen = np.array([(name in apart) if within else (original(name) not in apart) for name in ids], dtype=bool)
+    return [rows[chosen[rows]] for rows in map(store.members, range(len(store.buckets)))]
 
 
 class StoredSamples(Dataset[Batch]):
