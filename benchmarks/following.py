@@ -77,7 +77,7 @@ def losses(pipe: Pipeline, x0: Tensor, noise: Tensor, condition: Condition) -> T
     found = []
     for t, own in zip(TIMES, noise, strict=True):
         for rows in torch.arange(len(x0)).split(BATCH):
-            part = Condition(*(field if field is None else field[rows] for field in condition))
+            part = Condition._make(None if field is None else field[rows] for field in condition)
             times = torch.full((len(rows),), t)
             found.append(pipe.objective.loss(pipe.network, x0[rows], own[rows], times, part, None, None))
     return torch.cat(found).view(len(TIMES), len(x0))
