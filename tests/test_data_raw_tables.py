@@ -48,7 +48,7 @@ def test_columns_of_pictures_and_captions_of_other_kinds(tmp_path: Path, streami
     pq.write_table(pa.table(table), tmp_path / "img2dataset.parquet")
     source = Pictures(str(tmp_path / "*.parquet"), {"many": 1, "caption": 2}, streaming=streaming)
     read = everything(source)
-    assert [getattr(entry, "reason", entry[2:]) for entry in read] == [
+    assert [getattr(entry, "reason", entry[2:4]) for entry in read] == [
         (("x", "y", "a"), (0.5, 0.5, 2)), "no picture", (("c",), (2,)), "no caption"
     ]  # fmt: skip
     pictures = datasets.Dataset.from_dict({"photo": [Image.new("L", (5, 4))], "prompt": ["p"]})
