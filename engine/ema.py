@@ -120,5 +120,4 @@ def share_frozen(network: nn.Module, copied: nn.Module) -> None:
         empty = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
         setattr(copied, name, empty if parameter.requires_grad else parameter)
     for name, buffer in network.named_buffers(recurse=False):
-        persistent = name not in network._non_persistent_buffers_set
-        copied.register_buffer(name, buffer, persistent)
+        setattr(copied, name, buffer)

@@ -95,7 +95,7 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
     if config.lora and config.lora.quantize != "none":
         if config.strategy.kind == "fsdp2":
             raise ValueError("lora.quantize goes with strategy.kind ddp: fsdp2 shards weights that are not quantized")
-        quantize(network, config.lora.quantize)  # after all that is told from the shapes of the weights
+        quantize(network, config.lora.quantize)  # last: what is built above reads the shapes of the layers' weights
     return generator, data
 
 
