@@ -302,13 +302,20 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("tokens[self.strong].detach()", "tokens[self.strong]"),
         ("(1 - similarity.mean(1))", "(1 - similarity.abs().mean(1))"),
     ],
-    ("training/teacher.py", "training_students training_teacher"): [
+    ("training/teacher.py", "training_students training_teacher training_pairs"): [
         ("low + (high - low) * u", "low + high * u"),
-        ("passes = 1 if self.teacher.range == (1, 1) else 2", "passes = 1"),
+        ("passes = 1 if self.teacher.range == (1, 1) or", "passes = 1 if True or"),
+        ("self.evaluations() / self.uses", "self.evaluations()"),
+        ("drawn[rows], noise[firsts]", "drawn[rows], noise"),
+        ("None if part is None else part[firsts] for part in told", "part for part in told"),
+        ("scale[::uses])", "scale[: len(first.pooled)])"),
+        ("condition = condition._replace(guidance=scale)", "condition = condition._replace(guidance=1 + 0 * scale)"),
+        ("objective.alpha(noise[0, 0].numel())", "1.0"),
         ("condition.pooled[:, -SIZE_FEATURES:]], 1)", "condition.pooled[:, -SIZE_FEATURES:] * 0], 1)"),
     ],
     ("training/generator.py", "training_generator"): [
-        ("self.loss_of(self.ema.main, batch,", "self.loss_of(self.network, batch,"),
+        ("self.loss_of(self.ema.main, lesson,", "self.loss_of(self.network, lesson,"),
+        ("self.teacher.uses if self.teacher else 1)", "1)"),
         ("stream(self.run.seed, Use.TIME, batch.step)", "stream(self.run.seed, Use.TIME)"),
         ("[:, batch.positions]", "[:, : len(batch.positions)]"),
         ("(i + 0.5) / VALIDATION_TIMES, device", "i / VALIDATION_TIMES, device"),

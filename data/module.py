@@ -155,10 +155,12 @@ class Data(L.LightningDataModule):
         sizes: (height, width) of all pictures that may occur, in pixels.
         picture_channels: of the pictures to work from, in latents; 0 is none.
         level_embeds: these have noise of different levels.
+        paired: each picture was made from its noise.
     """
 
     picture_channels: int = 0
     level_embeds: bool = False
+    paired: bool = False
 
     def __init__(
         self,
@@ -354,6 +356,7 @@ class Stored(Data):
         main = self.stores[-1]
         if teacher is not None:
             main.expect(latents=stored.PAIR, teacher=fingerprint(find_model(Path(teacher))))
+            self.paired = True
         elif main.plan.get("latents") == stored.PAIR:
             raise ValueError(f"{main.source} holds pairs: set data.teacher to the model folder that made them")
         side = main.plan["buckets"]["side"]

@@ -213,9 +213,12 @@ class Pipeline:
         if sampling.stochastic:
             raise ValueError(f"sampler {sampling.sampler} draws noise on the way: take euler, heun or dpmpp_2m")
         self.plan(sampling)
-        denoise = self.denoiser(prompts, "", sampling, times)
+        return self.walked(walk, times, self.denoiser(prompts, "", sampling, times), z.to(self.device))
+
+    def walked(self, walk: Walk, times: Tensor, denoise: Denoiser, z: Tensor) -> Tensor:
+        """The end of a walk without noise from z to the last of the times, each for data of unit variance."""
         first, last = (self.scale_at(t) for t in (times[0], times[-1]))
-        return walk(denoise, first * z.to(self.device), lambda: z, None) / last
+        return walk(denoise, first * z, lambda: z, None) / last
 
     def scale_at(self, t: Tensor) -> Tensor:
         """The standard deviation of z at t, for data of unit variance; at t = 0 the factor of the picture in z."""

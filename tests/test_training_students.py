@@ -44,7 +44,7 @@ from training import experiment
 from training.generator import Generator
 
 FEWSTEP = ROOT / "configs/fewstep"
-OVERLAYS = ("reflow", "distill", "meanflow", "meanflow-teacher", "guidance")
+OVERLAYS = ("reflow", "reflow-online", "distill", "meanflow", "meanflow-teacher", "guidance")
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,10 @@ def student(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
         if overlay in ("reflow", "distill"):
             given += ["--data.store", str(trained / "pairs"), "--data.teacher", str(trained / "run")]
             given += ["--data.held_out", "4"]
-        if overlay in ("guidance", "meanflow-teacher"):
+        if overlay in ("guidance", "meanflow-teacher", "reflow-online"):
             given += ["--teacher.model", str(trained / "run")]
+        if overlay == "reflow-online":
+            given += ["--data.caption_dropout", "0", "--teacher.pairs.steps", "3", "--teacher.guidance", "2"]
         return given
 
     return flags
@@ -103,11 +105,9 @@ def test_each_student_trains_stops_goes_on_to_the_bit_and_draws(
     assert picture.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_learn_average_velocities_as_one(
-    student: Callable[..., list[str]], tmp_path: Path, kind: str
-) -> None:
-    config, flags = tmp_path / "config.yaml", student("meanflow")
+@pytest.mark.parametrize(("overlay", "kind"), [("meanflow", "ddp"), ("meanflow", "fsdp2"), ("reflow-online", "ddp")])
+def test_two_processes_learn_as_one(student: Callable[..., list[str]], tmp_path: Path, overlay: str, kind: str) -> None:
+    config, flags = tmp_path / "config.yaml", student(overlay)
     fit(config, *flags, "--run.folder", str(tmp_path / "one"))
     ranks = start_ranks(config, *flags, "--strategy.kind", kind)
     assert [end(rank) for rank in ranks] == [0, 0]
@@ -125,7 +125,8 @@ def test_in_bfloat16_average_velocities_have_the_same_gradient_but_for_rounding(
     for half in (False, True):
         generator.network.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            generator.loss_of(generator.network, batch, t, u, Interval.between(t / 3, t)).mean().backward()
+            lesson = generator.lesson(batch, u)
+            generator.loss_of(generator.network, lesson, t, Interval.between(t / 3, t)).mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in generator.network.parameters() if p.grad is not None]))
     assert found[0].norm() > 0
     assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
@@ -177,7 +178,7 @@ def test_a_student_of_a_guided_teacher_learns_its_output_at_the_given_scale(
     batch = next(iter(data.val_dataloader()))
     u = torch.linspace(0, 1, len(batch.x0))
     t = torch.full_like(u, 0.6)
-    loss = generator.loss_of(generator.network, batch, t, u)
+    loss = generator.loss_of(generator.network, generator.lesson(batch, u), t)
     scale = 1 + 5 * u
     z = 0.4 * batch.x0 + 0.6 * batch.noise
     condition = Condition(batch.text, batch.pooled)
@@ -260,6 +261,14 @@ def test_a_store_of_no_pairs_is_no_coupling(
         ("guidance", ["--teacher.guidance", "[3.0, 1.0]"], "or two that rise"),
         ("guidance", ["--teacher.guidance", "3.0"], "need each other"),
         ("guidance", ["--codec.shift", "0.2"], "has another codec"),
+        ("reflow-online", ["--teacher.model", "null"], "arguments are required: model"),
+        ("reflow-online", ["--teacher.pairs.sampler", "ddpm"], "ddpm draws noise on the way: take euler"),
+        ("reflow-online", ["--teacher.pairs.sampler", "meanflow"], "needs a network of two times"),
+        ("reflow-online", ["--teacher.pairs.steps", "0"], "steps must be at least 1"),
+        ("reflow-online", ["--teacher.pairs.uses", "0"], "uses must be at least 1"),
+        ("reflow-online", ["--teacher.pairs.uses", "3"], "must divide the 8 pictures of each micro-batch"),
+        ("reflow-online", ["--teacher.guidance", "[1.0, 3.0]"], "need each other"),
+        ("reflow", ["--teacher.model", "{run}", "--teacher.pairs.steps", "2"], "the data are pairs already"),
         ("meanflow", ["--network.two_times", "false"], "set network.two_times"),
         ("meanflow", ["--objective.path", "Cosine"], "Option 'path' is not accepted"),
         ("meanflow", ["--objective.share", "2"], "0 < share <= 1"),
@@ -268,8 +277,10 @@ def test_a_store_of_no_pairs_is_no_coupling(
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line_and_leaves_nothing(
-    student: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture, overlay: str, flags: list[str],
-    message: str,
+    student: Callable[..., list[str]], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, overlay: str,
+    flags: list[str], message: str,
 ) -> None:  # fmt: skip
-    assert message in refused(capsys, tmp_path / "config.yaml", *student(overlay), *flags)
+    given = [flag.format(run=trained / "run") for flag in flags]
+    told = refused(capsys, tmp_path / "config.yaml", *student(overlay), *given)
+    assert message in told
     assert not (tmp_path / "run").exists()

@@ -80,6 +80,10 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
         if getattr(network, name) != needed:
             raise ValueError(f"network.{name} is {getattr(network, name)}, but the data need {needed}: make them equal")
     teacher = config.teacher and config.teacher.load(objective, codec, text, network, data.sized)
+    if config.teacher and config.teacher.pairs:
+        if data.paired:
+            raise ValueError("the data are pairs already: give a store of pictures, or leave out teacher.pairs")
+        config.teacher.pairs.check(data.batch_size, run.world * config.strategy.accumulate_grad_batches)
     pipeline = Pipeline(network, objective, codec, text, config.sampling)
     if data.sized != pipeline.sized:
         needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)

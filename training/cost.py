@@ -38,6 +38,6 @@ class StepCost:
         given = condition._replace(guidance=number) if self.network.guidance_embeds else condition
         flops = round(self.passes * forward_flops(self.network, x0, number, given))
         if self.teacher:
-            flops += self.teacher.flops(x0, number, condition)
+            flops += round(self.teacher.flops(x0, number, condition))
         tokens = height * width // self.network.unit**2 + condition.text.shape[1]
         return Cost(count, count * tokens, flops)

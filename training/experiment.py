@@ -141,9 +141,9 @@ set_loader("yaml", _load, (yaml.YAMLError, ValueError))
 
 
 def short_cause(message: str) -> str:
-    """jsonargparse's message, cut to the first cause if it lists every type that a value could have had."""
+    """jsonargparse's message, cut to the first cause if it lists every type that a value or a part could have had."""
     where = re.match(r"(.*?)Does not validate against any of the Union subtypes", message, re.DOTALL)
-    cause = re.search(r"Errors:\s+- (.*?)\s*(?:\n\s*- |Given value|$)", message, re.DOTALL)
+    cause = re.search(r"Errors:\s+- (?!Does not validate)(.*?)\s*(?:\n\s*- |Given value|$)", message, re.DOTALL)
     return f"{where[1]}{cause[1]}" if where and cause else message
 
 

@@ -26,7 +26,7 @@ from pipeline.sampling import sent
 from training.optimization import Optimization
 from training.run_folder import Run
 from training.saving import ModelWriter, gather
-from training.teacher import TeacherModel
+from training.teacher import Lesson, TeacherModel
 from training.terms import LossTerm
 
 VALIDATION_TIMES = 8
@@ -139,7 +139,8 @@ class Generator(L.LightningModule):
         t, interval = send(times), interval and Interval(*map(send, interval))
         states = HiddenStates(self.read_blocks)
         model = partial(self.network, hidden_states=states) if self.terms else self.network
-        loss = self.loss_of(model, batch, t, send(u[3].float()), interval)
+        lesson = self.lesson(batch, send(u[3].float()), self.teacher.uses if self.teacher else 1)
+        loss = self.loss_of(model, lesson, t, interval)
         self.bins.add(t, loss)
         means = torch.stack([loss.mean(), *(term(states.tokens).mean() for term in self.terms)])
         self.add_losses(means.detach(), batch)
@@ -151,12 +152,16 @@ class Generator(L.LightningModule):
         draw = torch.Generator().manual_seed(seed)
         return torch.stack([stratified(self.batch_size, draw) for _ in range(4)])[:, batch.positions]
 
-    def loss_of(self, model: Model, batch: Batch, t: Tensor, u: Tensor, interval: Interval | None = None) -> Tensor:
-        """The loss of each picture, (b,). With a teacher, the uniform numbers u (b,) draw the guidance scales."""
-        condition, field = Condition(**batch.condition()), None
+    def lesson(self, batch: Batch, u: Tensor, uses: int = 1) -> Lesson:
+        """What is learned from a batch. With a teacher, the uniform numbers u (b,) draw the guidance scales."""
+        condition = Condition(**batch.condition())
         if self.teacher:
-            condition, field = self.teacher.guided_field(condition, u)
-        return self.objective.loss(model, batch.x0, batch.noise, t, condition, interval, field)
+            return self.teacher.lesson(condition, batch.x0, batch.noise, u, uses)
+        return Lesson(condition, batch.x0, batch.noise)
+
+    def loss_of(self, model: Model, lesson: Lesson, t: Tensor, interval: Interval | None = None) -> Tensor:
+        """The loss of each picture, (b,)."""
+        return self.objective.loss(model, lesson.x0, lesson.noise, t, lesson.condition, interval, lesson.field)
 
     def add_losses(self, means: Tensor, batch: Batch) -> None:
         """Adds the mean losses of a micro-batch to those of this rank's share of the global batch, for the log."""
@@ -210,10 +215,10 @@ class Generator(L.LightningModule):
     def validation_step(self, batch: Batch) -> None:
         """Adds up the loss of the main average at eight equally spaced t. Each picture has its own fixed noise."""
         counted = batch.step != NOT_COUNTED
-        half = torch.full((len(batch.x0),), 0.5, device=self.device)
+        lesson = self.lesson(batch, torch.full((len(batch.x0),), 0.5, device=self.device))
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(batch.x0),), (i + 0.5) / VALIDATION_TIMES, device=self.device)
-            losses = self.loss_of(self.ema.main, batch, self.objective.validation_time(t, area(batch)), half)
+            losses = self.loss_of(self.ema.main, lesson, self.objective.validation_time(t, area(batch)))
             self.sums[i] += counted * losses.double().sum()
         self.sums[-1] += counted * len(batch.x0)
 

@@ -1,8 +1,9 @@
-"""Distillation: a student learns the output of a teacher in place of the target of picture and noise."""
+"""Distillation: a student learns the output of a teacher, or the pictures that the teacher makes from its noise."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,52 @@ from data.text.encoder import TextEncoder
 from engine.flops import forward_flops
 from engine.strategy import skeleton
 from flow.guidance import ClassifierFree
-from flow.objective import Field, Model, Objective
+from flow.objective import Estimate, Field, Model, Objective
 from mmdit.network import Condition, Network
 from pipeline import LoadOptions, Pipeline
 from pipeline.folder import read_network
+from pipeline.sampling import Sampling
 from storage.models import find_model
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of noise and the picture that a teacher makes from it (Liu et al. 2022, algorithm 1), made at every step.
+
+    The pictures of the data set take no part, only their captions and the noise, so the pairs are a function of
+    (seed, step) and never come twice.
+
+    Args:
+        steps: steps of the teacher's sampler.
+        sampler: a deterministic one: euler, heun, midpoint, dpmpp_2m, reference, or meanflow.
+        spacing: its time grid.
+        uses: samples of a batch that learn the same pair, each at its own t; divides each share of a batch. Since
+            making a pair costs more than learning it, several uses teach more in the same time.
+    """
+
+    steps: int = 20
+    sampler: str = "euler"
+    spacing: str = "trailing"
+    uses: int = 1
+
+    def __post_init__(self) -> None:
+        if self.uses < 1:
+            raise ValueError(f"teacher.pairs.uses must be at least 1, got {self.uses}")
+        if self.sampling.stochastic:
+            raise ValueError(
+                f"teacher.pairs.sampler {self.sampler} draws noise on the way: take euler, heun or dpmpp_2m"
+            )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the teacher is sampled, but for its guidance."""
+        return Sampling(self.steps, 1.0, self.sampler, self.spacing)
+
+    def check(self, batch_size: int, shares: int) -> None:
+        """ValueError if a batch of this size in so many shares (processes × micro-batches) has no place for `uses`."""
+        if batch_size // shares % self.uses:
+            raise ValueError(f"teacher.pairs.uses must divide the {batch_size // shares} pictures of each micro-batch, "
+                             f"got {self.uses}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,13 +69,15 @@ class Teacher:
 
     Args:
         model: a model folder or a run's folder.
-        guidance: scale of the teacher's classifier-free guidance, which the student learns with one call of its
-            network. Two numbers are the ends of a range: each picture draws a scale, and the student needs
-            guidance_embeds, which receive the scale.
+        guidance: scale of the teacher's guidance, which the student learns with one call of its network. Two numbers
+            are the ends of a range: each picture draws a scale, and the student needs guidance_embeds, which receive
+            the scale.
+        pairs: learn the teacher's pictures of the noise, in place of its output at points between the data and noise.
     """
 
     model: Path
     guidance: float | tuple[float, float] = 1.0
+    pairs: Pairs | None = None
 
     def __post_init__(self) -> None:
         low, high = self.range
@@ -68,10 +112,8 @@ class Teacher:
                     f"teacher.model {self.model} learned another {name}: {theirs['class']}, not {ours['class']}: "
                     f"set objective.{name} to the teacher's"
                 )
-        if process.outputs > 1 or network.guidance_embeds:
-            raise ValueError(
-                f"teacher.model {self.model} has learned a variance or its guidance: choose a teacher without these"
-            )
+        if process.outputs > 1:
+            raise ValueError(f"teacher.model {self.model} has learned a variance: choose a teacher without")
         for name in ("picture_channels", "level_embeds", "text_mask"):
             if getattr(network, name) != getattr(student, name):
                 raise ValueError(f"teacher.model {self.model} has another {name} than its student: make them equal")
@@ -80,7 +122,18 @@ class Teacher:
             raise ValueError(
                 f"teacher.model {self.model} and data.size_conditioning {sized} do not fit together: change one of them"
             )
+        if self.pairs:
+            pipe.plan(self.pairs.sampling)
         return TeacherModel(self, pipe)
+
+
+class Lesson(NamedTuple):
+    """What a student learns from: its condition, picture and noise, and a field in place of their target."""
+
+    condition: Condition
+    x0: Tensor  # (b, C, H, W)
+    noise: Tensor  # (b, C, H, W)
+    field: Field | None = None
 
 
 class TeacherModel:
@@ -93,29 +146,56 @@ class TeacherModel:
 
     def __init__(self, teacher: Teacher, pipe: Pipeline) -> None:
         self.teacher, self.pipe = teacher, pipe
+        self.uses = teacher.pairs.uses if teacher.pairs else 1
         self.null: Condition | None = None
 
     def to(self, device: torch.device) -> None:
         """Moves the network to a device and freezes it."""
         self.pipe.network.to(device).requires_grad_(False)
 
-    def guided_field(self, condition: Condition, u: Tensor) -> tuple[Condition, Field]:
-        """The condition of the student, and the guided output of the teacher as the field to learn.
+    def lesson(self, condition: Condition, x0: Tensor, noise: Tensor, u: Tensor, uses: int = 1) -> Lesson:
+        """What a student learns in place of the target of data and noise: the teacher's output, or the teacher's pairs.
 
         Args:
             condition: the condition of the teacher.
+            x0: pictures of the data, (b, C, H, W).
+            noise: (b, C, H, W).
             u: uniform numbers (b,) that draw the guidance scale of each picture.
+            uses: with pairs, so many samples in a row learn the pair of the first of them.
         """
         low, high = self.teacher.range
         scale = low + (high - low) * u
+        told = condition._replace(guidance=scale) if low < high else condition
+        if not self.teacher.pairs:
+            model = self._guided(condition, scale)
+            return Lesson(told, x0, noise, lambda z, t, _, y: model(z, t, None))
+        first = Condition._make(None if part is None else part[::uses] for part in condition)
+        drawn = self.draw(noise[::uses], first, scale[::uses])
+        rows = torch.arange(len(noise), device=noise.device) // uses
+        firsts = rows * uses
+        told = Condition._make(None if part is None else part[firsts] for part in told)
+        return Lesson(told, drawn[rows], noise[firsts])
+
+    @torch.no_grad()
+    def draw(self, noise: Tensor, condition: Condition, scale: Tensor) -> Tensor:
+        """The latents that the teacher makes from noise (b, C, H, W), with the guidance scales (b,)."""
+        assert self.teacher.pairs
+        objective, model = self.pipe.objective, self._guided(condition, scale)
+        walk, times = self.teacher.pairs.sampling.walk(objective, objective.alpha(noise[0, 0].numel()))
+
+        def denoise(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
+            return objective.denoise(model, z, t, None, end)
+
+        return self.pipe.walked(walk, times, denoise, noise)
+
+    def _guided(self, condition: Condition, scale: Tensor) -> Model:
+        """The teacher with guidance of these scales (b,) and this condition, whatever condition it is given."""
         model: Model = self.pipe.network
-        if self.teacher.range != (1, 1):
+        if self.pipe.network.guidance_embeds:
+            condition = condition._replace(guidance=scale)
+        elif self.teacher.range != (1, 1):
             model = ClassifierFree(model, condition.null(self._null(condition)), scale[:, None, None, None])
-
-        def field(z: Tensor, t: Tensor, _: Condition, y: Tensor) -> Tensor:
-            return model(z, t, condition)
-
-        return condition._replace(guidance=scale) if low < high else condition, field
+        return lambda z, t, _, *end: model(z, t, condition, *end)
 
     def _null(self, condition: Condition) -> Condition:
         if self.null is None:
@@ -125,7 +205,23 @@ class TeacherModel:
         pooled = self.null.pooled[:, :-SIZE_FEATURES].expand(len(condition.pooled), -1)  # both halves have equal sizes
         return self.null._replace(pooled=torch.cat([pooled, condition.pooled[:, -SIZE_FEATURES:]], 1))
 
-    def flops(self, z: Tensor, t: Tensor, condition: Condition) -> int:
-        """FLOPs of one guided output."""
-        passes = 1 if self.teacher.range == (1, 1) else 2
-        return passes * forward_flops(skeleton(self.pipe.network), z, t, condition)
+    def flops(self, z: Tensor, t: Tensor, condition: Condition) -> float:
+        """FLOPs of a lesson: one guided output for each sample, or the walks of the pairs."""
+        told = condition._replace(guidance=t) if self.pipe.network.guidance_embeds else condition
+        passes = 1 if self.teacher.range == (1, 1) or self.pipe.network.guidance_embeds else 2
+        walks = self.evaluations() / self.uses if self.teacher.pairs else 1
+        return walks * passes * forward_flops(skeleton(self.pipe.network), z, t, told)
+
+    def evaluations(self) -> int:
+        """How often the walk of a pair evaluates the guided teacher."""
+        assert self.teacher.pairs
+        walk, _ = self.teacher.pairs.sampling.walk(self.pipe.objective)
+        calls = []
+
+        def denoise(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
+            calls.append(t)
+            return Estimate(z, z)
+
+        z = torch.zeros(1, 1, dtype=torch.float64)
+        walk(denoise, z, lambda: z, None)
+        return len(calls)
