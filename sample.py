@@ -41,6 +41,7 @@ from storage.purpose import KEY, check_result
 
 if TYPE_CHECKING:  # slow to import; wrong flags are reported before
     from pipeline import Pipeline
+    from pipeline.sampling import Sampling
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
 RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if not left at their defaults
@@ -182,6 +183,19 @@ def input_pictures(args: Namespace, pipe: "Pipeline") -> dict[str, Any]:
     return given
 
 
+def warn_of_learned(args: Namespace, path: Path, sampling: "Sampling") -> None:
+    """Warns if a LoRA learned other steps or another guidance than those with which it is sampled."""
+    from mmdit.adapters import Adapter
+    from pipeline.folder import INDEX, learned
+
+    updates = [Adapter.parse(text).path for text in args.lora or ()]
+    for update in updates if path.is_file() or (path / INDEX).is_file() else [path, *updates]:
+        told = learned(update)
+        if told and (told[1].steps, told[1].guidance) != (sampling.steps, sampling.guidance):
+            asked, own = (f"{how.steps} steps with guidance {how.guidance:g}" for how in (sampling, told[1]))
+            warnings.warn(f"{update} learned {own}; {asked} are another use of it", stacklevel=2)
+
+
 def parse(argv: list[str]) -> Namespace:
     """The flags of the command without a name, with the defaults of `--like`."""
     args = parser().parse_args(argv)
@@ -219,6 +233,7 @@ def draw(argv: list[str]) -> None:
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
         sampling.check_prompts(given_prompts)
         height, width = given["image"].shape[-2:] if "image" in given else (args.height, args.width)
+        warn_of_learned(args, path, sampling)
         _, _, times = pipe.plan(sampling, args.shift, height, width, given.get("strength", 1.0))
         if args.negative and pipe.network.guidance_embeds:
             raise ValueError("--negative has no effect on a network that has learned its guidance: leave it out")

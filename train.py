@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer, generator, data = build(config, base)
             model = generator.writer.folder
             shapes = {name: tensor.shape for name, tensor in generator.network_state().items()}
-            teachers = {str(t.model): fingerprint(find_model(t.model)) for t in [config.teacher] if t}
+            teachers = {str(t.model): fingerprint(find_model(t.model)) for t in [config.teacher] if t and t.model}
             newest = Checkpoints(run.folder / CHECKPOINTS).newest()
             if command != "fit" and newest is None:
                 raise FileNotFoundError(f"{run.folder} holds no checkpoint: train this config first")

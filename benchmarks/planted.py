@@ -302,20 +302,38 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("tokens[self.strong].detach()", "tokens[self.strong]"),
         ("(1 - similarity.mean(1))", "(1 - similarity.abs().mean(1))"),
     ],
-    ("training/teacher.py", "training_students training_teacher training_pairs"): [
+    ("training/teacher.py", "training_students training_teacher"): [
         ("low + (high - low) * u", "low + high * u"),
         ("passes = 1 if self.teacher.range == (1, 1) or", "passes = 1 if True or"),
+        ("condition.pooled[:, -SIZE_FEATURES:]], 1)", "condition.pooled[:, -SIZE_FEATURES:] * 0], 1)"),
+    ],
+    ("training/teacher.py", "training_pairs"): [
         ("self.evaluations() / self.uses", "self.evaluations()"),
         ("drawn[rows], noise[firsts]", "drawn[rows], noise"),
         ("None if part is None else part[firsts] for part in told", "part for part in told"),
         ("scale[::uses])", "scale[: len(first.pooled)])"),
         ("condition = condition._replace(guidance=scale)", "condition = condition._replace(guidance=1 + 0 * scale)"),
         ("objective.alpha(noise[0, 0].numel())", "1.0"),
-        ("condition.pooled[:, -SIZE_FEATURES:]], 1)", "condition.pooled[:, -SIZE_FEATURES:] * 0], 1)"),
+    ],
+    ("training/teacher.py", "training_finetune"): [
+        ("lora.off(self.pipe.network) if self.bare", "nullcontext() if self.bare"),
+        ("network, process = student, process_of(Path(base))[0]", "network, process = student, objective"),
+    ],
+    ("mmdit/lora.py", "training_finetune"): [
+        ("layer.enable_adapters(True)", "pass"),
+    ],
+    ("pipeline/folder.py", "training_finetune"): [
+        ("parts = parts._replace(objective=told[0], sampling=told[1])", "pass"),
+        ("{} if own == describe_process(", "{} if False and own == describe_process("),
+    ],
+    ("pipeline/__main__.py", "training_finetune"): [
+        ("if key == lora.PROCESS}", "if key != lora.PROCESS}"),
+    ],
+    ("training/generator.py", "training_pairs"): [
+        ("self.teacher.uses if self.teacher else 1)", "1)"),
     ],
     ("training/generator.py", "training_generator"): [
         ("self.loss_of(self.ema.main, lesson,", "self.loss_of(self.network, lesson,"),
-        ("self.teacher.uses if self.teacher else 1)", "1)"),
         ("stream(self.run.seed, Use.TIME, batch.step)", "stream(self.run.seed, Use.TIME)"),
         ("[:, batch.positions]", "[:, : len(batch.positions)]"),
         ("(i + 0.5) / VALIDATION_TIMES, device", "i / VALIDATION_TIMES, device"),

@@ -64,10 +64,10 @@ def convert(weights: Weights, to: str, settings: Mapping[str, Any] | None = None
     return state
 
 
-def write_lora(state: Mapping[str, Tensor], to: str, out: Path) -> None:
-    """Writes what `convert` returns: a file, for PEFT a folder. OSError on failure."""
+def write_lora(state: Mapping[str, Tensor], to: str, out: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Writes what `convert` returns, and notes in its metadata: a file, for PEFT a folder. OSError on failure."""
     if to != "peft":
-        write_tensors(state, out)
+        write_tensors(state, out, notes)
         return
     ranks = {
         name.removeprefix(DIALECTS["PEFT"].prefix).removesuffix(".lora_A.weight"): len(tensor)
@@ -83,7 +83,7 @@ def write_lora(state: Mapping[str, Tensor], to: str, out: Path) -> None:
 
     def fill(folder: Path) -> None:
         commit_json(folder / lora.CONFIG, config)
-        write_tensors(state, folder / FILES[1])
+        write_tensors(state, folder / FILES[1], notes)
         write_checksums(folder, [folder / lora.CONFIG, folder / FILES[1]])
 
     replace_folder(out, fill)

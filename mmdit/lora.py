@@ -4,7 +4,8 @@ One of our linear layers may be several of diffusers' layers concatenated. To sa
 these layers and A is repeated for each. Files of other tools are merged by `mmdit.adapters`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,6 +19,7 @@ from storage.files import commit_json
 from storage.weights import shorten, write_tensors
 
 FILE, CONFIG, PREFIX = "pytorch_lora_weights.safetensors", "adapter_config.json", "transformer."
+PROCESS = "mmdit.process"  # in the file's metadata: how a LoRA is sampled, if otherwise than its base
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,26 @@ def add(network: MMDiT, lora: LoRA) -> None:
             parameter.data = parameter.data.float()  # small steps would round to nothing in half precision
 
 
-def layers(network: MMDiT) -> Iterator[tuple[str, Any]]:
+def layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers with updates, peft's `LoraLayer`s, and their names."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in network.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
+
+
+@contextmanager
+def off(network: nn.Module) -> Iterator[None]:
+    """Within it the network is its base alone."""
+    held = [layer for _, layer in layers(network)]
+    for layer in held:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in held:
+            layer.enable_adapters(True)
 
 
 def export(network: MMDiT) -> dict[str, Tensor]:
@@ -82,14 +97,15 @@ def export(network: MMDiT) -> dict[str, Tensor]:
     return theirs
 
 
-def save(network: MMDiT, folder: Path, base: str) -> None:
+def save(network: MMDiT, folder: Path, base: str, notes: Mapping[str, str] | None = None) -> None:
     """Writes the updates so that diffusers' `load_lora_weights(folder)` reads them. OSError on failure.
 
     Args:
         network: a network with updates.
         folder: the output folder.
         base: path or name of the model that the updates belong to, stored in the folder's config.
+        notes: further metadata of the file, such as PROCESS.
     """
     commit_json(folder / CONFIG, {"peft_type": "LORA", "base_model_name_or_path": base})
-    write_tensors(export(network), folder / FILE)
+    write_tensors(export(network), folder / FILE, notes)
     write_checksums(folder, [folder / CONFIG, folder / FILE])

@@ -42,12 +42,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "convert":
             if args.out.exists():
                 raise ValueError(f"{args.out} exists: choose another --out")
-            from mmdit.adapters import opened  # slow
+            from mmdit import lora  # slow
+            from mmdit.adapters import opened
             from mmdit.convert import convert, write_lora
 
             weights, settings = opened(args.lora)
             state = convert(weights, args.to, settings)
-            write_lora(state, args.to, args.out)
+            notes = {key: text for key, text in weights.metadata.items() if key == lora.PROCESS}
+            write_lora(state, args.to, args.out, notes)
             print(f"{args.out}: {len(state)} tensors")
             return
         path = find_model(args.model)

@@ -1,5 +1,6 @@
 """The model on disk: a folder in diffusers' SD3 layout, a released single file, or a LoRA on top of either."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from pipeline.networks import format_of
 from pipeline.sampling import Sampling
 from storage.checksums import verify, write_checksums
 from storage.files import commit_json, replace_folder
-from storage.text import read_json
+from storage.text import parse_json, read_json
 from storage.weights import DType, open_file
 
 INDEX = "model_index.json"
@@ -124,6 +125,9 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
                 f"{path} is a {type(parts.network).__name__}, and only an MMDiT takes a LoRA: leave it out"
             )
         adapters.merge(parts.network, updates)
+        for update in updates:
+            if told := learned(update.path):
+                parts = parts._replace(objective=told[0], sampling=told[1])
     return parts
 
 
@@ -176,10 +180,7 @@ def _read_file(file: Path, options: LoadOptions) -> Parts:
     codec_dtype = None if options.dtype == "stored" else dtype
     codec = VAE(file, codec_dtype) if with_vae else load_codec(options.parts / "vae", codec_dtype)
     text = _triple(options.parts, network.text_dim, network.pooled_dim, options, dtype, file)
-    if (options.parts / SCHEDULER).is_file():
-        objective, sampling = read_process(options.parts / SCHEDULER)
-    else:
-        objective, sampling = Objective(shift=RELEASED_SHIFT), Sampling(spacing="flow_match")
+    objective, sampling = process_of(options.parts)
     return Parts(network, objective, codec.to(options.device), text, sampling)
 
 
@@ -190,6 +191,26 @@ def _triple(
         folder, tokens_dim, pooled_dim, options.max_sequence_length, options.text_dtype or dtype,
         options.text_device or options.device, file, options.text_cache,
     )  # fmt: skip
+
+
+def process_of(path: Path) -> tuple[Objective, Sampling]:
+    """Objective and sampling of a model folder; those of the released models for a file, which does not hold them."""
+    if (path / SCHEDULER).is_file():
+        return read_process(path / SCHEDULER)
+    return Objective(shift=RELEASED_SHIFT), Sampling(spacing="flow_match")
+
+
+def process_note(objective: Objective, sampling: Sampling, base: Path) -> dict[str, str]:
+    """The metadata of a LoRA's file that say how it is sampled; empty if as its base."""
+    own = describe_process(objective, sampling)
+    return {} if own == describe_process(*process_of(base)) else {lora.PROCESS: json.dumps(own)}
+
+
+def learned(path: Path) -> tuple[Objective, Sampling] | None:
+    """How a LoRA is sampled by its own metadata; None if they do not say. ValueError if they are damaged."""
+    file = adapters.find(path)
+    note = open_file(file, unwrap=False).metadata.get(lora.PROCESS)
+    return None if note is None else _restored(parse_json(note, file), file)
 
 
 def read_process(file: Path) -> tuple[Objective, Sampling]:
@@ -207,6 +228,13 @@ def read_process(file: Path) -> tuple[Objective, Sampling]:
             raise ValueError(f"{file} sets {', '.join(unsupported)}, which no Stable Diffusion 3 uses: remove it")
         config |= {"path": {"class": "RectifiedFlow"}, "target": {"class": "Velocity"}, "variance": None}
         config |= {"shift": config.get("shift", 1.0), "sampling": {"spacing": "flow_match"}}
+    return _restored(config, file)
+
+
+def _restored(config: Any, file: Path) -> tuple[Objective, Sampling]:
+    """Objective and sampling that `describe_process` described. ValueError, naming the file, if it did not."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no description of a process: save it again")
     if missing := sorted(OURS - config.keys()):
         raise ValueError(f"{file} lacks {', '.join(missing)}: another program or version wrote it; export it anew")
     try:

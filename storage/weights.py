@@ -240,16 +240,22 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return content.hexdigest()
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, notes: Mapping[str, str] | None = None) -> None:
     """Writes one safetensors file atomically, with a seal. The tensors may be views that do not overlap.
+
+    Args:
+        tensors: name → tensor.
+        file: the file.
+        notes: further metadata of its header, ASCII.
 
     Raises:
         OSError: it cannot be written; an older file stays.
     """
+    metadata = METADATA | dict(notes or {})
 
     def write(part: Path) -> None:
         try:
-            save_file(dict(tensors), part, metadata=METADATA)
+            save_file(dict(tensors), part, metadata=metadata)
         except SafetensorError as error:  # its own error if the disk is full
             raise OSError(str(error)) from error
         umask = os.umask(0)
@@ -257,7 +263,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         part.chmod(0o666 & ~umask)  # safetensors makes the file readable by its owner only
         with part.open("r+b") as opened:  # safetensors writes the metadata in a random order
             opened.seek(8)
-            opened.write(json.dumps({"__metadata__": METADATA}, separators=(",", ":")).encode()[:-1])
+            opened.write(json.dumps({"__metadata__": metadata}, separators=(",", ":")).encode()[:-1])
         seal(part)
 
     commit_path(file, write)

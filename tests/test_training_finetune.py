@@ -1,6 +1,7 @@
 """Training from a released model, in full and by low-rank updates, with the configs that are shipped for it."""
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,22 @@ from safetensors.torch import load_file
 from trials import assert_same, state
 
 import encode
+import sample
 import train
+from flow.guidance import ClassifierFree
+from flow.objective import Estimate
 from mmdit import checkpoint, lora
+from mmdit.network import Condition
 from pipeline import LoadOptions, Pipeline
+from pipeline.__main__ import main
+from pipeline.folder import learned
+from pipeline.sampling import Sampling
+from training import experiment
+from training.build import build, lora_base
 from training.generator import Generator
 
 ROOT = Path(__file__).parents[1]
-FINETUNE, LORA = ROOT / "configs/sd3/finetune.yaml", ROOT / "configs/sd3/lora.yaml"
+FINETUNE, LORA, FEWSTEP = (ROOT / f"configs/sd3/{name}.yaml" for name in ("finetune", "lora", "fewstep-lora"))
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +174,77 @@ def test_bad_input_ends_in_one_line(
     assert message in lines[0]
     assert len(lines[0]) < 250
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lora_learns_its_base_s_pairs_and_says_how_it_is_sampled(base: Path, store: Path, tmp_path: Path) -> None:
+    """Without a second network: the teacher is the network without its updates."""
+    flags = ["--teacher.pairs.steps", "2", "--lora.rank", "4", "--sampling.steps", "3", "--optimization.lr", "0.1"]
+    fit(base, store, tmp_path / "run", *flags, configs=(FINETUNE, LORA, FEWSTEP))
+    moved = tmp_path / "student.safetensors"
+    shutil.copyfile(tmp_path / "run/lora" / lora.FILE, moved)
+    main(["convert", str(moved), "--to", "kohya", "--out", str(tmp_path / "kohya.safetensors")])
+    ways = [(tmp_path / "run", ()), (base, (str(moved),)), (base, (str(tmp_path / "kohya.safetensors"),))]
+    drawn = []
+    for path, updates in ways:
+        pipe = Pipeline.load(path, LoadOptions(lora=updates))
+        assert (pipe.sampling.steps, pipe.sampling.guidance, pipe.sampling.spacing) == (3, 1.0, "trailing")
+        assert pipe.shift() == 1.0
+        drawn.append(pipe(["a seven"], [0], height=64, width=64))
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(drawn[2], drawn[0], rtol=0, atol=1e-4)
+    pipe = StableDiffusion3Pipeline.from_pretrained(base)
+    pipe.load_lora_weights(moved.parent, weight_name=moved.name)
+
+    argv = ["--prompt", "a seven", "--height", "64", "--width", "64", "--out", str(tmp_path / "samples")]
+    with warnings.catch_warnings(record=True) as told:
+        sample.main([*argv, "--model", str(base), "--lora", str(moved)])
+    assert not any("learned" in str(warning.message) for warning in told)
+    for flags in (["--model", str(tmp_path / "run")], ["--model", str(base), "--lora", f"{moved}:0.5"]):
+        with pytest.warns(UserWarning, match="learned 3 steps with guidance 1; 2 steps with guidance 1"):
+            sample.main([*argv, *flags, "--steps", "2"])
+
+
+def test_the_base_s_pairs_are_those_of_the_base_whatever_the_updates(base: Path, store: Path, tmp_path: Path) -> None:
+    argv = [*settings(base, store, (FINETUNE, LORA, FEWSTEP), tmp_path / "run", 4), "--teacher.pairs.steps", "2"]
+    parser = experiment.parser("")
+    config = parser.parse_args(argv)
+    config.encode, named = None, lora_base(config)
+    _, generator, data = build(parser.instantiate(config), named)
+    assert generator.teacher
+    for name, parameter in generator.network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    lesson = generator.lesson(batch, torch.zeros(len(batch.x0)))
+    pipe = Pipeline.load(base)
+    how = Sampling(2, 4.5, spacing="flow_match")
+    condition = Condition(batch.text, batch.pooled)
+    walk, _ = how.walk(pipe.objective, pipe.objective.alpha(batch.x0[0, 0].numel()))
+    guided = ClassifierFree(pipe.network, generator.pipeline.condition([""]), 4.5)
+
+    def denoise(z: torch.Tensor, t: torch.Tensor) -> Estimate:
+        return pipe.objective.denoise(guided, z, t, condition)
+
+    with torch.no_grad():
+        wanted = walk(denoise, batch.noise, lambda: batch.noise, None)
+    torch.testing.assert_close(lesson.x0, wanted, rtol=1e-3, atol=1e-3)
+    trained = [name for name, p in generator.network.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    generator.loss_of(generator.network, lesson, torch.full((len(batch.x0),), 0.5)).mean().backward()
+    assert all(p.grad is not None for p in generator.network.parameters() if p.requires_grad)
+
+
+def test_a_lora_that_is_sampled_like_its_base_says_nothing(base: Path, store: Path, tmp_path: Path) -> None:
+    fit(base, store, tmp_path / "run", "--lora.rank", "4", "--sampling.steps", "28", configs=(FINETUNE, LORA))
+    assert learned(tmp_path / "run/lora") is None
+
+
+def test_a_damaged_note_on_sampling_ends_in_one_line(base: Path, tmp_path: Path) -> None:
+    network = Pipeline.load(base).network
+    lora.add(network, lora.LoRA(2))
+    for i, note in enumerate(('{"shift": 1}', "[]", "no JSON", '{"shift": "x", "path": {}, "target": {}}')):
+        lora.save(network, tmp_path / str(i), str(base), {lora.PROCESS: note})
+        with pytest.raises(ValueError, match="pytorch_lora_weights") as fault:
+            Pipeline.load(tmp_path / str(i))
+        assert "\n" not in str(fault.value)

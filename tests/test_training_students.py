@@ -261,7 +261,7 @@ def test_a_store_of_no_pairs_is_no_coupling(
         ("guidance", ["--teacher.guidance", "[3.0, 1.0]"], "or two that rise"),
         ("guidance", ["--teacher.guidance", "3.0"], "need each other"),
         ("guidance", ["--codec.shift", "0.2"], "has another codec"),
-        ("reflow-online", ["--teacher.model", "null"], "arguments are required: model"),
+        ("reflow-online", ["--teacher.model", "null"], "only a LoRA can learn without one"),
         ("reflow-online", ["--teacher.pairs.sampler", "ddpm"], "ddpm draws noise on the way: take euler"),
         ("reflow-online", ["--teacher.pairs.sampler", "meanflow"], "needs a network of two times"),
         ("reflow-online", ["--teacher.pairs.steps", "0"], "steps must be at least 1"),

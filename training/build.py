@@ -79,7 +79,7 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
         needed = getattr(data, name)
         if getattr(network, name) != needed:
             raise ValueError(f"network.{name} is {getattr(network, name)}, but the data need {needed}: make them equal")
-    teacher = config.teacher and config.teacher.load(objective, codec, text, network, data.sized)
+    teacher = config.teacher and config.teacher.load(objective, codec, text, network, data.sized, base)
     if config.teacher and config.teacher.pairs:
         if data.paired:
             raise ValueError("the data are pairs already: give a store of pictures, or leave out teacher.pairs")

@@ -15,6 +15,7 @@ from mmdit import lora
 from mmdit.model import MMDiT
 from mmdit.network import Network
 from pipeline import Pipeline
+from pipeline.folder import process_note
 from storage.files import replace_folder
 from training.run_folder import MODELS
 
@@ -39,7 +40,8 @@ class ModelWriter:
             Pipeline(network, *self.parts[1:]).save(folder)
         else:
             updated, base = cast(MMDiT, network), self.base
-            replace_folder(folder, lambda new: lora.save(updated, new, base))
+            notes = process_note(self.parts.objective, self.parts.sampling, Path(base))
+            replace_folder(folder, lambda new: lora.save(updated, new, base, notes))
 
     def network_with(self, weights: Mapping[str, Tensor]) -> Network:
         """A copy of the trained network with these weights. In a LoRA training the others have no values."""

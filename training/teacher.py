@@ -1,6 +1,7 @@
 """Distillation: a student learns the output of a teacher, or the pictures that the teacher makes from its noise."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,10 @@ from engine.flops import forward_flops
 from engine.strategy import skeleton
 from flow.guidance import ClassifierFree
 from flow.objective import Estimate, Field, Model, Objective
+from mmdit import lora
 from mmdit.network import Condition, Network
 from pipeline import LoadOptions, Pipeline
-from pipeline.folder import read_network
+from pipeline.folder import process_of, read_network
 from pipeline.sampling import Sampling
 from storage.models import find_model
 
@@ -68,14 +70,14 @@ class Teacher:
     """A model whose output is learned, in place of the target of picture and noise.
 
     Args:
-        model: a model folder or a run's folder.
+        model: a model folder or a run's folder. For a LoRA none means its base: the network itself without its updates.
         guidance: scale of the teacher's guidance, which the student learns with one call of its network. Two numbers
             are the ends of a range: each picture draws a scale, and the student needs guidance_embeds, which receive
             the scale.
         pairs: learn the teacher's pictures of the noise, in place of its output at points between the data and noise.
     """
 
-    model: Path
+    model: Path | None = None
     guidance: float | tuple[float, float] = 1.0
     pairs: Pairs | None = None
 
@@ -90,14 +92,57 @@ class Teacher:
         return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
 
     def load(
-        self, objective: Objective, codec: Codec, text: TextEncoder, student: Network, sized: bool
+        self,
+        objective: Objective,
+        codec: Codec,
+        text: TextEncoder,
+        student: Network,
+        sized: bool,
+        base: str | None = None,
     ) -> "TeacherModel":
         """Loads the model, with the training's codec and text encoders.
+
+        Args:
+            objective: what the student learns.
+            codec: of the training.
+            text: of the training.
+            student: the network.
+            sized: whether it is told sizes.
+            base: the model that the student is a LoRA of.
 
         Raises:
             ValueError: the student cannot learn the model's output.
             FileNotFoundError: there is no model.
         """
+        if self.model:
+            network, process = self._read(codec, text)
+        elif base:
+            network, process = student, process_of(Path(base))[0]
+        else:
+            raise ValueError("teacher.model is missing: only a LoRA can learn without one, from its own base")
+        named = f"teacher.model {self.model or base}"
+        for name in ("path", "target"):
+            theirs, ours = (each.describe()[name] for each in (process, objective))
+            if theirs != ours:
+                raise ValueError(
+                    f"{named} learned another {name}: {theirs['class']}, not {ours['class']}: "
+                    f"set objective.{name} to the teacher's"
+                )
+        if process.outputs > 1:
+            raise ValueError(f"{named} has learned a variance: choose a teacher without")
+        for name in ("picture_channels", "level_embeds", "text_mask"):
+            if getattr(network, name) != getattr(student, name):
+                raise ValueError(f"{named} has another {name} than its student: make them equal")
+        pipe = Pipeline(network, process, codec, text)
+        if pipe.sized != sized:
+            raise ValueError(f"{named} and data.size_conditioning {sized} do not fit together: change one of them")
+        if self.pairs:
+            pipe.plan(self.pairs.sampling)
+        return TeacherModel(self, pipe, bare=self.model is None)
+
+    def _read(self, codec: Codec, text: TextEncoder) -> tuple[Network, Objective]:
+        """Network and objective of the model's folder, which must have this codec and these text encoders."""
+        assert self.model
         folder = find_model(self.model)
         network, process, own = read_network(folder, LoadOptions(dtype="stored"))
         codecs = [{name: value for name, value in c.fingerprint().items() if name != "dtype"} for c in (own, codec)]
@@ -105,26 +150,7 @@ class Teacher:
             raise ValueError(f"teacher.model {self.model} has another codec than the training: use its codec")
         if isinstance(text, CLIPText) and CLIPText(folder).fingerprint() != text.fingerprint():
             raise ValueError(f"teacher.model {self.model} has other text encoders than the training: use its encoders")
-        for name in ("path", "target"):
-            theirs, ours = (each.describe()[name] for each in (process, objective))
-            if theirs != ours:
-                raise ValueError(
-                    f"teacher.model {self.model} learned another {name}: {theirs['class']}, not {ours['class']}: "
-                    f"set objective.{name} to the teacher's"
-                )
-        if process.outputs > 1:
-            raise ValueError(f"teacher.model {self.model} has learned a variance: choose a teacher without")
-        for name in ("picture_channels", "level_embeds", "text_mask"):
-            if getattr(network, name) != getattr(student, name):
-                raise ValueError(f"teacher.model {self.model} has another {name} than its student: make them equal")
-        pipe = Pipeline(network, process, codec, text)
-        if pipe.sized != sized:
-            raise ValueError(
-                f"teacher.model {self.model} and data.size_conditioning {sized} do not fit together: change one of them"
-            )
-        if self.pairs:
-            pipe.plan(self.pairs.sampling)
-        return TeacherModel(self, pipe)
+        return network, process
 
 
 class Lesson(NamedTuple):
@@ -142,16 +168,22 @@ class TeacherModel:
     Args:
         teacher: its settings.
         pipe: the model.
+        bare: its network is the student, whose updates are left out for the teacher.
+
+    Attributes:
+        uses: samples in a row that learn one pair in training.
     """
 
-    def __init__(self, teacher: Teacher, pipe: Pipeline) -> None:
-        self.teacher, self.pipe = teacher, pipe
+    def __init__(self, teacher: Teacher, pipe: Pipeline, bare: bool = False) -> None:
+        self.teacher, self.pipe, self.bare = teacher, pipe, bare
         self.uses = teacher.pairs.uses if teacher.pairs else 1
         self.null: Condition | None = None
+        self.shapes = skeleton(pipe.network)
 
     def to(self, device: torch.device) -> None:
-        """Moves the network to a device and freezes it."""
-        self.pipe.network.to(device).requires_grad_(False)
+        """Moves a network of its own to a device and freezes it."""
+        if not self.bare:
+            self.pipe.network.to(device).requires_grad_(False)
 
     def lesson(self, condition: Condition, x0: Tensor, noise: Tensor, u: Tensor, uses: int = 1) -> Lesson:
         """What a student learns in place of the target of data and noise: the teacher's output, or the teacher's pairs.
@@ -195,7 +227,12 @@ class TeacherModel:
             condition = condition._replace(guidance=scale)
         elif self.teacher.range != (1, 1):
             model = ClassifierFree(model, condition.null(self._null(condition)), scale[:, None, None, None])
-        return lambda z, t, _, *end: model(z, t, condition, *end)
+
+        def guided(z: Tensor, t: Tensor, _: object, *end: Tensor) -> Tensor:
+            with lora.off(self.pipe.network) if self.bare else nullcontext():
+                return model(z, t, condition, *end)
+
+        return guided
 
     def _null(self, condition: Condition) -> Condition:
         if self.null is None:
@@ -210,7 +247,7 @@ class TeacherModel:
         told = condition._replace(guidance=t) if self.pipe.network.guidance_embeds else condition
         passes = 1 if self.teacher.range == (1, 1) or self.pipe.network.guidance_embeds else 2
         walks = self.evaluations() / self.uses if self.teacher.pairs else 1
-        return walks * passes * forward_flops(skeleton(self.pipe.network), z, t, told)
+        return walks * passes * forward_flops(self.shapes, z, t, told)
 
     def evaluations(self) -> int:
         """How often the walk of a pair evaluates the guided teacher."""
