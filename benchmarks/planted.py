@@ -400,7 +400,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("None if self.objective.outputs == 1 else self.codec.channels", "None"),
     ],
     ("pipeline/__init__.py", "fewstep_pipeline"): [
-        ("walk(denoise, first * z.to(self.device)", "walk(denoise, z.to(self.device)"),
+        ("walk(denoise, first * z,", "walk(denoise, z,"),
     ],
     ("pipeline/sampling.py", "pipeline_sampling"): [
         ("int(self.steps - self.steps * strength)", "round(self.steps - self.steps * strength)"),
