@@ -223,7 +223,6 @@ def draw(argv: list[str]) -> None:
         prompts = [prompt for prompt in given_prompts for _ in range(args.num_images)]
         if found := weighted([*given_prompts, args.negative]):
             warnings.warn(f"weights as in {found!r} are text like any other: no word is stressed", stacklevel=1)
-        args.out.mkdir(parents=True, exist_ok=True)
         from pipeline import LoadOptions, Pipeline
         from pipeline.drawing import draw_files, entries_in
 
@@ -243,6 +242,7 @@ def draw(argv: list[str]) -> None:
             if not isinstance(pipe.codec, VAE):
                 raise ValueError("--vae-tiling and --vae-slicing need a model with a VAE: leave them out")
             pipe.codec.save_memory(args.vae_tiling, args.vae_slicing)
+        args.out.mkdir(parents=True, exist_ok=True)
     notes: dict[str, Any] = {
         "negative": args.negative,
         **asdict(sampling),
