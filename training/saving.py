@@ -32,6 +32,7 @@ class ModelWriter:
     def __init__(self, pipeline: Pipeline, run_folder: Path, base: str | None) -> None:
         self.network, self.parts, self.base = skeleton(pipeline.network), pipeline.parts, base
         self.folder = run_folder / MODELS[base is not None]
+        self.notes = process_note(pipeline.objective, pipeline.sampling, Path(base)) if base else {}
 
     def write(self, weights: Mapping[str, Tensor], folder: Path | None = None) -> None:
         """Writes these weights. The folder None means the run's model. OSError if it cannot be written."""
@@ -40,8 +41,7 @@ class ModelWriter:
             Pipeline(network, *self.parts[1:]).save(folder)
         else:
             updated, base = cast(MMDiT, network), self.base
-            notes = process_note(self.parts.objective, self.parts.sampling, Path(base))
-            replace_folder(folder, lambda new: lora.save(updated, new, base, notes))
+            replace_folder(folder, lambda new: lora.save(updated, new, base, self.notes))
 
     def network_with(self, weights: Mapping[str, Tensor]) -> Network:
         """A copy of the trained network with these weights. In a LoRA training the others have no values."""
