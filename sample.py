@@ -193,7 +193,7 @@ def warn_of_learned(args: Namespace, path: Path, sampling: "Sampling") -> None:
         told = learned(update)
         if told and (told[1].steps, told[1].guidance) != (sampling.steps, sampling.guidance):
             asked, own = (f"{how.steps} steps with guidance {how.guidance:g}" for how in (sampling, told[1]))
-            warnings.warn(f"{update} learned {own}; {asked} are another use of it", stacklevel=2)
+            warnings.warn(f"{update} learned {own}, not {asked}: pictures may be worse", stacklevel=2)
 
 
 def parse(argv: list[str]) -> Namespace:

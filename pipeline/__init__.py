@@ -210,8 +210,7 @@ class Pipeline:
         """
         sampling = sampling or self.sampling
         walk, times = sampling.walk(self.objective, self.shift(), backward=backward)
-        if sampling.stochastic:
-            raise ValueError(f"sampler {sampling.sampler} draws noise on the way: take euler, heun or dpmpp_2m")
+        sampling.refuse_noise()
         self.plan(sampling)
         return self.walked(walk, times, self.denoiser(prompts, "", sampling, times), z.to(self.device))
 

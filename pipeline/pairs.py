@@ -123,8 +123,7 @@ class PairMaker:
         self.latent, _, _ = pipe.plan(how.sampling)
         height, width = (side * pipe.codec.factor for side in self.latent)
         self.size = height, width
-        if how.sampling.stochastic:
-            raise ValueError(f"sampler {how.sampling.sampler} draws noise on the way: take euler, heun or dpmpp_2m")
+        how.sampling.refuse_noise()
         if how.inverted:
             captions.check_invertible((height, width), pipe.codec.fingerprint())
             how.sampling.walk(pipe.objective, pipe.shift(), backward=True)

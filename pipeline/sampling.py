@@ -96,6 +96,11 @@ class Sampling:
         """Whether the sampler can draw noise between its steps."""
         return "noise" in inspect.signature(SAMPLERS[self.method]).parameters
 
+    def refuse_noise(self) -> None:
+        """ValueError if the sampler can draw noise between its steps."""
+        if self.stochastic:
+            raise ValueError(f"sampler {self.sampler} draws noise on the way: take euler, heun or dpmpp_2m")
+
     def walk(
         self, objective: Objective, shift: float | None = None, strength: float = 1.0, backward: bool = False
     ) -> tuple[Walk, Tensor]:

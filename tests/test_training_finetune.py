@@ -200,7 +200,7 @@ def test_a_lora_learns_its_base_s_pairs_and_says_how_it_is_sampled(base: Path, s
         sample.main([*argv, "--model", str(base), "--lora", str(moved)])
     assert not any("learned" in str(warning.message) for warning in told)
     for flags in (["--model", str(tmp_path / "run")], ["--model", str(base), "--lora", f"{moved}:0.5"]):
-        with pytest.warns(UserWarning, match="learned 3 steps with guidance 1; 2 steps with guidance 1"):
+        with pytest.warns(UserWarning, match="learned 3 steps with guidance 1, not 2 steps with guidance 1"):
             sample.main([*argv, *flags, "--steps", "2"])
 
 

@@ -48,10 +48,7 @@ class Pairs:
     def __post_init__(self) -> None:
         if self.uses < 1:
             raise ValueError(f"teacher.pairs.uses must be at least 1, got {self.uses}")
-        if self.sampling.stochastic:
-            raise ValueError(
-                f"teacher.pairs.sampler {self.sampler} draws noise on the way: take euler, heun or dpmpp_2m"
-            )
+        self.sampling.refuse_noise()
 
     @property
     def sampling(self) -> Sampling:
