@@ -333,7 +333,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.teacher.uses if self.teacher else 1)", "1)"),
     ],
     ("training/generator.py", "training_generator"): [
-        ("self.loss_of(self.ema.main, lesson,", "self.loss_of(self.network, lesson,"),
+        ("lesson.loss(self.objective, self.ema.main, t)", "lesson.loss(self.objective, self.network, t)"),
         ("stream(self.run.seed, Use.TIME, batch.step)", "stream(self.run.seed, Use.TIME)"),
         ("[:, batch.positions]", "[:, : len(batch.positions)]"),
         ("(i + 0.5) / VALIDATION_TIMES, device", "i / VALIDATION_TIMES, device"),

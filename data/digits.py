@@ -66,6 +66,15 @@ def captions(label: int, templates: Iterable[str]) -> list[str]:
     return [template.format(word=WORDS[label], numeral=label) for template in templates]
 
 
+def asked_for(caption: str) -> int:
+    """The digit that a caption names, as a word or a numeral. ValueError unless it names exactly one."""
+    words = caption.replace(",", " ").split()
+    named = [label for label in range(10) if WORDS[label] in words or str(label) in words]
+    if len(named) != 1:
+        raise ValueError(f"the caption {caption!r} does not name one digit: write it like 'a handwritten seven'")
+    return named[0]
+
+
 def enlarged(pixels: Tensor, side: int, channels: int) -> Tensor:
     """Digits (N, 1, 8, 8) as (N, channels, side, side), side ≥ 8, by bicubic interpolation; unchanged for side 8."""
     if side != SIDE:

@@ -50,6 +50,7 @@ class CaptionedDigits(Dataset[Batch]):
         self.labels = labels.numpy()
         self.templates = len(templates)
         captions = ["", *(c for label in range(10) for c in digits.captions(label, templates))]
+        self.captions = captions
         self.tokens, self.pooled = (part.cpu() for part in text.encode(captions))  # row 0 is the null condition
         self.mask = text.mask(captions) if text_mask else None
         self.pictures = None
@@ -66,6 +67,7 @@ class CaptionedDigits(Dataset[Batch]):
             share.step, share.positions, self.latents[share.samples], noise, self.tokens[rows], self.pooled[rows],
             mask=None if self.mask is None else self.mask[rows],
             picture=None if self.pictures is None else self.pictures[share.samples],
+            prompts=[self.captions[row] for row in rows],
         )  # fmt: skip
 
 
@@ -156,11 +158,15 @@ class Data(L.LightningDataModule):
         picture_channels: of the pictures to work from, in latents; 0 is none.
         level_embeds: these have noise of different levels.
         paired: each picture was made from its noise.
+        judged: set to be given the captions in words, too.
+        dropout: the largest share of captions that are dropped, for any encoder.
     """
 
     picture_channels: int = 0
     level_embeds: bool = False
     paired: bool = False
+    judged: bool = False
+    dropout: float = 0.0
 
     def __init__(
         self,
@@ -258,6 +264,7 @@ class Digits(Data):
         if side < digits.SIDE or side % codec.factor:
             raise ValueError(f"data.side must be a multiple of {codec.factor} and at least 8, got {side}")
         self.caption_dropout, self.degrade = caption_dropout, degrade
+        self.dropout = caption_dropout
         if degrade:
             degrade.smaller(torch.empty(1, 1, side, side))  # a factor that does not fit should fail now
             self.picture_channels, self.level_embeds = codec.channels, degrade.noise > 0
@@ -364,6 +371,7 @@ class Stored(Data):
         if not 1 <= held_out < len(main):
             raise ValueError(f"data.held_out must be from 1 to below the store's {len(main)} samples, got {held_out}")
         self.caption_dropout, self.encoder_dropout, self.before = caption_dropout, encoder_dropout, before
+        self.dropout = max(caption_dropout, encoder_dropout)
         self.apart = stored.held_out(main, held_out)
         self.pools = [stored.divided(opened, self.apart, False) for opened in self.stores]
         for opened, pool in zip(self.stores, self.pools, strict=True):
@@ -392,7 +400,7 @@ class Stored(Data):
         rank, world = self._place()
         data = stored.TrainingSamples(
             self.stores, len(self.text.slots), self.sized, self._mask(), self.seed, self.batch_size,
-            self.caption_dropout, self.encoder_dropout,
+            self.caption_dropout, self.encoder_dropout, self.judged,
         )  # fmt: skip
         lengths = [*(stage.steps for stage in self.before), None]
         batches = [GlobalBatches(pool, self.batch_size, self.seed, 0, rank, world) for pool in self.pools]
@@ -401,7 +409,7 @@ class Stored(Data):
     def val_dataloader(self) -> DataLoader:
         """The held-out samples of the main store, once each."""
         rank, world = self._place()
-        data = stored.ValidationSamples(self.stores[-1:], len(self.text.slots), self.sized, self._mask())
+        data = stored.ValidationSamples(self.stores[-1:], len(self.text.slots), self.sized, self._mask(), self.judged)
         return self._loader(data, Stripes(stored.divided(self.stores[-1], self.apart, True), VALIDATED, rank, world))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

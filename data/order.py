@@ -31,6 +31,7 @@ class Use(IntEnum):
     PAIR = 9
     LEVEL = 10
     DEGRADE = 11
+    JUDGED = 12
 
 
 def stream(seed: int, use: Use, step: int = 0, sample: int = 0) -> np.random.Generator:

@@ -6,6 +6,7 @@ blue square").
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -123,6 +124,31 @@ def request(draw: Generator, category: str | None = None) -> Request:
         "binding": ((Group(1, first, one_colour), Group(1, second, other_colour)), False),
     }[category]
     return Request(groups, relation if related else None, opening)
+
+
+def asked_for(caption: str) -> Request:
+    """The request that a caption of this module puts into words. ValueError for other captions."""
+    opening = max((words for words in OPENINGS if caption.startswith(words)), key=len)
+    parts = _PARTS.fullmatch(caption.removeprefix(opening))
+    groups = [_GROUP.fullmatch(words) for words in (parts[1], parts[3]) if words] if parts else []
+    if not groups or not all(groups):
+        raise ValueError(f"the caption {caption!r} is none of the shapes': write it like 'two small red circles'")
+    assert parts
+    return Request(
+        tuple(
+            Group(NUMBERS.index(number) if number in NUMBERS else 1, shape, colour, size)
+            for number, size, colour, shape in (group.groups() for group in groups if group)
+        ),
+        parts[2] if parts[2] in RELATIONS else None,
+        opening,
+    )
+
+
+_JOINED = "|".join(("and", *RELATIONS))
+_PARTS = re.compile(rf"(.*?)(?: ({_JOINED}) (.*))?")
+_GROUP = re.compile(
+    rf"(an?|{'|'.join(NUMBERS[2:])})(?: ({'|'.join(SIZES)}))?(?: ({'|'.join(COLOURS)}))? ({'|'.join(SHAPES)})(?:s|es)?"
+)
 
 
 def requests(category: str, count: int, seed: int = 0) -> list[Request]:
@@ -319,6 +345,24 @@ def fulfils(found: Sequence[Found], asked: Request) -> bool:
         for a in members[0]
         for b in members[1]
     )
+
+
+def agreement(found: Sequence[Found], asked: Request) -> float:
+    """The share of what a request asks for that a picture shows, 0 to 1. It is 1 only if the picture `fulfils` it.
+
+    Each group asks for the number of its shapes and for as many of its colour and size; the relation, if both groups
+    are there, and the number of all shapes are further parts.
+    """
+    parts: list[float] = [len(found) == sum(group.count for group in asked.groups)]
+    for group in asked.groups:
+        alike = [f for f in found if f.shape == group.shape]
+        parts.append(len(alike) == group.count)
+        if group.colour or group.size:
+            parts.append(min(1.0, sum(belongs(f, group) for f in alike) / group.count))
+    if asked.relation:
+        parts.append(fulfils([f for f in found if any(belongs(f, group) for group in asked.groups)], asked))
+    whole = fulfils(found, asked)
+    return (sum(parts) / len(parts) + whole) / 2
 
 
 def belongs(found: Found, group: Group) -> bool:

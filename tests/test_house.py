@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "engine": {"engine", "storage"},
     "storage": {"storage"},
     "pipeline": {"pipeline", "mmdit", "baselines", "flow", "data", "storage"},
-    "training": {"training", "engine", "pipeline", "mmdit", "baselines", "flow", "data", "storage", "cli"},
+    "training": {"training", "engine", "pipeline", "metrics", "mmdit", "baselines", "flow", "data", "storage", "cli"},
     "studies": set(OURS) - set(VERBS),
     "cli": set(),
 } | {verb: set(OURS) - set(VERBS) - {"studies"} for verb in VERBS}

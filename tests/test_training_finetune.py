@@ -231,7 +231,7 @@ def test_the_base_s_pairs_are_those_of_the_base_whatever_the_updates(base: Path,
     trained = [name for name, p in generator.network.named_parameters() if p.requires_grad]
     assert trained
     assert all(".lora_" in name for name in trained)
-    generator.loss_of(generator.network, lesson, torch.full((len(batch.x0),), 0.5)).mean().backward()
+    lesson.loss(generator.objective, generator.network, torch.full((len(batch.x0),), 0.5)).mean().backward()
     assert all(p.grad is not None for p in generator.network.parameters() if p.requires_grad)
 
 

@@ -54,7 +54,7 @@ def test_validation_is_the_loss_of_the_average_at_eight_times(tmp_path: Path) ->
             for i in range(8):
                 t = torch.full((len(batch.x0),), (i + 0.5) / 8)
                 with torch.no_grad():
-                    losses[i] += generator.loss_of(average, generator.lesson(batch, t), t).double().sum() / 500
+                    losses[i] += generator.lesson(batch, t).loss(generator.objective, average, t).double().sum() / 500
         found[which] = losses.tolist()
     told = [logged[f"val/loss_t{(i + 0.5) / 8:.4f}"] for i in range(8)]
     assert told == pytest.approx(found["average"], rel=1e-5)

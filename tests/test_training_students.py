@@ -126,7 +126,7 @@ def test_in_bfloat16_average_velocities_have_the_same_gradient_but_for_rounding(
         generator.network.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             lesson = generator.lesson(batch, u)
-            generator.loss_of(generator.network, lesson, t, Interval.between(t / 3, t)).mean().backward()
+            lesson.loss(generator.objective, generator.network, t, Interval.between(t / 3, t)).mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in generator.network.parameters() if p.grad is not None]))
     assert found[0].norm() > 0
     assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
@@ -178,7 +178,7 @@ def test_a_student_of_a_guided_teacher_learns_its_output_at_the_given_scale(
     batch = next(iter(data.val_dataloader()))
     u = torch.linspace(0, 1, len(batch.x0))
     t = torch.full_like(u, 0.6)
-    loss = generator.loss_of(generator.network, generator.lesson(batch, u), t)
+    loss = generator.lesson(batch, u).loss(generator.objective, generator.network, t)
     scale = 1 + 5 * u
     z = 0.4 * batch.x0 + 0.6 * batch.noise
     condition = Condition(batch.text, batch.pooled)

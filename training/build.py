@@ -84,6 +84,12 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
         if data.paired:
             raise ValueError("the data are pairs already: give a store of pictures, or leave out teacher.pairs")
         config.teacher.pairs.check(data.batch_size, run.world * config.strategy.accumulate_grad_batches)
+    judge = None
+    if config.judgement:
+        if config.teacher:
+            raise ValueError("judgement and teacher exclude each other: leave one of them out")
+        shares = run.world * config.strategy.accumulate_grad_batches
+        judge = config.judgement.load(objective, codec, text, network, data, shares, base)
     pipeline = Pipeline(network, objective, codec, text, config.sampling)
     if data.sized != pipeline.sized:
         needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)
@@ -94,7 +100,7 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
     config.optimization.check(network, run.steps)
     generator = Generator(
         pipeline, run, data.batch_size, config.optimization, config.ema, config.strategy, config.grid, data.side,
-        ModelWriter(pipeline, run.folder, base), teacher, config.terms, data.examples(config.grid.columns),
+        ModelWriter(pipeline, run.folder, base), teacher, config.terms, data.examples(config.grid.columns), judge,
     )  # fmt: skip
     if config.lora and config.lora.quantize != "none":
         if config.strategy.kind == "fsdp2":
@@ -106,7 +112,7 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
 def build_trainer(config: "Namespace", generator: Generator) -> L.Trainer:
     """Builds Lightning's trainer for a module."""
     run, strategy, writer = config.run, config.strategy, generator.writer
-    cost = StepCost(writer.network, generator.objective, generator.teacher, writer.base is None)
+    cost = StepCost(writer.network, generator.objective, generator.teacher, writer.base is None, generator.judge)
     meter = Meter(run.log_every, cost, run.precision)
     checkpoints = Checkpoints(run.folder / CHECKPOINTS, strategy.sharded_checkpoint)
     callbacks: list[Callback] = [StepProgress()]

@@ -8,6 +8,7 @@ from engine.flops import forward_flops
 from engine.meter import Cost
 from flow.objective import Objective
 from mmdit.network import Condition, Network
+from training.judged import JudgeModel
 from training.teacher import TeacherModel
 
 
@@ -19,10 +20,18 @@ class StepCost:
         objective: what the network learns.
         teacher: the model that it learns from.
         whole: whether all weights are trained, and not only a LoRA.
+        judge: judges the pictures that it draws.
     """
 
-    def __init__(self, network: Network, objective: Objective, teacher: TeacherModel | None, whole: bool) -> None:
-        self.network, self.objective, self.teacher = network, objective, teacher
+    def __init__(
+        self,
+        network: Network,
+        objective: Objective,
+        teacher: TeacherModel | None,
+        whole: bool,
+        judge: JudgeModel | None = None,
+    ) -> None:
+        self.network, self.objective, self.teacher, self.judge = network, objective, teacher, judge
         self.passes = (3 if whole else 2) + objective.extra_passes
         self.known: dict[tuple[tuple[int, ...], ...], Cost] = {}  # by the shapes of latents and text
 
@@ -39,5 +48,7 @@ class StepCost:
         flops = round(self.passes * forward_flops(self.network, x0, number, given))
         if self.teacher:
             flops += round(self.teacher.flops(x0, number, condition))
+        if self.judge:
+            flops += round(self.judge.flops(self.network, x0, number, condition))
         tokens = height * width // self.network.unit**2 + condition.text.shape[1]
         return Cost(count, count * tokens, flops)

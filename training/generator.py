@@ -12,17 +12,18 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.module import Examples
-from data.order import NOT_COUNTED, Use, stream
+from data.order import NOT_COUNTED, Use, normal, stream
 from data.raw.pictures import save_png, sheet
 from engine.ema import EMA, Averages, share_frozen
 from engine.guard import Guard, spread_nonfinite
 from engine.optimizer import optimizer_numbers, optimizer_state, set_optimizer_numbers
 from engine.strategy import Strategy, skeleton, whole
 from flow.density import stratified
-from flow.objective import Interval, Model, TimeBins
+from flow.objective import Interval, TimeBins
 from mmdit.network import Condition, HiddenStates, Network
 from pipeline import Pipeline
 from pipeline.sampling import sent
+from training.judged import JudgedLesson, JudgeModel
 from training.optimization import Optimization
 from training.run_folder import Run
 from training.saving import ModelWriter, gather
@@ -67,6 +68,7 @@ class Generator(L.LightningModule):
         teacher: the model that the network learns from.
         terms: further losses, on hidden states.
         examples: input pictures of the samples, for a network that works from pictures.
+        judge: judges the pictures that the network learns from.
 
     Raises:
         ValueError: network.guidance_embeds does not fit the teacher, or the network lacks a block that a term reads.
@@ -86,12 +88,14 @@ class Generator(L.LightningModule):
         teacher: TeacherModel | None = None,
         terms: Sequence[LossTerm] = (),
         examples: Examples | None = None,
+        judge: JudgeModel | None = None,
     ) -> None:
         super().__init__()
         self.pipeline, self.network, self.objective = pipeline, pipeline.network, pipeline.objective
         self.run, self.batch_size, self.side = run, batch_size, side
         self.optimization, self.averages, self.strategy, self.grid = optimization, averages, strategy, grid
         self.writer, self.teacher, self.terms, self.examples = writer, teacher, tuple(terms), examples
+        self.judge = judge
         low, high = teacher.teacher.range if teacher else (1.0, 1.0)
         if self.network.guidance_embeds != (low < high):
             raise ValueError("network.guidance_embeds and a range of teacher.guidance, such as [1, 6], need each other")
@@ -128,19 +132,26 @@ class Generator(L.LightningModule):
         self.ema = EMA(self.averages, copies, self.network)
         self.weights = [p for p in self.network.parameters() if p.requires_grad]
         self.pipeline = Pipeline(copies[0], *self.pipeline.parts[1:])
+        if self.judge:
+            self.judge.follow(self.pipeline, device)
 
     # One step: draw t, mix picture and noise, compare (Esser et al. 2024, §2 and §3.1).
 
     def training_step(self, batch: Batch) -> Tensor:
         """The mean loss of one micro-batch: a part of this rank's share of global batch `batch.step`."""
         u = self.uniforms(batch)
+        if self.judge:
+            u = self.judge.twins(u, 1)
         send = partial(sent, device=batch.x0.device)
         times, interval = self.objective.times(u[:3], area(batch))
         t, interval = send(times), interval and Interval(*map(send, interval))
         states = HiddenStates(self.read_blocks)
         model = partial(self.network, hidden_states=states) if self.terms else self.network
-        lesson = self.lesson(batch, send(u[3].float()), self.teacher.uses if self.teacher else 1)
-        loss = self.loss_of(model, lesson, t, interval)
+        if self.judge:
+            lesson: Lesson = self.judged(batch)
+        else:
+            lesson = self.lesson(batch, send(u[3].float()), self.teacher.uses if self.teacher else 1)
+        loss = lesson.loss(self.objective, model, t, interval)
         self.bins.add(t, loss)
         means = torch.stack([loss.mean(), *(term(states.tokens).mean() for term in self.terms)])
         self.add_losses(means.detach(), batch)
@@ -159,9 +170,13 @@ class Generator(L.LightningModule):
             return self.teacher.lesson(condition, batch.x0, batch.noise, u, uses)
         return Lesson(condition, batch.x0, batch.noise)
 
-    def loss_of(self, model: Model, lesson: Lesson, t: Tensor, interval: Interval | None = None) -> Tensor:
-        """The loss of each picture, (b,)."""
-        return self.objective.loss(model, lesson.x0, lesson.noise, t, lesson.condition, interval, lesson.field)
+    def judged(self, batch: Batch) -> JudgedLesson:
+        """What is learned from pictures that the main average draws of a batch's captions."""
+        assert self.judge
+        assert batch.prompts
+        fresh = normal(self.run.seed, Use.JUDGED, batch.step, batch.positions, tuple(batch.noise.shape[1:]))
+        condition = Condition(**batch.condition())
+        return self.judge.lesson(condition, batch.prompts, batch.noise, sent(fresh, batch.noise.device))
 
     def add_losses(self, means: Tensor, batch: Batch) -> None:
         """Adds the mean losses of a micro-batch to those of this rank's share of the global batch, for the log."""
@@ -191,6 +206,8 @@ class Generator(L.LightningModule):
             self.log_dict({f"train/loss_bin{i}": value for i, value in enumerate(bins)})
             values = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": total}
             values["grad_spikes"] = self.guard.spikes()
+            for name, mean in (self.judge.watched if self.judge else {}).items():
+                self.log(f"train/{name}", mean.to(self.device), sync_dist=True)
             self.log_dict({f"train/{name}": float(value) for name, value in values.items()})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -211,6 +228,7 @@ class Generator(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(VALIDATION_TIMES + 1, dtype=torch.float64, device=self.device)  # losses by t; count
+        self.judged_sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # reward, its square, drift
 
     def validation_step(self, batch: Batch) -> None:
         """Adds up the loss of the main average at eight equally spaced t. Each picture has its own fixed noise."""
@@ -218,9 +236,16 @@ class Generator(L.LightningModule):
         lesson = self.lesson(batch, torch.full((len(batch.x0),), 0.5, device=self.device))
         for i in range(VALIDATION_TIMES):
             t = torch.full((len(batch.x0),), (i + 0.5) / VALIDATION_TIMES, device=self.device)
-            losses = self.loss_of(self.ema.main, lesson, self.objective.validation_time(t, area(batch)))
-            self.sums[i] += counted * losses.double().sum()
+            t = self.objective.validation_time(t, area(batch))
+            self.sums[i] += counted * lesson.loss(self.objective, self.ema.main, t).double().sum()
+            if self.judge and self.judge.reference:
+                moved = self.judge.drift(self.objective, self.ema.main, lesson, t)
+                self.judged_sums[2] += counted * moved.double().sum() / VALIDATION_TIMES
         self.sums[-1] += counted * len(batch.x0)
+        if self.judge:
+            assert batch.prompts
+            _, rewards = self.judge.drawn(lesson.condition, batch.prompts, batch.noise)
+            self.judged_sums[:2] += counted * torch.stack([rewards.sum(), rewards.square().sum()]).to(self.judged_sums)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the loss, draws the samples and writes the model if it is the best so far."""
@@ -229,17 +254,27 @@ class Generator(L.LightningModule):
         mean = sum(losses) / len(losses)
         times = [(i + 0.5) / VALIDATION_TIMES for i in range(VALIDATION_TIMES)]
         values = {"val/loss": mean} | {f"val/loss_t{t:.4f}": loss for t, loss in zip(times, losses, strict=True)}
+        values |= self.judged_values(sums[-1])
         self.log_dict(values | {"step": float(self.global_step or self.loaded_step)}, rank_zero_only=True)
         if self.trainer.state.fn != "fit":
             return
         if not math.isfinite(mean):
             raise FloatingPointError(f"the validation loss is {mean} at step {self.global_step}: try a lower lr")
         self.draw_samples()
-        if mean < self.best:
-            self.best = mean
+        score = -values["val/reward"] if self.judge else mean
+        if score < self.best:
+            self.best = score
             weights = gather(self.trainer, self.kept(self.ema.main))
             if weights is not None:
                 self.writer.write(weights)
+
+    def judged_values(self, count: Tensor) -> dict[str, float]:
+        """The mean reward of pictures of the held-out captions, its standard deviation, and the drift."""
+        if not self.judge:
+            return {}
+        reward, square, drift = (self.trainer.strategy.reduce(self.judged_sums, reduce_op="sum") / count).tolist()
+        values = {"val/reward": reward, "val/reward_std": math.sqrt(max(0.0, square - reward**2))}
+        return values | ({"val/drift": drift} if self.judge.reference else {})
 
     def draw_samples(self) -> None:
         """Draws the sheet of samples into the run's folder and the loggers. Every rank draws; rank 0 writes.

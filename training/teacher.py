@@ -4,7 +4,6 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from data.text.encoder import TextEncoder
 from engine.flops import forward_flops
 from engine.strategy import skeleton
 from flow.guidance import ClassifierFree
-from flow.objective import Estimate, Field, Model, Objective
+from flow.objective import Estimate, Field, Interval, Model, Objective
 from mmdit import lora
 from mmdit.network import Condition, Network
 from pipeline import LoadOptions, Pipeline
@@ -47,13 +46,26 @@ class Pairs:
 
     def __post_init__(self) -> None:
         if self.uses < 1:
-            raise ValueError(f"teacher.pairs.uses must be at least 1, got {self.uses}")
+            raise ValueError(f"pairs.uses must be at least 1, got {self.uses}")
         self.sampling.refuse_noise()
 
     @property
     def sampling(self) -> Sampling:
         """How the teacher is sampled, but for its guidance."""
         return Sampling(self.steps, 1.0, self.sampler, self.spacing)
+
+    def evaluations(self, objective: Objective) -> int:
+        """How often the walk of a pair evaluates its model."""
+        walk, _ = self.sampling.walk(objective)
+        calls = []
+
+        def denoise(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
+            calls.append(t)
+            return Estimate(z, z)
+
+        z = torch.zeros(1, 1, dtype=torch.float64)
+        walk(denoise, z, lambda: z, None)
+        return len(calls)
 
     def check(self, batch_size: int, shares: int) -> None:
         """ValueError if a batch of this size in so many shares (processes × micro-batches) has no place for `uses`."""
@@ -150,13 +162,18 @@ class Teacher:
         return network, process
 
 
-class Lesson(NamedTuple):
+@dataclass
+class Lesson:
     """What a student learns from: its condition, picture and noise, and a field in place of their target."""
 
     condition: Condition
     x0: Tensor  # (b, C, H, W)
     noise: Tensor  # (b, C, H, W)
     field: Field | None = None
+
+    def loss(self, objective: Objective, model: Model, t: Tensor, interval: Interval | None = None) -> Tensor:
+        """The loss of each picture, (b,)."""
+        return objective.loss(model, self.x0, self.noise, t, self.condition, interval, self.field)
 
 
 class TeacherModel:
@@ -175,7 +192,6 @@ class TeacherModel:
         self.teacher, self.pipe, self.bare = teacher, pipe, bare
         self.uses = teacher.pairs.uses if teacher.pairs else 1
         self.null: Condition | None = None
-        self.shapes = skeleton(pipe.network)
 
     def to(self, device: torch.device) -> None:
         """Moves a network of its own to a device and freezes it."""
@@ -196,7 +212,7 @@ class TeacherModel:
         scale = low + (high - low) * u
         told = condition._replace(guidance=scale) if low < high else condition
         if not self.teacher.pairs:
-            model = self._guided(condition, scale)
+            model = self.guided(condition, scale)
             return Lesson(told, x0, noise, lambda z, t, _, y: model(z, t, None))
         first = Condition._make(None if part is None else part[::uses] for part in condition)
         drawn = self.draw(noise[::uses], first, scale[::uses])
@@ -209,7 +225,7 @@ class TeacherModel:
     def draw(self, noise: Tensor, condition: Condition, scale: Tensor) -> Tensor:
         """The latents that the teacher makes from noise (b, C, H, W), with the guidance scales (b,)."""
         assert self.teacher.pairs
-        objective, model = self.pipe.objective, self._guided(condition, scale)
+        objective, model = self.pipe.objective, self.guided(condition, scale)
         walk, times = self.teacher.pairs.sampling.walk(objective, objective.alpha(noise[0, 0].numel()))
 
         def denoise(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
@@ -217,9 +233,15 @@ class TeacherModel:
 
         return self.pipe.walked(walk, times, denoise, noise)
 
-    def _guided(self, condition: Condition, scale: Tensor) -> Model:
-        """The teacher with guidance of these scales (b,) and this condition, whatever condition it is given."""
-        model: Model = self.pipe.network
+    def guided(self, condition: Condition, scale: Tensor, network: Model | None = None) -> Model:
+        """The teacher with guidance of these scales (b,) and this condition, whatever condition it is given.
+
+        Args:
+            condition: of the teacher.
+            scale: of its guidance, (b,).
+            network: another network in its place, with the same guidance.
+        """
+        model = network or self.pipe.network
         if self.pipe.network.guidance_embeds:
             condition = condition._replace(guidance=scale)
         elif self.teacher.range != (1, 1):
@@ -244,18 +266,9 @@ class TeacherModel:
         told = condition._replace(guidance=t) if self.pipe.network.guidance_embeds else condition
         passes = 1 if self.teacher.range == (1, 1) or self.pipe.network.guidance_embeds else 2
         walks = self.evaluations() / self.uses if self.teacher.pairs else 1
-        return walks * passes * forward_flops(self.shapes, z, t, told)
+        return walks * passes * forward_flops(skeleton(self.pipe.network), z, t, told)
 
     def evaluations(self) -> int:
         """How often the walk of a pair evaluates the guided teacher."""
         assert self.teacher.pairs
-        walk, _ = self.teacher.pairs.sampling.walk(self.pipe.objective)
-        calls = []
-
-        def denoise(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
-            calls.append(t)
-            return Estimate(z, z)
-
-        z = torch.zeros(1, 1, dtype=torch.float64)
-        walk(denoise, z, lambda: z, None)
-        return len(calls)
+        return self.teacher.pairs.evaluations(self.pipe.objective)

@@ -40,10 +40,13 @@ class StoredSamples(Dataset[Batch]):
         encoders: number of text encoders.
         sized: batches have sizes and crops.
         mask: captions → (b, N) bool, their own tokens; none: there is no mask.
+        judged: batches have the captions in words.
     """
 
-    def __init__(self, stores: Sequence[Store], encoders: int, sized: bool, mask: Mask | None) -> None:
-        self.stores, self.encoders, self.sized, self.mask = stores, encoders, sized, mask
+    def __init__(
+        self, stores: Sequence[Store], encoders: int, sized: bool, mask: Mask | None, judged: bool = False
+    ) -> None:
+        self.stores, self.encoders, self.sized, self.mask, self.judged = stores, encoders, sized, mask, judged
 
     def batch(
         self, share: Share, choice: np.ndarray, kept: np.ndarray | None, draw: int | None, use: Use, seed: int
@@ -71,10 +74,11 @@ class StoredSamples(Dataset[Batch]):
                 noise = normal(draw, Use.POSTERIOR, share.step, numbers, tuple(mean.shape[1:]))
                 x0 = mean + (logvar / 2).exp() * noise
         captions, mask, text, pooled = None, None, torch.empty(0), torch.empty(0)
-        if self.mask or not store.has_tokens:
+        if self.mask or self.judged or not store.has_tokens:
             captions = [store.captions(int(row))[i] for row, i in zip(rows, choice, strict=True)]
         if self.mask and captions:
             mask = self.mask(captions)
+        prompts = captions if self.judged else None
         if store.has_tokens:
             (text, pooled), captions = store.text(rows, choice), None
         sizes = None
@@ -83,7 +87,7 @@ class StoredSamples(Dataset[Batch]):
             sizes = torch.from_numpy(np.concatenate([store.sizes(rows), after], axis=1).astype(np.int64))
         noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:])) if own is None else own
         kept_here = None if kept is None else torch.from_numpy(kept)
-        return Batch(share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask)
+        return Batch(share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask, prompts=prompts)
 
 
 class TrainingSamples(StoredSamples):
@@ -99,8 +103,9 @@ class TrainingSamples(StoredSamples):
         batch_size: int,
         caption_dropout: float,
         encoder_dropout: float,
+        judged: bool = False,
     ) -> None:
-        super().__init__(stores, encoders, sized, mask)
+        super().__init__(stores, encoders, sized, mask, judged)
         self.seed, self.batch_size = seed, batch_size
         self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
 

@@ -1,0 +1,252 @@
+"""Trainings from judgement: what is drawn, judged and learned; resume, ranks, bad input."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from networks import stirred
+from torch import Tensor
+from trials import (
+    ROOT,
+    Change,
+    assert_near_logs,
+    assert_same,
+    end,
+    fit,
+    lines,
+    logged,
+    refused,
+    send_at,
+    small,
+    start,
+    start_ranks,
+    state,
+)
+
+import train
+from data.batch import Batch
+from data.latents import Pixels
+from data.text.clip import CLIPText
+from engine.flops import forward_flops
+from flow.objective import Objective
+from flow.preference import DPO, NFT, Preference
+from mmdit.model import MMDiT
+from mmdit.network import Condition
+from pipeline import Pipeline
+from pipeline.sampling import Sampling
+from storage.models import find_model
+from training import experiment
+from training.cost import StepCost
+from training.judged import Judgement, JudgeModel
+from training.rewards import Ink
+from training.teacher import Pairs
+
+CAPTIONS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a model of six steps."""
+    folder = tmp_path_factory.mktemp("base")
+    fit(small(folder))
+    return folder / "run"
+
+
+@pytest.fixture
+def flags(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    small(tmp_path)
+
+    def given(overlay: str) -> list[str]:
+        content = yaml.safe_load((ROOT / f"configs/preference/{overlay}.yaml").read_text())
+        small_run = ["--run.steps", "6", "--run.validate_every", "3", "--optimization.warmup", "2"]
+        model = ["--network.path", str(trained), "--judgement.reference", str(trained)]
+        if overlay == "nft":  # digits in the place of shapes
+            content["data"] = {"init_args": {"batch_size": 16, "caption_dropout": 0.0}}
+            content["judgement"]["rewards"] = [{"class_path": "RightDigit"}, {"class_path": "Ink"}]
+        file = tmp_path / f"{overlay}.yaml"
+        file.write_text(yaml.safe_dump(content))
+        return ["--config", str(file), *small_run, *model, "--judgement.group", "4", "--judgement.pairs.steps", "3"]
+
+    return given
+
+
+@pytest.fixture
+def pipe(text: CLIPText) -> Pipeline:
+    network = MMDiT(1, depth=1, width=32, heads=1, text_dim=64, pooled_dim=64, sample_size=8, pos_embed_max_size=8)
+    return Pipeline(stirred(network, 0.1), Objective(), Pixels(1, 0.3, 2.66), text)
+
+
+def judge_of(pipe: Pipeline, loss: Preference, **more: Any) -> JudgeModel:
+    judge = JudgeModel(Judgement([Ink()], loss, **({"group": 4, "pairs": Pairs(3)} | more)), pipe.codec, None)
+    judge.follow(pipe, torch.device("cpu"))
+    return judge
+
+
+def noises(count: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    return torch.randn(count, 1, 8, 8, generator=draw), torch.randn(count, 1, 8, 8, generator=draw)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("uses", [1, 2])
+@torch.no_grad()
+def test_a_group_is_drawn_from_its_first_caption_and_judged(pipe: Pipeline, guidance: float, uses: int) -> None:
+    judge = judge_of(pipe, NFT(clip=1.0), guidance=guidance, pairs=Pairs(3, uses=uses))
+    noise, fresh = noises(8)
+    lesson = judge.lesson(pipe.condition(CAPTIONS), CAPTIONS, noise, fresh)
+    rows = torch.arange(8).view(-1, uses, 4)
+    for group in rows:
+        first = int(group[0, 0])
+        wanted = pipe.integrate(noise[group[0]], [CAPTIONS[first]] * 4, Sampling(3, guidance))
+        ink = pipe.codec.decode(wanted).mean((1, 2, 3))
+        worth = 0.5 + 0.5 * ((ink - ink.mean()) / ink.std(correction=0)).clamp(-1, 1)
+        for use in group:
+            torch.testing.assert_close(lesson.x0[use], wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(lesson.worth[use], worth, rtol=1e-3, atol=1e-3)
+            assert all(torch.equal(row, pipe.condition(CAPTIONS).text[first]) for row in lesson.condition.text[use])
+    assert torch.equal(lesson.noise, fresh)
+
+
+@torch.no_grad()
+def test_pairs_hold_the_better_picture_first_and_share_noise_and_time(pipe: Pipeline) -> None:
+    judge = judge_of(pipe, DPO())
+    noise, fresh = noises(8)
+    lesson = judge.lesson(pipe.condition(CAPTIONS), CAPTIONS, noise, fresh)
+    ink = pipe.codec.decode(lesson.x0).mean((1, 2, 3))
+    assert (ink[::2] > ink[1::2]).all()
+    assert ink[0] == ink[:4].max()
+    assert ink[1] == ink[:4].min()
+    assert torch.equal(lesson.noise, fresh[::2].repeat_interleave(2, 0))
+    t = torch.arange(8.0).expand(4, -1)
+    assert judge.twins(t, 1)[0].tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert judge_of(pipe, NFT()).twins(t, 1) is t
+
+
+def test_guidance_is_part_of_the_model_that_nft_learns(pipe: Pipeline) -> None:
+    """At the old policy the loss is that of the guided output, and both branches get a gradient."""
+    judge = judge_of(pipe, NFT(), guidance=3.0)
+    condition, (noise, fresh) = pipe.condition(CAPTIONS), noises(8)
+    lesson = judge.lesson(condition, CAPTIONS, noise, fresh)
+    t = torch.full((8,), 0.6)
+    loss = lesson.loss(pipe.objective, pipe.network, t)
+    z, y = pipe.objective.point_and_target(lesson.x0, fresh, t, None, None)
+    null = condition.null(pipe.condition([""]))
+    stacked = Condition._make(
+        None if own is None else torch.cat([empty.expand_as(own), own])
+        for empty, own in zip(null, lesson.condition, strict=True)
+    )
+    plain, told = pipe.network(torch.cat([z, z]), torch.cat([t, t]), stacked).chunk(2)
+    off = 0.6 * (plain + 3 * (told - plain) - y)
+    torch.testing.assert_close(loss, off.square().mean((1, 2, 3)) / off.abs().mean((1, 2, 3)), rtol=1e-3, atol=1e-4)
+    assert judge.watched["moved"] < 1e-9
+
+
+@pytest.mark.parametrize("overlay", ["dpo", "nft"])
+def test_it_stops_goes_on_to_the_bit_and_keeps_the_model_of_the_best_reward(
+    flags: Callable[..., list[str]], tmp_path: Path, overlay: str
+) -> None:
+    config, given = tmp_path / "config.yaml", flags(overlay)
+    fit(config, *given, "--run.folder", str(tmp_path / "straight"))
+    stopped = start(config, *given, change=Change(send_at, (signal.SIGTERM, 2)))
+    assert end(stopped) == 128 + signal.SIGTERM
+    fit(config, *given)
+    assert_same(state(tmp_path / "run"), state(tmp_path / "straight"))
+    found = logged(tmp_path / "run")
+    rewards = [entry["val/reward"] for entry in found.values() if "val/reward" in entry]
+    drifts = [entry["val/drift"] for entry in found.values() if "val/drift" in entry]
+    assert len(rewards) == len(drifts) == 2
+    assert min(drifts) > 0
+    assert max(rewards) <= 1 + (overlay == "nft")
+    told = [entry for entry in found.values() if "train/reward" in entry]
+    assert told
+    assert all(("train/accuracy" in entry) == (overlay == "dpo") for entry in told)
+    assert Pipeline.load(find_model(tmp_path / "run"))(["zero"], [0]).isfinite().all()
+
+
+@pytest.mark.parametrize(("overlay", "kind"), [("dpo", "ddp"), ("nft", "ddp"), ("nft", "fsdp2")])
+def test_two_processes_learn_as_one(flags: Callable[..., list[str]], tmp_path: Path, overlay: str, kind: str) -> None:
+    config, given = tmp_path / "config.yaml", flags(overlay)
+    fit(config, *given, "--run.folder", str(tmp_path / "one"))
+    assert [end(rank) for rank in start_ranks(config, *given, "--strategy.kind", kind)] == [0, 0]
+    assert_near_logs(tmp_path / "run", tmp_path / "one", 1e-5)
+
+
+def test_the_reference_of_a_lora_is_its_base(trained: Path, flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    given = [
+        *flags("dpo"),
+        "--judgement.reference",
+        "null",
+        "--lora.rank",
+        "2",
+        "--lora.targets",
+        '["image.qkv"]',
+        "--network.path",
+        str(trained / "model"),
+    ]
+    fit(tmp_path / "config.yaml", *given)
+    drifts = [entry["val/drift"] for entry in lines(tmp_path / "run") if "val/drift" in entry]
+    assert drifts[-1] > 0
+    parser = experiment.parser("")
+    config = parser.instantiate(parser.parse_args(["--config", str(tmp_path / "config.yaml"), *given]))
+    generator = train.build(config, str(trained / "model"))[1]
+    assert generator.judge
+    assert generator.judge.reference
+    assert generator.judge.reference.pipe.network is generator.network
+
+
+def test_more_of_the_reward_is_drawn_after_training(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    """From a model of six steps, whose pictures are grey noise, twenty steps of NFT raise the ink."""
+    given = [*flags("nft"), "--judgement.rewards", '[{"class_path": "Ink"}]', "--optimization.lr", "2e-3"]
+    fit(tmp_path / "config.yaml", *given, "--run.steps", "20", "--run.validate_every", "10")
+    rewards = [entry["train/reward"] for entry in lines(tmp_path / "run") if "train/reward" in entry]
+    assert rewards[-1] > rewards[0] + 0.02
+
+
+@pytest.mark.parametrize("loss", [NFT(), DPO()], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize(("guidance", "uses"), [(1.0, 1), (3.0, 2)])
+def test_the_cost_counts_drawing_and_comparing(pipe: Pipeline, loss: Preference, guidance: float, uses: int) -> None:
+    judge = judge_of(pipe, loss, guidance=guidance, pairs=Pairs(3, uses=uses))
+    z, condition = torch.zeros(8, 1, 8, 8), Condition(torch.zeros(8, 5, 64), torch.zeros(8, 64))
+    cost = StepCost(pipe.network, Objective(), None, True, judge)(
+        Batch(0, np.arange(8), z, z, condition.text, condition.pooled)
+    )
+    branches = 2 if guidance > 1 else 1
+    compared = 1 if isinstance(loss, DPO) else branches
+    learned = 3 if isinstance(loss, DPO) else 3 * branches
+    calls = learned + compared + branches * 3 / uses
+    assert cost.flops == round(calls * forward_flops(pipe.network, z, torch.zeros(8), condition))
+
+
+@pytest.mark.parametrize(
+    ("overlay", "more", "message"),
+    [
+        ("dpo", ["--judgement.group", "1"], "group must be at least 2"),
+        ("dpo", ["--judgement.group", "3"], "group must be even, since DPO compares pairs, got 3"),
+        ("dpo", ["--judgement.group", "6"], "6 must divide the 8 pictures of each micro-batch"),
+        ("dpo", ["--judgement.loss.beta", "0"], "DPO.beta must be > 0"),
+        ("dpo", ["--judgement.reference", "null"], "DPO compares with a model that does not learn: set"),
+        ("dpo", ["--judgement.reference", "nowhere"], "nowhere is no model folder"),
+        ("dpo", ["--judgement.rewards", "[]"], "rewards is empty"),
+        ("dpo", ["--data.caption_dropout", "0.1"], "10% are dropped: set the dropouts"),
+        ("dpo", ["--judgement.guidance", "-1"], "guidance must be at least 0"),
+        ("dpo", ["--judgement.pairs.sampler", "ddpm"], "ddpm draws noise on the way: take euler"),
+        ("dpo", ["--objective", "StepMap"], "StepMap learns no output at a point"),
+        ("dpo", ["--objective.target", "V"], "learned another target: Velocity, not V"),
+        ("dpo", ["--teacher.model", "{run}"], "judgement and teacher exclude each other"),
+        ("nft", ["--judgement.rewards", '[{{"class_path": "RightDigit", "init_args": {{"judge": "nowhere"}}}}]'],
+         "nowhere/config.json is missing"),
+        ("nft", ["--judgement.rewards", '[{{"class_path": "Nothing"}}]'], "Nothing"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_line_and_leaves_nothing(
+    flags: Callable[..., list[str]], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, overlay: str,
+    more: list[str], message: str,
+) -> None:  # fmt: skip
+    told = refused(capsys, tmp_path / "config.yaml", *flags(overlay), *[flag.format(run=trained) for flag in more])
+    assert message in told
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,154 @@
+"""Rewards: what drawn pictures are worth, by a judge. The YAML file names them in `judgement.rewards`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from data import digits, shapes
+from metrics.features import CLIPFeatures
+from metrics.judge import Judge
+
+
+class Reward(ABC):
+    """One reward. Several are added, each times its weight.
+
+    Attributes:
+        weight: factor of the reward.
+        range: the least and the largest reward, before the weight.
+    """
+
+    weight: float = 1.0
+    range: ClassVar[tuple[float, float]]
+
+    @abstractmethod
+    def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        """The reward of each picture, (B,).
+
+        Args:
+            pictures: (B, C, H, W) in [0, 1], on any device.
+            captions: B of them, from which the pictures were drawn.
+        """
+
+
+class RightShapes(Reward):
+    """How far a picture of the shapes shows what its caption says, by the rules of `data.shapes`: 1 if it is right.
+
+    Args:
+        weight: factor of the reward.
+
+    Example:
+        >>> from data.examined import scenes
+        >>> RightShapes()(scenes(seed=0, count=1), [shapes.scene(0, 0).request.caption()])
+        tensor([1.])
+    """
+
+    range = (0.0, 1.0)
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        pixels = pictures.double().cpu().permute(0, 2, 3, 1).numpy()
+        found = [
+            shapes.agreement(shapes.read(one), shapes.asked_for(caption))
+            for one, caption in zip(pixels, captions, strict=True)
+        ]
+        return torch.tensor(found, dtype=torch.float32)
+
+
+class RightDigit(Reward):
+    """The probability that a judge gives to the digit that the caption names.
+
+    Args:
+        judge: folder of the judge (`tools/train_digits_judge.py`).
+        weight: factor of the reward.
+    """
+
+    range = (0.0, 1.0)
+
+    def __init__(self, judge: str = "assets/digits/judge", weight: float = 1.0) -> None:
+        self.judge, self.weight = Judge.load(judge), weight
+
+    def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        labels = torch.tensor([digits.asked_for(caption) for caption in captions])
+        with torch.no_grad():
+            likely = self.judge.logits(digits.reduced(pictures.float().cpu())).softmax(1)
+        return likely.gather(1, labels[:, None])[:, 0]
+
+
+class Ink(Reward):
+    """The mean brightness of a picture: a taste that anyone can measure. Digits are white on black.
+
+    Args:
+        weight: factor of the reward; a negative one prefers dark pictures.
+
+    Example:
+        >>> Ink()(torch.full((2, 1, 8, 8), 0.25), ["three", "four"])
+        tensor([0.2500, 0.2500])
+    """
+
+    range = (0.0, 1.0)
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        return pictures.float().mean((1, 2, 3)).cpu()
+
+
+class CLIPScore(Reward):
+    """The CLIP score of picture and caption over 100: max(cos(image, text), 0) (Hessel et al. 2021).
+
+    Args:
+        folder: of a CLIP model with its tokenizer.
+        weight: factor of the reward.
+    """
+
+    range = (0.0, 1.0)
+
+    def __init__(self, folder: Path, weight: float = 1.0) -> None:
+        self.clip, self.weight = CLIPFeatures(folder), weight
+
+    def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        seen = self.clip(pictures.float().cpu()).pooled
+        return torch.cosine_similarity(seen, self.clip.text(captions)).clamp(min=0).float()
+
+
+class Function(Reward):
+    """A function of your own: pictures (B, C, H, W) in [0, 1] and B captions to rewards (B,).
+
+    Args:
+        function: its import path, such as `my_rewards.symmetry`.
+        weight: factor of the reward.
+    """
+
+    range = (-float("inf"), float("inf"))
+
+    def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor], weight: float = 1.0) -> None:
+        self.function, self.weight = function, weight
+
+    def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        return torch.as_tensor(self.function(pictures, captions), dtype=torch.float32).cpu()
+
+
+def total(rewards: Sequence[Reward], pictures: Tensor, captions: Sequence[str]) -> Tensor:
+    """The weighted sum of the rewards of each picture, (B,). ValueError for a reward that is not finite."""
+    found = torch.zeros(len(captions))
+    for reward in rewards:
+        own = reward(pictures, captions)
+        if own.shape != found.shape:
+            raise ValueError(
+                f"{type(reward).__name__} must give {len(captions)} rewards, got the shape {tuple(own.shape)}"
+            )
+        if not own.isfinite().all():
+            first = int((~own.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"{type(reward).__name__} gives the reward {float(own[first])} for the caption {captions[first]!r}: "
+                "a reward must be finite"
+            )
+        found = found + reward.weight * own
+    return found
