@@ -19,6 +19,7 @@ from storage.models import find_model, fingerprint
 from training.build import build, lora_base, wandb_logger
 from training.experiment import parser, resolve, short_cause
 from training.fellows import LOST, watch_children, watch_parent
+from training.rewards import RewardError
 from training.run_folder import CHECKPOINTS, Run, begin_branch, branch_point, check_branch, check_target, claim
 
 
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             trainer, generator, data = build(config, base)
             model = generator.writer.folder
             shapes = {name: tensor.shape for name, tensor in generator.network_state().items()}
-            teachers = {str(t.model): fingerprint(find_model(t.model)) for t in [config.teacher] if t and t.model}
+            others = [config.teacher and config.teacher.model, config.judgement and config.judgement.reference]
+            teachers = {str(model): fingerprint(find_model(model)) for model in others if model}
             newest = Checkpoints(run.folder / CHECKPOINTS).newest()
             if command != "fit" and newest is None:
                 raise FileNotFoundError(f"{run.folder} holds no checkpoint: train this config first")
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
 def one_line_faults(world: int) -> Iterator[None]:
     """Ends a training of so many processes with one line of error if the machine, the data or another process fails."""
     cure = "try strategy.accumulate_grad_batches, strategy.activation_checkpointing selective or strategy.kind fsdp2"
-    with one_line_errors(FloatingPointError, CheckpointError, cure=cure):
+    with one_line_errors(FloatingPointError, CheckpointError, RewardError, cure=cure):
         try:
             yield
         except StoreError as error:  # a loader process sends its whole traceback; the cause is the last line

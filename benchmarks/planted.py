@@ -298,6 +298,42 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/schedule.py", "training_schedule"): [
         ("(k - (steps - length)) / length", "k / steps"),
     ],
+    ("flow/preference.py", "flow_preference"): [
+        ("-self.beta / 2 * (winner - loser)", "-self.beta * (winner - loser)"),
+        ("self.beta / 2 * (winner - loser)", "self.beta / 2 * (loser - winner)"),
+        ("(1 + self.beta) * old - self.beta * ours", "(1 - self.beta) * old + self.beta * ours"),
+        ("off.detach().abs()", "off.abs()"),
+        ("worth * liked + (1 - worth) * disliked", "liked"),
+        ("/ centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)", "/ 1.0"),
+        ("descending=True, stable=True", "descending=False, stable=True"),
+        ("(winner > loser).to", "(winner >= loser).to"),
+        ("with torch.no_grad():\n        theirs", "if True:\n        theirs"),
+    ],
+    ("training/judged.py", "training_judged"): [
+        ("first = rows[:, :1, :1].expand(rows.shape)", "first = rows"),
+        ("drawn_from = rows[:, 0].flatten()", "drawn_from = rows[:, -1].flatten()"),
+        ("advice.order + offset", "advice.order"),
+        ("x0[order.to(x0.device)], self.twins(fresh)", "x0[order.to(x0.device)], fresh"),
+        ("model = judge.policy.guided(self.condition, judge.judgement.guidance * scale, model)", "pass"),
+        ("branches * policy / self.judgement.pairs.uses", "branches * policy"),
+        ("if self.reference or base:", "if self.reference:"),
+        ("        data.judged = True\n", ""),
+    ],
+    ("training/generator.py", "training_judged"): [
+        ("self.judge.follow(self.pipeline,", "self.judge.follow(Pipeline(self.network, *self.pipeline.parts[1:]),"),
+        ("Use.JUDGED, batch.step, batch.positions", "Use.JUDGED, 0, batch.positions"),
+        ("u = self.judge.twins(u, 1)", "pass"),
+    ],
+    ("training/rewards.py", "training_rewards"): [
+        ("found + reward.weight * own", "found + own"),
+        ("if not own.isfinite().all():", "if own.isnan().all():"),
+        ("except ValueError as error:", "except KeyError as error:"),
+        ("softmax(1)", "sigmoid()"),
+    ],
+    ("data/shapes.py", "training_rewards"): [
+        ("parts[2] if parts[2] in RELATIONS else None", "None"),
+        ("(sum(parts) / len(parts) + whole) / 2", "sum(parts) / len(parts)"),
+    ],
     ("training/terms.py", "terms"): [
         ("tokens[self.strong].detach()", "tokens[self.strong]"),
         ("(1 - similarity.mean(1))", "(1 - similarity.abs().mean(1))"),
@@ -339,7 +375,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(i + 0.5) / VALIDATION_TIMES, device", "i / VALIDATION_TIMES, device"),
         ("self.sums[-1] += counted * len(batch.x0)", "self.sums[-1] += len(batch.x0)"),
         ('numbers["best"] if there and numbers["best"] is not None else math.inf', "math.inf"),
-        ("if mean < self.best:", "if mean != self.best:"),
+        ("if score < self.best:", "if score != self.best:"),
         ("scheduler.set(self.global_step if step is None", "scheduler.set(0 if step is None"),
     ],
     ("training/generator.py", "training_optimization"): [

@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from data import digits
 from metrics.clip_score import clip_score
 from metrics.features import CLIPFeatures, load_features
+from training.rewards import CLIPScore
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +124,9 @@ def test_damaged_clip_is_one_clear_line(clip_folder: Path, tmp_path: Path, fault
         clip_score(folder, torch.zeros(1, 3, 16, 16), ["one"])
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_mean_reward_is_the_clip_score_over_100(clip_folder: Path):
+    pictures, captions = torch.rand(3, 3, 20, 20), ["a zero", "a handwritten one", "the digit 2"]
+    reward = CLIPScore(clip_folder)(pictures, captions)
+    assert 100 * float(reward.mean()) == pytest.approx(clip_score(clip_folder, pictures, captions), rel=1e-4)

@@ -1,5 +1,6 @@
 """Trainings from judgement: what is drawn, judged and learned; resume, ranks, bad input."""
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from trials import (
     assert_near_logs,
     assert_same,
     end,
+    ended,
     fit,
     lines,
     logged,
@@ -250,3 +252,53 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
     told = refused(capsys, tmp_path / "config.yaml", *flags(overlay), *[flag.format(run=trained) for flag in more])
     assert message in told
     assert not (tmp_path / "run").exists()
+
+
+def test_a_caption_that_the_judge_cannot_read_ends_the_training_in_one_line(
+    flags: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = [*flags("nft"), "--judgement.rewards", '[{"class_path": "RightShapes"}]']
+    told = ended(capsys, tmp_path / "config.yaml", *given)
+    assert "RightShapes: the caption" in told
+    assert "none of the shapes'" in told
+
+
+def test_another_reference_is_not_the_same_run(
+    flags: Callable[..., list[str]], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config, given = tmp_path / "config.yaml", flags("dpo")
+    other = tmp_path / "reference"
+    shutil.copytree(trained / "model", other)
+    given = [*given, "--judgement.reference", str(other)]
+    fit(config, *given, "--run.steps", "3")
+    fit(config, "--run.folder", str(tmp_path / "another"), "--run.seed", "5")
+    shutil.rmtree(other)
+    shutil.copytree(tmp_path / "another/model", other)
+    assert str(other) in refused(capsys, config, *given)
+
+
+def test_the_main_average_draws_and_both_pictures_of_a_pair_have_one_time(
+    flags: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times, networks = [], []
+    learn, follow, draw = DPO.loss, JudgeModel.follow, Generator.draw_samples
+
+    def learned(self: DPO, *given: Any) -> Any:
+        times.append(given[5])
+        return learn(self, *given)
+
+    def followed(self: JudgeModel, pipe: Pipeline, device: torch.device) -> None:
+        networks.append(pipe.network)
+        follow(self, pipe, device)
+
+    def sampled(self: Generator) -> None:
+        networks.append(self.ema.main)
+        draw(self)
+
+    monkeypatch.setattr(DPO, "loss", learned)
+    monkeypatch.setattr(JudgeModel, "follow", followed)
+    monkeypatch.setattr(Generator, "draw_samples", sampled)
+    fit(tmp_path / "config.yaml", *flags("dpo"))
+    assert len(times) == 6
+    assert all(torch.equal(t[::2], t[1::2]) and len(t.unique()) == len(t) // 2 for t in times)
+    assert networks[0] is networks[1]

@@ -13,6 +13,10 @@ from metrics.features import CLIPFeatures
 from metrics.judge import Judge
 
 
+class RewardError(ValueError):
+    """A reward cannot judge a picture."""
+
+
 class Reward(ABC):
     """One reward. Several are added, each times its weight.
 
@@ -136,17 +140,24 @@ class Function(Reward):
 
 
 def total(rewards: Sequence[Reward], pictures: Tensor, captions: Sequence[str]) -> Tensor:
-    """The weighted sum of the rewards of each picture, (B,). ValueError for a reward that is not finite."""
+    """The weighted sum of the rewards of each picture, (B,).
+
+    Raises:
+        RewardError: a reward is not finite, or cannot judge pictures of a caption.
+    """
     found = torch.zeros(len(captions))
     for reward in rewards:
-        own = reward(pictures, captions)
+        try:
+            own = reward(pictures, captions)
+        except ValueError as error:
+            raise RewardError(f"{type(reward).__name__}: {error}") from error
         if own.shape != found.shape:
-            raise ValueError(
+            raise RewardError(
                 f"{type(reward).__name__} must give {len(captions)} rewards, got the shape {tuple(own.shape)}"
             )
         if not own.isfinite().all():
             first = int((~own.isfinite()).nonzero()[0])
-            raise ValueError(
+            raise RewardError(
                 f"{type(reward).__name__} gives the reward {float(own[first])} for the caption {captions[first]!r}: "
                 "a reward must be finite"
             )
