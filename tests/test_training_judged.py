@@ -44,6 +44,7 @@ from pipeline.sampling import Sampling
 from storage.models import find_model
 from training import experiment
 from training.cost import StepCost
+from training.generator import Generator
 from training.judged import Judgement, JudgeModel
 from training.rewards import Ink
 from training.teacher import Pairs
