@@ -8,6 +8,7 @@ weighted by how well they explain the noised ones. Its loss (of the velocity) is
 not told. Only large t are measured: at a small t hardly any sampled scene is close to the noised one.
 
 A fact that is worth much can still be hard to learn: "above" without the order of the two groups tells only their axis.
+With `--model` the loss of a model is printed, too: how much of what it is told, and of the picture, does it use at t?
 """
 
 from collections.abc import Sequence
@@ -20,17 +21,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.following import OPPOSITE, related
-from cli import Parser, positive
+from benchmarks.following import OPPOSITE, check, related
+from cli import Parser, one_line_errors, positive
 from data.latents import VAE, Codec
 from data.order import Use, stream
 from data.shapes import COLOURS, RELATIONS, SHAPES, Request, Scene, picture, place
+from pipeline import Pipeline
+from storage.models import find_model
 from studies.presentation import table
 
 TIMES = (0.8, 0.9, 0.97)
 SEED = 93
 DRAWN = 128  # noised scenes of each caption
 ENCODED = 256  # at a time
+MODEL = ("the model, with the whole caption", "the model, without a caption")
 RELATED = 0.7  # share of pairs whose caption tells a relation, as in `data.shapes.request`
 
 
@@ -93,8 +97,30 @@ def least_loss(x0: Tensor, noise: Tensor, t: float, parts: Sequence[Part]) -> fl
     return float((weights.float() @ latents - x0).square().mean() / t**2)
 
 
-def measured(codec: Codec, scenes: int, samples: int) -> dict[str, list[float]]:
-    """For each fact: the least loss at TIMES if it is not told, (len(TIMES),), averaged over captions."""
+@torch.no_grad()
+def model_losses(pipe: Pipeline, x0: Tensor, noise: Tensor, caption: str) -> np.ndarray:
+    """The loss of a model at TIMES, (len(TIMES),).
+
+    Args:
+        pipe: the model.
+        x0: latents, (n, numbers).
+        noise: (len(TIMES), n, numbers).
+        caption: of all of them.
+    """
+    shape = (len(x0), pipe.network.in_channels, *pipe.latent_size(None, None))
+    condition = pipe.condition([caption] * len(x0))
+    found = [
+        pipe.objective.loss(pipe.network, x0.view(shape), own.view(shape), torch.full((len(x0),), t), condition)
+        for t, own in zip(TIMES, noise, strict=True)
+    ]
+    return torch.stack(found).mean(1).double().numpy()
+
+
+def measured(codec: Codec, scenes: int, samples: int, pipe: Pipeline | None = None) -> dict[str, list[float]]:
+    """For each fact: the least loss at TIMES if it is not told, (len(TIMES),), averaged over captions.
+
+    With a model also its losses, under the names of MODEL.
+    """
     draw, generator = stream(SEED, Use.SCENE, 1), torch.Generator().manual_seed(SEED)
     drawn = (one.request for one in related(SEED, 8 * scenes))
     single = [asked for asked in drawn if all(group.count == 1 for group in asked.groups)][:scenes]
@@ -110,22 +136,33 @@ def measured(codec: Codec, scenes: int, samples: int) -> dict[str, list[float]]:
             parts = [Part(kept[way], share) for way, share in ways]
             found = [least_loss(x0, own, t, parts) for t, own in zip(TIMES, noise, strict=True)]
             sums[name] = sums.get(name, np.zeros(len(TIMES))) + np.array(found)
+        for name, caption in zip(MODEL, (asked.caption(), ""), strict=True) if pipe else ():
+            sums[name] = sums.get(name, np.zeros(len(TIMES))) + model_losses(pipe, x0, noise, caption)
     return {name: list(total / len(single)) for name, total in sums.items()}
 
 
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     p = Parser(description=__doc__)
-    p.add_argument("--vae", type=Path, default=Path("assets/shapes/vae"), help="the VAE's folder")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--vae", type=Path, default=Path("assets/shapes/vae"), help="the VAE's folder")
+    source.add_argument("--model", type=Path, help="a model of the shapes, whose loss is printed beside")
     p.add_argument("--captions", type=positive, default=8, help="their number")
     p.add_argument("--samples", type=positive, default=400, help="scenes of each full caption")
     args = p.parse_args(argv)
-    found = measured(VAE(args.vae), args.captions, args.samples)
+    with one_line_errors(ValueError, FileNotFoundError):
+        pipe = Pipeline.load(find_model(args.model)) if args.model else None
+        codec = pipe.codec if pipe else VAE(args.vae)
+        if pipe:
+            check(pipe, args.model)
+    found = measured(codec, args.captions, args.samples, pipe)
     complete = found.pop("nothing")
+    told = [[name, *(f"{loss:.4f}" for loss in found.pop(name))] for name in MODEL if name in found]
     rows = [["with the whole caption", *(f"{loss:.4f}" for loss in complete)]]
     for name, losses in found.items():
         added = (loss - least for loss, least in zip(losses, complete, strict=True))
         rows.append([f"without {name}", *(f"{loss:+.4f}" for loss in added)])
+    rows += told
     print(table(["least loss at t", *map(str, TIMES)], rows))
 
 

@@ -83,6 +83,12 @@ def losses(pipe: Pipeline, x0: Tensor, noise: Tensor, condition: Condition) -> T
     return torch.cat(found).view(len(TIMES), len(x0))
 
 
+def check(pipe: Pipeline, model: Path) -> None:
+    """ValueError in one line unless the model draws the shapes."""
+    size = tuple(side * pipe.codec.factor for side in pipe.latent_size(None, None))
+    Shapes([]).check(str(model), size, pipe.codec.pixel_channels)  # type: ignore[arg-type]
+
+
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     p = Parser(description=__doc__)
@@ -92,8 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
         pipe = Pipeline.load(find_model(args.model))
-        size = tuple(side * pipe.codec.factor for side in pipe.latent_size(None, None))
-        Shapes([]).check(str(args.model), size, pipe.codec.pixel_channels)  # type: ignore[arg-type]
+        check(pipe, args.model)
     drawn = related(args.seed, args.scenes)
     pixels = torch.from_numpy(np.stack([np.asarray(picture(one)) for one in drawn])).movedim(-1, 1) / 255
     x0 = pipe.codec.encode(pixels)

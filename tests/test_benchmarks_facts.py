@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import facts
 from benchmarks.following import related
 from data.latents import VAE
+from mmdit.model import MMDiT
+from pipeline import Pipeline
 
 
 def test_the_best_denoiser_of_two_points_is_a_hyperbolic_tangent() -> None:
@@ -35,3 +38,22 @@ def test_what_is_not_told_costs() -> None:
     found = facts.measured(VAE("assets/shapes/vae"), 1, 24)
     assert all(loss > 0 for losses in found.values() for loss in losses)
     assert found["the relation"][1] > found["nothing"][1]
+
+
+def test_the_loss_of_a_model_stands_beside_the_least_one() -> None:
+    """It is that of its objective."""
+    pipe = Pipeline.load("assets/shapes/model")
+    found = facts.measured(pipe.codec, 1, 24, pipe)
+    told, untold = (found[name] for name in facts.MODEL)
+    assert found["nothing"][1] / 2 < told[1] < untold[1] < 2
+    x0, noise = torch.randn(4, 256), torch.randn(3, 4, 256)
+
+    class Perfect(MMDiT):
+        def forward(self, z: Tensor, *given: object) -> Tensor:
+            return (noise[1] - x0).view(z.shape)
+
+    pipe.network.__class__ = Perfect
+    losses = facts.model_losses(pipe, x0, noise, "a circle")
+    assert losses[1] == pytest.approx(0, abs=1e-6)
+    assert losses[0] > 0.1
+    assert losses[2] > 0.1
