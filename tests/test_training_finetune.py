@@ -10,7 +10,7 @@ import tiny
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from trials import assert_same, state
+from trials import assert_same, lines, state
 
 import encode
 import sample
@@ -28,7 +28,9 @@ from training.build import build, lora_base
 from training.generator import Generator
 
 ROOT = Path(__file__).parents[1]
-FINETUNE, LORA, FEWSTEP = (ROOT / f"configs/sd3/{name}.yaml" for name in ("finetune", "lora", "fewstep-lora"))
+FINETUNE, LORA, FEWSTEP, NFT = (
+    ROOT / f"configs/sd3/{name}.yaml" for name in ("finetune", "lora", "fewstep-lora", "nft-lora")
+)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +204,20 @@ def test_a_lora_learns_its_base_s_pairs_and_says_how_it_is_sampled(base: Path, s
     for flags in (["--model", str(tmp_path / "run")], ["--model", str(base), "--lora", f"{moved}:0.5"]):
         with pytest.warns(UserWarning, match="learned 3 steps with guidance 1, not 2 steps with guidance 1"):
             sample.main([*argv, *flags, "--steps", "2"])
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_a_lora_learns_from_rewards_of_its_own_pictures(base: Path, store: Path, tmp_path: Path, quantize: str) -> None:
+    """Its base is the reference, without a second network."""
+    flags = ["--judgement.rewards", '[{"class_path": "Ink"}]', "--judgement.pairs.steps", "2"]
+    flags += ["--data.batch_size", "16", "--optimization.lr", "0.02", "--lora.quantize", quantize]
+    fit(base, store, tmp_path / "run", *flags, configs=(FINETUNE, LORA, NFT))
+    entries = lines(tmp_path / "run")
+    rewards = [entry["val/reward"] for entry in entries if "val/reward" in entry]
+    drifts = [entry["val/drift"] for entry in entries if "val/drift" in entry]
+    assert all(0 < reward < 1 for reward in rewards)
+    assert drifts[-1] > drifts[0] > 0
+    assert (tmp_path / "run/lora" / lora.FILE).is_file()
 
 
 def test_the_base_s_pairs_are_those_of_the_base_whatever_the_updates(base: Path, store: Path, tmp_path: Path) -> None:
