@@ -303,7 +303,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.beta / 2 * (winner - loser)", "self.beta / 2 * (loser - winner)"),
         ("(1 + self.beta) * old - self.beta * ours", "(1 - self.beta) * old + self.beta * ours"),
         ("off.detach().abs()", "off.abs()"),
-        ("worth * liked + (1 - worth) * disliked", "liked"),
+        ("drawn.worth * liked + (1 - drawn.worth) * disliked", "liked"),
         ("/ centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)", "/ 1.0"),
         ("descending=True, stable=True", "descending=False, stable=True"),
         ("(winner > loser).to", "(winner >= loser).to"),

@@ -23,6 +23,16 @@ class Advice(NamedTuple):
     worth: Tensor  # (G, n)
 
 
+class Drawn(NamedTuple):
+    """Judged pictures, and the noise and times at which they are learned."""
+
+    x0: Tensor  # pictures or latents, (B, …)
+    noise: Tensor  # standard normal, (B, …)
+    t: Tensor  # in [0, 1], (B,) float32
+    condition: Any  # passed to the models unchanged
+    worth: Tensor  # what the rewards say of each picture, as `Preference.advice` gives it, (B,)
+
+
 class Judged(NamedTuple):
     """The losses of judged pictures, and what there is to watch beside them, each (B,) float32."""
 
@@ -44,35 +54,20 @@ class Preference(ABC):
         """What rewards (G, n) say of G groups of n pictures, each drawn from one caption."""
 
     @abstractmethod
-    def loss(
-        self,
-        objective: Objective,
-        model: Model,
-        other: Model,
-        x0: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        condition: Any,
-        worth: Tensor,
-    ) -> Judged:
+    def loss(self, objective: Objective, model: Model, other: Model, drawn: Drawn) -> Judged:
         """The loss of each picture.
 
         Args:
             objective: path and target.
             model: learns.
             other: the model that it is compared with, without a gradient.
-            x0: judged pictures or latents, (B, …).
-            noise: standard normal, (B, …).
-            t: times in [0, 1], (B,) float32.
-            condition: passed to the models unchanged.
-            worth: what the rewards say of each picture, as `advice` gives it, (B,).
+            drawn: judged pictures.
         """
 
 
-def outputs(
-    objective: Objective, model: Model, other: Model, x0: Tensor, noise: Tensor, t: Tensor, condition: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def outputs(objective: Objective, model: Model, other: Model, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The points z_t, the targets y there, and the outputs of both models, each (B, …) float32."""
+    x0, noise, t, condition, _ = drawn
     z, y = objective.point_and_target(x0, noise, t, condition, None)
     with torch.no_grad():
         theirs = output(other, z, t, condition)
@@ -118,27 +113,17 @@ class NFT(Preference):
         order = torch.arange(rewards.shape[1], device=rewards.device).expand(rewards.shape)
         return Advice(order, 0.5 + 0.5 * (advantage / self.clip).clamp(-1, 1))
 
-    def loss(
-        self,
-        objective: Objective,
-        model: Model,
-        other: Model,
-        x0: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        condition: Any,
-        worth: Tensor,
-    ) -> Judged:
-        z, _, ours, old = outputs(objective, model, other, x0, noise, t, condition)
+    def loss(self, objective: Objective, model: Model, other: Model, drawn: Drawn) -> Judged:
+        z, _, ours, old = outputs(objective, model, other, drawn)
 
         def distance(estimate: Tensor) -> Tensor:
-            off = solve(objective.path, objective.target, z, estimate, t)[0] - x0.float()
+            off = solve(objective.path, objective.target, z, estimate, drawn.t)[0] - drawn.x0.float()
             return mean_square(off) / off.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
 
         liked = distance((1 - self.beta) * old + self.beta * ours)
         disliked = distance((1 + self.beta) * old - self.beta * ours)
         moved = mean_square(ours.detach() - old)
-        return Judged(worth * liked + (1 - worth) * disliked, {"moved": moved})
+        return Judged(drawn.worth * liked + (1 - drawn.worth) * disliked, {"moved": moved})
 
 
 class DPO(Preference):
@@ -173,21 +158,11 @@ class DPO(Preference):
         winner, loser = rewards.gather(1, order).unflatten(1, (half, 2)).unbind(2)
         return Advice(order, (winner > loser).to(rewards.dtype).repeat_interleave(2, 1))
 
-    def loss(
-        self,
-        objective: Objective,
-        model: Model,
-        other: Model,
-        x0: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        condition: Any,
-        worth: Tensor,
-    ) -> Judged:
-        _, y, ours, theirs = outputs(objective, model, other, x0, noise, t, condition)
+    def loss(self, objective: Objective, model: Model, other: Model, drawn: Drawn) -> Judged:
+        _, y, ours, theirs = outputs(objective, model, other, drawn)
         winner, loser = (mean_square(ours - y) - mean_square(theirs - y)).view(-1, 2).unbind(1)
         margin = -self.beta / 2 * (winner - loser)
-        told = worth[::2]
+        told = drawn.worth[::2]
         parts = {
             "accuracy": told * (margin > 0),
             "winner_margin": told * winner.detach(),

@@ -9,7 +9,7 @@ from torch import Tensor
 from flow import target as targets
 from flow.objective import Model, Objective
 from flow.path import Cosine, RectifiedFlow
-from flow.preference import DPO, NFT, Preference
+from flow.preference import DPO, NFT, Drawn, Preference
 
 OBJECTIVES = [Objective(), Objective(Cosine(), targets.Epsilon()), Objective(RectifiedFlow(), targets.X0())]
 
@@ -31,7 +31,7 @@ def test_the_gradient_of_dpo_is_that_of_a_linear_model_in_closed_form(objective:
     """dL/dw = σ(−margin)·β/2·(dm_w/dw − dm_l/dw), with dm/dw = mean(2·(w·z + t − y)·z)."""
     x0, noise, t = batch()
     beta, weight, reference = 3.0, torch.tensor(0.4, requires_grad=True), torch.tensor(0.1)
-    loss = DPO(beta).loss(objective, linear(weight), linear(reference), x0, noise, t, None, torch.ones(4)).loss
+    loss = DPO(beta).loss(objective, linear(weight), linear(reference), Drawn(x0, noise, t, None, torch.ones(4))).loss
     loss.mean().backward()
     z, y = objective.point_and_target(x0, noise, t, None, None)
 
@@ -52,7 +52,7 @@ def test_beta_is_that_of_the_papers_code() -> None:
     """In diffusers' script, without the ½, it is half of this β; with a sum over pixels it is smaller by C·H·W."""
     x0, noise, t = batch()
     objective, model, other = Objective(), linear(torch.tensor(0.4)), linear(torch.tensor(0.1))
-    loss = DPO(5.0).loss(objective, model, other, x0, noise, t, None, torch.ones(4)).loss
+    loss = DPO(5.0).loss(objective, model, other, Drawn(x0, noise, t, None, torch.ones(4))).loss
     z, y = objective.point_and_target(x0, noise, t, None, None)
     model_w, model_l, ref_w, ref_l = (
         (each(z, t, None) - y)[part::2].square() for each in (model, other) for part in (0, 1)
@@ -66,7 +66,9 @@ def test_beta_is_that_of_the_papers_code() -> None:
 def test_at_the_reference_dpo_is_ln_2_and_pulls_the_pair_apart(objective: Objective) -> None:
     x0, noise, t = batch()
     weight = torch.tensor(0.4, requires_grad=True)
-    found = DPO(8.0).loss(objective, linear(weight), linear(torch.tensor(0.4)), x0, noise, t, None, torch.ones(4))
+    found = DPO(8.0).loss(
+        objective, linear(weight), linear(torch.tensor(0.4)), Drawn(x0, noise, t, None, torch.ones(4))
+    )
     torch.testing.assert_close(found.loss, torch.full((4,), math.log(2)))
     assert not found.watched["winner_margin"].any()
     (slope,) = torch.autograd.grad(found.loss.mean(), weight)
@@ -83,7 +85,7 @@ def test_at_the_old_policy_nft_follows_the_flow_with_the_sign_of_the_reward(obje
     x0, noise, t = batch()
     weight, beta = torch.tensor(0.4, requires_grad=True), 0.7
     found = NFT(beta).loss(
-        objective, linear(weight), linear(torch.tensor(0.4)), x0, noise, t, None, torch.full((4,), worth)
+        objective, linear(weight), linear(torch.tensor(0.4)), Drawn(x0, noise, t, None, torch.full((4,), worth))
     )
     (slope,) = torch.autograd.grad(found.loss.mean(), weight)
     z, _ = objective.point_and_target(x0, noise, t, None, None)
@@ -99,7 +101,7 @@ def test_nft_is_the_papers_equation_for_rectified_flow() -> None:
     x0, noise, t = batch()
     objective, beta = Objective(), 0.6
     worth, model, old = torch.tensor([0.1, 0.9, 0.5, 1.0]), linear(torch.tensor(0.4)), linear(torch.tensor(0.1))
-    loss = NFT(beta).loss(objective, model, old, x0, noise, t, None, worth).loss
+    loss = NFT(beta).loss(objective, model, old, Drawn(x0, noise, t, None, worth)).loss
     s = t.view(-1, 1, 1, 1)
     z = (1 - s) * x0 + s * noise
     v, v_old = model(z, t, None), old(z, t, None)
@@ -133,10 +135,10 @@ def test_pairs_of_equal_reward_teach_nothing() -> None:
     x0, noise, t = batch()
     weight = torch.tensor(0.4, requires_grad=True)
     model, other = linear(weight), linear(torch.tensor(0.1))
-    half = DPO(3.0).loss(Objective(), model, other, x0, noise, t, None, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    half = DPO(3.0).loss(Objective(), model, other, Drawn(x0, noise, t, None, torch.tensor([1.0, 1.0, 0.0, 0.0])))
     assert not half.loss[2:].any()
     (slope,) = torch.autograd.grad(half.loss.sum(), weight)
-    alone = DPO(3.0).loss(Objective(), model, other, x0[:2], noise[:2], t[:2], None, torch.ones(2))
+    alone = DPO(3.0).loss(Objective(), model, other, Drawn(x0[:2], noise[:2], t[:2], None, torch.ones(2)))
     (wanted,) = torch.autograd.grad(alone.loss.sum(), weight)
     torch.testing.assert_close(slope, wanted)
 
@@ -145,7 +147,7 @@ def test_pairs_of_equal_reward_teach_nothing() -> None:
 def test_no_gradient_reaches_the_model_compared_with(loss: Preference) -> None:
     x0, noise, t = batch()
     weight = torch.tensor(0.1, requires_grad=True)
-    found = loss.loss(Objective(), linear(torch.tensor(0.4)), linear(weight), x0, noise, t, None, torch.ones(4))
+    found = loss.loss(Objective(), linear(torch.tensor(0.4)), linear(weight), Drawn(x0, noise, t, None, torch.ones(4)))
     assert not found.loss.requires_grad
 
 

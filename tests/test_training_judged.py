@@ -285,7 +285,7 @@ def test_the_main_average_draws_and_both_pictures_of_a_pair_have_one_time(
     learn, follow, draw = DPO.loss, JudgeModel.follow, Generator.draw_samples
 
     def learned(self: DPO, *given: Any) -> Any:
-        times.append(given[5])
+        times.append(given[3].t)
         return learn(self, *given)
 
     def followed(self: JudgeModel, pipe: Pipeline, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from data.module import Data
 from data.text.encoder import TextEncoder
 from engine.flops import forward_flops
 from flow.objective import Interval, Model, Objective
-from flow.preference import NFT, Preference, mean_square
+from flow.preference import NFT, Drawn, Preference, mean_square
 from mmdit.network import Condition, Network
 from pipeline import Pipeline
 from training.rewards import Reward, total
@@ -118,8 +118,8 @@ class JudgedLesson(Lesson):
         else:
             model = judge.policy.guided(self.condition, judge.judgement.guidance * scale, model)
             other = judge.policy.guided(self.condition, judge.judgement.guidance * scale)
-        learned = judge.judgement.loss
-        found = learned.loss(objective, model, other, self.x0, self.noise, t, self.condition, self.worth)
+        drawn = Drawn(self.x0, self.noise, t, self.condition, self.worth)
+        found = judge.judgement.loss.loss(objective, model, other, drawn)
         judge.watch(found.watched)
         return found.loss
 
