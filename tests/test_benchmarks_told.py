@@ -1,0 +1,58 @@
+"""benchmarks/told.py: what is told in facts, what is changed, and a training at large t alone."""
+
+import pytest
+import torch
+
+from benchmarks import told
+from data.shapes import Group, Request
+from pipeline import Pipeline
+
+ASKED = Request((Group(1, "circle", "red", "small"), Group(2, "square", "blue", "large")), "above")
+
+
+@pytest.fixture
+def pipe() -> Pipeline:
+    return Pipeline.load("assets/shapes/model")
+
+
+def test_facts_say_everything_and_where_each_group_lies() -> None:
+    first, second = told.facts(ASKED)
+    named = [{told.FACTS[i] for i in row[:-2].nonzero()[:, 0]} for row in (first, second)]
+    assert named == [{"circle", "red", "small", "one"}, {"square", "blue", "large", "two"}]
+    assert first[-2:].tolist() == [-1, 0]  # up
+    assert second[-2:].tolist() == [1, 0]  # down
+    assert torch.equal(told.facts(told.reversed_relation(ASKED))[:, -2:], -told.facts(ASKED)[:, -2:])
+    same = Request(ASKED.groups[::-1], "below")
+    assert torch.equal(told.facts(same), told.facts(ASKED).flip(0))
+    colours = told.facts(told.exchanged_colours(ASKED)) - told.facts(ASKED)
+    assert {told.FACTS[i] for i in colours[0].nonzero()[:, 0]} == {"red", "blue"}
+    left = told.facts(Request(ASKED.groups, "to the left of"))
+    assert left[:, -2:].tolist() == [[0, -1], [0, 1]]
+
+
+def test_in_facts_only_facts_are_told_and_in_words_the_caption(pipe: Pipeline) -> None:
+    asked = [ASKED, told.reversed_relation(ASKED)]
+    plain = told.in_facts(pipe)(asked)
+    assert not plain.text[:, 2:].any()
+    assert not plain.pooled.any()
+    assert not torch.equal(plain.text[0, :2], plain.text[1, :2])
+    words, wanted = told.in_words(pipe)(asked), pipe.condition([one.caption() for one in asked])
+    assert torch.equal(words.text, wanted.text)
+    assert torch.equal(words.pooled, wanted.pooled)
+
+
+def test_a_copy_is_trained_at_the_times_that_are_asked_for(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, x0 = told.encoded(pipe, 5, 8)
+    tell, times, loss = told.in_facts(pipe), [], pipe.objective.loss
+    before = told.losses(pipe, tell(asked), x0)
+    monkeypatch.setattr(pipe.objective, "loss", lambda *given: (times.append(given[3]), loss(*given))[1])
+    told.train(pipe, tell, asked, x0, 12, 1e-3, 0.8)
+    assert len(times) == 12
+    assert all(len(t) == told.BATCH and t.min() >= 0.8 for t in times)
+    assert told.losses(pipe, tell(asked), x0).mean() < before.mean()
+
+
+def test_a_time_that_leaves_nothing_to_learn_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        told.main(["--model", "assets/shapes/model", "--least-t", "1"])
+    assert "--least-t must be from 0 to below 0.95" in capsys.readouterr().err
