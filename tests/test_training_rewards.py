@@ -15,7 +15,7 @@ from data.examined import scenes
 from data.order import Use, stream
 from data.shapes import CATEGORIES, Group, Request
 from metrics.judge import Judge
-from training.rewards import Function, Ink, Reward, RightDigit, RightShapes, total
+from training.rewards import Function, Ink, Reward, RewardError, RightDigit, RightShapes, total
 
 JUDGE = str(ROOT / "assets/digits/judge")
 
@@ -115,3 +115,8 @@ def test_a_reward_that_is_none_stops_with_its_caption(rewards: object, message: 
 def test_a_judge_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         RightDigit(str(tmp_path))
+
+
+def test_a_caption_that_a_judge_cannot_read_is_named() -> None:
+    with pytest.raises(RewardError, match="RightShapes: the caption 'zero' is none of the shapes'"):
+        total([RightShapes()], torch.rand(1, 3, 64, 64), ["zero"])
