@@ -5,6 +5,7 @@
 Scenes of two groups with a relation are drawn. Told in words, the network gets their captions. Told in facts, it gets a
 token for each group in the caption's place, a fixed random vector for every fact: shape, colour, number, size, and in
 which half of the picture the relation puts the group. So nothing has to be understood any more.
+`--loudness` makes the vectors for halves shorter than the others.
 
 A copy of the network is trained on them, at t of at least `--least-t`. Printed are, for other scenes, the shares for
 which the truth has a lower loss than the relation reversed, and than the colours exchanged (50 % is chance), and by how
@@ -45,10 +46,11 @@ def facts(asked: Request) -> Tensor:
     return torch.tensor(rows)
 
 
-def in_facts(pipe: Pipeline) -> Tell:
-    """Tells requests in two tokens, in a caption that is empty otherwise."""
+def in_facts(pipe: Pipeline, loudness: float = 1.0) -> Tell:
+    """Tells requests in two tokens, in a caption that is empty otherwise, and places with another loudness."""
     empty = pipe.condition([""])
     vectors = torch.randn(len(FACTS) + 2, pipe.network.text_dim, generator=torch.Generator().manual_seed(0))
+    vectors[-2:] *= loudness
 
     def tell(asked: list[Request]) -> Condition:
         told = torch.stack([facts(one) for one in asked]) @ vectors
@@ -61,9 +63,6 @@ def in_facts(pipe: Pipeline) -> Tell:
 def in_words(pipe: Pipeline) -> Tell:
     """Tells requests in their captions."""
     return lambda asked: pipe.condition([one.caption() for one in asked])
-
-
-WAYS = {"facts": in_facts, "words": in_words}
 
 
 def reversed_relation(asked: Request) -> Request:
@@ -125,7 +124,10 @@ def losses(pipe: Pipeline, told: Condition, x0: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     p = Parser(description=__doc__)
     p.add_argument("--model", type=Path, required=True, help="a model of the shapes: its folder, or a run's")
-    p.add_argument("--told", choices=WAYS, default="facts", help="how the scenes are told; default: facts")
+    p.add_argument(
+        "--told", choices=["facts", "words"], default="facts", help="how the scenes are told; default: facts"
+    )
+    p.add_argument("--loudness", type=float, default=1.0, help="of places among the facts; default: 1")
     p.add_argument("--least-t", type=float, default=0.0, help="least t of the training, below 0.95; default: 0")
     p.add_argument("--steps", type=natural, default=500, help="of 32 scenes")
     p.add_argument("--lr", type=float, default=1e-3)
@@ -138,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--least-t must be from 0 to below 0.95, got {args.least_t}")
         pipe = Pipeline.load(find_model(args.model))
         check(pipe, args.model)
-    tell = WAYS[args.told](pipe)
+    tell = in_facts(pipe, args.loudness) if args.told == "facts" else in_words(pipe)
     train(pipe, tell, *encoded(pipe, TRAINED, args.scenes), args.steps, args.lr, args.least_t)
     asked, x0 = encoded(pipe, TESTED, max(1, args.scenes // 16))
     true = losses(pipe, tell(asked), x0)

@@ -36,6 +36,8 @@ def test_in_facts_only_facts_are_told_and_in_words_the_caption(pipe: Pipeline) -
     assert not plain.text[:, 2:].any()
     assert not plain.pooled.any()
     assert not torch.equal(plain.text[0, :2], plain.text[1, :2])
+    quiet = told.in_facts(pipe, 0.25)(asked)
+    torch.testing.assert_close((quiet.text[0] - quiet.text[1])[:2], 0.25 * (plain.text[0] - plain.text[1])[:2])
     words, wanted = told.in_words(pipe)(asked), pipe.condition([one.caption() for one in asked])
     assert torch.equal(words.text, wanted.text)
     assert torch.equal(words.pooled, wanted.pooled)
