@@ -136,8 +136,9 @@ def measured(codec: Codec, scenes: int, samples: int, pipe: Pipeline | None = No
             parts = [Part(kept[way], share) for way, share in ways]
             found = [least_loss(x0, own, t, parts) for t, own in zip(TIMES, noise, strict=True)]
             sums[name] = sums.get(name, np.zeros(len(TIMES))) + np.array(found)
-        for name, caption in zip(MODEL, (asked.caption(), ""), strict=True) if pipe else ():
-            sums[name] = sums.get(name, np.zeros(len(TIMES))) + model_losses(pipe, x0, noise, caption)
+        for name, caption in zip(MODEL, (asked.caption(), ""), strict=True):
+            if pipe:
+                sums[name] = sums.get(name, np.zeros(len(TIMES))) + model_losses(pipe, x0, noise, caption)
     return {name: list(total / len(single)) for name, total in sums.items()}
 
 
