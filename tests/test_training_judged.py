@@ -303,3 +303,14 @@ def test_the_main_average_draws_and_both_pictures_of_a_pair_have_one_time(
     assert len(times) == 6
     assert all(torch.equal(t[::2], t[1::2]) and len(t.unique()) == len(t) // 2 for t in times)
     assert networks[0] is networks[1]
+
+
+def test_a_function_of_the_user_is_a_reward(
+    flags: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain one, without annotations, by its import path."""
+    (tmp_path / "my_rewards.py").write_text("def dark(pictures, captions):\n    return -pictures.mean((1, 2, 3))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = '[{"class_path": "Function", "init_args": {"function": "my_rewards.dark", "weight": 2}}]'
+    fit(tmp_path / "config.yaml", *flags("dpo"), "--judgement.rewards", reward)
+    assert all(-2 <= entry["val/reward"] < 0 for entry in lines(tmp_path / "run") if "val/reward" in entry)

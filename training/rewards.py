@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ class Function(Reward):
 
     range = (-float("inf"), float("inf"))
 
-    def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor], weight: float = 1.0) -> None:
+    def __init__(self, function: Callable[..., Any], weight: float = 1.0) -> None:
         self.function, self.weight = function, weight
 
     def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
