@@ -278,6 +278,7 @@ def experiment(folder: Path, device: torch.device, workers: int = 0) -> tuple[L.
         grid=Grid(),
         lora=None,
         teacher=None,
+        judgement=None,
         terms=(),
     )
     trainer, generator, data = build(sections, None)  # type: ignore[arg-type]
