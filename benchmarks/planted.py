@@ -317,6 +317,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("model = judge.policy.guided(self.condition, judge.judgement.guidance * scale, model)", "pass"),
         ("branches * policy / self.judgement.pairs.uses", "branches * policy"),
         ("if self.reference or base:", "if self.reference:"),
+    ],
+    ("training/judged.py", "training_finetune"): [
         ("        data.judged = True\n", ""),
     ],
     ("training/generator.py", "training_judged"): [
