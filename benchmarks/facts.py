@@ -1,14 +1,14 @@
-"""What a fact of a caption is worth: how much the least possible loss grows if the caption does not tell it.
+"""What a fact of a caption is worth: how much the least possible loss grows if the fact is left out of the caption.
 
     python -m benchmarks.facts
 
 Scenes of two shapes with a relation are encoded and mixed with noise at t. All scenes that a caption allows are sampled
 and encoded, too, so the best denoiser that knows this caption and nothing else is known: the mean of these latents,
-weighted by how well they explain the noised ones. Its loss (of the velocity) is printed, and what is added if a fact is
-not told. Only large t are measured: at a small t hardly any sampled scene is close to the noised one.
+weighted by how well they explain the noised ones. Its loss (of the velocity) is printed, and what is added without a
+fact. Only large t are measured: at a small t hardly any sampled scene is close to the noised one.
 
 A fact that is worth much can still be hard to learn: "above" without the order of the two groups tells only their axis.
-With `--model` the loss of a model is printed, too: how much of what it is told, and of the picture, does it use at t?
+With `--model` the losses of a model with the whole caption and without a caption are printed, too.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
 
 def vaguer(asked: Request) -> dict[str, list[tuple[Request, float]]]:
-    """For each fact: the full captions that remain possible if it is not told, and their probabilities."""
+    """For each fact: the full captions that a caption without it allows, and their probabilities."""
     first, second = asked.groups
     assert asked.relation
 
@@ -117,7 +117,7 @@ def model_losses(pipe: Pipeline, x0: Tensor, noise: Tensor, caption: str) -> np.
 
 
 def measured(codec: Codec, scenes: int, samples: int, pipe: Pipeline | None = None) -> dict[str, list[float]]:
-    """For each fact: the least loss at TIMES if it is not told, (len(TIMES),), averaged over captions.
+    """For each fact: the least loss at TIMES with a caption without it, (len(TIMES),), averaged over captions.
 
     With a model also its losses, under the names of MODEL.
     """
@@ -158,12 +158,12 @@ def main(argv: list[str] | None = None) -> None:
             check(pipe, args.model)
     found = measured(codec, args.captions, args.samples, pipe)
     complete = found.pop("nothing")
-    told = [[name, *(f"{loss:.4f}" for loss in found.pop(name))] for name in MODEL if name in found]
+    of_model = [[name, *(f"{loss:.4f}" for loss in found.pop(name))] for name in MODEL if name in found]
     rows = [["with the whole caption", *(f"{loss:.4f}" for loss in complete)]]
     for name, losses in found.items():
         added = (loss - least for loss, least in zip(losses, complete, strict=True))
         rows.append([f"without {name}", *(f"{loss:+.4f}" for loss in added)])
-    rows += told
+    rows += of_model
     print(table(["least loss at t", *map(str, TIMES)], rows))
 
 

@@ -315,7 +315,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("advice.order + offset", "advice.order"),
         ("x0[order.to(x0.device)], self.twins(fresh)", "x0[order.to(x0.device)], fresh"),
         ("model = judge.policy.guided(self.condition, judge.judgement.guidance * scale, model)", "pass"),
-        ("branches * policy / self.judgement.pairs.uses", "branches * policy"),
+        ("evaluations(Objective()) / self.judgement.pairs.uses", "evaluations(Objective())"),
         ("if self.reference or base:", "if self.reference:"),
     ],
     ("training/judged.py", "training_finetune"): [
@@ -325,6 +325,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.judge.follow(self.pipeline,", "self.judge.follow(Pipeline(self.network, *self.pipeline.parts[1:]),"),
         ("Use.JUDGED, batch.step, batch.positions", "Use.JUDGED, 0, batch.positions"),
         ("u = self.judge.twins(u, 1)", "pass"),
+        ("self.judge.watched.clear()", "pass"),
+        ("score = -values", "score = values"),
     ],
     ("training/rewards.py", "training_rewards"): [
         ("found + reward.weight * own", "found + own"),
@@ -333,8 +335,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("softmax(1)", "sigmoid()"),
     ],
     ("data/shapes.py", "training_rewards"): [
-        ("parts[2] if parts[2] in RELATIONS else None", "None"),
-        ("(sum(parts) / len(parts) + whole) / 2", "sum(parts) / len(parts)"),
+        ("joined if joined in RELATIONS else None", "None"),
+        ("(sum(parts) / len(parts) + fulfils(found, asked)) / 2", "sum(parts) / len(parts)"),
     ],
     ("training/terms.py", "terms"): [
         ("tokens[self.strong].detach()", "tokens[self.strong]"),

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     mask: Tensor | None = None  # (b, N) bool, the captions' own tokens; none: padding is attended
     picture: Tensor | None = None  # (b, C', H, W), the latents of a picture to work from
     level: Tensor | None = None  # (b,), how much noise it was given
-    prompts: list[str] | None = None  # the captions in words, if `Data.judged`
+    prompts: list[str] | None = None  # the captions in words; from a store only if `Data.judged`
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with all its tensors on a device."""

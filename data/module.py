@@ -49,10 +49,9 @@ class CaptionedDigits(Dataset[Batch]):
         )
         self.labels = labels.numpy()
         self.templates = len(templates)
-        captions = ["", *(c for label in range(10) for c in digits.captions(label, templates))]
-        self.captions = captions
-        self.tokens, self.pooled = (part.cpu() for part in text.encode(captions))  # row 0 is the null condition
-        self.mask = text.mask(captions) if text_mask else None
+        self.captions = ["", *(c for label in range(10) for c in digits.captions(label, templates))]
+        self.tokens, self.pooled = (part.cpu() for part in text.encode(self.captions))  # row 0 is the null condition
+        self.mask = text.mask(self.captions) if text_mask else None
         self.pictures = None
         if degrade:
             small = degrade.smaller(digits.enlarged(pixels, side, codec.pixel_channels))
@@ -158,7 +157,7 @@ class Data(L.LightningDataModule):
         picture_channels: of the pictures to work from, in latents; 0 is none.
         level_embeds: these have noise of different levels.
         paired: each picture was made from its noise.
-        judged: set to be given the captions in words, too.
+        judged: set it to have the captions in words in all batches.
         dropout: the largest share of captions that are dropped, for any encoder.
     """
 

@@ -126,29 +126,24 @@ def request(draw: Generator, category: str | None = None) -> Request:
     return Request(groups, relation if related else None, opening)
 
 
-def asked_for(caption: str) -> Request:
-    """The request that a caption of this module puts into words. ValueError for other captions."""
-    opening = max((words for words in OPENINGS if caption.startswith(words)), key=len)
-    parts = _PARTS.fullmatch(caption.removeprefix(opening))
-    groups = [_GROUP.fullmatch(words) for words in (parts[1], parts[3]) if words] if parts else []
-    if not groups or not all(groups):
-        raise ValueError(f"the caption {caption!r} is none of the shapes': write it like 'two small red circles'")
-    assert parts
-    return Request(
-        tuple(
-            Group(NUMBERS.index(number) if number in NUMBERS else 1, shape, colour, size)
-            for number, size, colour, shape in (group.groups() for group in groups if group)
-        ),
-        parts[2] if parts[2] in RELATIONS else None,
-        opening,
-    )
-
-
-_JOINED = "|".join(("and", *RELATIONS))
-_PARTS = re.compile(rf"(.*?)(?: ({_JOINED}) (.*))?")
-_GROUP = re.compile(
+_GROUP = (
     rf"(an?|{'|'.join(NUMBERS[2:])})(?: ({'|'.join(SIZES)}))?(?: ({'|'.join(COLOURS)}))? ({'|'.join(SHAPES)})(?:s|es)?"
 )
+_CAPTION = re.compile(rf"({'|'.join(OPENINGS)}){_GROUP}(?: ({'|'.join(('and', *RELATIONS))}) {_GROUP})?")
+
+
+def asked_for(caption: str) -> Request:
+    """The request that a caption of this module puts into words. ValueError for other captions."""
+    found = _CAPTION.fullmatch(caption)
+    if not found:
+        raise ValueError(f"the caption {caption!r} is none of the shapes': write it like 'two small red circles'")
+    opening, *first, joined = found.groups()[:6]
+    groups = tuple(
+        Group(NUMBERS.index(number) if number in NUMBERS else 1, shape, colour, size)
+        for number, size, colour, shape in (first, found.groups()[6:])
+        if shape
+    )
+    return Request(groups, joined if joined in RELATIONS else None, opening)
 
 
 def requests(category: str, count: int, seed: int = 0) -> list[Request]:
@@ -348,10 +343,10 @@ def fulfils(found: Sequence[Found], asked: Request) -> bool:
 
 
 def agreement(found: Sequence[Found], asked: Request) -> float:
-    """The share of what a request asks for that a picture shows, 0 to 1. It is 1 only if the picture `fulfils` it.
+    """How far a picture shows what a request asks for: half the share of its parts, and half for all of them, 0 to 1.
 
-    Each group asks for the number of its shapes and for as many of its colour and size; the relation, if both groups
-    are there, and the number of all shapes are further parts.
+    The parts are the number of all shapes, for each group the number of its shapes and the share of them that have its
+    colour and size, and the relation of the groups. It is 1 only if the picture `fulfils` the request.
     """
     parts: list[float] = [len(found) == sum(group.count for group in asked.groups)]
     for group in asked.groups:
@@ -361,8 +356,7 @@ def agreement(found: Sequence[Found], asked: Request) -> float:
             parts.append(min(1.0, sum(belongs(f, group) for f in alike) / group.count))
     if asked.relation:
         parts.append(fulfils([f for f in found if any(belongs(f, group) for group in asked.groups)], asked))
-    whole = fulfils(found, asked)
-    return (sum(parts) / len(parts) + whole) / 2
+    return (sum(parts) / len(parts) + fulfils(found, asked)) / 2
 
 
 def belongs(found: Found, group: Group) -> bool:

@@ -80,7 +80,7 @@ def mean_square(difference: Tensor) -> Tensor:
 
 
 class NFT(Preference):
-    """DiffusionNFT (Zheng et al. 2025, "Online Diffusion Reinforcement with Forward Process", eq. 5).
+    """DiffusionNFT (K. Zheng et al. 2025, "DiffusionNFT: Online Diffusion Reinforcement with Forward Process").
 
     r·d(x̂0⁺) + (1 − r)·d(x̂0⁻), where x̂0⁺ and x̂0⁻ follow from the outputs y⁺ = (1 − β)·y_old + β·y and
     y⁻ = (1 + β)·y_old − β·y. Pictures that the judge likes pull y toward their target and the others push it away, as
@@ -127,7 +127,7 @@ class NFT(Preference):
 
 
 class DPO(Preference):
-    """Diffusion-DPO (Wallace et al. 2023, eq. 14): −ln σ(−β/2·[(m_w − m_w^ref) − (m_l − m_l^ref)]).
+    """Diffusion-DPO (Wallace et al. 2023): −ln σ(−β/2·[(m_w − m_w^ref) − (m_l − m_l^ref)]).
 
     m = mean((output − y)²) is a picture's loss, w the preferred picture of a pair and l the other, ref the reference.
     Both have one noise and one t, so that what they share cancels. A group is paired from its ends: the best with the
@@ -162,13 +162,13 @@ class DPO(Preference):
         _, y, ours, theirs = outputs(objective, model, other, drawn)
         winner, loser = (mean_square(ours - y) - mean_square(theirs - y)).view(-1, 2).unbind(1)
         margin = -self.beta / 2 * (winner - loser)
-        told = drawn.worth[::2]
+        unequal = drawn.worth[::2]  # 1 for a pair of unequal reward
         parts = {
-            "accuracy": told * (margin > 0),
-            "winner_margin": told * winner.detach(),
-            "loser_margin": told * loser.detach(),
-            "told": told,
+            "accuracy": unequal * (margin > 0),
+            "winner_margin": unequal * winner.detach(),
+            "loser_margin": unequal * loser.detach(),
+            "unequal": unequal,
         }
         watched = {name: part.repeat_interleave(2) for name, part in parts.items()}
         watched["moved"] = mean_square(ours.detach() - theirs)
-        return Judged((told * -F.logsigmoid(margin)).repeat_interleave(2), watched)
+        return Judged((unequal * -F.logsigmoid(margin)).repeat_interleave(2), watched)

@@ -1,7 +1,6 @@
 """Trainings from judgement: what is drawn, judged and learned; resume, ranks, bad input."""
 
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,15 @@ from networks import stirred
 from torch import Tensor
 from trials import (
     ROOT,
-    Change,
+    assert_goes_on_to_the_bit,
     assert_near_logs,
-    assert_same,
-    end,
+    assert_two_learn_as_one,
     ended,
     fit,
     lines,
     logged,
     refused,
-    send_at,
     small,
-    start,
-    start_ranks,
     state,
 )
 
@@ -153,18 +148,13 @@ def test_guidance_is_part_of_the_model_that_nft_learns(pipe: Pipeline) -> None:
 def test_it_stops_goes_on_to_the_bit_and_keeps_the_model_of_the_best_reward(
     flags: Callable[..., list[str]], tmp_path: Path, overlay: str
 ) -> None:
-    config, given = tmp_path / "config.yaml", flags(overlay)
-    fit(config, *given, "--run.folder", str(tmp_path / "straight"))
-    stopped = start(config, *given, change=Change(send_at, (signal.SIGTERM, 2)))
-    assert end(stopped) == 128 + signal.SIGTERM
-    fit(config, *given)
-    assert_same(state(tmp_path / "run"), state(tmp_path / "straight"))
+    assert_goes_on_to_the_bit(tmp_path / "config.yaml", *flags(overlay), stopped=2)
     found = logged(tmp_path / "run")
     rewards = [entry["val/reward"] for entry in found.values() if "val/reward" in entry]
     drifts = [entry["val/drift"] for entry in found.values() if "val/drift" in entry]
     assert len(rewards) == len(drifts) == 2
     assert min(drifts) > 0
-    assert max(rewards) <= 1 + (overlay == "nft")
+    assert state(tmp_path / "run")["numbers"]["best"] == pytest.approx(-max(rewards))
     told = [entry for entry in found.values() if "train/reward" in entry]
     assert told
     assert all(("train/accuracy" in entry) == (overlay == "dpo") for entry in told)
@@ -173,9 +163,22 @@ def test_it_stops_goes_on_to_the_bit_and_keeps_the_model_of_the_best_reward(
 
 @pytest.mark.parametrize(("overlay", "kind"), [("dpo", "ddp"), ("nft", "ddp"), ("nft", "fsdp2")])
 def test_two_processes_learn_as_one(flags: Callable[..., list[str]], tmp_path: Path, overlay: str, kind: str) -> None:
+    """Also with different numbers of pairs of unequal reward. The drift is a difference of nearly equal outputs."""
+    given = flags(overlay)
+    if overlay == "dpo":
+        given += ["--judgement.rewards", '[{"class_path": "Function", "init_args": {"function": "trials.bright"}}]']
+    assert_two_learn_as_one(tmp_path / "config.yaml", *given, kind=kind, relative=5e-6)
+    told = [entry["train/accuracy"] for entry in lines(tmp_path / "run") if "train/accuracy" in entry]
+    assert overlay == "nft" or max(told) > 0
+
+
+@pytest.mark.parametrize("overlay", ["dpo", "nft"])
+def test_a_batch_in_two_parts_logs_what_the_whole_does(
+    flags: Callable[..., list[str]], tmp_path: Path, overlay: str
+) -> None:
     config, given = tmp_path / "config.yaml", flags(overlay)
     fit(config, *given, "--run.folder", str(tmp_path / "one"))
-    assert [end(rank) for rank in start_ranks(config, *given, "--strategy.kind", kind)] == [0, 0]
+    fit(config, *given, "--strategy.accumulate_grad_batches", "2")
     assert_near_logs(tmp_path / "run", tmp_path / "one", 1e-5)
 
 

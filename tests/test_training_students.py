@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,18 +14,12 @@ from safetensors.torch import load_file, save_file
 from store_files import replan
 from trials import (
     ROOT,
-    Change,
-    assert_near_logs,
-    assert_same,
-    end,
+    assert_goes_on_to_the_bit,
+    assert_two_learn_as_one,
     fit,
     lines,
     refused,
-    send_at,
     small,
-    start,
-    start_ranks,
-    state,
 )
 
 import evaluate
@@ -93,12 +86,7 @@ def test_every_overlay_is_tried() -> None:
 def test_each_student_trains_stops_goes_on_to_the_bit_and_draws(
     student: Callable[..., list[str]], tmp_path: Path, overlay: str
 ) -> None:
-    config, flags = tmp_path / "config.yaml", student(overlay)
-    fit(config, *flags, "--run.folder", str(tmp_path / "straight"))
-    stopped = start(config, *flags, change=Change(send_at, (signal.SIGTERM, 2)))
-    assert end(stopped) == 128 + signal.SIGTERM
-    fit(config, *flags)
-    assert_same(state(tmp_path / "run"), state(tmp_path / "straight"))
+    assert_goes_on_to_the_bit(tmp_path / "config.yaml", *student(overlay), stopped=2)
     pipe = Pipeline.load(tmp_path / "run/model")
     picture = pipe(["zero"], [0])
     assert picture.shape == (1, 1, 8, 8)
@@ -107,11 +95,7 @@ def test_each_student_trains_stops_goes_on_to_the_bit_and_draws(
 
 @pytest.mark.parametrize(("overlay", "kind"), [("meanflow", "ddp"), ("meanflow", "fsdp2"), ("reflow-online", "ddp")])
 def test_two_processes_learn_as_one(student: Callable[..., list[str]], tmp_path: Path, overlay: str, kind: str) -> None:
-    config, flags = tmp_path / "config.yaml", student(overlay)
-    fit(config, *flags, "--run.folder", str(tmp_path / "one"))
-    ranks = start_ranks(config, *flags, "--strategy.kind", kind)
-    assert [end(rank) for rank in ranks] == [0, 0]
-    assert_near_logs(tmp_path / "run", tmp_path / "one", 1e-6)
+    assert_two_learn_as_one(tmp_path / "config.yaml", *student(overlay), kind=kind)
 
 
 def test_in_bfloat16_average_velocities_have_the_same_gradient_but_for_rounding(

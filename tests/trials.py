@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -270,6 +270,28 @@ def assert_same(a: object, b: object, where: str = "") -> None:
             assert_same(*pair, f"{where}/{i}")
     else:
         assert a == b, where
+
+
+def assert_goes_on_to_the_bit(config: Path, *flags: str, stopped: int) -> None:
+    """A run that SIGTERM ends in a step, and that goes on, is in the end equal to one that nothing stopped."""
+    straight = config.parent / "straight"
+    fit(config, *flags, "--run.folder", str(straight))
+    assert end(start(config, *flags, change=Change(send_at, (signal.SIGTERM, stopped)))) == 128 + signal.SIGTERM
+    fit(config, *flags)
+    assert_same(state(config.parent / "run"), state(straight))
+
+
+def assert_two_learn_as_one(config: Path, *flags: str, kind: str, relative: float = 1e-6) -> None:
+    """Two processes log what one logs."""
+    one = config.parent / "one"
+    fit(config, *flags, "--run.folder", str(one))
+    assert [end(rank) for rank in start_ranks(config, *flags, "--strategy.kind", kind)] == [0, 0]
+    assert_near_logs(config.parent / "run", one, relative)
+
+
+def bright(pictures: Tensor, captions: Sequence[str]) -> Tensor:
+    """A reward that only says yes or no, so that many pictures have the same."""
+    return (pictures.mean((1, 2, 3)) > 0.34).float()
 
 
 def assert_near(a: dict[str, Tensor], b: dict[str, Tensor], relative: float = 1e-6) -> None:

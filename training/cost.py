@@ -45,7 +45,8 @@ class StepCost:
         count, _, height, width = x0.shape
         number = torch.empty(count)
         given = condition._replace(guidance=number) if self.network.guidance_embeds else condition
-        flops = round(self.passes * forward_flops(self.network, x0, number, given))
+        branches = self.judge.learned_branches if self.judge else 1
+        flops = round(self.passes * branches * forward_flops(self.network, x0, number, given))
         if self.teacher:
             flops += round(self.teacher.flops(x0, number, condition))
         if self.judge:

@@ -142,6 +142,8 @@ class Generator(L.LightningModule):
         u = self.uniforms(batch)
         if self.judge:
             u = self.judge.twins(u, 1)
+            if self.begins(batch):
+                self.judge.watched.clear()
         send = partial(sent, device=batch.x0.device)
         times, interval = self.objective.times(u[:3], area(batch))
         t, interval = send(times), interval and Interval(*map(send, interval))
@@ -181,8 +183,11 @@ class Generator(L.LightningModule):
     def add_losses(self, means: Tensor, batch: Batch) -> None:
         """Adds the mean losses of a micro-batch to those of this rank's share of the global batch, for the log."""
         share = means / self.strategy.accumulate_grad_batches
-        begins = batch.positions[0] % (self.batch_size // self.trainer.world_size) == 0
-        self.losses = share if begins else self.losses + share
+        self.losses = share if self.begins(batch) else self.losses + share
+
+    def begins(self, batch: Batch) -> bool:
+        """Whether a micro-batch is the first of this rank's share of its global batch."""
+        return bool(batch.positions[0] % (self.batch_size // self.trainer.world_size) == 0)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clips the norm of the whole gradient, and makes the optimizer skip a step that is not finite."""
@@ -206,8 +211,10 @@ class Generator(L.LightningModule):
             self.log_dict({f"train/loss_bin{i}": value for i, value in enumerate(bins)})
             values = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": total}
             values["grad_spikes"] = self.guard.spikes()
-            for name, mean in (self.judge.watched if self.judge else {}).items():
-                self.log(f"train/{name}", mean.to(self.device), sync_dist=True)
+            if self.judge:
+                values |= self.judge.means(
+                    lambda sums: self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+                )
             self.log_dict({f"train/{name}": float(value) for name, value in values.items()})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

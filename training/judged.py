@@ -1,5 +1,6 @@
 """Learning from judgement: the model draws pictures, rewards judge them, and the flow learns from the verdict."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from mmdit.network import Condition, Network
 from pipeline import Pipeline
 from training.rewards import Reward, total
 from training.teacher import Lesson, Pairs, Teacher, TeacherModel
+
+OF_PAIRS = ("accuracy", "winner_margin", "loser_margin")
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,8 @@ class JudgedLesson(Lesson):
         else:
             model = judge.policy.guided(self.condition, judge.judgement.guidance * scale, model)
             other = judge.policy.guided(self.condition, judge.judgement.guidance * scale)
-        drawn = Drawn(self.x0, self.noise, t, self.condition, self.worth)
-        found = judge.judgement.loss.loss(objective, model, other, drawn)
+        preference, drawn = judge.judgement.loss, Drawn(self.x0, self.noise, t, self.condition, self.worth)
+        found = preference.loss(objective, model, other, drawn)
         judge.watch(found.watched)
         return found.loss
 
@@ -134,12 +137,16 @@ class JudgeModel:
 
     Attributes:
         paired: pictures are compared in pairs.
-        watched: means of the last micro-batch, by name.
+        branches: passes of the network for one output of the drawing model: two with guidance.
+        learned_branches: the same for an output that is learned.
+        watched: sums of means over the micro-batches of a step, by name; the training clears them before a step.
     """
 
     def __init__(self, judgement: Judgement, codec: Codec, reference: TeacherModel | None) -> None:
         self.judgement, self.codec, self.reference = judgement, codec, reference
         self.paired = judgement.loss.paired
+        self.branches = 1 if judgement.guidance == 1 else 2
+        self.learned_branches = 1 if self.paired else self.branches
         self.watched: dict[str, Tensor] = {}
 
     def follow(self, pipe: Pipeline, device: torch.device) -> None:
@@ -175,7 +182,7 @@ class JudgeModel:
         offset = group * torch.arange(len(rewards))[:, None]
         order = (advice.order + offset)[:, None].expand(rows.shape).flatten()
         worth = advice.worth[:, None].expand(rows.shape).flatten()
-        self.watched = {"reward": rewards.mean(), "reward_spread": rewards.std(1).mean()}
+        self.watch({"micro_batches": torch.ones(1), "reward": rewards, "reward_spread": rewards.std(1)})
         return JudgedLesson(
             taken(condition, first.flatten()), x0[order.to(x0.device)], self.twins(fresh),
             worth=worth.to(x0.device), judge=self,
@@ -189,13 +196,20 @@ class JudgeModel:
         return x0, total(self.judgement.rewards, self.codec.decode(x0), captions)
 
     def watch(self, values: dict[str, Tensor]) -> None:
-        """Keeps the means of what a loss tells. Those of pairs are of the pairs of unequal reward."""
-        means = {name: value.mean() for name, value in values.items()}
-        told = means.pop("told", None)
-        self.watched |= {
-            name: mean if told is None or name == "moved" else mean / told.clamp(min=1e-6)
-            for name, mean in means.items()
-        }
+        """Adds what there is to watch of a micro-batch, each (n,)."""
+        for name, value in values.items():
+            self.watched[name] = self.watched.get(name, 0.0) + value.detach().double().mean().cpu()
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What there is to watch of the last step, by name. OF_PAIRS are means over the pairs of unequal reward.
+
+        Args:
+            reduce: adds the sums (n,) of all processes.
+        """
+        sums = reduce(torch.stack(list(self.watched.values())))
+        found = dict(zip(self.watched, sums.tolist(), strict=True))
+        parts, unequal = found.pop("micro_batches"), found.pop("unequal", 0.0)
+        return {name: total / (max(unequal, 1e-6) if name in OF_PAIRS else parts) for name, total in found.items()}
 
     @torch.no_grad()
     def drift(self, objective: Objective, model: Model, lesson: Lesson, t: Tensor) -> Tensor:
@@ -206,12 +220,9 @@ class JudgeModel:
         return mean_square(model(z, t, lesson.condition).float() - other(z, t, lesson.condition).float())
 
     def flops(self, network: Network, z: Tensor, t: Tensor, condition: Condition) -> float:
-        """FLOPs of drawing and comparing, and of the null branches that NFT learns."""
-        one = forward_flops(network, z, t, condition)
-        branches = 1 if self.judgement.guidance == 1 else 2
-        policy = self.judgement.pairs.evaluations(Objective())
-        learned = 1 if self.paired else branches + 3 * (branches - 1)
-        return one * (branches * policy / self.judgement.pairs.uses + learned)
+        """FLOPs of drawing the pictures and of the model compared with."""
+        calls = self.branches * self.judgement.pairs.evaluations(Objective()) / self.judgement.pairs.uses
+        return (calls + self.learned_branches) * forward_flops(network, z, t, condition)
 
 
 def taken(condition: Condition, rows: Tensor) -> Condition:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ class RewardError(ValueError):
 class Reward(ABC):
     """One reward. Several are added, each times its weight.
 
-    Attributes:
+    Args:
         weight: factor of the reward.
-        range: the least and the largest reward, before the weight.
     """
 
-    weight: float = 1.0
-    range: ClassVar[tuple[float, float]]
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
 
     @abstractmethod
     def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
@@ -39,7 +38,7 @@ class Reward(ABC):
 
 
 class RightShapes(Reward):
-    """How far a picture of the shapes shows what its caption says, by the rules of `data.shapes`: 1 if it is right.
+    """How far a picture of the shapes shows what its caption says, 0 to 1, by rule: `data.shapes.agreement`.
 
     Args:
         weight: factor of the reward.
@@ -49,11 +48,6 @@ class RightShapes(Reward):
         >>> RightShapes()(scenes(seed=0, count=1), [shapes.scene(0, 0).request.caption()])
         tensor([1.])
     """
-
-    range = (0.0, 1.0)
-
-    def __init__(self, weight: float = 1.0) -> None:
-        self.weight = weight
 
     def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         pixels = pictures.double().cpu().permute(0, 2, 3, 1).numpy()
@@ -65,17 +59,16 @@ class RightShapes(Reward):
 
 
 class RightDigit(Reward):
-    """The probability that a judge gives to the digit that the caption names.
+    """The probability that a judge gives to the digit that the caption names, 0 to 1.
 
     Args:
         judge: folder of the judge (`tools/train_digits_judge.py`).
         weight: factor of the reward.
     """
 
-    range = (0.0, 1.0)
-
     def __init__(self, judge: str = "assets/digits/judge", weight: float = 1.0) -> None:
-        self.judge, self.weight = Judge.load(judge), weight
+        super().__init__(weight)
+        self.judge = Judge.load(judge)
 
     def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         labels = torch.tensor([digits.asked_for(caption) for caption in captions])
@@ -85,7 +78,7 @@ class RightDigit(Reward):
 
 
 class Ink(Reward):
-    """The mean brightness of a picture: a taste that anyone can measure. Digits are white on black.
+    """The mean brightness of a picture, 0 to 1: a taste that anyone can measure. Digits are white on black.
 
     Args:
         weight: factor of the reward; a negative one prefers dark pictures.
@@ -95,27 +88,21 @@ class Ink(Reward):
         tensor([0.2500, 0.2500])
     """
 
-    range = (0.0, 1.0)
-
-    def __init__(self, weight: float = 1.0) -> None:
-        self.weight = weight
-
     def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         return pictures.float().mean((1, 2, 3)).cpu()
 
 
 class CLIPScore(Reward):
-    """The CLIP score of picture and caption over 100: max(cos(image, text), 0) (Hessel et al. 2021).
+    """The CLIP score of picture and caption over 100, 0 to 1: max(cos(image, text), 0) (Hessel et al. 2021).
 
     Args:
         folder: of a CLIP model with its tokenizer.
         weight: factor of the reward.
     """
 
-    range = (0.0, 1.0)
-
     def __init__(self, folder: Path, weight: float = 1.0) -> None:
-        self.clip, self.weight = CLIPFeatures(folder), weight
+        super().__init__(weight)
+        self.clip = CLIPFeatures(folder)
 
     def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         seen = self.clip(pictures.float().cpu()).pooled
@@ -123,17 +110,16 @@ class CLIPScore(Reward):
 
 
 class Function(Reward):
-    """A function of your own: pictures (B, C, H, W) in [0, 1] and B captions to rewards (B,).
+    """A function of your own: pictures (B, C, H, W) in [0, 1] and B captions to any finite rewards (B,).
 
     Args:
         function: its import path, such as `my_rewards.symmetry`.
         weight: factor of the reward.
     """
 
-    range = (-float("inf"), float("inf"))
-
     def __init__(self, function: Callable[..., Any], weight: float = 1.0) -> None:
-        self.function, self.weight = function, weight
+        super().__init__(weight)
+        self.function = function
 
     def __call__(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         return torch.as_tensor(self.function(pictures, captions), dtype=torch.float32).cpu()

@@ -1,15 +1,15 @@
-"""Is it the words or the network? A model of the shapes learns on, told each scene in words or in plain facts.
+"""Can the network use a fact, if its condition says it plainly? A model of the shapes is trained further to find out.
 
-    python -m benchmarks.told --model assets/shapes/model --told facts --least-t 0.8
+    python -m benchmarks.conditioning --model assets/shapes/model --condition facts --min-t 0.8
 
-Scenes of two groups with a relation are drawn. Told in words, the network gets their captions. Told in facts, it gets a
-token for each group in the caption's place, a fixed random vector for every fact: shape, colour, number, size, and in
-which half of the picture the relation puts the group. So nothing has to be understood any more.
-`--loudness` makes the vectors for halves shorter than the others.
+The scenes have two groups and a relation. With `--condition caption` the network gets their captions. With `facts` it
+gets one token for each group in the caption's place: the sum of a fixed random vector for each fact, which are shape,
+colour, number, size, and the half of the picture in which the group lies. `--place-scale` multiplies the vectors of the
+halves.
 
-A copy of the network is trained on them, at t of at least `--least-t`. Printed are, for other scenes, the shares for
-which the truth has a lower loss than the relation reversed, and than the colours exchanged (50 % is chance), and by how
-much it is lower. Also, how far reversing the relation moves what is told.
+A copy of the network is trained on them, at t of at least `--min-t`. For other scenes the command prints how often the
+right condition has a lower loss than one with the relation reversed or the colours exchanged (50 % is chance), and by
+how much. It also prints how far reversing the relation moves the condition.
 """
 
 from collections.abc import Callable
@@ -27,16 +27,17 @@ from data.shapes import COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES, Request, pic
 from mmdit.network import Condition
 from pipeline import Pipeline
 from storage.models import find_model
+from studies.presentation import table
 
 TIMES = (0.75, 0.9, 0.97)
 FACTS = (*SHAPES, *COLOURS, *SIZES, *NUMBERS[1:])
 TRAINED, TESTED = 93, 91  # seeds of the scenes
 BATCH, ENCODED = 32, 256
-Tell = Callable[[list[Request]], Condition]
+Conditions = Callable[[list[Request]], Condition]
 
 
 def facts(asked: Request) -> Tensor:
-    """What is told of each group, (2, facts): ones for FACTS, then down and right, each −1, 0 or 1."""
+    """The facts of each group, (2, len(FACTS) + 2): 0 or 1 for each of FACTS, then down and right, each −1, 0 or 1."""
     assert asked.relation
     down, right = RELATIONS[asked.relation]
     rows = []
@@ -46,22 +47,22 @@ def facts(asked: Request) -> Tensor:
     return torch.tensor(rows)
 
 
-def in_facts(pipe: Pipeline, loudness: float = 1.0) -> Tell:
-    """Tells requests in two tokens, in a caption that is empty otherwise, and places with another loudness."""
+def from_facts(pipe: Pipeline, place_scale: float = 1.0) -> Conditions:
+    """Conditions of two tokens of facts, and zeros otherwise. The vectors of places are multiplied by a scale."""
     empty = pipe.condition([""])
     vectors = torch.randn(len(FACTS) + 2, pipe.network.text_dim, generator=torch.Generator().manual_seed(0))
-    vectors[-2:] *= loudness
+    vectors[-2:] *= place_scale
 
-    def tell(asked: list[Request]) -> Condition:
-        told = torch.stack([facts(one) for one in asked]) @ vectors
-        text = torch.cat([told, torch.zeros(len(asked), empty.text.shape[1] - 2, told.shape[2])], dim=1)
-        return Condition(text, torch.zeros(len(asked), empty.pooled.shape[1]))
+    def conditions(asked: list[Request]) -> Condition:
+        text = torch.zeros(len(asked), *empty.text.shape[1:])
+        text[:, :2] = torch.stack([facts(one) for one in asked]) @ vectors
+        return Condition(text, torch.zeros(len(asked), *empty.pooled.shape[1:]))
 
-    return tell
+    return conditions
 
 
-def in_words(pipe: Pipeline) -> Tell:
-    """Tells requests in their captions."""
+def from_captions(pipe: Pipeline) -> Conditions:
+    """Conditions of the captions, by the model's text encoders."""
     return lambda asked: pipe.condition([one.caption() for one in asked])
 
 
@@ -86,7 +87,9 @@ def encoded(pipe: Pipeline, seed: int, count: int) -> tuple[list[Request], Tenso
     return [scene.request for scene in drawn], torch.cat(parts)
 
 
-def train(pipe: Pipeline, tell: Tell, asked: list[Request], x0: Tensor, steps: int, lr: float, least: float) -> None:
+def train(
+    pipe: Pipeline, conditions: Conditions, asked: list[Request], x0: Tensor, steps: int, lr: float, least: float
+) -> None:
     """Trains the pipeline's network at t of at least `least`, from the objective's own density."""
     network, draw = pipe.network.train().requires_grad_(True), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.95))
@@ -97,9 +100,9 @@ def train(pipe: Pipeline, tell: Tell, asked: list[Request], x0: Tensor, steps: i
         many = pipe.objective.training_time(torch.rand(64 * BATCH, generator=draw), area)
         t = many[many >= least][:BATCH]
         with torch.no_grad():
-            told = tell([asked[i] for i in rows])
+            condition = conditions([asked[i] for i in rows])
         noise = torch.randn(x0[rows].shape, generator=draw)
-        loss = pipe.objective.loss(network, x0[rows], noise, t, told).mean()
+        loss = pipe.objective.loss(network, x0[rows], noise, t, condition).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -109,13 +112,13 @@ def train(pipe: Pipeline, tell: Tell, asked: list[Request], x0: Tensor, steps: i
 
 
 @torch.no_grad()
-def losses(pipe: Pipeline, told: Condition, x0: Tensor) -> Tensor:
+def losses(pipe: Pipeline, condition: Condition, x0: Tensor) -> Tensor:
     """The loss of each picture at each of TIMES, (len(TIMES), N), with the same noise each time."""
     draw, found = torch.Generator().manual_seed(1), []
     for t in TIMES:
         noise = torch.randn(x0.shape, generator=draw)
         for rows in torch.arange(len(x0)).split(BATCH):
-            part = Condition._make(None if field is None else field[rows] for field in told)
+            part = Condition._make(None if field is None else field[rows] for field in condition)
             times = torch.full((len(rows),), t)
             found.append(pipe.objective.loss(pipe.network, x0[rows], noise[rows], times, part))
     return torch.cat(found).view(len(TIMES), len(x0))
@@ -124,39 +127,36 @@ def losses(pipe: Pipeline, told: Condition, x0: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     p = Parser(description=__doc__)
     p.add_argument("--model", type=Path, required=True, help="a model of the shapes: its folder, or a run's")
-    p.add_argument(
-        "--told", choices=["facts", "words"], default="facts", help="how the scenes are told; default: facts"
-    )
-    p.add_argument("--loudness", type=float, default=1.0, help="of places among the facts; default: 1")
-    p.add_argument("--least-t", type=float, default=0.0, help="least t of the training, below 0.95; default: 0")
+    p.add_argument("--condition", choices=["facts", "caption"], default="facts", help="default: facts")
+    p.add_argument("--place-scale", type=float, default=1.0, help="length of the vectors of places; default: 1")
+    p.add_argument("--min-t", type=float, default=0.0, help="least t of the training, below 0.95; default: 0")
     p.add_argument("--steps", type=natural, default=500, help="of 32 scenes")
     p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument(
-        "--scenes", type=positive, default=4096, help="their number, and a sixteenth of it others to test on"
-    )
+    p.add_argument("--scenes", type=positive, default=4096, help="their number; a sixteenth more to test on")
     args = p.parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
-        if not 0 <= args.least_t < 0.95:
-            raise ValueError(f"--least-t must be from 0 to below 0.95, got {args.least_t}")
+        if not 0 <= args.min_t < 0.95:
+            raise ValueError(f"--min-t must be from 0 to below 0.95, got {args.min_t}")
         pipe = Pipeline.load(find_model(args.model))
         check(pipe, args.model)
-    tell = in_facts(pipe, args.loudness) if args.told == "facts" else in_words(pipe)
-    train(pipe, tell, *encoded(pipe, TRAINED, args.scenes), args.steps, args.lr, args.least_t)
+    conditions = from_facts(pipe, args.place_scale) if args.condition == "facts" else from_captions(pipe)
+    train(pipe, conditions, *encoded(pipe, TRAINED, args.scenes), args.steps, args.lr, args.min_t)
     asked, x0 = encoded(pipe, TESTED, max(1, args.scenes // 16))
-    whole = tell(asked)
-    true, changed = losses(pipe, whole, x0), tell([reversed_relation(one) for one in asked])
-    moved, spread = (
-        part.square().mean().sqrt() for part in (changed.text - whole.text, whole.text - whole.text.mean(0))
-    )
-    print(f"the relation reversed moves what is told by {float(moved / spread):.0%} of its spread over scenes")
-    print(f"{'':<20}" + "".join(f"{f't = {t}':>18}" for t in TIMES))
-    print(f"{'loss':<20}" + "".join(f"{float(loss):>18.4f}" for loss in true.mean(1)))
-    for name, change in (("relation reversed", reversed_relation), ("colours exchanged", exchanged_colours)):
-        other = losses(pipe, tell([change(one) for one in asked]), x0)
-        better, more = (other > true).double().mean(1), (other - true).mean(1)
-        print(
-            f"{name:<20}" + "".join(f"{b:>10.0%} {m:+.4f}" for b, m in zip(better.tolist(), more.tolist(), strict=True))
-        )
+    right = conditions(asked)
+    changed = {
+        "relation reversed": conditions([reversed_relation(one) for one in asked]),
+        "colours exchanged": conditions([exchanged_colours(one) for one in asked]),
+    }
+    moved = (changed["relation reversed"].text - right.text).square().mean().sqrt()
+    spread = (right.text - right.text.mean(0)).square().mean().sqrt()
+    print(f"reversing the relation moves the condition by {float(moved / spread):.0%} of its spread over scenes")
+    least = losses(pipe, right, x0)
+    rows = [["loss", *(f"{loss:.4f}" for loss in least.mean(1).tolist())]]
+    for name, condition in changed.items():
+        added = losses(pipe, condition, x0) - least
+        shares, means = (added > 0).double().mean(1).tolist(), added.mean(1).tolist()
+        rows.append([name, *(f"{share:.0%}, {mean:+.4f}" for share, mean in zip(shares, means, strict=True))])
+    print(table(["right condition is better at t", *map(str, TIMES)], rows))
 
 
 if __name__ == "__main__":
