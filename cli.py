@@ -167,7 +167,10 @@ def add_model_flags(parser: Parser) -> None:
     )
     p.add_argument("--text-device", help="device of the text encoders; default: as --device")
     p.add_argument("--text-dtype", choices=DTYPES, help="type of SD3's text encoders; default: as --dtype")
-    p.add_argument("--max-sequence-length", type=positive, default=256, help="tokens that T5 reads, up to 512")
+    p.add_argument(
+        "--max-sequence-length", type=positive,
+        help="tokens that T5 reads, up to 512; default: as many as its tokenizer, at most 256",
+    )  # fmt: skip
     p.add_argument("--text-cache", type=output, help="folder that keeps encoded prompts for the next time")
 
 

@@ -231,7 +231,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("output.hidden_states[-2]", "output.hidden_states[-1]"),
     ],
     ("data/text/sd3.py", "data_text_sd3 data_text_sd3_slots"): [
-        ("rows=slice(LENGTH, None) if kind is T5", "rows=slice(LENGTH - 1, -1) if kind is T5"),
+        ("rows=slice(self.length, None) if", "rows=slice(self.length - 1, -1) if"),
         ("start = {CLIP_G: widths.get(CLIP_L, rest)}", "start = {CLIP_G: widths.get(CLIP_L, 0)}"),
     ],
     ("data/degrade.py", "superresolution"): [

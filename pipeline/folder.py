@@ -73,7 +73,7 @@ class LoadOptions:
             are merged into the network in this order.
         text_device: device of the text encoders; None means `device`.
         text_dtype: type of Stable Diffusion 3's text encoders; None means `dtype`.
-        max_sequence_length: tokens that T5 reads, at most 512.
+        max_sequence_length: tokens that T5 reads, at most 512; None means as many as its tokenizer, at most 256.
         text_cache: a folder that keeps encoded prompts.
     """
 
@@ -83,7 +83,7 @@ class LoadOptions:
     lora: tuple[str, ...] = ()
     text_device: str | None = None
     text_dtype: DType | None = None
-    max_sequence_length: int = 256
+    max_sequence_length: int | None = None
     text_cache: Path | None = None
 
     def dtype_of(self, stored: torch.dtype) -> DType:
@@ -147,7 +147,7 @@ def _read_folder(folder: Path, options: LoadOptions) -> Parts:
         pooled_dim = network.pooled_dim - (SIZE_FEATURES if index.get(SIZED) else 0)
         text = _triple(folder, network.text_dim, pooled_dim, options, dtype)
     else:
-        if options.text_dtype or options.text_cache or options.max_sequence_length != LoadOptions.max_sequence_length:
+        if options.text_dtype or options.text_cache or options.max_sequence_length:
             raise ValueError(
                 f"{folder} has no encoders of Stable Diffusion 3: leave out text dtype, cache and sequence length"
             )

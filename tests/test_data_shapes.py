@@ -1,18 +1,21 @@
 """Drawn scenes: what their captions say is there, and the judge reads it back, and nothing else."""
 
 import re
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
+from benchmarks.following import OPPOSITE
 from data import shapes
 from data.order import Use, stream
 from data.raw.base import Raw
 from data.shapes import Found, Group, Placed, Request, Scene, Shapes, fulfils, picture, read, scene
-from data.text.clip import CLIPText
+from data.text.sd3 import SD3Text
 
 ROOT = Path(__file__).parents[1]
 COUNT = 2000
@@ -113,12 +116,33 @@ def test_the_long_caption_says_all_and_the_short_one_nothing_wrong() -> None:
     assert Group(3, "cross", "blue").words() == "three blue crosses"
 
 
-def test_no_caption_is_cut() -> None:
-    text = CLIPText(ROOT / "assets/shapes/text")
+def every_caption() -> list[str]:
     asked = [request.caption() for category in shapes.CATEGORIES for request in shapes.requests(category, 100)]
-    every = sorted({caption for pair in CAPTIONS for caption in pair} | set(asked))
-    for tower in text.towers:
-        assert max(map(len, tower.tokenizer(every).input_ids)) <= text.length == 20
+    return sorted({caption for pair in CAPTIONS for caption in pair} | set(asked))
+
+
+def test_no_caption_is_cut_or_has_unknown_words() -> None:
+    every = every_caption()
+    for part in (text := SD3Text(ROOT / "assets/shapes/text", 160, 128)).parts:
+        rows = part.tokenizer(every).input_ids
+        assert max(map(len, rows)) <= text.length == text.max_sequence_length == 20
+        assert not any(part.tokenizer.unk_token_id in row[:-1] for row in rows)  # the last is CLIP's end, and unknown
+
+
+def test_both_nouns_know_the_relation_in_t5_and_only_there() -> None:
+    """What benchmarks.conditioning found to be needed: reversing the relation moves the states of the nouns."""
+    text = SD3Text(ROOT / "assets/shapes/text", 160, 128)
+    related = [one for one in (drawn.request for drawn in SCENES) if one.relation][:64]
+    true = text.encode([one.caption() for one in related]).tokens
+    false = text.encode([replace(one, relation=OPPOSITE[one.relation]).caption() for one in related]).tokens
+    moved, spread = (true - false).square(), (true - true.mean(0)).square()
+    clips, t5 = ((moved[:, rows].sum() / spread[:, rows].sum()).sqrt() for rows in (slice(20), slice(20, None)))
+    assert clips < 0.15
+    assert t5 > 1
+    words = [one.caption().split() for one in related]
+    nouns = [[i for i, word in enumerate(row) if any(shape in word for shape in shapes.SHAPES)] for row in words]
+    of_nouns = torch.stack([row[20:].mean(1).sqrt()[at] for row, at in zip(moved, nouns, strict=True)])  # (64, 2)
+    assert (of_nouns.mean(0) > 2).all()  # their states are about 2.6 long
 
 
 def test_the_judge_reads_true_scenes_right() -> None:

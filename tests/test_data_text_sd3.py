@@ -204,6 +204,41 @@ def test_bad_arguments_are_one_clear_line(folder: Path, options: dict, words: st
     assert "\n" not in str(error.value)
 
 
+def set_length(folder: Path, length: int, *suffixes: str) -> None:
+    for suffix in suffixes:
+        file = folder / f"tokenizer{suffix}/tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [
+        ({}, (77, 256)),
+        ({"": 20, "_2": 20}, (20, 256)),
+        ({"_3": 20}, (77, 20)),
+        ({"": 1000, "_2": 1000, "_3": 1000}, (77, 256)),  # never more than the towers have positions for
+    ],
+)
+def test_encoders_read_as_many_tokens_as_their_tokenizers(folder: Path, lengths: dict, shape: tuple[int, int]):
+    for suffix, length in lengths.items():
+        set_length(folder, length, suffix)
+    text = SD3Text(folder, **SIZES)
+    assert (text.length, text.max_sequence_length) == shape
+    assert text.encode(["seven"]).tokens.shape == (1, sum(shape), tiny.TOKENS)
+    assert text.mask(["seven"]).shape == (1, sum(shape))
+    clips, t5 = slice(0, shape[0]), slice(shape[0], None)
+    assert [slot.rows for slot in text.slots] == [slice(None, shape[0]), slice(None, shape[0]), t5]
+    tokens = text.encode(["seven"]).tokens[0]
+    assert (tokens[clips, PADDING] == 0).all()
+    assert (tokens[t5, PADDING] != 0).any(1).all()
+
+
+def test_clips_of_two_lengths_are_refused(folder: Path):
+    set_length(folder, 20, "_2")
+    with pytest.raises(ValueError, match=r"^the CLIP towers in .* read different numbers of tokens: \[20, 77\]$"):
+        SD3Text(folder, **SIZES)
+
+
 def test_too_wide_clips_are_refused(folder: Path):
     absent(folder, ["text_encoder_3"], "index")
     with pytest.raises(ValueError, match="are 192 wide, which is more than tokens_dim 100"):

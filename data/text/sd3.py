@@ -28,7 +28,8 @@ from data.text.tower import (
 from storage.text import read_json
 from storage.weights import DType, Weights, check_tensors, dtype_of, open_file, write_tensors
 
-LENGTH = 77  # tokens that a CLIP tower reads
+LENGTH = 77  # tokens of the CLIP towers, if there are none
+T5_LENGTH = 256  # tokens that T5 reads by default, at most
 BATCH = 32  # captions in a forward pass
 KEPT = 256  # captions whose results stay in memory: 0.7 GB in half precision at the released sizes
 
@@ -64,9 +65,10 @@ class Part(NamedTuple):
 class SD3Text(TextEncoder):
     """SD3's frozen text encoders: CLIP-L, CLIP-G and T5 (P. Esser et al., 2024, section 4 and appendix B.3).
 
-    The first 77 tokens are the CLIPs': their hidden states before the last layer, concatenated and padded with zeros to
-    the width of T5. Then come `max_sequence_length` final states of T5. The pooled vector concatenates the projected
-    end tokens of CLIP-L and CLIP-G. No encoder masks its padding, as in diffusers' StableDiffusion3Pipeline.
+    The first tokens, as many as the CLIPs read, which is 77 for the released ones, are theirs: their hidden states
+    before the last layer, concatenated and padded with zeros to the width of T5. Then come `max_sequence_length` final
+    states of T5. The pooled vector concatenates the projected end tokens of CLIP-L and CLIP-G. No encoder masks its
+    padding, as in diffusers' StableDiffusion3Pipeline.
 
     The part of an absent encoder is zero; the released networks were trained with dropped encoders as zeros.
 
@@ -79,7 +81,8 @@ class SD3Text(TextEncoder):
             whose folders exist.
         tokens_dim: D, length of a token's vector, T5's width.
         pooled_dim: P, length of the pooled vector, the sum of the CLIPs' projections.
-        max_sequence_length: T5's number of tokens, 1 to 512, end included.
+        max_sequence_length: T5's number of tokens, 1 to 512, end included. None means as many as its tokenizer reads,
+            and at most 256.
         dtype: of the encoders and their results.
         device: where the encoders compute.
         single_file: a checkpoint in SD3's original format, whose encoders take precedence over the folder's; they need
@@ -97,15 +100,15 @@ class SD3Text(TextEncoder):
         folder: str | os.PathLike[str],
         tokens_dim: int = 4096,
         pooled_dim: int = 2048,
-        max_sequence_length: int = 256,
+        max_sequence_length: int | None = None,
         dtype: DType = "float32",
         device: str = "cpu",
         single_file: str | os.PathLike[str] | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not 1 <= max_sequence_length <= 512:
+        if max_sequence_length is not None and not 1 <= max_sequence_length <= 512:
             raise ValueError(f"max_sequence_length must be from 1 to 512, got {max_sequence_length}")
-        self.tokens_dim, self.pooled_dim, self.max_sequence_length = tokens_dim, pooled_dim, max_sequence_length
+        self.tokens_dim, self.pooled_dim = tokens_dim, pooled_dim
         self.dtype = dtype_of(dtype)
         self.kept: dict[Kind, Any] | None = None  # encoders, if they are to stay
         self.to(device)
@@ -115,11 +118,22 @@ class SD3Text(TextEncoder):
         towers = {kind: tower for kind in (CLIP_L, CLIP_G, T5) if (tower := find(kind, folder, single))}
         if not towers:
             raise ValueError(f"there is no text encoder in {folder}" + (f" and {single}" if single else ""))
-        self.parts = self._parts(towers, folder)
+        tokenizers = {kind: read_tokenizer(kind.tokenizer, folder / f"tokenizer{kind.suffix}") for kind in towers}
+        lengths = {
+            min(tokenizer.model_max_length, towers[kind].config.max_position_embeddings)
+            for kind, tokenizer in tokenizers.items()
+            if kind is not T5
+        } or {LENGTH}
+        if len(lengths) > 1:
+            raise ValueError(f"the CLIP towers in {folder} read different numbers of tokens: {sorted(lengths)}")
+        self.length: int = lengths.pop()
+        most = min(T5_LENGTH, tokenizers[T5].model_max_length) if T5 in tokenizers else T5_LENGTH
+        self.max_sequence_length: int = max_sequence_length or most
+        self.parts = self._parts(towers, tokenizers, folder)
         self.slots = tuple(
             Slot(f"text_encoder{part.kind.suffix}", part.rows, part.columns, part.pooled) for part in self.parts
         )
-        shapes = {"tokens": (LENGTH + max_sequence_length, tokens_dim), "pooled": (pooled_dim,)}
+        shapes = {"tokens": (self.length + self.max_sequence_length, tokens_dim), "pooled": (pooled_dim,)}
         self.rows = Rows(shapes) if cache is None else Rows(shapes, Path(cache), json.dumps(self.fingerprint()))
 
     def to(self, device: torch.device | str) -> Self:
@@ -153,7 +167,7 @@ class SD3Text(TextEncoder):
             return Text(*(torch.stack(made) for made in zip(*(rows[c] for c in captions), strict=True)))
 
     def mask(self, captions: Sequence[str]) -> Tensor:
-        masks = torch.zeros(len(captions), LENGTH + self.max_sequence_length, dtype=torch.bool)
+        masks = torch.zeros(len(captions), self.length + self.max_sequence_length, dtype=torch.bool)
         for part in self.parts:
             masks[:, part.rows] |= real_tokens(part.tokenizer, listed(captions), self._length(part.kind))
         return masks
@@ -186,7 +200,7 @@ class SD3Text(TextEncoder):
             for file in part.vocabulary:
                 digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
             encoders[slot.name] = {"weights": part.tower.fingerprint(), "tokenizer": digest.hexdigest()}
-        sizes = {"tokens_dim": self.tokens_dim, "pooled_dim": self.pooled_dim, "length": LENGTH}
+        sizes = {"tokens_dim": self.tokens_dim, "pooled_dim": self.pooled_dim, "length": self.length}
         sizes["max_sequence_length"] = self.max_sequence_length
         return {"class": "SD3Text", "dtype": str(self.dtype).removeprefix("torch."), **sizes, **encoders}
 
@@ -211,9 +225,11 @@ class SD3Text(TextEncoder):
         return tensors
 
     def _length(self, kind: Kind) -> int:
-        return self.max_sequence_length if kind is T5 else LENGTH
+        return self.max_sequence_length if kind is T5 else self.length
 
-    def _parts(self, towers: dict[Kind, Tower], folder: Path) -> list[Part]:
+    def _parts(
+        self, towers: dict[Kind, Tower], tokenizers: dict[Kind, CLIPTokenizer | T5Tokenizer], folder: Path
+    ) -> list[Part]:
         """The encoders with the places of their results; errors as the class."""
         widths = {kind: tower.config.hidden_size for kind, tower in towers.items()}
         pooled = {kind: towers[kind].config.projection_dim for kind in towers if kind is not T5}
@@ -235,9 +251,9 @@ class SD3Text(TextEncoder):
             part = Part(
                 kind,
                 tower,
-                read_tokenizer(kind.tokenizer, vocabulary),
+                tokenizers[kind],
                 sorted(file for file in vocabulary.iterdir() if file.suffix in (".json", ".txt", ".model")),
-                rows=slice(LENGTH, None) if kind is T5 else slice(LENGTH),
+                rows=slice(self.length, None) if kind is T5 else slice(self.length),
                 columns=slice(first, last),
                 pooled=slice(self.pooled_dim - pooled[kind], None) if kind is CLIP_G else slice(pooled.get(kind, 0)),
             )
@@ -248,7 +264,7 @@ class SD3Text(TextEncoder):
     def _run(self, ids: list[Tensor]) -> Text:
         """Encodes B captions, given as token numbers `(B, N)` for each encoder."""
         count = len(ids[0])
-        tokens = torch.zeros(count, LENGTH + self.max_sequence_length, self.tokens_dim, dtype=self.dtype)
+        tokens = torch.zeros(count, self.length + self.max_sequence_length, self.tokens_dim, dtype=self.dtype)
         pooled = torch.zeros(count, self.pooled_dim, dtype=self.dtype)
         for part, numbers in zip(self.parts, ids, strict=True):
             self._fill(part, numbers, tokens[:, part.rows, part.columns], pooled[:, part.pooled])
