@@ -2,7 +2,8 @@
 
 `python sample.py pairs --model runs/digits --prompts FILE --num 12800 --out stores/pairs` writes pairs of noise and
 picture to train from. `python sample.py grid --model runs/digits --prompts FILE --steps 4` searches the best times for
-a few steps of Euler's method.
+a few steps of Euler's method. `python sample.py prefer samples --rewards '[{class_path: RightShapes}]'` judges drawn
+pictures and writes choices between them to learn from.
 """
 
 import sys
@@ -196,6 +197,18 @@ def warn_of_learned(args: Namespace, path: Path, sampling: "Sampling") -> None:
             warnings.warn(f"{update} learned {own}, not {asked}: pictures may be worse", stacklevel=2)
 
 
+def prefer_pictures(argv: list[str]) -> None:
+    """The command `prefer`."""
+    from training.experiment import short_cause
+    from training.prefer import prefer
+
+    with one_line_errors(*USER_ERRORS):
+        try:
+            prefer(argv)
+        except ValueError as error:
+            raise ValueError(short_cause(str(error))) from None
+
+
 def parse(argv: list[str]) -> Namespace:
     """The flags of the command without a name, with the defaults of `--like`."""
     args = parser().parse_args(argv)
@@ -265,7 +278,7 @@ def draw(argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"pairs": write_pairs, "grid": search_grid}
+    commands = {"pairs": write_pairs, "grid": search_grid, "prefer": prefer_pictures}
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:

@@ -176,7 +176,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("return name.removesuffix(MIRRORED)", "return name"),
     ],
     ("data/store/encoding.py", "encode_mirrored"): [
-        ("ImageOps.mirror(image) if found.mirrored", "ImageOps.flip(image) if found.mirrored"),
+        ("ImageOps.mirror(image) if mirrored", "ImageOps.flip(image) if mirrored"),
     ],
     ("data/drawn.py", "sample_like"): [
         ('if found.get("guidance") == 1', 'if found.get("guidance") == 0'),
@@ -317,6 +317,28 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("model = judge.policy.guided(self.condition, judge.judgement.guidance * scale, model)", "pass"),
         ("evaluations(Objective()) / self.judgement.pairs.uses", "evaluations(Objective())"),
         ("if self.reference or base:", "if self.reference:"),
+        ('return -values["reward"]', 'return values["reward"]'),
+    ],
+    ("training/chosen.py", "training_chosen"): [
+        ("torch.stack([lesson.x0, lesson.worse], 1)", "torch.stack([lesson.worse, lesson.x0], 1)"),
+        ("Drawn(pictures, lesson.noise[rows],", "Drawn(pictures, lesson.noise.repeat(2, 1, 1, 1),"),
+        ("t[rows]", "t.repeat(2)"),
+        ("found.loss[::2]", "found.loss[: len(t)]"),
+        ("learned_branches = 2 ", "learned_branches = 1 "),
+        ("return 2 * forward_flops(network", "return forward_flops(network"),
+        ('return values["preference"]', 'return -values["preference"]'),
+    ],
+    ("training/prefer.py", "training_chosen"): [
+        ("if len(files) > 1", "if files"),
+        ("if unequal:", "if True:"),
+    ],
+    ("data/raw/choices.py", "training_chosen"): [
+        ("self.path.read_bytes() + str(sizes)", "str(sizes)"),
+        ('KEYS = ("caption", "better", "worse")', 'KEYS = ("caption", "worse", "better")'),
+        ("shard * UNIT + start :", "shard * UNIT :"),
+    ],
+    ("data/store/samples.py", "training_chosen"): [
+        ("x0, worse = x0.float()", "worse, x0 = x0.float()"),
     ],
     ("training/judged.py", "training_finetune"): [
         ("        data.judged = True\n", ""),
@@ -326,7 +348,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("Use.JUDGED, batch.step, batch.positions", "Use.JUDGED, 0, batch.positions"),
         ("u = self.judge.twins(u, 1)", "pass"),
         ("self.judge.watched.clear()", "pass"),
-        ("score = -values", "score = values"),
+        ("score = self.judge.score(judged)", "score = mean"),
     ],
     ("training/rewards.py", "training_rewards"): [
         ("found + reward.weight * own", "found + own"),

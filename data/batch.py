@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     mask: Tensor | None = None  # (b, N) bool, the captions' own tokens; none: padding is attended
     picture: Tensor | None = None  # (b, C', H, W), the latents of a picture to work from
     level: Tensor | None = None  # (b,), how much noise it was given
+    worse: Tensor | None = None  # (b, C, H, W), latents of pictures to which x0 was preferred
     prompts: list[str] | None = None  # the captions in words; from a store only if `Data.judged`
 
     def to(self, device: torch.device) -> "Batch":

@@ -157,6 +157,7 @@ class Data(L.LightningDataModule):
         picture_channels: of the pictures to work from, in latents; 0 is none.
         level_embeds: these have noise of different levels.
         paired: each picture was made from its noise.
+        choices: each picture was preferred to another one.
         judged: set it to have the captions in words in all batches.
         dropout: the largest share of captions that are dropped, for any encoder.
     """
@@ -164,6 +165,7 @@ class Data(L.LightningDataModule):
     picture_channels: int = 0
     level_embeds: bool = False
     paired: bool = False
+    choices: bool = False
     judged: bool = False
     dropout: float = 0.0
 
@@ -365,6 +367,10 @@ class Stored(Data):
             self.paired = True
         elif main.plan.get("latents") == stored.PAIR:
             raise ValueError(f"{main.source} holds pairs: set data.teacher to the model folder that made them")
+        kinds = {opened.plan.get("latents") == stored.CHOICE for opened in self.stores}
+        if len(kinds) > 1:
+            raise ValueError("some of the stores hold choices and others pictures: train on one kind")
+        self.choices = kinds.pop()
         side = main.plan["buckets"]["side"]
         super().__init__(text, codec, seed, batch_size, side, workers, size_conditioning, text_mask)
         if not 1 <= held_out < len(main):

@@ -40,7 +40,7 @@ from storage.models import find_model
 from training import experiment
 from training.cost import StepCost
 from training.generator import Generator
-from training.judged import Judgement, JudgeModel
+from training.judged import DrawingModel, JudgedLesson, Judgement
 from training.rewards import Ink
 from training.teacher import Pairs
 
@@ -79,8 +79,8 @@ def pipe(text: CLIPText) -> Pipeline:
     return Pipeline(stirred(network, 0.1), Objective(), Pixels(1, 0.3, 2.66), text)
 
 
-def judge_of(pipe: Pipeline, loss: Preference, **more: Any) -> JudgeModel:
-    judge = JudgeModel(Judgement([Ink()], loss, **({"group": 4, "pairs": Pairs(3)} | more)), pipe.codec, None)
+def judge_of(pipe: Pipeline, loss: Preference, **more: Any) -> DrawingModel:
+    judge = DrawingModel(Judgement([Ink()], loss, **({"group": 4, "pairs": Pairs(3)} | more)), pipe.codec, None)
     judge.follow(pipe, torch.device("cpu"))
     return judge
 
@@ -90,13 +90,19 @@ def noises(count: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 1, 8, 8, generator=draw), torch.randn(count, 1, 8, 8, generator=draw)
 
 
+def lesson_of(judge: DrawingModel, pipe: Pipeline, noise: Tensor, fresh: Tensor) -> JudgedLesson:
+    condition = pipe.condition(CAPTIONS)
+    batch = Batch(0, np.arange(8), noise, noise, condition.text, condition.pooled, prompts=CAPTIONS)
+    return judge.lesson(batch, fresh)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("uses", [1, 2])
 @torch.no_grad()
 def test_a_group_is_drawn_from_its_first_caption_and_judged(pipe: Pipeline, guidance: float, uses: int) -> None:
     judge = judge_of(pipe, NFT(clip=1.0), guidance=guidance, pairs=Pairs(3, uses=uses))
     noise, fresh = noises(8)
-    lesson = judge.lesson(pipe.condition(CAPTIONS), CAPTIONS, noise, fresh)
+    lesson = lesson_of(judge, pipe, noise, fresh)
     rows = torch.arange(8).view(-1, uses, 4)
     for group in rows:
         first = int(group[0, 0])
@@ -114,7 +120,7 @@ def test_a_group_is_drawn_from_its_first_caption_and_judged(pipe: Pipeline, guid
 def test_pairs_hold_the_better_picture_first_and_share_noise_and_time(pipe: Pipeline) -> None:
     judge = judge_of(pipe, DPO())
     noise, fresh = noises(8)
-    lesson = judge.lesson(pipe.condition(CAPTIONS), CAPTIONS, noise, fresh)
+    lesson = lesson_of(judge, pipe, noise, fresh)
     ink = pipe.codec.decode(lesson.x0).mean((1, 2, 3))
     assert (ink[::2] > ink[1::2]).all()
     assert ink[0] == ink[:4].max()
@@ -129,7 +135,7 @@ def test_guidance_is_part_of_the_model_that_nft_learns(pipe: Pipeline) -> None:
     """At the old policy the loss is that of the guided output, and both branches get a gradient."""
     judge = judge_of(pipe, NFT(), guidance=3.0)
     condition, (noise, fresh) = pipe.condition(CAPTIONS), noises(8)
-    lesson = judge.lesson(condition, CAPTIONS, noise, fresh)
+    lesson = lesson_of(judge, pipe, noise, fresh)
     t = torch.full((8,), 0.6)
     loss = lesson.loss(pipe.objective, pipe.network, t)
     z, y = pipe.objective.point_and_target(lesson.x0, fresh, t, None, None)
@@ -237,7 +243,7 @@ def test_the_cost_counts_drawing_and_comparing(pipe: Pipeline, loss: Preference,
         ("dpo", ["--judgement.loss.beta", "0"], "DPO.beta must be > 0"),
         ("dpo", ["--judgement.reference", "null"], "DPO compares with a model that does not learn: set"),
         ("dpo", ["--judgement.reference", "nowhere"], "nowhere is no model folder"),
-        ("dpo", ["--judgement.rewards", "[]"], "rewards is empty"),
+        ("dpo", ["--judgement.rewards", "[]"], "rewards are missing: name at least one"),
         ("dpo", ["--data.caption_dropout", "0.1"], "10% are dropped: set the dropouts"),
         ("dpo", ["--judgement.guidance", "-1"], "guidance must be at least 0"),
         ("dpo", ["--judgement.pairs.sampler", "ddpm"], "ddpm draws noise on the way: take euler"),
@@ -285,13 +291,13 @@ def test_the_main_average_draws_and_both_pictures_of_a_pair_have_one_time(
     flags: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times, networks = [], []
-    learn, follow, draw = DPO.loss, JudgeModel.follow, Generator.draw_samples
+    learn, follow, draw = DPO.loss, DrawingModel.follow, Generator.draw_samples
 
     def learned(self: DPO, *given: Any) -> Any:
         times.append(given[3].t)
         return learn(self, *given)
 
-    def followed(self: JudgeModel, pipe: Pipeline, device: torch.device) -> None:
+    def followed(self: DrawingModel, pipe: Pipeline, device: torch.device) -> None:
         networks.append(pipe.network)
         follow(self, pipe, device)
 
@@ -300,7 +306,7 @@ def test_the_main_average_draws_and_both_pictures_of_a_pair_have_one_time(
         draw(self)
 
     monkeypatch.setattr(DPO, "loss", learned)
-    monkeypatch.setattr(JudgeModel, "follow", followed)
+    monkeypatch.setattr(DrawingModel, "follow", followed)
     monkeypatch.setattr(Generator, "draw_samples", sampled)
     fit(tmp_path / "config.yaml", *flags("dpo"))
     assert len(times) == 6

@@ -85,6 +85,8 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
             raise ValueError("the data are pairs already: give a store of pictures, or leave out teacher.pairs")
         config.teacher.pairs.check(data.batch_size, run.world * config.strategy.accumulate_grad_batches)
     judge = None
+    if data.choices and not config.judgement:
+        raise ValueError("the data are choices between two pictures: set judgement.loss DPO to learn from them")
     if config.judgement:
         if config.teacher:
             raise ValueError("judgement and teacher exclude each other: leave one of them out")

@@ -8,7 +8,7 @@ from engine.flops import forward_flops
 from engine.meter import Cost
 from flow.objective import Objective
 from mmdit.network import Condition, Network
-from training.judged import JudgeModel
+from training.chosen import JudgeModel
 from training.teacher import TeacherModel
 
 

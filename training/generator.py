@@ -23,7 +23,7 @@ from flow.objective import Interval, TimeBins
 from mmdit.network import Condition, HiddenStates, Network
 from pipeline import Pipeline
 from pipeline.sampling import sent
-from training.judged import JudgedLesson, JudgeModel
+from training.chosen import JudgeModel
 from training.optimization import Optimization
 from training.run_folder import Run
 from training.saving import ModelWriter, gather
@@ -150,7 +150,7 @@ class Generator(L.LightningModule):
         states = HiddenStates(self.read_blocks)
         model = partial(self.network, hidden_states=states) if self.terms else self.network
         if self.judge:
-            lesson: Lesson = self.judged(batch)
+            lesson = self.judged(batch)
         else:
             lesson = self.lesson(batch, send(u[3].float()), self.teacher.uses if self.teacher else 1)
         loss = lesson.loss(self.objective, model, t, interval)
@@ -172,13 +172,11 @@ class Generator(L.LightningModule):
             return self.teacher.lesson(condition, batch.x0, batch.noise, u, uses)
         return Lesson(condition, batch.x0, batch.noise)
 
-    def judged(self, batch: Batch) -> JudgedLesson:
-        """What is learned from pictures that the main average draws of a batch's captions."""
+    def judged(self, batch: Batch) -> Lesson:
+        """What is learned from judged pictures of a batch's captions."""
         assert self.judge
-        assert batch.prompts
         fresh = normal(self.run.seed, Use.JUDGED, batch.step, batch.positions, tuple(batch.noise.shape[1:]))
-        condition = Condition(**batch.condition())
-        return self.judge.lesson(condition, batch.prompts, batch.noise, sent(fresh, batch.noise.device))
+        return self.judge.lesson(batch, sent(fresh, batch.noise.device))
 
     def add_losses(self, means: Tensor, batch: Batch) -> None:
         """Adds the mean losses of a micro-batch to those of this rank's share of the global batch, for the log."""
@@ -235,7 +233,7 @@ class Generator(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(VALIDATION_TIMES + 1, dtype=torch.float64, device=self.device)  # losses by t; count
-        self.judged_sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # reward, its square, drift
+        self.judged_sums: dict[str, Tensor] = {}
 
     def validation_step(self, batch: Batch) -> None:
         """Adds up the loss of the main average at eight equally spaced t. Each picture has its own fixed noise."""
@@ -245,14 +243,17 @@ class Generator(L.LightningModule):
             t = torch.full((len(batch.x0),), (i + 0.5) / VALIDATION_TIMES, device=self.device)
             t = self.objective.validation_time(t, area(batch))
             self.sums[i] += counted * lesson.loss(self.objective, self.ema.main, t).double().sum()
-            if self.judge and self.judge.reference:
-                moved = self.judge.drift(self.objective, self.ema.main, lesson, t)
-                self.judged_sums[2] += counted * moved.double().sum() / VALIDATION_TIMES
+            if self.judge:
+                compared = self.judge.compared(self.objective, self.ema.main, batch, lesson, t)
+                self.add_judged({name: value / VALIDATION_TIMES for name, value in compared.items()}, counted)
         self.sums[-1] += counted * len(batch.x0)
         if self.judge:
-            assert batch.prompts
-            _, rewards = self.judge.drawn(lesson.condition, batch.prompts, batch.noise)
-            self.judged_sums[:2] += counted * torch.stack([rewards.sum(), rewards.square().sum()]).to(self.judged_sums)
+            self.add_judged(self.judge.verdict(batch, lesson.condition), counted)
+
+    def add_judged(self, values: dict[str, Tensor], counted: bool) -> None:
+        """Adds values of the pictures of a batch, each (b,), to the sums of the validation."""
+        for name, value in values.items():
+            self.judged_sums[name] = self.judged_sums.get(name, 0.0) + counted * value.double().sum().to(self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the loss, draws the samples and writes the model if it is the best so far."""
@@ -261,27 +262,23 @@ class Generator(L.LightningModule):
         mean = sum(losses) / len(losses)
         times = [(i + 0.5) / VALIDATION_TIMES for i in range(VALIDATION_TIMES)]
         values = {"val/loss": mean} | {f"val/loss_t{t:.4f}": loss for t, loss in zip(times, losses, strict=True)}
-        values |= self.judged_values(sums[-1])
+        score = mean
+        if self.judge:
+            own = self.trainer.strategy.reduce(torch.stack(list(self.judged_sums.values())), reduce_op="sum") / sums[-1]
+            judged = dict(zip(self.judged_sums, own.tolist(), strict=True))
+            score = self.judge.score(judged)
+            values |= {f"val/{name}": value for name, value in judged.items()}
         self.log_dict(values | {"step": float(self.global_step or self.loaded_step)}, rank_zero_only=True)
         if self.trainer.state.fn != "fit":
             return
         if not math.isfinite(mean):
             raise FloatingPointError(f"the validation loss is {mean} at step {self.global_step}: try a lower lr")
         self.draw_samples()
-        score = -values["val/reward"] if self.judge else mean
         if score < self.best:
             self.best = score
             weights = gather(self.trainer, self.kept(self.ema.main))
             if weights is not None:
                 self.writer.write(weights)
-
-    def judged_values(self, count: Tensor) -> dict[str, float]:
-        """The mean reward of pictures of the held-out captions, its standard deviation, and the drift."""
-        if not self.judge:
-            return {}
-        reward, square, drift = (self.trainer.strategy.reduce(self.judged_sums, reduce_op="sum") / count).tolist()
-        values = {"val/reward": reward, "val/reward_std": math.sqrt(max(0.0, square - reward**2))}
-        return values | ({"val/drift": drift} if self.judge.reference else {})
 
     def draw_samples(self) -> None:
         """Draws the sheet of samples into the run's folder and the loggers. Every rank draws; rank 0 writes.

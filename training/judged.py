@@ -1,6 +1,9 @@
-"""Learning from judgement: the model draws pictures, rewards judge them, and the flow learns from the verdict."""
+"""Learning from judgement: the model draws pictures, rewards judge them, and the flow learns from the verdict.
 
-from collections.abc import Callable
+Or a store has the verdict, as choices between two pictures that were made before (`training.chosen`).
+"""
+
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,18 +11,20 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from data.batch import Batch
 from data.latents import Codec
 from data.module import Data
 from data.text.encoder import TextEncoder
 from engine.flops import forward_flops
 from flow.objective import Interval, Model, Objective
-from flow.preference import NFT, Drawn, Preference, mean_square
+from flow.preference import NFT, Drawn, Preference
 from mmdit.network import Condition, Network
 from pipeline import Pipeline
+from training.chosen import ChoiceModel, JudgeModel, taken
 from training.rewards import Reward, total
 from training.teacher import Lesson, Pairs, Teacher, TeacherModel
 
-OF_PAIRS = ("accuracy", "winner_margin", "loser_margin")
+DRAWING = ("group", "guidance", "pairs")  # what is of no use for choices
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,10 @@ class Judgement:
     """Rewards of pictures that the main average of the weights draws at every step, from captions of the data.
 
     The pictures of the data set take no part in the training; the validation loss is still theirs and shows how far
-    the model has moved from them.
+    the model has moved from them. Without rewards nothing is drawn: the data are a store of choices.
 
     Args:
-        rewards: what the pictures are worth; they are added.
+        rewards: what the pictures are worth; they are added. None means the choices of the data's store.
         loss: what is learned from the rewards.
         reference: a model folder or a run's folder, which DPO compares with and the validation measures the drift
             from. For a LoRA none means its base: the network itself without its updates.
@@ -39,7 +44,7 @@ class Judgement:
         pairs: how pictures are drawn, and at how many t each is learned.
     """
 
-    rewards: list[Reward]
+    rewards: list[Reward] = field(default_factory=list)
     loss: Preference = field(default_factory=NFT)
     reference: Path | None = None
     group: int = 8
@@ -47,8 +52,6 @@ class Judgement:
     pairs: Pairs = field(default_factory=lambda: Pairs(steps=10))
 
     def __post_init__(self) -> None:
-        if not self.rewards:
-            raise ValueError("judgement.rewards is empty: name at least one")
         if self.group < 2:
             raise ValueError(f"judgement.group must be at least 2, since its rewards are compared, got {self.group}")
         if self.loss.paired and self.group % 2:
@@ -92,8 +95,18 @@ class Judgement:
                              "data to 0")  # fmt: skip
         if data.paired:
             raise ValueError("judgement draws its own pictures: give a store of pictures and not of pairs")
+        if data.choices == bool(self.rewards):
+            raise ValueError("judgement.rewards are for pictures that the model draws, and the data are choices: leave "
+                             "the rewards out" if self.rewards else "judgement.rewards are missing: name at least one, "
+                             "or train on a store of choices")  # fmt: skip
+        if data.choices and not self.loss.paired:
+            raise ValueError(f"{type(self.loss).__name__} learns from the model's own pictures and not from choices: "
+                             "set judgement.loss DPO")  # fmt: skip
+        if data.choices and any(getattr(self, name) != getattr(Judgement(), name) for name in DRAWING):
+            raise ValueError(f"judgement.{', '.join(DRAWING)} are for pictures that the model draws, and the data are "
+                             "choices: leave them out")  # fmt: skip
         rows = data.batch_size // shares
-        if rows % (self.group * self.pairs.uses):
+        if self.rewards and rows % (self.group * self.pairs.uses):
             raise ValueError(f"judgement.group × pairs.uses = {self.group * self.pairs.uses} must divide the {rows} "
                              "pictures of each micro-batch")  # fmt: skip
         reference = None
@@ -102,8 +115,10 @@ class Judgement:
         elif self.loss.paired:
             raise ValueError(f"{type(self.loss).__name__} compares with a model that does not learn: set "
                              "judgement.reference, the model to begin from")  # fmt: skip
+        if reference and data.choices:
+            return ChoiceModel(self.loss, reference)
         data.judged = True
-        return JudgeModel(self, codec, reference)
+        return DrawingModel(self, codec, reference)
 
 
 @dataclass(kw_only=True)
@@ -111,7 +126,7 @@ class JudgedLesson(Lesson):
     """Judged pictures, with the noise to learn them with."""
 
     worth: Tensor  # (b,)
-    judge: "JudgeModel"
+    judge: "DrawingModel"
 
     def loss(self, objective: Objective, model: Model, t: Tensor, interval: Interval | None = None) -> Tensor:
         judge, scale = self.judge, torch.ones_like(t)
@@ -127,8 +142,8 @@ class JudgedLesson(Lesson):
         return found.loss
 
 
-class JudgeModel:
-    """A judgement with its reference and, once the training begins, the model whose pictures are judged.
+class DrawingModel(JudgeModel):
+    """A judgement of pictures that the model which is trained draws.
 
     Args:
         judgement: its settings.
@@ -138,39 +153,29 @@ class JudgeModel:
     Attributes:
         paired: pictures are compared in pairs.
         branches: passes of the network for one output of the drawing model: two with guidance.
-        learned_branches: the same for an output that is learned.
-        watched: sums of means over the micro-batches of a step, by name; the training clears them before a step.
     """
 
     def __init__(self, judgement: Judgement, codec: Codec, reference: TeacherModel | None) -> None:
-        self.judgement, self.codec, self.reference = judgement, codec, reference
+        super().__init__(reference)
+        self.judgement, self.codec = judgement, codec
         self.paired = judgement.loss.paired
         self.branches = 1 if judgement.guidance == 1 else 2
         self.learned_branches = 1 if self.paired else self.branches
-        self.watched: dict[str, Tensor] = {}
 
     def follow(self, pipe: Pipeline, device: torch.device) -> None:
-        """Draws with this model from now on."""
+        super().follow(pipe, device)
         self.policy = TeacherModel(Teacher(None, self.judgement.guidance, self.judgement.pairs), pipe)
-        if self.reference:
-            self.reference.to(device)
 
     def twins(self, numbers: Tensor, dim: int = 0) -> Tensor:
-        """Numbers for the pictures along `dim`; both pictures of a pair have those of the first."""
         if not self.paired:
             return numbers
         first = numbers.index_select(dim, torch.arange(0, numbers.shape[dim], 2, device=numbers.device))
         return first.repeat_interleave(2, dim)
 
-    def lesson(self, condition: Condition, captions: list[str], noise: Tensor, fresh: Tensor) -> JudgedLesson:
-        """Draws and judges pictures of the first caption of every group.
-
-        Args:
-            condition: of the captions.
-            captions: in words, b of them.
-            noise: to draw from, (b, C, H, W).
-            fresh: noise to learn with, (b, C, H, W).
-        """
+    def lesson(self, batch: Batch, fresh: Tensor) -> JudgedLesson:
+        """Draws and judges pictures of the first caption of every group."""
+        assert batch.prompts
+        condition, captions, noise = Condition(**batch.condition()), batch.prompts, batch.noise
         group, uses = self.judgement.group, self.judgement.pairs.uses
         rows = rearrange(torch.arange(len(noise)), "(g u n) -> g u n", u=uses, n=group)
         drawn_from = rows[:, 0].flatten()
@@ -195,36 +200,17 @@ class JudgeModel:
         x0 = self.policy.draw(noise, condition, scale)
         return x0, total(self.judgement.rewards, self.codec.decode(x0), captions)
 
-    def watch(self, values: dict[str, Tensor]) -> None:
-        """Adds what there is to watch of a micro-batch, each (n,)."""
-        for name, value in values.items():
-            self.watched[name] = self.watched.get(name, 0.0) + value.detach().double().mean().cpu()
-
-    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """What there is to watch of the last step, by name. OF_PAIRS are means over the pairs of unequal reward.
-
-        Args:
-            reduce: adds the sums (n,) of all processes.
-        """
-        sums = reduce(torch.stack(list(self.watched.values())))
-        found = dict(zip(self.watched, sums.tolist(), strict=True))
-        parts, unequal = found.pop("micro_batches"), found.pop("unequal", 0.0)
-        return {name: total / (max(unequal, 1e-6) if name in OF_PAIRS else parts) for name, total in found.items()}
-
     @torch.no_grad()
-    def drift(self, objective: Objective, model: Model, lesson: Lesson, t: Tensor) -> Tensor:
-        """The mean square of the model's output less the reference's, at points of pictures of the data, (b,)."""
-        assert self.reference
-        z, _ = objective.point_and_target(lesson.x0, lesson.noise, t, None, None)
-        other = self.reference.guided(lesson.condition, torch.ones_like(t))
-        return mean_square(model(z, t, lesson.condition).float() - other(z, t, lesson.condition).float())
+    def verdict(self, batch: Batch, condition: Condition) -> dict[str, Tensor]:
+        assert batch.prompts
+        _, rewards = self.drawn(condition, batch.prompts, batch.noise)
+        return {"reward": rewards, "reward_square": rewards.square()}
+
+    def score(self, values: dict[str, float]) -> float:
+        square = values.pop("reward_square")
+        values["reward_std"] = math.sqrt(max(0.0, square - values["reward"] ** 2))
+        return -values["reward"]
 
     def flops(self, network: Network, z: Tensor, t: Tensor, condition: Condition) -> float:
-        """FLOPs of drawing the pictures and of the model compared with."""
         calls = self.branches * self.judgement.pairs.evaluations(Objective()) / self.judgement.pairs.uses
         return (calls + self.learned_branches) * forward_flops(network, z, t, condition)
-
-
-def taken(condition: Condition, rows: Tensor) -> Condition:
-    """The condition of these rows."""
-    return Condition._make(None if part is None else part[rows.to(part.device)] for part in condition)

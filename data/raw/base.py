@@ -33,6 +33,7 @@ class Raw(NamedTuple):
     captions: tuple[str, ...]  # stripped, none empty
     weights: tuple[float, ...]  # of the captions
     mirrored: bool = False  # left and right are to be exchanged
+    worse: bytes | Path | None = None  # a picture to which the other one was preferred
 
 
 class Fault(NamedTuple):
@@ -55,9 +56,11 @@ class Source(ABC):
 
     Attributes:
         shards: their number.
+        choices: all inputs have two pictures.
     """
 
     shards: int
+    choices: bool = False
 
     @abstractmethod
     def read(self, shard: int, start: int = 0) -> Iterator[Input]:
@@ -81,7 +84,7 @@ class Mirrored(Source):
     """
 
     def __init__(self, source: Source) -> None:
-        self.source, self.shards = source, 2 * source.shards
+        self.source, self.shards, self.choices = source, 2 * source.shards, source.choices
 
     def read(self, shard: int, start: int = 0) -> Iterator[Input]:
         if not 0 <= shard < self.shards:

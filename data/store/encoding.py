@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,10 +20,12 @@ from data.latents import Codec
 from data.order import Use, normal
 from data.raw.base import UNIT, Fault, Filters, Mirrored, Raw, Source, perceptual_hash
 from data.raw.buckets import Buckets
+from data.raw.choices import Choices  # noqa: F401  # so that a config finds it by its name
 from data.raw.pictures import PictureError, cover, open_picture, size_of
 from data.raw.profiles import BROKEN
 from data.raw.sources import Pictures  # noqa: F401  # so that a config finds it by its name
 from data.store.reader import Drop, Sample, Writer
+from data.store.samples import CHOICE
 from data.text.encoder import CutCaptions, Text, TextEncoder
 
 VERSION = 1  # of the plan
@@ -85,7 +87,7 @@ class Picture(NamedTuple):
 
     raw: Raw
     bucket: int
-    pixels: Tensor  # (C, H, W) uint8
+    pixels: Tensor  # (C, H, W) uint8; for a choice both pictures, (2, C, H, W)
     size: tuple[int, int]  # original height and width
     crop: tuple[int, int]  # top and left of the crop in the scaled picture
     phash: int
@@ -112,6 +114,8 @@ class StoreEncoder:
             raise ValueError(
                 f"encode.step must be a multiple of {codec.factor}, the codec's factor, got {settings.step}"
             )
+        if self.source.choices and settings.latents != "mean":
+            raise ValueError(f"encode.latents must be mean for choices between two pictures, got {settings.latents}")
         if settings.latents != "mean":  # raises for a codec without a posterior
             codec.posterior(torch.zeros(1, codec.pixel_channels, settings.step, settings.step))
         self.with_text = settings.text == "encoded"
@@ -132,10 +136,10 @@ class StoreEncoder:
             "codec": self.codec.fingerprint(),
             "text": self.text.fingerprint() if self.with_text else None,
             "tokens": self.with_text,
-            "latents": settings.latents,
+            "latents": CHOICE if self.source.choices else settings.latents,
             "seed": settings.seed if settings.latents == "draw" else None,
             "factor": self.codec.factor,
-            "channels": self.codec.channels * (2 if settings.latents == "posterior" else 1),
+            "channels": self.codec.channels * (2 if self.source.choices or settings.latents == "posterior" else 1),
             "buckets": {
                 "side": buckets.side,
                 "step": buckets.step,
@@ -217,23 +221,30 @@ class StoreEncoder:
             if reason := self.settings.filters.reason(size, found.captions):
                 return Drop(found.id, *reason)
             bucket = self.buckets.of(*size)
-            height, width = self.buckets.sizes[bucket]
-            image = open_picture(found.picture, self.codec.pixel_channels, needed=(height, width))
-            image = ImageOps.mirror(image) if found.mirrored else image
+            image = self._open(found.picture, bucket, found.mirrored)
             phash = perceptual_hash(image) if self.settings.duplicates is not None else 0
-            image, top, left = cover(image, height, width)
+            image, top, left = cover(image, *self.buckets.sizes[bucket])
+            pixels = levels(image)
+            if found.worse is not None:
+                other = self._open(found.worse, bucket, found.mirrored)
+                pixels = torch.stack([pixels, levels(cover(other, *self.buckets.sizes[bucket])[0])])
         except PictureError as error:
             return Drop(found.id, error.reason, str(error))
-        pixels = torch.from_numpy(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy())
         raw = self.settings.filters.trimmed(found)
         return Picture(raw, bucket, pixels, size, (top, left), phash, BROKEN in image.info)
+
+    def _open(self, picture: bytes | Path | Image.Image, bucket: int, mirrored: bool) -> Image.Image:
+        """A picture, large enough for a bucket."""
+        image = open_picture(picture, self.codec.pixel_channels, needed=self.buckets.sizes[bucket])
+        return ImageOps.mirror(image) if mirrored else image
 
     def _encode(self, shard: int, start: int, batch: list[tuple[int, Picture]]) -> dict[int, Sample]:
         """Samples of pictures of one bucket: number in the unit → sample."""
         pictures = [picture for _, picture in batch]
         pixels = torch.stack([picture.pixels for picture in pictures]).to(torch.float32).div(255)
         if self.settings.latents == "mean":
-            latents = self.codec.encode(pixels)
+            latents = self.codec.encode(pixels.flatten(0, -4)).unflatten(0, pixels.shape[:-3])
+            latents = latents.flatten(1, -3)  # of both pictures of a choice along the channels
         else:
             mean, logvar = self.codec.posterior(pixels)
             if self.settings.latents == "draw":
@@ -257,6 +268,11 @@ class StoreEncoder:
             i: Sample(p.raw.id, p.raw.captions, p.raw.weights, p.bucket, p.size, p.crop, p.phash, *encoded)
             for (i, p), *encoded in rows
         }
+
+
+def levels(image: Image.Image) -> Tensor:
+    """A picture as (C, H, W) uint8."""
+    return torch.from_numpy(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy())
 
 
 def ahead(

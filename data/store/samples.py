@@ -13,7 +13,9 @@ from data.raw.base import original
 from data.store.reader import Store
 
 Mask = Callable[[Sequence[str]], torch.Tensor]
-PAIR = "pair"  # the plan's word for latents of twice the channels: a picture and the noise that it was made from
+# The plan's words for latents of twice the channels.
+PAIR = "pair"  # a picture and the noise that it was made from
+CHOICE = "choice"  # a picture and another one to which it was preferred
 
 
 def held_out(store: Store, count: int) -> set[str]:
@@ -64,9 +66,11 @@ class StoredSamples(Dataset[Batch]):
         store, rows = self.stores[share.stage], share.samples
         x0 = store.latents(rows)
         numbers = share.positions
-        own = None  # noise of the store
+        own = worse = None  # noise of the store; pictures that were not preferred
         if store.plan["latents"] == PAIR:
             x0, own = x0.float().chunk(2, dim=1)
+        if store.plan["latents"] == CHOICE:
+            x0, worse = x0.float().chunk(2, dim=1)
         if store.plan["latents"] == "posterior":
             mean, logvar = x0.float().chunk(2, dim=1)
             x0 = mean
@@ -87,7 +91,9 @@ class StoredSamples(Dataset[Batch]):
             sizes = torch.from_numpy(np.concatenate([store.sizes(rows), after], axis=1).astype(np.int64))
         noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:])) if own is None else own
         kept_here = None if kept is None else torch.from_numpy(kept)
-        return Batch(share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask, prompts=prompts)
+        return Batch(
+            share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask, worse=worse, prompts=prompts
+        )
 
 
 class TrainingSamples(StoredSamples):

@@ -1,0 +1,95 @@
+"""Choices between drawn pictures by rewards: `python sample.py prefer`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import Namespace
+from PIL import Image
+from tqdm import tqdm
+
+from data.raw.pictures import load_picture
+from flow.preference import DPO
+from pipeline.drawing import entries_in
+from storage.files import commit_bytes
+from training.experiment import Parser
+from training.rewards import Reward, total
+
+DESCRIPTION = """Judges the pictures of a folder by rewards and writes choices between those of one prompt.
+
+The best picture is preferred to the worst, the second best to the second worst. Equally good ones are left out.
+encode.py makes a store of the choices, from which `judgement.loss: DPO` learns."""
+
+
+class Judged(NamedTuple):
+    """A prompt with its pictures and their rewards."""
+
+    caption: str
+    files: list[str]
+    rewards: torch.Tensor  # (n,)
+
+
+def parsed(argv: list[str]) -> Namespace:
+    """The flags of the command, with the rewards built."""
+    p = Parser(prog="sample.py prefer", description=DESCRIPTION)
+    p.add_argument("folder", type=Path, help="a folder that sample.py drew into, several pictures for each prompt")
+    p.add_argument("--rewards", type=list[Reward], required=True,
+                   help="as in judgement.rewards: '[{class_path: RightShapes}]'; several are added")  # fmt: skip
+    p.add_argument("--out", type=Path, help="the file of choices; default: FOLDER/choices.jsonl")
+    p.add_argument("--overwrite", action="store_true", help="replace the file")
+    return p.instantiate(p.parse_args(argv))
+
+
+def groups(folder: Path) -> dict[str, list[str]]:
+    """The files of each prompt of which a folder has two pictures or more. ValueError if there is none."""
+    if not (folder / "samples.json").is_file():
+        raise FileNotFoundError(f"{folder} has no samples.json: give a folder that sample.py drew into")
+    found: dict[str, list[str]] = {}
+    for entry in entries_in(folder):
+        found.setdefault(entry["prompt"], []).append(entry["file"])
+    kept = {caption: files for caption, files in found.items() if len(files) > 1}
+    if not kept:
+        raise ValueError(f"{folder} has one picture of each prompt, and choices need two: draw with --num-images 4")
+    return kept
+
+
+def judged(folder: Path, rewards: Sequence[Reward]) -> Iterator[Judged]:
+    """All prompts of a folder, judged."""
+    for caption, files in tqdm(groups(folder).items(), desc="judging", unit="prompt"):
+        with Image.open(folder / files[0]) as first:
+            channels = 1 if first.mode == "L" else 3
+        pictures = [load_picture(folder / file, channels, None, None, 1) for file in files]
+        found = torch.cat([total(rewards, picture, [caption]) for picture in pictures])
+        yield Judged(caption, files, found)
+
+
+def choices(one: Judged) -> list[dict[str, Any]]:
+    """The choices between the pictures of a prompt, as DPO pairs a group."""
+    order, worth = DPO().advice(one.rewards[None])
+    rows = []
+    for (better, worse), unequal in zip(order[0].view(-1, 2).tolist(), worth[0, ::2].tolist(), strict=True):
+        if unequal:
+            rewards = [one.rewards[better].item(), one.rewards[worse].item()]
+            rows.append(
+                {"caption": one.caption, "better": one.files[better], "worse": one.files[worse], "rewards": rewards}
+            )
+    return rows
+
+
+def prefer(argv: list[str]) -> None:
+    """The command `prefer`."""
+    args = parsed(argv)
+    out = args.out or args.folder / "choices.jsonl"
+    if out.exists() and not args.overwrite:
+        raise FileExistsError(f"{out} exists: give --overwrite, or another --out")
+    if out.parent.resolve() != args.folder.resolve():
+        raise ValueError(f"--out {out} must lie in {args.folder}, since it names pictures there")
+    found = list(judged(args.folder, args.rewards))
+    rows = [row for one in found for row in choices(one)]
+    if not rows:
+        raise ValueError(f"the rewards find all pictures of each prompt in {args.folder} equally good: draw more")
+    commit_bytes(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    mean = torch.cat([one.rewards for one in found]).mean()
+    print(f"{len(rows)} choices from {len(found)} prompts are in {out}; the mean reward is {mean:.3f}")
