@@ -41,10 +41,11 @@ from storage.models import find_model, fingerprint
 from storage.purpose import KEY, check_result
 
 if TYPE_CHECKING:  # slow to import; wrong flags are reported before
-    from pipeline import Pipeline
+    from pipeline import Pipeline, Refiner
     from pipeline.sampling import Sampling
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
+HANDOVER = 0.2  # SDXL's
 RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if not left at their defaults
 PROMPTS = "a text file with one prompt a line, or a store: its captions are the prompts"
 
@@ -71,6 +72,8 @@ def parser() -> Parser:
                    "anew; if it has an alpha channel, transparent where it is drawn anew")  # fmt: skip
     p.add_argument("--picture", type=Path, help="input picture of a network that needs one, such as super-resolution")
     p.add_argument("--level", type=finite, default=0.0, help="noise level added to --picture, 0 to 1; default: 0")
+    p.add_argument("--refiner", type=Path, help="a second model in the same latents, which takes over at --handover")
+    p.add_argument("--handover", type=finite, help="time below which the refiner takes over; default: 0.2")
     p.add_argument("--seed", type=natural, default=0, help="picture i starts from seed + i")
     p.add_argument("--batch-size", type=positive, help="pictures at a time; default: as many as make 4,096 tokens")
     p.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
@@ -184,6 +187,20 @@ def input_pictures(args: Namespace, pipe: "Pipeline") -> dict[str, Any]:
     return given
 
 
+def refiner_of(args: Namespace) -> "Refiner | None":
+    """The model of `--refiner` with its handover. ValueError or FileNotFoundError if there is none."""
+    from pipeline import LoadOptions, Pipeline, Refiner
+
+    if args.refiner is None:
+        if args.handover is not None:
+            raise ValueError("--handover needs a --refiner: give one, or leave it out")
+        return None
+    options = replace(LoadOptions(**load_options_of(args)), lora=(), parts=None)
+    return Refiner(
+        Pipeline.load(find_model(args.refiner), options), HANDOVER if args.handover is None else args.handover
+    )
+
+
 def warn_of_learned(args: Namespace, path: Path, sampling: "Sampling") -> None:
     """Warns if a LoRA learned other steps or another guidance than those with which it is sampled."""
     from mmdit.adapters import Adapter
@@ -246,7 +263,10 @@ def draw(argv: list[str]) -> None:
         sampling.check_prompts(given_prompts)
         height, width = given["image"].shape[-2:] if "image" in given else (args.height, args.width)
         warn_of_learned(args, path, sampling)
+        refiner = refiner_of(args)
         _, _, times = pipe.plan(sampling, args.shift, height, width, given.get("strength", 1.0))
+        if refiner:
+            pipe.check_refiner(refiner, sampling, times, height, width)
         if args.negative and pipe.network.guidance_embeds:
             raise ValueError("--negative has no effect on a network that has learned its guidance: leave it out")
         if args.negative and sampling.guidance == 1:
@@ -265,8 +285,16 @@ def draw(argv: list[str]) -> None:
         **({"lora": args.lora} if args.lora else {}),
         **{name: str(value) for name in RECORDED if (value := getattr(args, name)) != parser().get_default(name)},
         **{name: given[name] for name in ("strength", "level") if name in given},
+        **({"refiner": str(args.refiner), "handover": refiner.handover} if refiner else {}),
     }
-    given |= {"negative": args.negative, "sampling": sampling, "shift": args.shift, "height": height, "width": width}
+    given |= {
+        "refiner": refiner,
+        "negative": args.negative,
+        "sampling": sampling,
+        "shift": args.shift,
+        "height": height,
+        "width": width,
+    }
     seeds = range(args.seed, args.seed + len(prompts))
     batch_size = args.batch_size or pipe.batch_size(height, width)
     columns = args.num_images if args.num_images > 1 else min(len(prompts), 10)

@@ -451,6 +451,14 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("metrics/ranking.py", "study_document"): [
         (" and any(a < b for a, b in zip(one, other, strict=True))", ""),
     ],
+    ("flow/guidance.py", "sample_refiner"): [
+        ("denoise if t >= handover else refine", "denoise if t < handover else refine"),
+    ],
+    ("pipeline/__init__.py", "sample_refiner"): [
+        ("late = refiner.pipe.denoiser(", "late = self.denoiser("),
+        ("(times[:-1] < handover).any()", "(times < handover).any()"),
+        ('({**p.codec.fingerprint(), "dtype": None} for p in (self, pipe))', '("", "")'),
+    ],
     ("pipeline/__init__.py", "data_sizes"): [
         ("self.condition([negative], height, width)", "self.condition([negative])"),
         ("torch.tensor([h, w, 0, 0, h, w])", "torch.tensor([w, h, 0, 0, w, h])"),

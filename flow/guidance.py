@@ -1,4 +1,4 @@
-"""Guidance wraps a model and is itself a model. Inpainting wraps a denoiser. Samplers know of neither."""
+"""Guidance wraps a model and is itself a model. Inpainting and refiners wrap denoisers. Samplers know of none."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -110,6 +110,23 @@ def inpaint(denoise: Denoiser, x0: Tensor, noise: Tensor, mask: Tensor) -> Denoi
         )
 
     return inpainted
+
+
+def refined(denoise: Denoiser, refine: Denoiser, handover: float) -> Denoiser:
+    """A denoiser of two, for a base and a refiner (SDXL, Podell et al. 2023, §2.5): the second one below a time.
+
+    The sampler walks one grid and keeps its memory of earlier steps over the handover. No noise is added there.
+
+    Args:
+        denoise: estimates picture and noise at t ≥ handover.
+        refine: at t < handover.
+        handover: the time.
+    """
+
+    def either(z: Tensor, t: Tensor, *end: Tensor) -> Estimate:
+        return (denoise if t >= handover else refine)(z, t, *end)
+
+    return either
 
 
 def _within(interval: tuple[float, float], t: Tensor) -> bool:

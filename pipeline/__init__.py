@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from data.degrade import enlarged, noised
 from data.latents import Codec
 from data.sizes import SIZE_FEATURES, size_features
 from data.text.encoder import TextEncoder
-from flow.guidance import ClassifierFree, Weak, inpaint
+from flow.guidance import ClassifierFree, Weak, inpaint, refined
 from flow.objective import Estimate, Model, Objective
 from flow.sampler import Callback, Denoiser, Noise
 from mmdit.network import Condition, Network
@@ -24,6 +24,13 @@ from pipeline.sampling import Sampling, Walk, random_normals
 from storage.models import find_model
 
 TOKENS = 4096  # image tokens in a batch, by default
+
+
+class Refiner(NamedTuple):
+    """A second model that takes over in the middle of the walk (SDXL, Podell et al. 2023, §2.5)."""
+
+    pipe: "Pipeline"  # on the same path, in the same latents
+    handover: float  # the time, between 0 and 1, below which it estimates picture and noise
 
 
 class Pipeline:
@@ -128,6 +135,7 @@ class Pipeline:
         mask: Tensor | None = None,
         picture: Tensor | None = None,
         level: float = 0.0,
+        refiner: Refiner | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """Draws one picture for each prompt.
@@ -150,14 +158,16 @@ class Pipeline:
             picture: the input of a network with picture_channels, such as a small picture to enlarge: pixels in
                 [0, 1], (B or 1, C, h, w).
             level: how much noise is added to that picture, 0 to 1, for a network with level_embeds.
+            refiner: a second model for the late times. It has its own prompt's condition and target, and the same
+                guidance.
             callback: called with (steps done, z, x̂0): first with (0, z, z), then after each step.
 
         Returns:
             Pixels in [0, 1], (B, C, height, width), on the CPU.
 
         Raises:
-            ValueError: an impossible size or number of steps, a sampler that does not fit the objective, or an
-                overflow.
+            ValueError: an impossible size or number of steps, a sampler that does not fit the objective, a refiner of
+                another kind, or an overflow.
         """
         sampling = sampling or self.sampling
         if image is not None:
@@ -169,6 +179,10 @@ class Pipeline:
         noise = draw()
         extra = self._picture_condition(len(prompts), latent, picture, level, draw)
         estimate = self.denoiser(prompts, negative, sampling, times, height, width, extra)
+        if refiner:
+            self.check_refiner(refiner, sampling, times, height, width)
+            late = refiner.pipe.denoiser(prompts, negative, sampling, times, height, width)
+            estimate = refined(estimate, late, refiner.handover)
         a, b = self.objective.path(times[0])
         if image is None:
             x0 = torch.zeros_like(noise)
@@ -223,6 +237,31 @@ class Pipeline:
         """The standard deviation of z at t, for data of unit variance; at t = 0 the factor of the picture in z."""
         a, b = self.objective.path(t)
         return a if t == 0 else (a**2 + b**2).sqrt()
+
+    def check_refiner(
+        self,
+        refiner: Refiner,
+        sampling: Sampling,
+        times: Tensor,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        """ValueError, in one line, if a refiner does not fit this model, its sampling or the times of the walk."""
+        pipe, handover = refiner
+        if not 0 < handover < 1:
+            raise ValueError(f"the handover must be a time between 0 and 1, got {handover:g}")
+        if not (times[:-1] < handover).any():
+            raise ValueError(f"no step begins below the handover at {handover:g}, the last at {times[-2]:.3g}: "
+                             "take more steps or an earlier handover")  # fmt: skip
+        for name, own, theirs in (
+            ("path", self.objective.describe()["path"], pipe.objective.describe()["path"]),
+            ("codec", *({**p.codec.fingerprint(), "dtype": None} for p in (self, pipe))),
+        ):
+            if own != theirs:
+                raise ValueError(f"the refiner has another {name} than the model: take one of the same {name}")
+        if pipe.network.picture_channels:
+            raise ValueError("the refiner works from a picture, and a refiner gets none: take another one")
+        pipe.plan(sampling, None, height, width)
 
     def _picture_condition(
         self, count: int, latent: tuple[int, int], picture: Tensor | None, level: float, draw: Noise
