@@ -340,6 +340,17 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/store/samples.py", "training_chosen"): [
         ("x0, worse = x0.float()", "worse, x0 = x0.float()"),
     ],
+    ("data/store/mixture.py", "data_mixture"): [
+        ("() if i else apart", "apart"),
+        ("1 if within else self.repeats[i]", "self.repeats[0]"),
+        ("self.stores[:1] if within", "self.stores if within"),
+        ("choice[where]", "choice[: len(own)]"),
+        ("[torch.cat(tensors)[back]", "[torch.cat(tensors)"),
+        ('side="right"', 'side="left"'),
+    ],
+    ("data/store/samples.py", "data_mixture"): [
+        ("found._replace(step=share.step)", "found"),
+    ],
     ("training/judged.py", "training_finetune"): [
         ("        data.judged = True\n", ""),
     ],

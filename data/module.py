@@ -20,7 +20,8 @@ from data.loaders import begin_loader
 from data.order import GlobalBatches, Share, Stages, Stripes, Use, normal, stream
 from data.store import samples as stored
 from data.store.encoding import VERSION
-from data.store.reader import Store
+from data.store.mixture import Mixture, Part
+from data.store.mixture import held_out as held_out_ids
 from data.text.encoder import Text, TextEncoder
 from storage.models import find_model, fingerprint
 
@@ -301,11 +302,11 @@ class Stage:
     """A store that training uses before the main one.
 
     Args:
-        store: a folder or a URL.
+        store: a folder or a URL; or several, as in `Stored`.
         steps: number of steps.
     """
 
-    store: str
+    store: tuple[Part, ...] | str
     steps: int
 
     def __post_init__(self) -> None:
@@ -321,12 +322,14 @@ class Stored(Data):
         text: the text encoders that the store was written with.
         codec: the codec that it was written with.
         seed: of the order, the captions and the noise.
-        store: a folder, or a URL whose files are fetched as they are needed.
+        store: a folder, or a URL whose files are fetched as they are needed. Or several, whose samples are mixed: each
+            comes `repeats` times in an epoch.
         batch_size: of the global batch, over all processes.
         caption_dropout: share of captions replaced by the null condition, for all encoders together.
         encoder_dropout: share of captions replaced by the null condition for one encoder, independently for each; SD3
             uses 0.464 and no caption_dropout.
-        held_out: number of samples that only validation uses, the same in every stage.
+        held_out: number of samples that only validation uses, the same in every stage; of several stores the first
+            gives them.
         before: stores that training uses first, such as one of smaller pictures.
         teacher: the model folder that made the pairs in the main store; None if it holds no pairs.
         size_conditioning: original size and crop are part of the pooled vector (SDXL, §2.2), whose pooled_dim in the
@@ -344,7 +347,7 @@ class Stored(Data):
         text: TextEncoder,
         codec: Codec,
         seed: int,
-        store: str,
+        store: tuple[Part, ...] | str,
         batch_size: int = 64,
         caption_dropout: float = 0.1,
         encoder_dropout: float = 0.0,
@@ -357,7 +360,7 @@ class Stored(Data):
     ) -> None:
         if not (0 <= caption_dropout <= 1 and 0 <= encoder_dropout <= 1):
             raise ValueError(f"dropouts must be from 0 to 1, got {caption_dropout} and {encoder_dropout}")
-        self.stores = [Store(path) for path in (*(stage.store for stage in before), store)]
+        self.stores = [mixture(given) for given in (*(stage.store for stage in before), store)]
         for opened in self.stores:
             sections = {"text": text.fingerprint()} if opened.has_tokens else {}
             opened.expect(version=VERSION, codec=codec.fingerprint(), **sections)
@@ -373,12 +376,13 @@ class Stored(Data):
         self.choices = kinds.pop()
         side = main.plan["buckets"]["side"]
         super().__init__(text, codec, seed, batch_size, side, workers, size_conditioning, text_mask)
-        if not 1 <= held_out < len(main):
-            raise ValueError(f"data.held_out must be from 1 to below the store's {len(main)} samples, got {held_out}")
+        first = main.stores[0]
+        if not 1 <= held_out < len(first):
+            raise ValueError(f"data.held_out must be from 1 to below the store's {len(first)} samples, got {held_out}")
         self.caption_dropout, self.encoder_dropout, self.before = caption_dropout, encoder_dropout, before
         self.dropout = max(caption_dropout, encoder_dropout)
-        self.apart = stored.held_out(main, held_out)
-        self.pools = [stored.divided(opened, self.apart, False) for opened in self.stores]
+        self.apart = held_out_ids(first, held_out)
+        self.pools = [opened.pools(self.apart, False) for opened in self.stores]
         for opened, pool in zip(self.stores, self.pools, strict=True):
             if not any(map(len, pool)):
                 raise ValueError(
@@ -399,7 +403,7 @@ class Stored(Data):
         self.text.keep(not all(opened.has_tokens for opened in self.stores))
 
     def identity(self) -> dict[str, str]:
-        return {opened.source: opened.report["index"] for opened in self.stores}
+        return {store.source: store.report["index"] for opened in self.stores for store in opened.stores}
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._place()
@@ -415,7 +419,7 @@ class Stored(Data):
         """The held-out samples of the main store, once each."""
         rank, world = self._place()
         data = stored.ValidationSamples(self.stores[-1:], len(self.text.slots), self.sized, self._mask(), self.judged)
-        return self._loader(data, Stripes(stored.divided(self.stores[-1], self.apart, True), VALIDATED, rank, world))
+        return self._loader(data, Stripes(self.stores[-1].pools(self.apart, True), VALIDATED, rank, world))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Encodes captions if the store has no tokens, and completes the condition."""
@@ -430,3 +434,8 @@ class Stored(Data):
 
     def _mask(self) -> stored.Mask | None:
         return self.text.mask if self.text_mask else None
+
+
+def mixture(given: str | tuple[Part, ...]) -> Mixture:
+    """The store or stores that a config names."""
+    return Mixture([Part(given)] if isinstance(given, str) else given)

@@ -159,7 +159,17 @@ def _config(run: Path) -> dict[str, Any]:
 def _data(config: dict[str, Any]) -> list[str]:
     if "data" not in config:
         return []
-    arguments = config["data"]["init_args"]
+    arguments = dict(config["data"]["init_args"])
+    stores = []
+    if "store" in arguments:
+        given = arguments["store"]
+        several = [given] if isinstance(given, str) else given
+        parts: list[dict[str, Any]] = [
+            {"store": part} if isinstance(part, str) else part.get("init_args", part) for part in several
+        ]
+        stores = [Path(part["store"]) for part in parts]
+        times = (f" × {part['repeats']}" if part.get("repeats", 1) > 1 else "" for part in parts)
+        arguments["store"] = " and ".join(f"{path}{count}" for path, count in zip(stores, times, strict=True))
     settings = ", ".join(f"{key} {value}" for key, value in arguments.items() if value not in (None, [], False))
     if config["data"]["class_path"].endswith("Digits"):
         source = (
@@ -167,9 +177,9 @@ def _data(config: dict[str, Any]) -> list[str]:
             "with scikit-learn, with captions"
         )
     else:
-        store = Path(arguments["store"]) / "store.json"
-        described = read_json(store)["source"] if store.is_file() else {}
-        names = ", ".join(str(described[key]) for key in ("kind", "path", "count") if key in described)
+        plans = [file for store in stores if (file := store / "store.json").is_file()]
+        described = [read_json(file)["source"] for file in plans]
+        names = ", ".join(str(one[key]) for one in described for key in ("kind", "path", "count") if key in one)
         source = f"Pictures and captions ({names})" if names else "Pictures and captions"
     return ["## Data", "", f"{source}; {settings}.", ""]
 

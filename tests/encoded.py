@@ -88,7 +88,7 @@ def painted(height: int, width: int, seed: int) -> Image.Image:
 def config_in(folder: Path) -> Path:
     """The config of the shapes, made small."""
     content = yaml.safe_load((ROOT / "configs/shapes.yaml").read_text())
-    content["text"]["init_args"]["folder"] = str(ROOT / "assets/shapes/text")
+    content["text"] = {"class_path": "CLIPText", "init_args": {"folder": str(ROOT / "assets/shapes/text")}}
     content["codec"] = {"class_path": "Pixels", "init_args": {"channels": 3}}
     content["encode"]["source"]["init_args"]["count"] = COUNT
     content["encode"] |= {"store": str(folder / "store"), "batch_size": 8, "threads": 2, "device": "cpu"}

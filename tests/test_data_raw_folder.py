@@ -23,12 +23,22 @@ def with_parquet(root: Path) -> Path:
     return root
 
 
+def with_samples(root: Path) -> Path:
+    """As sample.py leaves it."""
+    names = ["a.jpg", "b/c.png", "b/d/e.webp", "f.png"]
+    entries = [{"file": name, "prompt": name.split(".")[0], "seed": 0} for name in names]
+    (folder_of_pictures(root) / "samples.json").write_text(json.dumps(entries))
+    return root
+
+
 def with_img2dataset_s_tables(root: Path) -> Path:
     write_rows(with_texts(root) / "b.parquet", 0, 3)
     return root
 
 
-@pytest.mark.parametrize("layout", [with_texts, with_jsonl, with_csv, with_parquet, with_img2dataset_s_tables])
+@pytest.mark.parametrize(
+    "layout", [with_texts, with_jsonl, with_csv, with_parquet, with_samples, with_img2dataset_s_tables]
+)
 def test_a_folder_is_read_whole_in_any_layout(tmp_path: Path, layout: Any) -> None:
     source = Pictures(str(layout(tmp_path / "here")))
     read = everything(source)

@@ -8,7 +8,7 @@ from painted import CODEC, COUNT, HELD_OUT, ROOT, TEXT, assert_equal, batches, b
 
 from data.latents import Pixels
 from data.module import Stage, Stored
-from data.store import samples as stored
+from data.store.mixture import divided, held_out
 from data.store.reader import Store
 from data.text.clip import CLIPText
 
@@ -31,15 +31,15 @@ def test_held_out_samples_never_train_in_any_stage_and_all_others_do(stores: dic
     assert first == last == every - set(validated)
     again = Stored(text, CODEC, 9, stores["tokens"], 4, held_out=HELD_OUT)
     assert sorted(name for batch in again.val_dataloader() for name in identities(batch, known)) == sorted(validated)
-    more = stored.held_out(Store(stores["tokens"]), HELD_OUT + 5)
+    more = held_out(Store(stores["tokens"]), HELD_OUT + 5)
     assert set(validated) < more
 
 
 def test_a_store_is_divided_into_what_is_held_out_and_the_rest(stores: dict[str, str]) -> None:
     store = Store(stores["tokens"])
-    apart = stored.held_out(store, HELD_OUT)
+    apart = held_out(store, HELD_OUT)
     for within in (True, False):
-        rows = np.concatenate(stored.divided(store, apart, within))
+        rows = np.concatenate(divided(store, apart, within))
         assert {store.ids()[int(row)].as_py() in apart for row in rows} == {within}
 
 

@@ -13,7 +13,7 @@ from data.batch import complete
 from data.latents import VAE
 from data.module import Stored
 from data.order import GlobalBatches, Share
-from data.store import samples as stored
+from data.store.mixture import divided
 from data.store.reader import Store
 from data.store.samples import TrainingSamples, ValidationSamples, chosen
 from data.text.clip import CLIPText
@@ -58,7 +58,7 @@ def test_the_pictures_fall_into_three_buckets_of_equal_size(store: Store) -> Non
 def test_a_share_of_training_data_is_the_slice_of_the_whole(stores: dict[str, str], name: str) -> None:
     store = Store(stores[name])
     data = TrainingSamples([store], 2, True, None, seed=3, batch_size=8, caption_dropout=0.2, encoder_dropout=0.3)
-    rows = stored.divided(store, set(), False)
+    rows = divided(store, set(), False)
     one, *two = (GlobalBatches(rows, 8, 3, 0, rank, world) for rank, world in ((0, 1), (0, 2), (1, 2)))
     for step in (0, 1, 30):
         for i, half in enumerate(two):

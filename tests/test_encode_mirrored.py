@@ -13,8 +13,8 @@ from data.raw.base import MIRRORED, Fault, Mirrored, Raw, original
 from data.raw.sources import Pictures
 from data.shapes import Shapes
 from data.store.encoding import Encoding, Filters, StoreEncoder
+from data.store.mixture import divided, held_out
 from data.store.reader import Store
-from data.store.samples import divided, held_out
 from data.text.clip import CLIPText
 
 

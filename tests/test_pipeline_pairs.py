@@ -14,8 +14,8 @@ from torch import Tensor
 
 import sample
 from data.order import Use, normal
+from data.store.mixture import held_out
 from data.store.reader import Sample, Store, Writer
-from data.store.samples import held_out
 from data.text.encoder import Text
 from pipeline import Pipeline, pairs
 from pipeline.pairs import Captions, Coupling, PairMaker

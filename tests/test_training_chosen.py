@@ -109,7 +109,7 @@ def test_what_is_no_choice_is_left_out_and_named(given: Path, tmp_path: Path) ->
     ]  # fmt: skip
     assert list(source.read(0, 4)) == faults[3:]
     before = source.describe()
-    (tmp_path / "all.jsonl").write_text("\n".join(text[:-1]))
+    (tmp_path / "all.jsonl").write_text("\n".join(text).replace("a zero", "a nine"))
     assert Choices(tmp_path / "all.jsonl").describe() != before
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"none.jsonl is empty: it needs a choice a line"):

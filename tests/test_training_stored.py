@@ -24,7 +24,7 @@ def config(tmp_path: Path, stores: dict[str, str]) -> Path:
     del content["encode"]
     content["run"] = {"folder": str(tmp_path / "run"), "steps": 6, "validate_every": 3, "checkpoint_every": 3,
                       "log_every": 1, "accelerator": "cpu"}  # fmt: skip
-    content["text"]["init_args"]["folder"] = str(TEXT)
+    content["text"] = {"class_path": "CLIPText", "init_args": {"folder": str(TEXT)}}
     content["codec"] = {"class_path": "Pixels", "init_args": {"channels": 3}}
     content["data"]["init_args"] |= {"store": stores["tokens"], "batch_size": 8, "held_out": HELD_OUT}
     content["network"]["init_args"] |= {

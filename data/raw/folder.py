@@ -29,7 +29,8 @@ from data.raw.base import (
 )
 from storage.text import parse_json, read_lines, read_text
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # in a folder of pictures
+DRAWN = "samples.json"  # what sample.py says of the pictures that it drew
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", DRAWN)  # in a folder of pictures
 LARGEST_TABLE = 2**32  # bytes of a metadata.parquet in memory
 
 
@@ -133,6 +134,8 @@ def read_metadata(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     try:
         if file.suffix == ".parquet":
             yield from enumerate(read_table(file), start=1)
+        elif file.name == DRAWN:
+            yield from enumerate(read_drawn(file), start=1)
         elif file.suffix == ".csv":
             table = csv.reader(read_lines(file))
             columns, number = next(table, []), table.line_num + 1
@@ -156,6 +159,19 @@ def read_row(line: str) -> dict[str, Any] | str:
     except ValueError as error:
         return str(error)
     return content if isinstance(content, dict) else "it is no JSON object"
+
+
+def read_drawn(file: Path) -> list[dict[str, Any] | str]:
+    """The prompts of the pictures that sample.py drew, each a row. ValueError if the file is no list."""
+    entries = parse_json(read_text(file), file)
+    if not isinstance(entries, list):
+        raise ValueError(f"{file} is no list of samples")
+    return [
+        {"file_name": entry.get("file"), "prompt": entry.get("prompt")}
+        if isinstance(entry, dict)
+        else "it is no JSON object"
+        for entry in entries
+    ]
 
 
 def read_table(file: Path) -> list[dict[str, Any]]:

@@ -1,15 +1,14 @@
 """Samples of stores as batches: latents, one caption each, dropped encoders, noise."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import xxhash
 from torch.utils.data import Dataset
 
 from data.batch import Batch
 from data.order import Share, Use, normal, stream
-from data.raw.base import original
+from data.store.mixture import Mixture
 from data.store.reader import Store
 
 Mask = Callable[[Sequence[str]], torch.Tensor]
@@ -18,27 +17,11 @@ PAIR = "pair"  # a picture and the noise that it was made from
 CHOICE = "choice"  # a picture and another one to which it was preferred
 
 
-def held_out(store: Store, count: int) -> set[str]:
-    """The ids of the `count` samples whose ids have the lowest hashes; depends only on the ids. None is mirrored."""
-    ids = [name for name in store.ids().to_pylist() if original(name) == name]
-    return set(sorted(ids, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode()), name))[:count])
-
-
-def divided(store: Store, apart: Collection[str], within: bool) -> list[np.ndarray]:
-    """The numbers of a store's samples in each bucket.
-
-    Those with ids in `apart` if `within`, else all others but the mirrored twins of these.
-    """
-    ids = store.ids().to_pylist()
-    chosen = np.array([(name in apart) if within else (original(name) not in apart) for name in ids], dtype=bool)
-    return [rows[chosen[rows]] for rows in map(store.members, range(len(store.buckets)))]
-
-
 class StoredSamples(Dataset[Batch]):
     """An item is a whole share of a batch, from the store of the share's stage.
 
     Args:
-        stores: one for each stage.
+        stores: one mixture for each stage.
         encoders: number of text encoders.
         sized: batches have sizes and crops.
         mask: captions → (b, N) bool, their own tokens; none: there is no mask.
@@ -46,7 +29,7 @@ class StoredSamples(Dataset[Batch]):
     """
 
     def __init__(
-        self, stores: Sequence[Store], encoders: int, sized: bool, mask: Mask | None, judged: bool = False
+        self, stores: Sequence[Store | Mixture], encoders: int, sized: bool, mask: Mask | None, judged: bool = False
     ) -> None:
         self.stores, self.encoders, self.sized, self.mask, self.judged = stores, encoders, sized, mask, judged
 
@@ -101,7 +84,7 @@ class TrainingSamples(StoredSamples):
 
     def __init__(
         self,
-        stores: Sequence[Store],
+        stores: Sequence[Store | Mixture],
         encoders: int,
         sized: bool,
         mask: Mask | None,
@@ -132,7 +115,8 @@ class ValidationSamples(StoredSamples):
     def __getitem__(self, share: Share) -> Batch:
         store = self.stores[share.stage]
         choice = np.array([int(row) % len(store.weights(int(row))) for row in share.samples])
-        return self.batch(share, choice, None, None, Use.VALIDATION, 0)
+        found = self.batch(share._replace(step=0), choice, None, None, Use.VALIDATION, 0)
+        return found._replace(step=share.step)  # which may be NOT_COUNTED
 
 
 def chosen(weights: Sequence[float], u: float) -> int:

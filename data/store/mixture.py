@@ -1,0 +1,160 @@
+"""Which samples of stores are trained on: several stores as one, and what is held out."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from data.raw.base import original
+from data.store.reader import Store
+from data.text.encoder import Text
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several stores.
+
+    Args:
+        store: a folder or a URL.
+        repeats: how often each of its samples comes in an epoch.
+    """
+
+    store: str
+    repeats: int = 1
+
+
+class Mixture:
+    """The samples of stores under one numbering, each store's after those of the stores before it.
+
+    Args:
+        parts: the stores.
+
+    Attributes:
+        stores: in order.
+        plan: of the first store.
+        buckets: height and width of each bucket, in pixels.
+        has_tokens: whether the stores have tokens.
+
+    Raises:
+        ValueError: there are no stores, they hold latents or texts of different kinds, or one is damaged.
+        FileNotFoundError: one does not exist.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        if not parts:
+            raise ValueError("data.store is an empty list: name at least one store")
+        for part in parts:
+            if part.repeats < 1:
+                raise ValueError(f"the repeats of {part.store} must be at least 1, got {part.repeats}")
+        self.stores, self.repeats = [Store(part.store) for part in parts], [part.repeats for part in parts]
+        first = self.stores[0]
+        self.plan, self.has_tokens = first.plan, first.has_tokens
+        for other in self.stores[1:]:
+            for what, own, theirs in (
+                ("latents", first.plan.get("latents"), other.plan.get("latents")),
+                ("tokens", first.has_tokens, other.has_tokens),
+            ):
+                if own != theirs:
+                    raise ValueError(f"{first.source} and {other.source} cannot be mixed: {what} {own} and {theirs}")
+        self.buckets = tuple(dict.fromkeys(size for store in self.stores for size in store.buckets))
+        self.starts = np.array([0, *accumulate(map(len, self.stores))])
+
+    @property
+    def source(self) -> str:
+        """The paths."""
+        return ", ".join(store.source for store in self.stores)
+
+    @property
+    def null(self) -> Text | None:
+        """The null condition of the first store."""
+        return self.stores[0].null
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def expect(self, **sections: Any) -> None:
+        """As `Store.expect`, of every store."""
+        for store in self.stores:
+            store.expect(**sections)
+
+    def pools(self, apart: Collection[str], within: bool) -> list[np.ndarray]:
+        """The samples of each bucket, as often as they come in an epoch; those of the first store without `apart`.
+
+        With `within` the samples of the first store whose ids are in `apart`, once each.
+        """
+        found: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in self.buckets}
+        for i, store in enumerate(self.stores[:1] if within else self.stores):
+            for size, rows in zip(store.buckets, divided(store, () if i else apart, within), strict=True):
+                found[size].append(np.tile(self.starts[i] + rows, 1 if within else self.repeats[i]))
+        return [np.concatenate(rows or [np.zeros(0, dtype=np.int64)]) for rows in found.values()]
+
+    def members(self, bucket: int) -> np.ndarray:
+        """The numbers of the samples in a bucket, ascending."""
+        size = self.buckets[bucket]
+        return np.concatenate(
+            [
+                start + store.members(store.buckets.index(size))
+                for start, store in zip(self.starts, self.stores, strict=False)
+                if size in store.buckets
+            ]
+        )
+
+    def latents(self, rows: np.ndarray) -> Tensor:
+        """As `Store.latents`."""
+        return self._gathered(rows, lambda store, own, _: (store.latents(own),))[0]
+
+    def text(self, rows: np.ndarray, choice: np.ndarray) -> Text:
+        """As `Store.text`."""
+        return Text(*self._gathered(rows, lambda store, own, where: tuple(store.text(own, choice[where]))))
+
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """As `Store.sizes`."""
+        return self._gathered(rows, lambda store, own, _: (torch.from_numpy(store.sizes(own)),))[0].numpy()
+
+    def captions(self, row: int) -> list[str]:
+        """As `Store.captions`."""
+        part = int(self._parts(np.array([row]))[0])
+        return self.stores[part].captions(row - int(self.starts[part]))
+
+    def weights(self, row: int) -> list[float]:
+        """As `Store.weights`."""
+        part = int(self._parts(np.array([row]))[0])
+        return self.stores[part].weights(row - int(self.starts[part]))
+
+    def _parts(self, rows: np.ndarray) -> np.ndarray:
+        """The number of each sample's store."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def _gathered(
+        self, rows: np.ndarray, read: Callable[[Store, np.ndarray, np.ndarray], tuple[Tensor, ...]]
+    ) -> list[Tensor]:
+        """What `read` gives for samples of one store, their own numbers there and their places in `rows`, in order."""
+        rows, parts = np.asarray(rows), self._parts(np.asarray(rows))
+        places = [np.flatnonzero(parts == part) for part in np.unique(parts)]
+        found = [
+            read(self.stores[part], rows[where] - self.starts[part], where)
+            for part, where in zip(np.unique(parts), places, strict=True)
+        ]
+        back = torch.from_numpy(np.argsort(np.concatenate(places)))
+        return [torch.cat(tensors)[back] for tensors in zip(*found, strict=True)] if len(found) > 1 else [*found[0]]
+
+
+def held_out(store: Store, count: int) -> set[str]:
+    """The ids of the `count` samples whose ids have the lowest hashes; depends only on the ids. None is mirrored."""
+    ids = [name for name in store.ids().to_pylist() if original(name) == name]
+    return set(sorted(ids, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode()), name))[:count])
+
+
+def divided(store: Store, apart: Collection[str], within: bool) -> list[np.ndarray]:
+    """The numbers of a store's samples in each bucket.
+
+    Those with ids in `apart` if `within`, else all others but the mirrored twins of these.
+    """
+    ids = store.ids().to_pylist()
+    chosen = np.array([(name in apart) if within else (original(name) not in apart) for name in ids], dtype=bool)
+    return [rows[chosen[rows]] for rows in map(store.members, range(len(store.buckets)))]
