@@ -340,6 +340,13 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/store/samples.py", "training_chosen"): [
         ("x0, worse = x0.float()", "worse, x0 = x0.float()"),
     ],
+    ("metrics/page.py", "metrics_page"): [
+        ("found.setdefault(key, {})[step] = value", "found.setdefault(key, {}).setdefault(step, value)"),
+        ("steps[losses.argmin()]", "steps[losses.argmax()]"),
+        ("if np.ptp(run.values[key][1])", "if True"),
+        ("if number == len(lines):", "if True:"),
+        ("len(chosen) - 1, MOST_SHEETS", "len(chosen) // 2, MOST_SHEETS"),
+    ],
     ("data/store/mixture.py", "data_mixture"): [
         ("() if i else apart", "apart"),
         ("1 if within else self.repeats[i]", "self.repeats[0]"),

@@ -41,6 +41,8 @@ th button:focus-visible { outline: 2px solid; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figcaption, .note { color: var(--quiet); font-size: .875rem; }
+th:not(:has(button)) { padding: .3rem .6rem; } .film img { image-rendering: pixelated; width: 100%; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; } .figures figure { margin: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .875rem; }
 dt { font-weight: 600; } dd { margin: 0; } pre { overflow-x: auto; font-size: .8rem; }
 """
@@ -106,20 +108,7 @@ def page(record: Record, images: dict[str, bytes]) -> str:
     )
     settings = escape(json.dumps(finite_only(record["settings"]), indent=2, ensure_ascii=False))
     real = f" As many real pictures have an FD ratio of {floor:.2f}." if available(floor) else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>Quality of sampled pictures</title>
-<link rel="icon" href="data:,">
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>Quality of sampled pictures</h1>
-<div class="wide"><table>
+    body = f"""<div class="wide"><table>
 <thead><tr>{head}</tr></thead>
 <tbody>
 {body}
@@ -131,8 +120,34 @@ def page(record: Record, images: dict[str, bytes]) -> str:
 <dl>
 {glossary}
 </dl>
-<details><summary>Settings</summary><pre>{settings}</pre></details>
-<script>{SCRIPT}</script>
+<details><summary>Settings</summary><pre>{settings}</pre></details>"""
+    return document("Quality of sampled pictures", body, SCRIPT)
+
+
+def document(title: str, body: str, script: str, head: str = "") -> str:
+    """An HTML page that loads no other file.
+
+    Args:
+        title: plain text.
+        body: HTML, beside the heading.
+        script: runs at the end.
+        head: further tags of the head.
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+{head}<title>{escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+{body}
+<script>{script}</script>
 </body>
 </html>
 """

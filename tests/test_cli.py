@@ -16,6 +16,7 @@ import sample
 import train
 from cli import MACHINE_FAULT, MOST, find_device, one_line_errors
 from data.__main__ import main as data
+from metrics.__main__ import main as metrics
 from pipeline.__main__ import main as pipeline
 from tools import photographs
 
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[Callable, list[str]]] = {
     "export": (pipeline, ["export", "nowhere"]),
     "compare": (compare.main, ["nowhere.yaml"]),
     "data": (data, ["info"]),
+    "page": (metrics, ["page", "nowhere"]),
     "encode": (encode.main, CONFIG),
     "train": (train.main, ["fit", *CONFIG]),
     "photographs": (tool, []),

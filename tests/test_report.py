@@ -16,7 +16,7 @@ from PIL import Image
 
 from metrics import figures, report, table
 
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "input"}
 NAN = float("nan")
 
 
