@@ -350,7 +350,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/store/mixture.py", "data_mixture"): [
         ("() if i else apart", "apart"),
         ("1 if within else self.repeats[i]", "self.repeats[0]"),
-        ("self.stores[:1] if within", "self.stores if within"),
         ("choice[where]", "choice[: len(own)]"),
         ("[torch.cat(tensors)[back]", "[torch.cat(tensors)"),
         ('side="right"', 'side="left"'),

@@ -17,6 +17,7 @@ import sample
 from data import digits
 from data.batch import Batch
 from data.latents import Pixels
+from data.module import Stored
 from data.raw.base import Fault, Raw
 from data.raw.choices import Choices
 from data.raw.pictures import save_png, to_image
@@ -92,6 +93,13 @@ def test_a_store_holds_both_pictures_the_preferred_one_first(given: Path, store:
         for latent, key in zip(latents[i], ("better", "worse"), strict=True):
             pixels = torch.from_numpy(np.array(Image.open(given / row[key]))).float() / 255
             assert torch.equal(latent, CODEC.encode(pixels[None, None])[0, 0].bfloat16().float())
+
+
+def test_batches_hold_the_preferred_pictures_as_those_to_learn(store: Path, text: CLIPText) -> None:
+    for batch in Stored(text, CODEC, 0, str(store), 8, held_out=8, caption_dropout=0.0).val_dataloader():
+        assert batch.worse is not None
+        better, worse = (CODEC.decode(latents).mean((1, 2, 3)) for latents in (batch.x0, batch.worse))
+        assert (better > worse).all()
 
 
 def test_what_is_no_choice_is_left_out_and_named(given: Path, tmp_path: Path) -> None:

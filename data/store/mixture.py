@@ -88,7 +88,7 @@ class Mixture:
         With `within` the samples of the first store whose ids are in `apart`, once each.
         """
         found: dict[tuple[int, int], list[np.ndarray]] = {size: [] for size in self.buckets}
-        for i, store in enumerate(self.stores[:1] if within else self.stores):
+        for i, store in enumerate(self.stores):
             for size, rows in zip(store.buckets, divided(store, () if i else apart, within), strict=True):
                 found[size].append(np.tile(self.starts[i] + rows, 1 if within else self.repeats[i]))
         return [np.concatenate(rows or [np.zeros(0, dtype=np.int64)]) for rows in found.values()]
