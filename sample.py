@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # slow to import; wrong flags are reported before
     from pipeline.sampling import Sampling
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
-HANDOVER = 0.2  # SDXL's
+HANDOVER = 0.2  # SDXL's refiner learned the lowest 200 of 1,000 noise levels
 RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if not left at their defaults
 PROMPTS = "a text file with one prompt a line, or a store: its captions are the prompts"
 
@@ -267,7 +267,8 @@ def draw(argv: list[str]) -> None:
         _, _, times = pipe.plan(sampling, args.shift, height, width, given.get("strength", 1.0))
         if refiner:
             pipe.check_refiner(refiner, sampling, times, height, width)
-        if args.negative and pipe.network.guidance_embeds:
+        models = (pipe, refiner.pipe) if refiner else (pipe,)
+        if args.negative and any(model.network.guidance_embeds for model in models):
             raise ValueError("--negative has no effect on a network that has learned its guidance: leave it out")
         if args.negative and sampling.guidance == 1:
             raise ValueError("--negative needs guidance, which is 1 (off): give another --guidance")

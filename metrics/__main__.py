@@ -1,6 +1,5 @@
 """`python -m metrics page RUN [RUN …]`: a training as one HTML page, to look at while it runs or afterwards."""
 
-import sys
 from pathlib import Path
 
 from cli import Parser, one_line_errors, output
@@ -19,7 +18,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError, FileExistsError):
         from metrics.page import write
 

@@ -1,6 +1,5 @@
 """A training as one HTML page: what the runs' logs hold as figures, and the sheets of samples as a film."""
 
-import base64
 import io
 import json
 import math
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from metrics.figures import PALETTE
-from metrics.report import document, png
+from metrics.report import document, embedded, png
 from storage.files import commit_bytes
 from storage.text import read_text, split_lines
 
@@ -25,10 +24,11 @@ BLOCKS = 60  # points of a smoothed line
 Series = tuple[np.ndarray, np.ndarray]  # steps and values
 FILM = """
 for (const film of document.querySelectorAll(".film")) {
-  const range = film.querySelector("input"), frames = film.querySelectorAll("img"), told = film.querySelector("output");
-  const show = () => { frames.forEach((frame, i) => frame.hidden = i != range.value);
-    told.textContent = frames[range.value].alt; };
-  range.oninput = show; show();
+  const slider = film.querySelector("input"), step = film.querySelector("output");
+  const frames = film.querySelectorAll("img");
+  const show = () => { frames.forEach((frame, i) => frame.hidden = i != slider.value);
+    step.textContent = frames[slider.value].alt; };
+  slider.oninput = show; show();
 }
 """
 
@@ -148,9 +148,8 @@ def film(run: Run) -> str:
     for sheet in chosen:
         with Image.open(sheet) as image:
             image.thumbnail((SIDE, SIDE))
-            content = base64.b64encode(png(image.convert("RGB"))).decode()
-        told = f"step {int(sheet.stem.removeprefix('step-')):,}"
-        frames.append(f'<img src="data:image/png;base64,{content}" alt="{told}">')
+            number = int(sheet.stem.removeprefix("step-"))
+            frames.append(embedded(png(image.convert("RGB")), f"step {number:,}"))
     if not frames:
         return ""
     last = len(frames) - 1
@@ -186,9 +185,7 @@ def page(runs: list[Run]) -> str:
     """The page of one or several runs. It loads no other file."""
     heads = ("run", "step", "loss", "best validation loss", "pictures/s", "waiting for data", "skipped steps")
     figures = "\n".join(
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(draw(runs, title, keys)).decode()}" '
-        f'alt="{escape(title)}"></figure>'
-        for title, keys in keys_of(runs).items()
+        f"<figure>{embedded(draw(runs, title, keys), title)}</figure>" for title, keys in keys_of(runs).items()
     )
     configs = "\n".join(
         f"<details><summary>{escape(run.name)}: config</summary><pre>{escape(run.config)}</pre></details>"

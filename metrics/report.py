@@ -96,8 +96,7 @@ def page(record: Record, images: dict[str, bytes]) -> str:
         for i, row in enumerate(rows)
     )
     figures = "\n".join(
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(content).decode()}" alt="{escape(name)}">'
-        f"<figcaption>{escape(CAPTIONS.get(name, name))}</figcaption></figure>"
+        f"<figure>{embedded(content, name)}<figcaption>{escape(CAPTIONS.get(name, name))}</figcaption></figure>"
         for name, content in images.items()
     )
     direction = {"low": " Lower is better.", "high": " Higher is better.", None: ""}
@@ -151,6 +150,11 @@ def document(title: str, body: str, script: str, head: str = "") -> str:
 </body>
 </html>
 """
+
+
+def embedded(content: bytes, description: str) -> str:
+    """The tag of a PNG that is part of the page."""
+    return f'<img src="data:image/png;base64,{base64.b64encode(content).decode()}" alt="{escape(description)}">'
 
 
 def finite_only(value: Any) -> Any:

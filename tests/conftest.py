@@ -81,3 +81,13 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> "tuple[StableDiffusion
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A cache of Hugging Face's data sets for this test alone."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a model of the digits of six steps; not to be written into."""
+    from trials import fit, small  # slow to import
+
+    folder = tmp_path_factory.mktemp("base")
+    fit(small(folder))
+    return folder / "run"

@@ -64,14 +64,6 @@ def store(given: Path) -> Path:
     return given / "store"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a model of six steps."""
-    folder = tmp_path_factory.mktemp("base")
-    fit(small(folder))
-    return folder / "run"
-
-
 @pytest.fixture
 def flags(trained: Path, store: Path, tmp_path: Path) -> list[str]:
     small(tmp_path)
@@ -148,7 +140,7 @@ def batch_of(pipe: Pipeline) -> Batch:
 
 
 def test_the_loss_is_dpo_of_both_pictures_with_one_noise_and_one_time(text: CLIPText) -> None:
-    """Wallace et al. 2023, equation 14, from the four errors."""
+    """The formula of Wallace et al. 2023, from the four errors."""
     pipe, reference = pipe_of(text, 0), pipe_of(text, 1)
     model = ChoiceModel(DPO(20.0), TeacherModel(Teacher(), reference))
     batch, t = batch_of(pipe), torch.tensor([0.2, 0.4, 0.6, 0.9])

@@ -47,14 +47,6 @@ from training.teacher import Pairs
 CAPTIONS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a model of six steps."""
-    folder = tmp_path_factory.mktemp("base")
-    fit(small(folder))
-    return folder / "run"
-
-
 @pytest.fixture
 def flags(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
     small(tmp_path)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from data import digits
+from tools.tokenizer import unigram_tokenizer
 
 TOKENIZER = Path(__file__).parents[1] / "assets" / "digits" / "text" / "tokenizer"
 TOKENS, POOLED = 224, 64 + 128  # as in the released models, T5 is wider than both CLIPs together
@@ -135,9 +136,5 @@ def t5_encoder() -> T5EncoderModel:
 
 def t5_tokenizer() -> T5Tokenizer:
     """Letters, and the words of the digits' captions."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
     captions = (caption for d in range(10) for caption in digits.captions(d, digits.TRAIN_TEMPLATES))
-    words = sorted({word for caption in captions for word in caption.split()})
-    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -3.0} | dict.fromkeys(letters, -6.0)
-    pieces |= {f"▁{word}": -4.0 for word in words}
-    return T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=512)
+    return unigram_tokenizer((word for caption in captions for word in caption.split()), 512)

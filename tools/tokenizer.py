@@ -1,11 +1,11 @@
-"""Byte-pair tokenizers for the small CLIP towers that the tools train."""
+"""Tokenizers for the small CLIP towers and T5 that the tools train."""
 
 import json
 from collections.abc import Iterable
 
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 
 def train_tokenizer(words: Iterable[str], length: int) -> CLIPTokenizer:
@@ -33,3 +33,16 @@ def train_tokenizer(words: Iterable[str], length: int) -> CLIPTokenizer:
         model_max_length=length,
         padding_side="right",
     )
+
+
+def unigram_tokenizer(words: Iterable[str], length: int) -> T5Tokenizer:
+    """A unigram tokenizer as T5's, in which each of the words is one token; other words are split into letters.
+
+    Args:
+        words: of lower-case letters.
+        length: tokens per caption, the end included.
+    """
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -3.0} | dict.fromkeys(letters, -6.0)
+    pieces |= {f"▁{word}": -4.0 for word in sorted(set(words))}
+    return T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=length)

@@ -12,8 +12,6 @@ At the end it prints how many of these answers are right for unseen captions. Th
 It takes about four minutes on one core.
 """
 
-from pathlib import Path
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from data import shapes
 from data.order import Use, stream
 from data.shapes import COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES
 from storage.weights import write_tensors
+from tools.tokenizer import unigram_tokenizer
 from tools.train_shapes_text import FOLDER, LENGTH, MORE_WORDS, SCENES, SEED, WIDTHS
 
 WIDTH, LAYERS = sum(WIDTHS), 2  # as wide as both CLIP towers together
@@ -67,14 +66,6 @@ def answers(caption: str) -> Tensor:
     return rows
 
 
-def train_tokenizer(words: set[str]) -> T5Tokenizer:
-    """A unigram tokenizer with a piece for each word; other words are split into letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
-    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -3.0} | dict.fromkeys(letters, -6.0)
-    pieces |= {f"▁{word}": -4.0 for word in sorted(words)}
-    return T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=LENGTH)
-
-
 class Reader(nn.Module):
     """The encoder, and the layer that answers QUESTIONS from the states of nouns.
 
@@ -113,7 +104,7 @@ class Reader(nn.Module):
 
 
 def prefixed(ids: Tensor, others: Tensor) -> Tensor:
-    """`ids (B, N)` with other words before three in ten of the captions, since users write more than captions have."""
+    """`ids (B, N)` with up to three other words before a caption, each with probability 0.3: users write more."""
     room = int((ids == 0).sum(1).min())  # padding
     for _ in range(min(3, room)):
         row = torch.rand(len(ids)) < 0.3
@@ -137,7 +128,7 @@ def main() -> None:
     torch.manual_seed(0)
     seen = captions(0, SCENES + UNSEEN)
     words = {word for caption in seen for word in caption.split()}
-    tokenizer = train_tokenizer(words | set(MORE_WORDS.split()))
+    tokenizer = unigram_tokenizer(words | set(MORE_WORDS.split()), LENGTH)
     ids = tokenizer(seen, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
     asked = torch.stack([answers(caption) for caption in seen])
     known = {i for row in tokenizer(sorted(words), add_special_tokens=False).input_ids for i in row}
@@ -162,7 +153,7 @@ def main() -> None:
     encoder.config.save_pretrained(FOLDER / "text_encoder_3")
     tokenizer.save_pretrained(FOLDER / "tokenizer_3")
     state = {name: value.contiguous() for name, value in encoder.named_parameters()}
-    write_tensors(state, Path(FOLDER) / "text_encoder_3" / "model.safetensors")
+    write_tensors(state, FOLDER / "text_encoder_3" / "model.safetensors")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class ChoiceModel(JudgeModel):
 
     def __init__(self, preference: Preference, reference: TeacherModel) -> None:
         super().__init__(reference)
-        self.preference, self.other = preference, reference
+        self.preference = preference
 
     def lesson(self, batch: Batch, fresh: Tensor) -> ChosenLesson:
         assert batch.worse is not None
@@ -126,11 +126,12 @@ class ChoiceModel(JudgeModel):
 
     def judged(self, objective: Objective, model: Model, lesson: ChosenLesson, t: Tensor) -> Judged:
         """The losses of both pictures of each choice, (2b,), the preferred one first."""
+        assert self.reference
         rows = torch.arange(len(t), device=t.device).repeat_interleave(2)
         condition, times = taken(lesson.condition, rows), t[rows]
         pictures = torch.stack([lesson.x0, lesson.worse], 1).flatten(0, 1)
         drawn = Drawn(pictures, lesson.noise[rows], times, condition, torch.ones_like(times))
-        return self.preference.loss(objective, model, self.other.guided(condition, drawn.worth), drawn)
+        return self.preference.loss(objective, model, self.reference.guided(condition, drawn.worth), drawn)
 
     @torch.no_grad()
     def compared(

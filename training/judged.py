@@ -95,10 +95,11 @@ class Judgement:
                              "data to 0")  # fmt: skip
         if data.paired:
             raise ValueError("judgement draws its own pictures: give a store of pictures and not of pairs")
-        if data.choices == bool(self.rewards):
+        if data.choices and self.rewards:
             raise ValueError("judgement.rewards are for pictures that the model draws, and the data are choices: leave "
-                             "the rewards out" if self.rewards else "judgement.rewards are missing: name at least one, "
-                             "or train on a store of choices")  # fmt: skip
+                             "the rewards out")  # fmt: skip
+        if not data.choices and not self.rewards:
+            raise ValueError("judgement.rewards are missing: name at least one, or train on a store of choices")
         if data.choices and not self.loss.paired:
             raise ValueError(f"{type(self.loss).__name__} learns from the model's own pictures and not from choices: "
                              "set judgement.loss DPO")  # fmt: skip

@@ -23,7 +23,7 @@ The best picture is preferred to the worst, the second best to the second worst.
 encode.py makes a store of the choices, from which `judgement.loss: DPO` learns."""
 
 
-class Judged(NamedTuple):
+class Rated(NamedTuple):
     """A prompt with its pictures and their rewards."""
 
     caption: str
@@ -55,17 +55,17 @@ def groups(folder: Path) -> dict[str, list[str]]:
     return kept
 
 
-def judged(folder: Path, rewards: Sequence[Reward]) -> Iterator[Judged]:
+def judged(folder: Path, rewards: Sequence[Reward]) -> Iterator[Rated]:
     """All prompts of a folder, judged."""
     for caption, files in tqdm(groups(folder).items(), desc="judging", unit="prompt"):
         with Image.open(folder / files[0]) as first:
             channels = 1 if first.mode == "L" else 3
         pictures = [load_picture(folder / file, channels, None, None, 1) for file in files]
         found = torch.cat([total(rewards, picture, [caption]) for picture in pictures])
-        yield Judged(caption, files, found)
+        yield Rated(caption, files, found)
 
 
-def choices(one: Judged) -> list[dict[str, Any]]:
+def choices(one: Rated) -> list[dict[str, Any]]:
     """The choices between the pictures of a prompt, as DPO pairs a group."""
     order, worth = DPO().advice(one.rewards[None])
     rows = []

@@ -74,9 +74,6 @@ class Mixture:
         """The null condition of the first store."""
         return self.stores[0].null
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
     def expect(self, **sections: Any) -> None:
         """As `Store.expect`, of every store."""
         for store in self.stores:

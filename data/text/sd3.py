@@ -28,7 +28,7 @@ from data.text.tower import (
 from storage.text import read_json
 from storage.weights import DType, Weights, check_tensors, dtype_of, open_file, write_tensors
 
-LENGTH = 77  # tokens of the CLIP towers, if there are none
+LENGTH = 77  # tokens that stand for CLIP towers where both are absent
 T5_LENGTH = 256  # tokens that T5 reads by default, at most
 BATCH = 32  # captions in a forward pass
 KEPT = 256  # captions whose results stay in memory: 0.7 GB in half precision at the released sizes
