@@ -41,6 +41,8 @@ from storage.models import find_model, fingerprint
 from storage.purpose import KEY, check_result
 
 if TYPE_CHECKING:  # slow to import; wrong flags are reported before
+    from torch import Tensor
+
     from pipeline import Pipeline, Refiner
     from pipeline.sampling import Sampling
 
@@ -72,6 +74,10 @@ def parser() -> Parser:
                    "anew; if it has an alpha channel, transparent where it is drawn anew")  # fmt: skip
     p.add_argument("--picture", type=Path, help="input picture of a network that needs one, such as super-resolution")
     p.add_argument("--level", type=finite, default=0.0, help="noise level added to --picture, 0 to 1; default: 0")
+    p.add_argument("--control", type=str, action="append", metavar="MODEL:IMAGE[:SCALE]",
+                   help="a ControlNet and the picture that it follows; repeatable")  # fmt: skip
+    p.add_argument("--control-interval", type=finite, nargs=2, metavar=("FROM", "TO"),
+                   help="use ControlNets only between these shares of the steps")  # fmt: skip
     p.add_argument("--refiner", type=Path, help="a second model in the same latents, which takes over at --handover")
     p.add_argument("--handover", type=finite, help="time below which the refiner takes over; default: 0.2")
     p.add_argument("--seed", type=natural, default=0, help="picture i starts from seed + i")
@@ -201,6 +207,23 @@ def refiner_of(args: Namespace) -> "Refiner | None":
     )
 
 
+def steered(
+    args: Namespace, pipe: "Pipeline", times: "Tensor", height: int | None, width: int | None
+) -> tuple["Pipeline", dict[str, Any]]:
+    """The pipeline with the ControlNets of `--control`, and its argument `picture`. ValueError if they do not fit."""
+    from pipeline.steering import Steering, interval_of, steer
+
+    if not args.control:
+        if args.control_interval:
+            raise ValueError("--control-interval needs a --control: give one, or leave it out")
+        return pipe, {}
+    if args.picture:
+        raise ValueError("--picture is for a model that works from a picture, and --control has its own: leave one out")
+    interval = interval_of(args.control_interval, times) if args.control_interval else (0.0, 1.0)
+    pipe, picture = steer(pipe, [Steering.parse(text) for text in args.control], interval, height, width)
+    return pipe, {"picture": picture}
+
+
 def warn_of_learned(args: Namespace, path: Path, sampling: "Sampling") -> None:
     """Warns if a LoRA learned other steps or another guidance than those with which it is sampled."""
     from mmdit.adapters import Adapter
@@ -232,12 +255,13 @@ def parse(argv: list[str]) -> Namespace:
     if args.like:
         with one_line_errors(*USER_ERRORS):
             flags = recorded(args.like)
-        texts = {name: value for name, value in flags.items() if name not in ("prompt", "lora")}
+        texts = {name: value for name, value in flags.items() if name not in ("prompt", "lora", "control")}
         p = parser()
         p.set_defaults(**texts)
         args = p.parse_args(argv)
         args.prompt = args.prompt or ([] if args.prompts else [flags["prompt"]])
-        args.lora = args.lora or flags.get("lora")
+        for name in ("lora", "control"):
+            setattr(args, name, getattr(args, name) or flags.get(name))
     if args.model is None:
         fail("the following arguments are required: --model, or --like PICTURE")
     return args
@@ -265,6 +289,8 @@ def draw(argv: list[str]) -> None:
         warn_of_learned(args, path, sampling)
         refiner = refiner_of(args)
         _, _, times = pipe.plan(sampling, args.shift, height, width, given.get("strength", 1.0))
+        pipe, hints = steered(args, pipe, times, height, width)
+        given |= hints
         if refiner:
             pipe.check_refiner(refiner, sampling, times, height, width)
         models = (pipe, refiner.pipe) if refiner else (pipe,)
@@ -283,7 +309,7 @@ def draw(argv: list[str]) -> None:
         "shift": pipe.shift(height, width) if args.shift is None else args.shift,
         "dtype": str(next(pipe.network.parameters()).dtype).removeprefix("torch."),
         "model": str(path),
-        **({"lora": args.lora} if args.lora else {}),
+        **{name: found for name in ("lora", "control", "control_interval") if (found := getattr(args, name))},
         **{name: str(value) for name in RECORDED if (value := getattr(args, name)) != parser().get_default(name)},
         **{name: given[name] for name in ("strength", "level") if name in given},
         **({"refiner": str(args.refiner), "handover": refiner.handover} if refiner else {}),

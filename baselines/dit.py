@@ -3,7 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, NamedTuple, Self, final
+from typing import Any, Self, final
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, timestep_features, unpatchify
-from mmdit.layers import FinalLayer, Modulation, Stream, modulate, scaled_dot_product
+from mmdit.layers import DiTBlock, FinalLayer, Stream, modulate, scaled_dot_product, sub_layers
 from mmdit.model import TIME_FEATURES
 from mmdit.network import Condition, Network
 from storage.files import commit_json
@@ -132,7 +132,7 @@ class DiffusionTransformer(Network, ABC):
             nn.init.normal_(embedding.fc1.weight, std=0.02)
             nn.init.normal_(embedding.fc2.weight, std=0.02)
         for module in self.modules():
-            if isinstance(module, InContextBlock | CrossBlock | FinalLayer):
+            if isinstance(module, DiTBlock | CrossBlock | FinalLayer):
                 nn.init.zeros_(module.modulation.weight)
             elif isinstance(module, CrossAttention):
                 nn.init.zeros_(module.proj.weight)
@@ -205,52 +205,6 @@ class DiffusionTransformer(Network, ABC):
         return config
 
 
-class SubLayers(NamedTuple):
-    """A block's modulation of its self attention and of its MLP."""
-
-    attention: Modulation
-    mlp: Modulation
-
-
-def sub_layers(parts: Tensor) -> SubLayers:
-    """Cuts (B, 6·width) in the order of DiT: shift, scale and gate of the attention, then of the MLP."""
-    vectors = parts[:, None].chunk(6, dim=-1)
-    return SubLayers(Modulation(*vectors[:3]), Modulation(*vectors[3:]))
-
-
-class InContextBlock(nn.Module):
-    """DiT's adaLN-Zero block (Peebles & Xie 2022, figure 3): one set of weights for all tokens of a sequence.
-
-    Args:
-        width: channels of a token.
-        heads: attention heads.
-        qk_norm: RMS-normalise q and k.
-    """
-
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
-        super().__init__()
-        self.stream = Stream(width, heads, qk_norm)
-        self.modulation = nn.Linear(width, 6 * width)
-
-    def forward(self, x: Tensor, kept: int, vector: Tensor, mask: Tensor | None) -> Tensor:
-        """One block.
-
-        Args:
-            x: all tokens, (B, L, width).
-            kept: number of tokens, from the end, to compute; all tokens are attended to.
-            vector: SiLU of time and pooled text, (B, width).
-            mask: true where a token may be attended, (B, 1, 1, L); none means everywhere.
-
-        Returns:
-            (B, kept, width).
-        """
-        attention, mlp = sub_layers(self.modulation(vector))
-        q, k, v = self.stream.attend(modulate(x, attention.shift, attention.scale))
-        attended = self.stream.proj(scaled_dot_product(q[:, -kept:], k, v, mask))
-        x = torch.addcmul(x[:, -kept:], attention.gate, attended)
-        return torch.addcmul(x, mlp.gate, self.stream.mlp(modulate(x, mlp.shift, mlp.scale)))
-
-
 @final
 class DiT(DiffusionTransformer):
     """DiT (Peebles & Xie 2022) with the text in context: blocks over [text, image], one set of weights for both.
@@ -260,7 +214,7 @@ class DiT(DiffusionTransformer):
 
     @staticmethod
     def block(width: int, heads: int, qk_norm: bool) -> nn.Module:
-        return InContextBlock(width, heads, qk_norm)
+        return DiTBlock(width, heads, qk_norm)
 
     def run_blocks(self, text: Tensor, image: Tensor, vector: Tensor, mask: Tensor | None) -> Tensor:
         x, count = torch.cat([text, image], dim=1), image.shape[1]

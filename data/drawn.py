@@ -14,7 +14,8 @@ SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M", "ddim": "D
 FLAGS = (
     *("model", "parts", "lora", "dtype", "text_dtype", "max_sequence_length", "prompt", "negative", "seed", "steps"),
     *("sampler", "spacing", "guidance", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval", "shift"),
-    *("height", "width", "image", "mask", "strength", "picture", "level", "refiner", "handover"),
+    *("height", "width", "image", "mask", "strength", "picture", "level", "control", "control_interval"),
+    *("refiner", "handover"),
 )
 
 

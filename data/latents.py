@@ -37,6 +37,8 @@ class Codec(ABC):
     channels: int
     pixel_channels: int
     factor: int
+    shift: float
+    scale: float
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ Each of our tensors is one or more of their tensors concatenated, so a table of 
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit.embed import TIME_SCALE
 from mmdit.layers import JointBlock
@@ -31,6 +31,7 @@ EXTENSIONS = {  # settings of MMDiT that diffusers' class does not have, with th
 NOT_IN_SHAPES = ("time_scale", "picture_channels", "text_mask")  # cannot be inferred from names and shapes
 PREFIX = "model.diffusion_model."  # before the network's names in a single file
 Naming: TypeAlias = Literal["diffusers", "original"]
+Module = TypeVar("Module", bound=nn.Module)
 
 # our layer: (its parts in diffusers, its parts in the single files)
 OUTSIDE_BLOCKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -144,24 +145,29 @@ def export(network: MMDiT, naming: Naming, state: Mapping[str, Tensor] | None = 
         naming: the naming to use; names of the single files are without `PREFIX`.
         state: other tensors under our names, such as gradients; none means the network's weights.
     """
-    state = network.state_dict() if state is None else state
+    return pieces(network.state_dict() if state is None else state, layout(network, naming))
+
+
+def pieces(state: Mapping[str, Tensor], table: Mapping[str, list[Piece]]) -> dict[str, Tensor]:
+    """Our tensors under the names of a table such as `layout` returns."""
     theirs = {}
-    for ours, pieces in layout(network, naming).items():
-        parts = state[ours].detach().flatten().split([math.prod(piece.shape) for piece in pieces])
-        for piece, part in zip(pieces, parts, strict=True):
+    for ours, there in table.items():
+        parts = state[ours].detach().flatten().split([math.prod(piece.shape) for piece in there])
+        for piece, part in zip(there, parts, strict=True):
             tensor = part.reshape(piece.shape)
             theirs[piece.name] = swap(tensor) if piece.swapped else tensor
     return theirs
 
 
-def read(network: MMDiT, weights: Weights, naming: Naming, dtype: torch.dtype, device: torch.device | str) -> MMDiT:
-    """Fills a network on the meta device. Each tensor is read directly into its place.
+def fill(
+    network: Module, weights: Weights, table: Mapping[str, list[Piece]], dtype: torch.dtype, device: torch.device | str
+) -> Module:
+    """Fills a network on the meta device from a table as `layout` returns. Each tensor is read directly into its place.
 
     Raises:
         ValueError: names every missing, left-over or mis-shaped tensor, before anything is read.
     """
-    table = layout(network, naming)
-    check_tensors(weights, {p.name: p.shape for pieces in table.values() for p in pieces}, "this transformer's config")
+    check_tensors(weights, {p.name: p.shape for there in table.values() for p in there}, "this network's config")
     state = {}
     for ours, tensor in network.state_dict().items():
         state[ours] = torch.empty(tensor.shape, dtype=dtype, device=device)
@@ -255,7 +261,7 @@ def load(
         naming: Naming = "diffusers"
         if folder != path:
             verify(folder.parent, folder.name)
-        arguments = _arguments(folder / CONFIG)
+        arguments = arguments_of(read_json(folder / CONFIG), folder / CONFIG)
         weights = open_folder(folder, STEM)
     else:
         whole = open_file(path)
@@ -266,7 +272,7 @@ def load(
             network = MMDiT(**arguments)
     except (TypeError, RuntimeError) as error:  # the latter for sizes beyond 64 bits
         raise ValueError(f"{path} describes no network that could be built: {error}") from None
-    network = read(network, weights, naming, dtype_of(dtype), device)
+    network = fill(network, weights, layout(network, naming), dtype_of(dtype), device)
     network.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask)
     return network.to(device, dtype_of(dtype)).eval()
 
@@ -324,9 +330,10 @@ def single_file(network: MMDiT) -> dict[str, Tensor]:
     return {PREFIX + name: tensor for name, tensor in export(network, "original").items()}
 
 
-def _arguments(file: Path) -> dict[str, Any]:
-    """`MMDiT`'s arguments from diffusers' config."""
-    config = read_json(file)
+def arguments_of(
+    config: Mapping[str, Any], file: Path, kinds: Collection[str] = (DIFFUSERS_CLASS, OUR_CLASS)
+) -> dict[str, Any]:
+    """`MMDiT`'s arguments from diffusers' config of one of these classes, read from a file that errors name."""
 
     def checked(name: str, value: Any, kind: type) -> Any:
         fits = type(value) is kind or (kind is float and type(value) is int)
@@ -337,8 +344,8 @@ def _arguments(file: Path) -> dict[str, Any]:
     def size(name: str) -> int:
         return checked(name, config[name], int)
 
-    if config.get("_class_name") not in (DIFFUSERS_CLASS, OUR_CLASS):
-        raise ValueError(f"{file} describes a {config.get('_class_name')!s:.80}, not an {DIFFUSERS_CLASS}")
+    if config.get("_class_name") not in kinds:
+        raise ValueError(f"{file} describes a {config.get('_class_name')!s:.80}, not an {next(iter(kinds))}")
     if config.get("qk_norm") not in (None, "rms_norm"):
         raise ValueError(f"{file} has qk_norm {config['qk_norm']!r:.80}: use null or 'rms_norm'")
     try:

@@ -188,6 +188,52 @@ class JointBlock(nn.Module):
         return text, image
 
 
+class SubLayers(NamedTuple):
+    """A block's modulation of its self attention and of its MLP."""
+
+    attention: Modulation
+    mlp: Modulation
+
+
+def sub_layers(parts: Tensor) -> SubLayers:
+    """Cuts (B, 6·width) in the order of DiT: shift, scale and gate of the attention, then of the MLP."""
+    vectors = parts[:, None].chunk(6, dim=-1)
+    return SubLayers(Modulation(*vectors[:3]), Modulation(*vectors[3:]))
+
+
+class DiTBlock(nn.Module):
+    """DiT's adaLN-Zero block (Peebles & Xie 2022, figure 3): one set of weights for all tokens of a sequence.
+
+    Args:
+        width: channels of a token.
+        heads: attention heads.
+        qk_norm: RMS-normalise q and k.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.stream = Stream(width, heads, qk_norm)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, kept: int, vector: Tensor, mask: Tensor | None) -> Tensor:
+        """One block.
+
+        Args:
+            x: all tokens, (B, L, width).
+            kept: number of tokens, from the end, to compute; all tokens are attended to.
+            vector: SiLU of time and pooled text, (B, width).
+            mask: true where a token may be attended, (B, 1, 1, L); none means everywhere.
+
+        Returns:
+            (B, kept, width).
+        """
+        attention, mlp = sub_layers(self.modulation(vector))
+        q, k, v = self.stream.attend(modulate(x, attention.shift, attention.scale))
+        attended = self.stream.proj(scaled_dot_product(q[:, -kept:], k, v, mask))
+        x = torch.addcmul(x[:, -kept:], attention.gate, attended)
+        return torch.addcmul(x, mlp.gate, self.stream.mlp(modulate(x, mlp.shift, mlp.scale)))
+
+
 class FinalLayer(nn.Module):
     """The modulated norm and the linear map from tokens to patches.
 

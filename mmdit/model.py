@@ -1,6 +1,7 @@
 """MMDiT: the multimodal diffusion transformer of Stable Diffusion 3 (Esser et al. 2024, §4 and figure 2)."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,16 @@ from mmdit.network import Condition, HiddenStates, Network
 
 TIME_FEATURES = 256
 EMBEDDINGS = {"two_times": "span", "guidance_embeds": "guidance", "level_embeds": "level"}  # argument → module
+
+
+class Tokens(NamedTuple):
+    """What the blocks work on."""
+
+    text: Tensor  # (B, N, width)
+    image: Tensor  # (B, M, width), patches with their positions
+    vector: Tensor  # (B, width), SiLU of the sum of all numbers and the pooled text
+    mask: Tensor | None  # (B, 1, 1, N + M), true where a token may be attended
+    grid: tuple[int, int]  # height and width in patches
 
 
 class MMDiT(Network):
@@ -184,44 +195,15 @@ class MMDiT(Network):
             self.picture_channels = picture_channels
         self.text_mask = self.text_mask or text_mask
 
-    def forward(
-        self,
-        z: Tensor,
-        t: Tensor,
-        condition: Condition,
-        end: Tensor | None = None,
-        skip_layers: Collection[int] = (),
-        hidden_states: HiddenStates | None = None,
-    ) -> Tensor:
-        """The network's output at (z, t). All inputs except t are cast to the type of its weights.
-
-        Args:
-            z: noisy latents, (B, C, H, W); H and W multiples of the patch.
-            t: times in [0, 1], (B,) float32.
-            condition: text of the same batch size.
-            end: end of the step from t, (B,) float32; none means t itself, and y is the velocity at t.
-            skip_layers: blocks to leave out, for skip-layer guidance.
-            hidden_states: receives the image tokens after the blocks that it names.
-
-        Returns:
-            (B, out_channels, H, W).
-
-        Raises:
-            ValueError: H or W is not a multiple of the patch, or exceeds the positional table; the condition lacks a
-                field that the network needs, or has one it does not use; or `end` without two_times.
-        """
+    def embed(self, z: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None) -> Tokens:
+        """What the blocks work on. Arguments and errors as for `forward`."""
         if end is not None and not self.two_times:
             raise ValueError("this network takes one time and got an end: set two_times or leave end out")
         self.check_condition(condition)
-        height, rest_h = divmod(z.shape[-2], self.patch_size)
-        width, rest_w = divmod(z.shape[-1], self.patch_size)
-        if rest_h or rest_w:
-            raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is not a multiple of patch_size {self.patch_size}")
-        dtype = self.positions.dtype
-
         if condition.picture is not None:
             z = torch.cat([z, condition.picture.to(z.dtype)], dim=1)
-        image = self.patch(patchify(z.to(dtype), self.patch_size)) + crop_centre(self.positions, height, width)
+        image, grid = self.embed_image(z)
+        dtype = self.positions.dtype
         text = self.context(condition.text.to(dtype)).to(image.dtype)  # b n width
         features = timestep_features(t, TIME_FEATURES, self.time_scale).to(dtype)
         vector = self.time(features) + self.pooled(condition.pooled.to(dtype))
@@ -232,13 +214,54 @@ class MMDiT(Network):
             vector = vector + self.guidance(timestep_features(condition.guidance, TIME_FEATURES, 1.0).to(dtype))
         if condition.level is not None:
             vector = vector + self.level(timestep_features(condition.level, TIME_FEATURES).to(dtype))
-        vector = F.silu(vector)  # b width
         mask = None
         if condition.mask is not None:
             mask = F.pad(condition.mask, (0, image.shape[1]), value=True)[:, None, None]  # b 1 1 n+m
+        return Tokens(text, image, F.silu(vector), mask, grid)
+
+    def embed_image(self, z: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The patches of z (B, C, H, W) with their positions, (B, M, width), and their grid."""
+        height, rest_h = divmod(z.shape[-2], self.patch_size)
+        width, rest_w = divmod(z.shape[-1], self.patch_size)
+        if rest_h or rest_w:
+            raise ValueError(f"latent {z.shape[-2]}×{z.shape[-1]} is not a multiple of patch_size {self.patch_size}")
+        patches = patchify(z.to(self.positions.dtype), self.patch_size)
+        return self.patch(patches) + crop_centre(self.positions, height, width), (height, width)
+
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        condition: Condition,
+        end: Tensor | None = None,
+        skip_layers: Collection[int] = (),
+        hidden_states: HiddenStates | None = None,
+        residuals: Sequence[Tensor | None] = (),
+    ) -> Tensor:
+        """The network's output at (z, t). All inputs except t are cast to the type of its weights.
+
+        Args:
+            z: noisy latents, (B, C, H, W); H and W multiples of the patch.
+            t: times in [0, 1], (B,) float32.
+            condition: text of the same batch size.
+            end: end of the step from t, (B,) float32; none means t itself, and y is the velocity at t.
+            skip_layers: blocks to leave out, for skip-layer guidance.
+            hidden_states: receives the image tokens after the blocks that it names.
+            residuals: for each block, what a ControlNet adds to its image tokens, (B, M, width) or none.
+
+        Returns:
+            (B, out_channels, H, W).
+
+        Raises:
+            ValueError: H or W is not a multiple of the patch, or exceeds the positional table; the condition lacks a
+                field that the network needs, or has one it does not use; or `end` without two_times.
+        """
+        text, image, vector, mask, grid = self.embed(z, t, condition, end)
         for i, block in enumerate(self.blocks):
             if i not in skip_layers:
-                text, image = block(text, image, vector, mask, (height, width))
+                text, image = block(text, image, vector, mask, grid)
+                if residuals and (residual := residuals[i]) is not None:
+                    image = image + residual.to(image.dtype)
                 if hidden_states is not None:
                     hidden_states.add(i, image)
-        return unpatchify(self.final(image, vector), height, width, self.patch_size)  # b c h w
+        return unpatchify(self.final(image, vector), *grid, self.patch_size)  # b c h w

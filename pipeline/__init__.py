@@ -17,6 +17,8 @@ from data.text.encoder import TextEncoder
 from flow.guidance import ClassifierFree, Weak, inpaint, refined
 from flow.objective import Estimate, Model, Objective
 from flow.sampler import Callback, Denoiser, Noise
+from mmdit.control import Control, Controlled
+from mmdit.model import MMDiT
 from mmdit.network import Condition, Network
 from pipeline import folder as disk
 from pipeline.folder import LoadOptions, Parts
@@ -75,7 +77,7 @@ class Pipeline:
                 raise ValueError(f"the network's {key} is {given}, but codec, text and objective need {needed}")
         if objective.two_times and not network.two_times:
             raise ValueError(f"{type(objective).__name__} needs a network of two times: set network.two_times")
-        if network.picture_channels not in (0, codec.channels):
+        if network.picture_channels % codec.channels:
             raise ValueError(f"the network's picture_channels are {network.picture_channels}, and a picture has "
                              f"{codec.channels} channels of latents")  # fmt: skip
         self.sampling = sampling or Sampling()
@@ -90,6 +92,17 @@ class Pipeline:
     def sized(self) -> bool:
         """Whether the pooled vector of the network also holds sizes and crops (`data.sizes`)."""
         return self.network.pooled_dim == self.text.pooled_dim + SIZE_FEATURES
+
+    def steered(self, controls: Sequence[Control]) -> "Pipeline":
+        """This pipeline with a network that is steered by ControlNets. It shares all weights.
+
+        Raises:
+            ValueError: in one line, if the network is no MMDiT or a ControlNet does not fit it.
+        """
+        if not isinstance(self.network, MMDiT):
+            kind = "one already" if isinstance(self.network, Controlled) else "no MMDiT"
+            raise ValueError(f"a ControlNet steers an MMDiT, and this model has {kind}: leave the ControlNet out")
+        return Pipeline(Controlled(self.network, controls).eval(), *self.parts[1:])
 
     def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Condition:
         """The condition of the prompts, on the network's device. An empty prompt gives the null condition.
@@ -156,7 +169,7 @@ class Pipeline:
             mask: 1 where the image is drawn anew and 0 where it is kept, (B or 1, 1, height, width). A latent pixel
                 with any 1 in it is drawn anew. None draws everything anew.
             picture: the input of a network with picture_channels, such as a small picture to enlarge: pixels in
-                [0, 1], (B or 1, C, h, w).
+                [0, 1], (B or 1, C, h, w). Those of several ControlNets follow each other in the channels.
             level: how much noise is added to that picture, 0 to 1, for a network with level_embeds.
             refiner: a second model for the late times. It has its own prompt's condition and target, and the same
                 guidance.
@@ -275,10 +288,18 @@ class Pipeline:
             raise ValueError(f"level must be from 0 to 1, and 0 for a network without level_embeds, got {level}")
         if picture is None:
             return {}
-        if picture.shape[1] != self.codec.pixel_channels or len(picture) not in (1, count):
-            wanted = f"(1 or {count}, {self.codec.pixel_channels}, …)"
+        channels = self.codec.pixel_channels
+        several = network.picture_channels // self.codec.channels
+        if picture.shape[1] != several * channels or len(picture) not in (1, count):
+            wanted = f"(1 or {count}, {several * channels}, …)"
             raise ValueError(f"the picture must be {wanted}, got {tuple(picture.shape)}")
-        fields = {"picture": self.picture_latents(picture.expand(count, -1, -1, -1), latent, level, draw)}
+        pictures = picture.expand(count, -1, -1, -1).split(channels, dim=1)
+        latents = [self.picture_latents(one, latent, level, draw) for one in pictures]
+        if isinstance(network, Controlled):
+            for one, control in zip(latents, network.settings, strict=True):
+                if control.network.zero_pooled:
+                    one += self.codec.shift * self.codec.scale  # as it learned: latents without the codec's shift
+        fields = {"picture": torch.cat(latents, dim=1)}
         return fields | ({"level": torch.full((count,), level, device=self.device)} if network.level_embeds else {})
 
     def denoiser(

@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 
 from data.latents import PREFIX as VAE_PREFIX
-from mmdit import checkpoint
+from mmdit import checkpoint, control
 from mmdit.checkpoint import PREFIX
 from pipeline import Pipeline
 from pipeline.folder import opens_in_diffusers, single_file, write
-from pipeline.networks import format_of
+from pipeline.networks import parts_of
 from storage.files import replace_folder
 from storage.text import parse_json, read_json, read_text, read_yaml, split_lines
 from storage.weights import write_tensors
@@ -40,7 +40,7 @@ python sample.py --model {place} --prompt "{prompt}"
 
 TAGS = "tags: [text-to-image, rectified-flow, mmdit]"  # a line of every model card
 PART = re.compile(  # what an export holds
-    r"README\.md|.+\.safetensors|(model_index|checksums)\.json|transformer|unet|vae|scheduler|(text_encoder|tokenizer)(_[23])?"
+    r"README\.md|.+\.safetensors|(model_index|checksums)\.json|transformer|controlnet|unet|vae|scheduler|(text_encoder|tokenizer)(_[23])?"
 )
 
 
@@ -75,12 +75,14 @@ def as_folder(pipe: Pipeline, out: Path, run: Path, name: str) -> str:
         OSError: the folder cannot be written; no part of it is left behind.
     """
     whole = opens_in_diffusers(pipe.parts)
-    library, kind = format_of(pipe.network).index_entry(pipe.network)
+    stored = parts_of(pipe.network)
+    library, kind = next(iter(stored.values())).entry
     transformer = TRANSFORMER if kind == checkpoint.DIFFUSERS_CLASS else ""
-    usage = "\n\n".join(filter(None, (FOLDER, DIFFUSERS if whole else transformer)))
+    plain = whole and control.FOLDER not in stored
+    usage = "\n\n".join(filter(None, (FOLDER, DIFFUSERS if plain else transformer)))
     write(pipe.parts, out, {"README.md": card(pipe, run, name, usage)})
     if whole:
-        return "opens in diffusers' StableDiffusion3Pipeline"
+        return f"opens in diffusers' {'StableDiffusion3Pipeline' if plain else 'StableDiffusion3ControlNetPipeline'}"
     if library != "diffusers":
         return f"is for sample.py: diffusers has no {kind} of this kind"
     what = f"the {'transformer' if transformer else 'network'} opens in diffusers' {kind}"

@@ -21,12 +21,12 @@ from flow.describe import restore
 from flow.objective import Objective
 from flow.target import Target
 from flow.variance import LearnedVariance
-from mmdit import adapters, checkpoint, lora
+from mmdit import adapters, checkpoint, control, lora
 from mmdit.adapters import Adapter
 from mmdit.model import MMDiT
 from mmdit.network import Network
 from pipeline import networks
-from pipeline.networks import format_of
+from pipeline.networks import parts_of
 from pipeline.sampling import Sampling
 from storage.checksums import verify, write_checksums
 from storage.files import commit_json, replace_folder
@@ -159,7 +159,7 @@ def read_network(folder: Path, options: LoadOptions) -> tuple[Network, Objective
     """Loads network, objective and codec of a model folder, without its text encoders. Errors are those of `read`."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is no model folder: it has no {INDEX}")
-    verify(folder, "transformer", "unet", "scheduler", "vae")
+    verify(folder, "transformer", control.FOLDER, "unet", "scheduler", "vae")
     objective, _ = read_process(folder / SCHEDULER)
     return networks.load(folder, options.device, options.dtype_of)[0], objective, load_codec(folder / "vae")
 
@@ -266,15 +266,16 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
     """
 
     def fill(new: Path) -> None:
-        form = format_of(parts.network)
-        form.save(parts.network, new / form.subfolder)
+        stored = parts_of(parts.network)
+        for subfolder, part in stored.items():
+            part.save(new / subfolder)
         parts.codec.save(new / "vae")
         parts.text.save(new)
         scheduler = describe_process(parts.objective, parts.sampling)
         commit_json(new / SCHEDULER, scheduler)
         ours = scheduler["_class_name"] == "Objective"
         index: dict[str, Any] = {
-            form.subfolder: form.index_entry(parts.network),
+            **{subfolder: part.entry for subfolder, part in stored.items()},
             "scheduler": ["flow.objective" if ours else "diffusers", scheduler["_class_name"]],
             "vae": parts.codec.index(),
             **parts.text.index(),
@@ -284,7 +285,8 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
         whole = opens_in_diffusers(parts)
         if whole:
             index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}  # diffusers requires them
-        commit_json(new / INDEX, {"_class_name": "StableDiffusion3Pipeline" if whole else "Pipeline", **index})
+        theirs = "StableDiffusion3ControlNetPipeline" if control.FOLDER in stored else "StableDiffusion3Pipeline"
+        commit_json(new / INDEX, {"_class_name": theirs if whole else "Pipeline", **index})
         for name, content in (more or {}).items():
             (new / name).write_text(content, encoding="utf-8")
         files = {file for file in new.rglob("*") if file.is_file()}
@@ -294,11 +296,14 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
 
 
 def opens_in_diffusers(parts: Parts) -> bool:
-    """Whether diffusers' StableDiffusion3Pipeline can load all parts of the model."""
+    """Whether one of diffusers' pipelines of Stable Diffusion 3 can load all parts of the model."""
     process = describe_process(parts.objective, parts.sampling)["_class_name"]
     return (
         process == FLOW_MATCH
-        and format_of(parts.network).index_entry(parts.network) == ["diffusers", checkpoint.DIFFUSERS_CLASS]
+        and all(
+            part.entry in (["diffusers", checkpoint.DIFFUSERS_CLASS], ["diffusers", control.DIFFUSERS_CLASS])
+            for part in parts_of(parts.network).values()
+        )
         and parts.codec.index()[0] == "diffusers"
         and "text_encoder_3" in parts.text.index()
         and not parts.sized

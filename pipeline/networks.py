@@ -1,54 +1,57 @@
 """The networks that a model folder can hold, and how each is loaded and saved."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from baselines.dit import KINDS as TRANSFORMERS
-from mmdit import checkpoint
+from mmdit import checkpoint, control
+from mmdit.control import Control, Controlled
+from mmdit.model import MMDiT
 from mmdit.network import Network
 from storage.text import read_json
 from storage.weights import DType, dtype_of, open_folder
 
 
-class Format(NamedTuple):
-    """How a kind of network is stored.
+class Part(NamedTuple):
+    """A part of a network, in a subfolder of the model folder.
 
     Args:
-        subfolder: its folder in the model folder.
         save: writes config and weights there; OSError on failure.
-        index_entry: returns library and class of a network, for `model_index.json`.
+        entry: library and class, for `model_index.json`.
     """
 
-    subfolder: str
-    save: Callable[[Any, Path], None]
-    index_entry: Callable[[Any], list[str]]
+    save: Callable[[Path], None]
+    entry: list[str]
 
 
-def _mmdit(network: Any) -> list[str]:
+def _mmdit(network: MMDiT) -> Part:
     own = checkpoint.extensions(network)
-    return ["mmdit.model", checkpoint.OUR_CLASS] if own else ["diffusers", checkpoint.DIFFUSERS_CLASS]
+    entry = ["mmdit.model", checkpoint.OUR_CLASS] if own else ["diffusers", checkpoint.DIFFUSERS_CLASS]
+    return Part(partial(checkpoint.save, network), entry)
 
 
-def _save(network: Any, folder: Path) -> None:
-    network.save(folder)
-
-
-FORMATS = {  # by the network's class
-    "MMDiT": Format("transformer", checkpoint.save, _mmdit),
-    "UNet": Format("unet", _save, lambda _: ["diffusers", "UNet2DConditionModel"]),
-    **{
-        name: Format("transformer", _save, lambda network: ["baselines.dit", type(network).__name__])
-        for name in TRANSFORMERS
-    },
-}
-
-
-def format_of(network: Network) -> Format:
-    """How this network is stored."""
-    return FORMATS[type(network).__name__]
+def parts_of(network: Network) -> dict[str, Part]:
+    """How a network is stored: subfolder → part. ValueError for several ControlNets, of which a folder holds one."""
+    if isinstance(network, MMDiT):
+        return {"transformer": _mmdit(network)}
+    if isinstance(network, Controlled):
+        if len(network.controls) > 1:
+            raise ValueError("a model folder holds one ControlNet: save each of several by itself")
+        steering = network.settings[0].network
+        kind = control.config(steering)["_class_name"]
+        library = "diffusers" if kind == control.DIFFUSERS_CLASS else "mmdit.control"
+        return {
+            "transformer": _mmdit(network.base),
+            control.FOLDER: Part(partial(control.save, steering), [library, kind]),
+        }
+    own: Any = network
+    if type(network).__name__ == "UNet":
+        return {"unet": Part(own.save, ["diffusers", "UNet2DConditionModel"])}
+    return {"transformer": Part(own.save, ["baselines.dit", type(network).__name__])}
 
 
 def load(folder: Path, device: str, dtype: Callable[[torch.dtype], DType]) -> tuple[Network, DType]:
@@ -73,4 +76,7 @@ def load(folder: Path, device: str, dtype: Callable[[torch.dtype], DType]) -> tu
     kind = read_json(place / checkpoint.CONFIG).get("_class_name")
     if isinstance(kind, str) and kind in TRANSFORMERS:
         return TRANSFORMERS[kind].load(place).to(device, dtype_of(held)), held
-    return checkpoint.load(place, held, device), held
+    network = checkpoint.load(place, held, device)
+    if (folder / control.FOLDER).is_dir():
+        return Controlled(network, [Control(control.load(folder / control.FOLDER, held, device))]).eval(), held
+    return network, held

@@ -10,7 +10,8 @@ from networks import inputs, relative
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from baselines.dit import CrossBlock, CrossDiT, DiT, InContextBlock
+from baselines.dit import CrossBlock, CrossDiT, DiT
+from mmdit.layers import DiTBlock
 from mmdit.model import Condition, MMDiT
 
 
@@ -137,7 +138,7 @@ def mlp(module: nn.Module, x: Tensor) -> Tensor:
     return of(module.fc2, hidden)
 
 
-def by_hand(block: InContextBlock | CrossBlock, x: Tensor, vector: Tensor, text: Tensor | None, mask: Tensor) -> Tensor:
+def by_hand(block: DiTBlock | CrossBlock, x: Tensor, vector: Tensor, text: Tensor | None, mask: Tensor) -> Tensor:
     """One sample: x (N, width), vector (width,), and text (T, width) with its mask, if the block crosses over to it."""
     stream = block.stream
     shift1, scale1, gate1, shift2, scale2, gate2 = of(block.modulation, vector).split(len(vector))
@@ -155,7 +156,7 @@ def test_blocks_follow_the_formula() -> None:
     draw = torch.Generator().manual_seed(2)
     x, text = torch.randn(2, 7, 24, generator=draw), torch.randn(2, 4, 24, generator=draw)
     vector = torch.randn(2, 24, generator=draw)
-    inside, across = (weighted_by_name(kind(24, 3, True)) for kind in (InContextBlock, CrossBlock))
+    inside, across = (weighted_by_name(kind(24, 3, True)) for kind in (DiTBlock, CrossBlock))
     masks = torch.arange(7) != torch.tensor([2, 5])[:, None], torch.arange(4) < torch.tensor([4, 2])[:, None]
     for i in range(2):
         wanted = by_hand(inside, x[i], vector[i], None, masks[0][i])
