@@ -338,7 +338,43 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("shard * UNIT + start :", "shard * UNIT :"),
     ],
     ("data/store/samples.py", "training_chosen"): [
-        ("x0, worse = x0.float()", "worse, x0 = x0.float()"),
+        ("x0, second[kind] = x0.float()", "second[kind], x0 = x0.float()"),
+    ],
+    ("data/store/samples.py", "data_hints"): [
+        ("picture=second[HINT]", "picture=x0"),
+    ],
+    ("data/raw/hints.py", "data_hints"): [
+        ("self.sigma, self.low, self.high, mode", "self.sigma, self.low / 50, self.high / 50, mode"),
+        ("GaussianBlur(self.radius)", "GaussianBlur(self.radius / 2)"),
+        ("image.reduce(self.factor)", "image.reduce(self.factor // 2)"),
+        ("ImageOps.mirror(found) if raw.mirrored else found", "found"),
+        ('raw.id.partition("#")[0]', "raw.id"),
+    ],
+    ("mmdit/control.py", "mmdit_control"): [
+        ("tokens.image + hinted", "tokens.image"),
+        ("int(i / (depth / count))", "i // (depth // count)"),
+        ("range(depth - 1)), None]", "range(depth))]"),
+        ("residual if scale == 1 else scale * residual", "residual"),
+        ("torch.zeros_like(condition.pooled)", "condition.pooled"),
+        ("added[i] = scaled if sofar is None else sofar + scaled", "added[i] = scaled"),
+        ("(low <= t) & (t <= high)", "(low <= t) | (t <= high)"),
+        ("unused.requires_grad_(False)", "pass"),
+        ("control.every_block = True", "control.every_block = False"),
+        ("zero_pooled = bool(config.get(\"force_zeros_for_pooled_projection\", True))", "zero_pooled = False"),
+    ],
+    ("mmdit/model.py", "mmdit_control"): [
+        ("image + residual.to(image.dtype)", "image - residual.to(image.dtype)"),
+    ],
+    ("pipeline/__init__.py", "sample_control"): [
+        ("self.codec.shift * self.codec.scale", "self.codec.shift"),
+    ],
+    ("pipeline/steering.py", "sample_control"): [
+        ("(i + 1) / steps <= last", "i / steps <= last"),
+        ("first <= i / steps", "first < i / steps"),
+    ],
+    ("mmdit/control.py", "training_control"): [
+        ("    base.requires_grad_(False)\n", ""),
+        ("control.trunk.load_state_dict({name: state[name] for name in control.trunk.state_dict()})", "pass"),
     ],
     ("metrics/page.py", "metrics_page"): [
         ("found.setdefault(key, {})[step] = value", "found.setdefault(key, {}).setdefault(step, value)"),

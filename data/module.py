@@ -370,10 +370,11 @@ class Stored(Data):
             self.paired = True
         elif main.plan.get("latents") == stored.PAIR:
             raise ValueError(f"{main.source} holds pairs: set data.teacher to the model folder that made them")
-        kinds = {opened.plan.get("latents") == stored.CHOICE for opened in self.stores}
-        if len(kinds) > 1:
-            raise ValueError("some of the stores hold choices and others pictures: train on one kind")
-        self.choices = kinds.pop()
+        kinds = {opened.plan.get("latents") for opened in self.stores} & {stored.CHOICE, stored.HINT}
+        if (kinds and any(opened.plan.get("latents") not in kinds for opened in self.stores)) or len(kinds) > 1:
+            raise ValueError("some of the stores hold choices or hints and others not: train on one kind")
+        self.choices = stored.CHOICE in kinds
+        self.picture_channels = codec.channels if stored.HINT in kinds else 0
         side = main.plan["buckets"]["side"]
         super().__init__(text, codec, seed, batch_size, side, workers, size_conditioning, text_mask)
         first = main.stores[0]
@@ -401,6 +402,16 @@ class Stored(Data):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.text.keep(not all(opened.has_tokens for opened in self.stores))
+
+    def examples(self, count: int) -> Examples | None:
+        """Held-out hints of the size with the most, with their pictures."""
+        if not self.picture_channels:
+            return None
+        main = self.stores[-1]
+        rows = max(main.pools(self.apart, True), key=len)[:count]
+        real, hints = main.latents(rows).float().chunk(2, dim=1)
+        captions = [main.captions(int(row))[0] for row in rows]
+        return Examples(captions, self.codec.decode(hints).cpu(), self.codec.decode(real).cpu())
 
     def identity(self) -> dict[str, str]:
         return {store.source: store.report["index"] for opened in self.stores for store in opened.stores}

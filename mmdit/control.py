@@ -162,7 +162,7 @@ class JointControlNet(ControlNet):
         """
         if depth not in (fitting := [n for n in range(1, base.depth) if n - 1 in places(base.depth, n)]):
             numbers = ", ".join(map(str, fitting)) or "no fitting number of"
-            raise ValueError(f"a ControlNet of this network of {base.depth} blocks has {numbers} blocks, got {depth}")
+            raise ValueError(f"a ControlNet of a network of {base.depth} blocks can have {numbers} blocks, not {depth}")
         names = (
             "in_channels", "patch_size", "width", "heads", "text_dim", "pooled_dim", "qk_norm", "sample_size",
             "pos_embed_max_size", "time_scale", "text_mask", "conv_mlp",
@@ -340,21 +340,21 @@ class Controlled(Network):
         return [Control(*each) for each in zip(self.controls, self.scales, self.intervals, strict=True)]  # type: ignore[arg-type]
 
 
-def attach(path: str | os.PathLike[str], depth: int | None = None, control: Path | None = None) -> Controlled:
+def attach(path: str | os.PathLike[str], blocks: int | None = None, control: Path | None = None) -> Controlled:
     """A network from disk, frozen, with a ControlNet to train.
 
     Args:
         path: the network, as for `mmdit.checkpoint.load`.
-        depth: blocks of a new ControlNet, copies of the network's first; none means half of them.
+        blocks: those of a new ControlNet, copies of the network's first; none means half of them.
         control: a ControlNet to train further, as for `load`; none means a new one.
 
     Raises:
         FileNotFoundError, ValueError: in one line, if a file is missing, damaged or does not fit.
     """
     base = checkpoint.load(path)
-    if control and depth:
-        raise ValueError(f"network.depth is for a new ControlNet, and {control} has its own: leave one out")
-    new = load(control) if control else JointControlNet.of(base, depth or base.depth // 2)
+    if control and blocks:
+        raise ValueError(f"network.blocks is for a new ControlNet, and {control} has its own: leave one out")
+    new = load(control) if control else JointControlNet.of(base, blocks or base.depth // 2)
     base.requires_grad_(False)
     return Controlled(base, [Control(new)])
 

@@ -247,7 +247,7 @@ def test_networks_that_no_control_net_knows_are_refused() -> None:
     new = JointControlNet.of(plain(depth=3), 1)
     with pytest.raises(ValueError, match="takes a picture, a guidance or two times"):
         Controlled(plain(depth=3, two_times=True), [Control(new)])
-    for depth, words in ((4, "has 1, 2 blocks, got 3"), (2, "has 1 blocks, got 0")):
+    for depth, words in ((4, "can have 1, 2 blocks, not 3"), (2, "can have 1 blocks, not 0")):
         with pytest.raises(ValueError, match=words):
             JointControlNet.of(plain(depth=depth), int(words[-1]))
 

@@ -106,9 +106,9 @@ def test_several_are_theirs(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_command_draws_it_and_draws_it_again(place: Path, tmp_path: Path) -> None:
-    flags = ["--model", str(place / "sd3"), "--prompt", PROMPT, "--negative", NEGATIVE, "--steps", "6", "--guidance", "4",
-             "--seed", "5", "--height", str(SIZE), "--width", str(SIZE),
-             "--control", f"{place / 'joint-False'}:{place / 'a.png'}:0.35", "--control-interval", "0", "0.5"]  # fmt: skip
+    flags = ["--model", str(place / "sd3"), "--prompt", PROMPT, "--negative", NEGATIVE, "--steps", "6",
+             "--guidance", "4", "--seed", "5", "--height", str(SIZE), "--width", str(SIZE), "--control",
+             f"{place / 'joint-False'}:{place / 'a.png'}:0.35", "--control-interval", "0", "0.5"]  # fmt: skip
     sample.main([*flags, "--out", str(tmp_path / "first")])
     (entry,) = json.loads((tmp_path / "first/samples.json").read_text())
     drawn = np.asarray(Image.open(tmp_path / "first" / entry["file"])).astype(int)
@@ -162,7 +162,10 @@ def test_a_control_that_cannot_be_read(text: str, words: str) -> None:
         (["--control-interval", "0", "0.5"], "--control-interval needs a --control"),
         (["--control", "{}/joint-True:{}/a.png", "--control-interval", "0.6", "0.5"], "0 <= from < to <= 1"),
         (["--control", "{}/joint-True:{}/a.png", "--control-interval", "0.1", "0.2"], "none of 2 steps lies between"),
-        (["--control", "{}/joint-True:{}/a.png", "--picture", "{}/a.png"], "--picture is for a model that works from a picture"),
+        (
+            ["--control", "{}/joint-True:{}/a.png", "--picture", "{}/a.png"],
+            "--picture is for a model that works from a picture",
+        ),
     ],
 )
 def test_flags_that_do_not_fit(

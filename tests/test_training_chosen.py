@@ -120,7 +120,7 @@ def test_what_is_no_choice_is_left_out_and_named(given: Path, tmp_path: Path) ->
 
 def test_the_posterior_of_choices_is_refused(given: Path, tmp_path: Path) -> None:
     settings = Encoding(Choices(given / "choices.jsonl"), tmp_path / "store", 8, 8, latents="posterior")
-    with pytest.raises(ValueError, match="latents must be mean for choices between two pictures, got posterior"):
+    with pytest.raises(ValueError, match="latents must be mean for two pictures each, got posterior"):
         StoreEncoder(settings, CODEC, CLIPText(TEXT))
 
 
@@ -222,7 +222,10 @@ def test_held_out_choices_are_made_as_the_others_are(flags: list[str], tmp_path:
         (["--judgement.group", "4"], "judgement.group, guidance, pairs are for pictures that the model draws"),
         (["--judgement.reference", "null"], "DPO compares with a model that does not learn: set"),
         (["--judgement", "null"], "the data are choices between two pictures: set judgement.loss DPO"),
-        (["--data.before", '[{{"store": "{pictures}", "steps": 2}}]'], "some of the stores hold choices and others"),
+        (
+            ["--data.before", '[{{"store": "{pictures}", "steps": 2}}]'],
+            "some of the stores hold choices or hints and others",
+        ),
         (["--objective", "StepMap"], "StepMap learns no output at a point"),
     ],
 )

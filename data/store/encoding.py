@@ -21,11 +21,12 @@ from data.order import Use, normal
 from data.raw.base import UNIT, Fault, Filters, Mirrored, Raw, Source, perceptual_hash
 from data.raw.buckets import Buckets
 from data.raw.choices import Choices  # noqa: F401  # so that a config finds it by its name
+from data.raw.hints import Hint
 from data.raw.pictures import PictureError, cover, open_picture, size_of
 from data.raw.profiles import BROKEN
 from data.raw.sources import Pictures  # noqa: F401  # so that a config finds it by its name
 from data.store.reader import Drop, Sample, Writer
-from data.store.samples import CHOICE
+from data.store.samples import CHOICE, HINT
 from data.text.encoder import CutCaptions, Text, TextEncoder
 
 VERSION = 1  # of the plan
@@ -51,6 +52,7 @@ class Encoding:
         filters: which inputs are used.
         duplicates: of pictures whose perceptual hashes differ in at most so many of 64 bits, 0 to 8, only the first is
             used; None keeps all.
+        hint: a second picture beside each, for a network that works from pictures (`data.raw.hints`).
         mirror: encodes each picture twice, the second time with left and right exchanged. No latents are flipped, which
             would not be the same. Not for captions that name sides, writing or faces.
         batch_size: of pictures.
@@ -68,6 +70,7 @@ class Encoding:
     text: Literal["encoded", "captions"] = "encoded"
     filters: Filters = field(default_factory=Filters)
     duplicates: int | None = None
+    hint: Hint | None = None
     mirror: bool = False
     batch_size: int = 16
     threads: int = 4
@@ -87,7 +90,7 @@ class Picture(NamedTuple):
 
     raw: Raw
     bucket: int
-    pixels: Tensor  # (C, H, W) uint8; for a choice both pictures, (2, C, H, W)
+    pixels: Tensor  # (C, H, W) uint8; for a choice or with a hint both pictures, (2, C, H, W)
     size: tuple[int, int]  # original height and width
     crop: tuple[int, int]  # top and left of the crop in the scaled picture
     phash: int
@@ -114,8 +117,11 @@ class StoreEncoder:
             raise ValueError(
                 f"encode.step must be a multiple of {codec.factor}, the codec's factor, got {settings.step}"
             )
-        if self.source.choices and settings.latents != "mean":
-            raise ValueError(f"encode.latents must be mean for choices between two pictures, got {settings.latents}")
+        if self.source.choices and settings.hint:
+            raise ValueError("a choice between two pictures has no hint: leave encode.hint out")
+        self.two = CHOICE if self.source.choices else HINT if settings.hint else None  # what two pictures are
+        if self.two and settings.latents != "mean":
+            raise ValueError(f"encode.latents must be mean for two pictures each, got {settings.latents}")
         if settings.latents != "mean":  # raises for a codec without a posterior
             codec.posterior(torch.zeros(1, codec.pixel_channels, settings.step, settings.step))
         self.with_text = settings.text == "encoded"
@@ -136,10 +142,10 @@ class StoreEncoder:
             "codec": self.codec.fingerprint(),
             "text": self.text.fingerprint() if self.with_text else None,
             "tokens": self.with_text,
-            "latents": CHOICE if self.source.choices else settings.latents,
+            "latents": self.two or settings.latents,
             "seed": settings.seed if settings.latents == "draw" else None,
             "factor": self.codec.factor,
-            "channels": self.codec.channels * (2 if self.source.choices or settings.latents == "posterior" else 1),
+            "channels": self.codec.channels * (2 if self.two or settings.latents == "posterior" else 1),
             "buckets": {
                 "side": buckets.side,
                 "step": buckets.step,
@@ -150,6 +156,7 @@ class StoreEncoder:
             "source": self.source.describe(),
             "filters": filters,
             "duplicates": settings.duplicates,
+            **({"hint": settings.hint.describe()} if settings.hint else {}),
         }
 
     def run(self, rank: int = 0, world: int = 1) -> dict[str, Any] | None:
@@ -228,6 +235,8 @@ class StoreEncoder:
             if found.worse is not None:
                 other = self._open(found.worse, bucket, found.mirrored)
                 pixels = torch.stack([pixels, levels(cover(other, *self.buckets.sizes[bucket])[0])])
+            elif self.settings.hint:
+                pixels = torch.stack([pixels, levels(self.settings.hint(found, image))])
         except PictureError as error:
             return Drop(found.id, error.reason, str(error))
         raw = self.settings.filters.trimmed(found)
@@ -244,7 +253,7 @@ class StoreEncoder:
         pixels = torch.stack([picture.pixels for picture in pictures]).to(torch.float32).div(255)
         if self.settings.latents == "mean":
             latents = self.codec.encode(pixels.flatten(0, -4)).unflatten(0, pixels.shape[:-3])
-            latents = latents.flatten(1, -3)  # of both pictures of a choice along the channels
+            latents = latents.flatten(1, -3)  # of two pictures along the channels
         else:
             mean, logvar = self.codec.posterior(pixels)
             if self.settings.latents == "draw":

@@ -15,6 +15,7 @@ Mask = Callable[[Sequence[str]], torch.Tensor]
 # The plan's words for latents of twice the channels.
 PAIR = "pair"  # a picture and the noise that it was made from
 CHOICE = "choice"  # a picture and another one to which it was preferred
+HINT = "hint"  # a picture and one to work from
 
 
 class StoredSamples(Dataset[Batch]):
@@ -49,14 +50,11 @@ class StoredSamples(Dataset[Batch]):
         store, rows = self.stores[share.stage], share.samples
         x0 = store.latents(rows)
         numbers = share.positions
-        own = worse = None  # noise of the store; pictures that were not preferred
-        if store.plan["latents"] == PAIR:
-            x0, own = x0.float().chunk(2, dim=1)
-        if store.plan["latents"] == CHOICE:
-            x0, worse = x0.float().chunk(2, dim=1)
-        if store.plan["latents"] == "posterior":
-            mean, logvar = x0.float().chunk(2, dim=1)
-            x0 = mean
+        second: dict[str, torch.Tensor | None] = dict.fromkeys((PAIR, CHOICE, HINT, "posterior"))
+        if (kind := store.plan["latents"]) in second:
+            x0, second[kind] = x0.float().chunk(2, dim=1)
+        if (logvar := second["posterior"]) is not None:
+            mean = x0
             if draw is not None:
                 noise = normal(draw, Use.POSTERIOR, share.step, numbers, tuple(mean.shape[1:]))
                 x0 = mean + (logvar / 2).exp() * noise
@@ -72,11 +70,12 @@ class StoredSamples(Dataset[Batch]):
         if self.sized:
             after = np.broadcast_to(store.buckets[share.bucket], (len(rows), 2))
             sizes = torch.from_numpy(np.concatenate([store.sizes(rows), after], axis=1).astype(np.int64))
-        noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:])) if own is None else own
+        noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:])) if second[PAIR] is None else second[PAIR]
         kept_here = None if kept is None else torch.from_numpy(kept)
         return Batch(
-            share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask, worse=worse, prompts=prompts
-        )
+            share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask,
+            picture=second[HINT], worse=second[CHOICE], prompts=prompts,
+        )  # fmt: skip
 
 
 class TrainingSamples(StoredSamples):

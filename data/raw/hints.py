@@ -1,0 +1,132 @@
+"""Hints: a second picture beside each, for a ControlNet or another network with `picture_channels` to work from."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from data.raw.base import EXTENSIONS, Raw
+from data.raw.pictures import PictureError, cover, open_picture
+
+
+class Hint(ABC):
+    """Makes or finds the hint of a picture."""
+
+    @abstractmethod
+    def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
+        """The hint of an input, in mode and size of the picture that is encoded.
+
+        Args:
+            raw: the input.
+            image: its picture, scaled and cropped, "L" or "RGB".
+
+        Raises:
+            PictureError: there is none.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """A description, as JSON. It changes if hints change."""
+
+
+@final
+class Edges(Hint):
+    """Canny's edges, white on black (Canny 1986), by scikit-image.
+
+    Args:
+        sigma: standard deviation of the blur before, in pixels.
+        low: of Sobel's gradient of the grey values, 0 to 255, as in OpenCV; weaker edges are dropped.
+        high: each edge is at least so strong somewhere.
+
+    Raises:
+        ValueError: unless sigma > 0 and 0 < low <= high.
+    """
+
+    def __init__(self, sigma: float = 1.0, low: float = 100.0, high: float = 200.0) -> None:
+        if not (sigma > 0 and 0 < low <= high):
+            raise ValueError(f"edges need sigma > 0 and 0 < low <= high, got {sigma}, {low} and {high}")
+        self.sigma, self.low, self.high = sigma, low, high
+
+    def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
+        from skimage.feature import canny  # takes a second
+
+        grey = np.asarray(image.convert("L"), dtype=np.float64)
+        edges = canny(grey, self.sigma, self.low, self.high, mode="nearest")
+        return Image.fromarray((edges * np.uint8(255)).astype(np.uint8)).convert(image.mode)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "Edges", "sigma": self.sigma, "low": self.low, "high": self.high}
+
+
+@final
+class Blur(Hint):
+    """The picture blurred by a Gaussian, as for the blur ControlNet of Stable Diffusion 3.5 large.
+
+    Args:
+        radius: standard deviation in pixels, > 0.
+    """
+
+    def __init__(self, radius: float = 8.0) -> None:
+        if not radius > 0:
+            raise ValueError(f"a blur needs a radius > 0, got {radius}")
+        self.radius = radius
+
+    def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(self.radius))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "Blur", "radius": self.radius}
+
+
+@final
+class Smaller(Hint):
+    """The picture averaged over squares and enlarged again by bicubic interpolation, for super-resolution.
+
+    Args:
+        factor: height and width become so many times smaller, at least 2.
+    """
+
+    def __init__(self, factor: int = 4) -> None:
+        if factor < 2:
+            raise ValueError(f"a smaller picture needs a factor of at least 2, got {factor}")
+        self.factor = factor
+
+    def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
+        return image.reduce(self.factor).resize(image.size, Image.Resampling.BICUBIC)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "Smaller", "factor": self.factor}
+
+
+@final
+class Files(Hint):
+    """Pictures in another folder, under the names of the inputs with any ending: depth maps, poses, scribbles.
+
+    Args:
+        folder: `FOLDER/a/b.png` is the hint of the input `a/b.jpg`. A hint may have another size than its picture, but
+            has the same shape.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder} of hints")
+        self.folder = folder
+        files = sorted(f for f in folder.rglob("*") if f.suffix[1:].lower() in EXTENSIONS)
+        self.files = {str(f.relative_to(folder).with_suffix("")): f for f in files}
+
+    def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
+        file = self.files.get(str(Path(raw.id.partition("#")[0]).with_suffix("")))
+        if file is None:
+            raise PictureError("no hint", f"{self.folder} has no picture of this name")
+        size = (image.height, image.width)
+        found = open_picture(file, 1 if image.mode == "L" else 3, needed=size)
+        return cover(ImageOps.mirror(found) if raw.mirrored else found, *size)[0]
+
+    def describe(self) -> dict[str, Any]:
+        sizes = {name: file.stat().st_size for name, file in self.files.items()}
+        return {"kind": "Files", "files": sizes}

@@ -1,0 +1,150 @@
+"""Hints beside pictures: what each kind shows, what the store holds, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch.nn.functional import avg_pool2d
+from trials import ROOT
+
+from data import digits
+from data.latents import Pixels
+from data.module import Stored
+from data.raw.base import Raw
+from data.raw.hints import Blur, Edges, Files, Hint, Smaller
+from data.raw.pictures import save_png, to_image
+from data.raw.sources import Pictures
+from data.store.encoding import Encoding, StoreEncoder, levels
+from data.store.reader import Store
+from data.text.clip import CLIPText
+
+TEXT, CODEC, COUNT = ROOT / "assets/digits/text", Pixels(1, 0.3, 2.66), 24
+RAW = Raw("a/b.png", b"", ("x",), (1.0,))
+
+
+def image_of(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def test_edges_lie_where_grey_values_change() -> None:
+    step = np.zeros((16, 16))
+    step[:, 8:] = 200
+    edges = np.asarray(Edges()(RAW, image_of(step)))
+    assert set(np.unique(edges)) == {0, 255}
+    lit = np.flatnonzero(edges.any(axis=0))
+    assert set(lit) <= {7, 8}
+    assert (edges[2:-2, lit] == 255).any(axis=1).all()
+    assert not np.asarray(Edges()(RAW, image_of(np.full((16, 16), 90)))).any()
+    faint = np.zeros((16, 16))
+    faint[:, 8:] = 20
+    assert not np.asarray(Edges()(RAW, image_of(faint))).any()
+    assert np.asarray(Edges(low=10, high=20)(RAW, image_of(faint))).any()
+
+
+def test_a_blur_has_the_standard_deviation_that_was_asked_for() -> None:
+    point = np.zeros((65, 65))
+    point[32] = 255
+    rows = np.asarray(Blur(5.0)(RAW, image_of(point)), dtype=float)[:, 32]
+    places = np.arange(65) - 32
+    assert np.sqrt((rows * places**2).sum() / rows.sum()) == pytest.approx(5.0, rel=0.05)
+
+
+def test_a_smaller_picture_keeps_the_means_of_its_squares_only() -> None:
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (1, 1, 16, 16), generator=draw).float()
+    coarse = avg_pool2d(pixels, 4)
+    squares = coarse.round().repeat_interleave(4, 2).repeat_interleave(4, 3)
+    images = [image_of(p[0, 0].numpy()) for p in (pixels, squares)]
+    first, second = (np.asarray(Smaller(4)(RAW, image), dtype=float) for image in images)
+    assert np.abs(first - second).max() <= 2  # rounded on the way
+    assert first.shape == (16, 16)
+
+
+def test_files_are_found_by_name_and_scaled_and_mirrored_with_their_picture(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    pixels = np.zeros((20, 20))
+    pixels[:, :10] = 255
+    image_of(pixels).save(tmp_path / "a/b.jpg", quality=100)
+    given = image_of(np.zeros((10, 10)))
+    found = Files(tmp_path)(RAW, given)
+    assert (found.size, found.mode) == ((10, 10), "L")
+    assert np.asarray(found)[5, 1] > 240
+    other = Files(tmp_path)(RAW._replace(id="a/b.png#mirrored", mirrored=True), given.convert("RGB"))
+    assert other.mode == "RGB"
+    assert np.array_equal(np.asarray(ImageOps.mirror(other))[..., 0], np.asarray(found))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    pixels, _ = digits.load("train")
+    rows = []
+    for i in range(COUNT):
+        save_png(to_image(pixels[i]), folder / f"{i}.png", {})
+        rows.append({"file_name": f"{i}.png", "text": f"digit number {i}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def stored(pictures: Path, out: Path, hint: Hint, **more: object) -> Path:
+    settings = Encoding(Pictures(str(pictures)), out, 8, 8, hint=hint, device="cpu", **more)  # type: ignore[arg-type]
+    StoreEncoder(settings, CODEC, CLIPText(TEXT)).run()
+    return out
+
+
+def test_a_store_holds_each_picture_and_its_hint(pictures: Path, tmp_path: Path, text: CLIPText) -> None:
+    opened = Store(stored(pictures, tmp_path / "store", Blur(1.0)))
+    assert (opened.plan["latents"], opened.plan["channels"], opened.plan["hint"]) == (
+        "hint", 2, {"kind": "Blur", "radius": 1.0},
+    )  # fmt: skip
+    latents = opened.latents(np.arange(COUNT)).float()
+    for latent, name in zip(latents, opened.ids().to_pylist(), strict=True):
+        image = Image.open(pictures / name)
+        for part, shown in zip(latent, (image, Blur(1.0)(RAW, image)), strict=True):
+            expected = CODEC.encode(levels(shown)[None].float() / 255)[0, 0].bfloat16().float()
+            assert torch.equal(part, expected)
+    data = Stored(text, CODEC, 0, str(tmp_path / "store"), 8, held_out=8, caption_dropout=0.0)
+    assert data.picture_channels == 1
+    assert not data.choices
+    batch = next(iter(data.train_dataloader()))
+    assert batch.picture is not None
+    rows = {row.numpy().tobytes(): latents[i, 1] for i, row in enumerate(latents[:, 0])}
+    for x0, hint in zip(batch.x0, batch.picture, strict=True):
+        assert torch.equal(hint[0], rows[x0[0].numpy().tobytes()])
+    shown = data.examples(3)
+    assert shown is not None
+    assert shown.pictures.shape == shown.real.shape == (3, 1, 8, 8)
+    assert (shown.real.flatten(1).std(1) > shown.pictures.flatten(1).std(1)).all()  # the hints are blurred
+
+
+def test_a_picture_without_hint_is_left_out_and_named(pictures: Path, tmp_path: Path) -> None:
+    hints = tmp_path / "hints"
+    hints.mkdir()
+    for i in range(COUNT - 1):
+        save_png(Image.open(pictures / f"{i}.png"), hints / f"{i}.png", {})
+    opened = Store(stored(pictures, tmp_path / "store", Files(hints)))
+    assert len(opened) == COUNT - 1
+    assert opened.report["dropped"] == {"no hint": 1}
+
+
+def test_impossible_hints_are_refused(pictures: Path, tmp_path: Path, text: CLIPText) -> None:
+    with pytest.raises(ValueError, match="edges need sigma > 0"):
+        Edges(low=30, high=20)
+    with pytest.raises(ValueError, match="radius > 0"):
+        Blur(0.0)
+    with pytest.raises(ValueError, match="factor of at least 2"):
+        Smaller(1)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        Files(tmp_path / "none")
+    with pytest.raises(ValueError, match="latents must be mean for two pictures each, got posterior"):
+        stored(pictures, tmp_path / "x", Blur(), latents="posterior")
+    plain = Encoding(Pictures(str(pictures)), tmp_path / "plain", 8, 8, device="cpu")
+    StoreEncoder(plain, CODEC, CLIPText(TEXT)).run()
+    hinted = stored(pictures, tmp_path / "hinted", Blur())
+    from data.module import Stage
+
+    with pytest.raises(ValueError, match="some of the stores hold choices or hints and others not"):
+        Stored(text, CODEC, 0, str(hinted), 8, held_out=8, before=(Stage(str(tmp_path / "plain"), 3),))

@@ -1,0 +1,107 @@
+"""A ControlNet in training: only it learns, it is a model folder, it steers its base; resume, ranks, bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trials import ROOT, assert_goes_on_to_the_bit, assert_two_learn_as_one, fit, lines, refused, small
+
+import sample
+from mmdit import checkpoint, control
+
+OVERLAY = ROOT / "configs/picture/controlnet.yaml"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a model of the digits of three blocks."""
+    folder = tmp_path_factory.mktemp("base")
+    fit(small(folder), "--network.depth", "3")
+    return folder / "run"
+
+
+@pytest.fixture
+def flags(base: Path) -> list[str]:
+    return [
+        "--config",
+        str(OVERLAY),
+        "--network.path",
+        str(base),
+        "--data.degrade.factor",
+        "4",
+        "--data.degrade.noise",
+        "0",
+    ]
+
+
+def test_only_the_control_net_learns_and_steers_its_base(base: Path, flags: list[str], tmp_path: Path) -> None:
+    fit(small(tmp_path), *flags, "--optimization.lr", "1e-2")
+    run = tmp_path / "run"
+    before, after = (checkpoint.load(folder).state_dict() for folder in (base, run))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    learned = control.load(run)
+    assert learned.depth == 1
+    assert all(layer.weight.abs().max() > 0 for layer in (learned.hint, *learned.outputs))
+    assert not torch.equal(learned.trunk.patch.weight, before["patch.weight"])  # type: ignore[union-attr, operator]
+    Image.fromarray(np.arange(4, dtype=np.uint8).reshape(2, 2) * 60).save(tmp_path / "hint.png")
+    drawn = []
+    ways = (["--model", run, "--picture", tmp_path / "hint.png"],
+            ["--model", base, "--control", f"{run}:{tmp_path / 'hint.png'}"],
+            ["--model", base, "--control", f"{run}:{tmp_path / 'hint.png'}:0"], ["--model", base])  # fmt: skip
+    for i, way in enumerate(ways):
+        out = tmp_path / str(i)
+        sample.main([*map(str, way), "--prompt", "a seven", "--steps", "2", "--guidance", "2", "--out", str(out)])
+        (entry,) = json.loads((out / "samples.json").read_text())
+        drawn.append(np.asarray(Image.open(out / entry["file"])))
+    assert not np.array_equal(drawn[0], drawn[3])
+    assert np.array_equal(drawn[2], drawn[3])
+
+
+def test_it_begins_as_its_base(base: Path, flags: list[str], tmp_path: Path) -> None:
+    """The first loss is that of the base alone on the same batch."""
+    short = ["--run.steps", "1", "--run.validate_every", "1", "--run.log_every", "1", "--optimization.warmup", "0"]
+    fit(small(tmp_path), *flags, *short)
+    plain = ["--network", "mmdit.checkpoint.load", "--network.path", str(base)]
+    fit(small(tmp_path), *plain, *short, "--run.folder", str(tmp_path / "plain"))
+    first, other = (next(line for line in lines(tmp_path / name) if "train/loss" in line) for name in ("run", "plain"))
+    assert first["train/loss"] == pytest.approx(other["train/loss"], rel=1e-6)
+
+
+def test_a_stopped_run_goes_on_to_the_bit(flags: list[str], tmp_path: Path) -> None:
+    assert_goes_on_to_the_bit(small(tmp_path), *flags, stopped=4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_learn_as_one(flags: list[str], tmp_path: Path, kind: str) -> None:
+    assert_two_learn_as_one(small(tmp_path), *flags, kind=kind)
+
+
+def test_it_is_trained_further(base: Path, flags: list[str], tmp_path: Path) -> None:
+    fit(small(tmp_path), *flags)
+    first = control.load(tmp_path / "run")
+    fit(small(tmp_path), *flags, "--network.control", str(tmp_path / "run"), "--optimization.lr", "1e-20",
+        "--run.folder", str(tmp_path / "more"))  # fmt: skip
+    again = control.load(tmp_path / "more")
+    for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--network.blocks", "3"], "a ControlNet of a network of 3 blocks can have 1 blocks, not 3"),
+        (["--network.path", "nowhere"], "nowhere"),
+        (["--network.blocks", "1", "--network.control", "x"], "network.blocks is for a new ControlNet"),
+        (["--network.control", "nowhere"], "there is no ControlNet nowhere"),
+        (["--data.degrade", "null"], "network.picture_channels is 1, but the data need 0"),
+        (["--data.degrade.noise", "0.2"], "network.level_embeds is False, but the data need True"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_line(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, more: list[str], words: str
+) -> None:
+    assert words in refused(capsys, small(tmp_path), *flags, *more)
+    assert not (tmp_path / "run").exists()
