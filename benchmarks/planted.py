@@ -210,7 +210,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/store/samples.py", "data_stored data_stages data_sizes"): [
         ("np.searchsorted(ends, u * ends[-1]", "np.searchsorted(ends, u"),
         ("drawn[:, 2:] >= self.encoder_dropout", "drawn[:, 1:-1] >= self.encoder_dropout"),
-        ("mean + (logvar / 2).exp() * noise", "mean + logvar.exp() * noise"),
+        ("x0 + (logvar / 2).exp()", "x0 + logvar.exp()"),
         ("[store.sizes(rows), after]", "[after, store.sizes(rows)]"),
         ("int(row) % len(store.weights(int(row)))", "0"),
     ],

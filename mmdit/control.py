@@ -144,14 +144,14 @@ class JointControlNet(ControlNet):
         trunk = MMDiT(**arguments)
         super().__init__(trunk.width, trunk.depth, trunk.in_channels, trunk.patch_size)
         last = trunk.depth - 1
-        trunk.blocks[last] = JointBlock(
+        whole = JointBlock(
             trunk.width, trunk.heads, trunk.qk_norm, dual=last in trunk.dual_attention_layers, conv_mlp=trunk.conv_mlp
         )
+        for unused in (whole.text.proj, whole.text.mlp):  # released checkpoints hold them
+            unused.requires_grad_(False)
+        trunk.blocks[last] = whole
         del trunk.final
         self.trunk = trunk
-        text = trunk.blocks[last].text
-        for unused in (text.proj, text.mlp):  # released checkpoints hold them
-            unused.requires_grad_(False)
 
     @classmethod
     def of(cls, base: MMDiT, depth: int) -> Self:
@@ -337,7 +337,7 @@ class Controlled(Network):
     @property
     def settings(self) -> list[Control]:
         """The ControlNets with their scales and intervals."""
-        return [Control(*each) for each in zip(self.controls, self.scales, self.intervals, strict=True)]  # type: ignore[arg-type]
+        return [Control(*each) for each in zip(self.controls, self.scales, self.intervals, strict=True)]
 
 
 def attach(path: str | os.PathLike[str], blocks: int | None = None, control: Path | None = None) -> Controlled:

@@ -224,7 +224,7 @@ def test_held_out_choices_are_made_as_the_others_are(flags: list[str], tmp_path:
         (["--judgement", "null"], "the data are choices between two pictures: set judgement.loss DPO"),
         (
             ["--data.before", '[{{"store": "{pictures}", "steps": 2}}]'],
-            "some of the stores hold choices or hints and others",
+            "some of the stores hold choices or hints",
         ),
         (["--objective", "StepMap"], "StepMap learns no output at a point"),
     ],

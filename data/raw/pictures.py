@@ -43,10 +43,12 @@ class PictureError(ValueError):
     """A picture that cannot be used, with a one-line message.
 
     Attributes:
-        reason: why, for counting: unreadable, animated, too large or empty file.
+        reason: why, for counting: unreadable, animated, too large, empty file or no hint.
     """
 
-    def __init__(self, reason: Literal["unreadable", "animated", "too large", "empty file"], detail: str) -> None:
+    def __init__(
+        self, reason: Literal["unreadable", "animated", "too large", "empty file", "no hint"], detail: str
+    ) -> None:
         super().__init__(detail)
         self.reason = reason
 

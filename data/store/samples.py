@@ -53,11 +53,8 @@ class StoredSamples(Dataset[Batch]):
         second: dict[str, torch.Tensor | None] = dict.fromkeys((PAIR, CHOICE, HINT, "posterior"))
         if (kind := store.plan["latents"]) in second:
             x0, second[kind] = x0.float().chunk(2, dim=1)
-        if (logvar := second["posterior"]) is not None:
-            mean = x0
-            if draw is not None:
-                noise = normal(draw, Use.POSTERIOR, share.step, numbers, tuple(mean.shape[1:]))
-                x0 = mean + (logvar / 2).exp() * noise
+        if draw is not None and (logvar := second["posterior"]) is not None:
+            x0 = x0 + (logvar / 2).exp() * normal(draw, Use.POSTERIOR, share.step, numbers, tuple(x0.shape[1:]))
         captions, mask, text, pooled = None, None, torch.empty(0), torch.empty(0)
         if self.mask or self.judged or not store.has_tokens:
             captions = [store.captions(int(row))[i] for row, i in zip(rows, choice, strict=True)]
@@ -70,7 +67,8 @@ class StoredSamples(Dataset[Batch]):
         if self.sized:
             after = np.broadcast_to(store.buckets[share.bucket], (len(rows), 2))
             sizes = torch.from_numpy(np.concatenate([store.sizes(rows), after], axis=1).astype(np.int64))
-        noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:])) if second[PAIR] is None else second[PAIR]
+        own = second[PAIR]
+        noise = normal(seed, use, share.step, numbers, tuple(x0.shape[1:])) if own is None else own
         kept_here = None if kept is None else torch.from_numpy(kept)
         return Batch(
             share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask,
