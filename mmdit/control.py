@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -307,8 +307,7 @@ class Controlled(Network):
     @property
     def blocks(self) -> list[nn.Module]:
         """All blocks: of the ControlNets, then of the base."""
-        networks = (*self.controls, self.base)
-        return [block for network in networks for block in network.blocks]  # type: ignore[union-attr]
+        return [*(block for control in self.settings for block in control.network.blocks), *self.base.blocks]
 
     def forward(
         self,
@@ -324,7 +323,7 @@ class Controlled(Network):
         assert condition.picture is not None
         hints, plain = condition.picture.split(self.in_channels, dim=1), condition._replace(picture=None)
         added: list[Tensor | None] = [None] * self.depth
-        for control, scale, (low, high), hint in zip(self.controls, self.scales, self.intervals, hints, strict=True):
+        for (control, scale, (low, high)), hint in zip(self.settings, hints, strict=True):
             if (low, high) != (0.0, 1.0) and not bool(((low <= t) & (t <= high)).any()):
                 continue
             for i, residual in enumerate(control(self.base, z, t, plain, hint)):
@@ -337,7 +336,8 @@ class Controlled(Network):
     @property
     def settings(self) -> list[Control]:
         """The ControlNets with their scales and intervals."""
-        return [Control(*each) for each in zip(self.controls, self.scales, self.intervals, strict=True)]
+        networks = (cast(ControlNet, network) for network in self.controls)
+        return [Control(*each) for each in zip(networks, self.scales, self.intervals, strict=True)]
 
 
 def attach(path: str | os.PathLike[str], blocks: int | None = None, control: Path | None = None) -> Controlled:
