@@ -44,6 +44,15 @@ def test_edges_lie_where_grey_values_change() -> None:
     assert np.asarray(Edges(low=10, high=20)(RAW, image_of(faint))).any()
 
 
+def test_edges_of_equally_bright_colours_are_seen() -> None:
+    colours = np.full((16, 16, 3), 240)
+    colours[4:12, 4:12, 2] = 20  # yellow is nearly as bright as white
+    edges = np.asarray(Edges()(RAW, image_of(colours)))
+    assert edges.shape == (16, 16, 3)
+    assert (edges == edges[..., :1]).all()
+    assert 20 < (edges[..., 0] == 255).sum() < 40
+
+
 def test_a_blur_has_the_standard_deviation_that_was_asked_for() -> None:
     point = np.zeros((65, 65))
     point[32] = 255

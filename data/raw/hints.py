@@ -33,11 +33,11 @@ class Hint(ABC):
 
 @final
 class Edges(Hint):
-    """Canny's edges, white on black (Canny 1986), by scikit-image.
+    """Canny's edges, white on black (Canny 1986), by scikit-image; of a colour picture those of each channel.
 
     Args:
         sigma: standard deviation of the blur before, in pixels.
-        low: of Sobel's gradient of the grey values, 0 to 255, as in OpenCV; weaker edges are dropped.
+        low: of Sobel's gradient of the values, 0 to 255, as in OpenCV; weaker edges are dropped.
         high: each edge is at least so strong somewhere.
 
     Raises:
@@ -52,8 +52,8 @@ class Edges(Hint):
     def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
         from skimage.feature import canny  # takes a second
 
-        grey = np.asarray(image.convert("L"), dtype=np.float64)
-        edges = canny(grey, self.sigma, self.low, self.high, mode="nearest")
+        channels = np.atleast_3d(np.asarray(image, dtype=np.float64)).transpose(2, 0, 1)
+        edges = np.any([canny(one, self.sigma, self.low, self.high, mode="nearest") for one in channels], axis=0)
         return Image.fromarray((edges * np.uint8(255)).astype(np.uint8)).convert(image.mode)
 
     def describe(self) -> dict[str, Any]:
