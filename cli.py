@@ -152,6 +152,12 @@ def add_sampling_flags(parser: Parser, repeatable: bool = False) -> None:
     )
 
 
+def add_autoguidance_flag(parser: Parser) -> None:
+    """Adds the flag of the second model that guidance moves away from."""
+    help = "moves away from a worse model of the same kind, such as one of a shorter training; SCALE 1 is none"
+    parser.add_argument("--autoguidance", metavar="MODEL:SCALE", help=help)
+
+
 def add_model_flags(parser: Parser) -> None:
     """Adds the flags that say how a model is loaded."""
     p = parser.add_argument_group("model")

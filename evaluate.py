@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cli import (
     MACHINE_FAULT,
     Parser,
+    add_autoguidance_flag,
     add_model_flags,
     add_overwrite_flag,
     add_sampling_flags,
@@ -30,6 +31,7 @@ from cli import (
 )
 from data.examined import DATA, Examined, Half
 from pipeline import LoadOptions, Pipeline
+from pipeline.steering import autoguided
 from storage.files import hold
 from storage.models import find_model
 from storage.purpose import claim_folder
@@ -48,6 +50,7 @@ def parser() -> Parser:
     p.add_argument("--by", choices=["category"], help="measure the share of right pictures for each category instead")
     p.add_argument("--steps", type=positives, help="sampling steps: 1,2,4; default: 1,2,4,5,8,10,25,50; by category 20")
     add_sampling_flags(p, repeatable=True)
+    add_autoguidance_flag(p)
     count = p.add_mutually_exclusive_group()
     count.add_argument("--samples", type=positive, help=f"samples in all; default: {SAMPLES}")
     count.add_argument("--per-digit", type=positive, help="samples of each digit, instead of --samples")
@@ -114,7 +117,10 @@ def prepare(args: Namespace) -> tuple[list[Setting], AgainstReal | ByCategory]:
     examined = examined_of(args)
     options = LoadOptions(**load_options_of(args))
     names = short_names(args.model)
-    pipes = {name: Pipeline.load(find_model(path), options) for name, path in zip(names, args.model, strict=True)}
+    if args.autoguidance:
+        names = [f"{name} away from {args.autoguidance}" for name in names]
+    loaded = (Pipeline.load(find_model(path), options) for path in args.model)
+    pipes = {name: autoguided(pipe, args.autoguidance, options) for name, pipe in zip(names, loaded, strict=True)}
     for name, pipe in pipes.items():
         height, width = (side * pipe.codec.factor for side in pipe.latent_size(None, None))
         examined.check(name, (height, width), pipe.codec.pixel_channels)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli import (
     Parser,
+    add_autoguidance_flag,
     add_model_flags,
     add_overwrite_flag,
     add_sampling_flags,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # slow to import; wrong flags are reported before
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
 HANDOVER = 0.2  # SDXL's refiner learned the lowest 200 of 1,000 noise levels
 RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if not left at their defaults
+OPTIONAL = ("lora", "control", "control_interval", "autoguidance")  # recorded as they were given
 PROMPTS = "a text file with one prompt a line, or a store: its captions are the prompts"
 
 
@@ -63,6 +65,7 @@ def parser() -> Parser:
     p.add_argument("--num-images", type=positive, default=1, help="pictures per prompt")
     p.add_argument("--steps", type=positive, help="sampling steps; default: the model's")
     add_sampling_flags(p)
+    add_autoguidance_flag(p)
     p.add_argument("--shift", type=finite, help="shift of the time grid; default: the model's")
     p.add_argument("--height", type=positive, help="in pixels; default: the image's, or without one the model's")
     p.add_argument("--width", type=positive, help="in pixels; default: the image's, or without one the model's")
@@ -279,6 +282,7 @@ def draw(argv: list[str]) -> None:
             warnings.warn(f"weights as in {found!r} are text like any other: no word is stressed", stacklevel=1)
         from pipeline import LoadOptions, Pipeline
         from pipeline.drawing import draw_files, entries_in
+        from pipeline.steering import autoguided
 
         entries_in(args.out)
         pipe = Pipeline.load(path, LoadOptions(**load_options_of(args)))
@@ -287,6 +291,7 @@ def draw(argv: list[str]) -> None:
         sampling.check_prompts(given_prompts)
         height, width = given["image"].shape[-2:] if "image" in given else (args.height, args.width)
         warn_of_learned(args, path, sampling)
+        pipe = autoguided(pipe, args.autoguidance, LoadOptions(**load_options_of(args)))
         refiner = refiner_of(args)
         _, _, times = pipe.plan(sampling, args.shift, height, width, given.get("strength", 1.0))
         pipe, hints = steered(args, pipe, times, height, width)
@@ -309,7 +314,11 @@ def draw(argv: list[str]) -> None:
         "shift": pipe.shift(height, width) if args.shift is None else args.shift,
         "dtype": str(next(pipe.network.parameters()).dtype).removeprefix("torch."),
         "model": str(path),
-        **{name: found for name in ("lora", "control", "control_interval") if (found := getattr(args, name))},
+        **{
+            name: found
+            for name in ("lora", "control", "control_interval", "autoguidance")
+            if (found := getattr(args, name))
+        },
         **{name: str(value) for name in RECORDED if (value := getattr(args, name)) != parser().get_default(name)},
         **{name: given[name] for name in ("strength", "level") if name in given},
         **({"refiner": str(args.refiner), "handover": refiner.handover} if refiner else {}),

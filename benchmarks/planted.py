@@ -368,6 +368,11 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/__init__.py", "sample_control"): [
         ("self.codec.shift * self.codec.scale", "self.codec.shift"),
     ],
+    ("pipeline/__init__.py", "sample_autoguidance"): [
+        ("Weak(weak.network, scale - 1)", "Weak(weak.network, scale)"),
+        ("sampling.interval if free else NEVER", "sampling.interval"),
+        ('if wrong := [name for name in fields', 'if wrong := [name for name in ("text_dim",)'),
+    ],
     ("pipeline/steering.py", "sample_control"): [
         ("(i + 1) / steps <= last", "i / steps <= last"),
         ("first <= i / steps", "first < i / steps"),
@@ -510,7 +515,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/__init__.py", "sample_refiner"): [
         ("late = refiner.pipe.denoiser(", "late = self.denoiser("),
         ("(times[:-1] < handover).any()", "(times < handover).any()"),
-        ('({**p.codec.fingerprint(), "dtype": None} for p in (self, pipe))', '("", "")'),
+        ('({**p.codec.fingerprint(), "dtype": None} for p in (self, other))', '("", "")'),
     ],
     ("pipeline/__init__.py", "data_sizes"): [
         ("self.condition([negative], height, width)", "self.condition([negative])"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from flow.objective import Estimate, Model
 from flow.sampler import Denoiser
 
-ALWAYS = (0.0, 1.0)
+ALWAYS, NEVER = (0.0, 1.0), (2.0, 2.0)
 
 
 class Weak(NamedTuple):
@@ -29,7 +29,7 @@ class ClassifierFree:
     Args:
         model: the model to guide.
         null: the null condition, or that of a negative prompt. A named tuple of the condition's type with the same
-            fields; its tensors have the condition's batch size or 1.
+            fields; its tensors have the condition's batch size or 1. None will do if the interval is `NEVER`.
         scale: 1 + w of the paper: 0 gives the null branch, 1 the conditional branch, larger values extrapolate. One
             number for all pictures, or (B, 1, …) for each.
         rescale: φ. Each picture of y is moved by this share toward the standard deviation of the conditional branch,

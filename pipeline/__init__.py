@@ -1,5 +1,6 @@
 """Pipeline: network, objective, codec and text encoder joined for inference."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from data.degrade import enlarged, noised
 from data.latents import Codec
 from data.sizes import SIZE_FEATURES, size_features
 from data.text.encoder import TextEncoder
-from flow.guidance import ClassifierFree, Weak, inpaint, refined
+from flow.guidance import NEVER, ClassifierFree, Weak, inpaint, refined
 from flow.objective import Estimate, Model, Objective
 from flow.sampler import Callback, Denoiser, Noise
 from mmdit.control import Control, Controlled
@@ -82,6 +83,7 @@ class Pipeline:
                              f"{codec.channels} channels of latents")  # fmt: skip
         self.sampling = sampling or Sampling()
         self.sampling.walk(objective)
+        self.weak: Weak | None = None
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +105,40 @@ class Pipeline:
             kind = "one already" if isinstance(self.network, Controlled) else "no MMDiT"
             raise ValueError(f"a ControlNet steers an MMDiT, and this model has {kind}: leave the ControlNet out")
         return Pipeline(Controlled(self.network, controls).eval(), *self.parts[1:])
+
+    def away_from(self, weak: "Pipeline", scale: float) -> "Pipeline":
+        """This pipeline with autoguidance y = y_weak + scale·(y − y_weak) by a worse model (Karras et al. 2024, eq. 3).
+
+        Args:
+            weak: a smaller model of the same kind, or one that was trained for less time.
+            scale: 1 is none, larger values move away from the worse model.
+
+        Raises:
+            ValueError: in one line, if the models do not fit each other.
+        """
+        if not 1 < scale < math.inf:
+            raise ValueError(f"autoguidance needs a finite scale above 1, which is none, got {scale:g}")
+        self.check_alike(weak, "weak model")
+        for name in ("target", "variance"):
+            if self.objective.describe()[name] != weak.objective.describe()[name]:
+                raise ValueError(f"the weak model has another {name} than the model: take one of the same {name}")
+        fields = ("text_dim", "pooled_dim", "two_times", *self.network.CONDITION_FIELDS.values())
+        if wrong := [name for name in fields if getattr(self.network, name) != getattr(weak.network, name)]:
+            raise ValueError(f"the weak model has another {wrong[0]} than the model: take one of the same kind")
+        if self.text.fingerprint() != weak.text.fingerprint():
+            raise ValueError("the weak model has other text encoders than the model: take one with the same")
+        guided = Pipeline(*self.parts)
+        guided.weak = Weak(weak.network, scale - 1)
+        return guided
+
+    def check_alike(self, other: "Pipeline", name: str) -> None:
+        """ValueError, in one line with the other's name, if a second model has another path or other latents."""
+        for what, own, theirs in (
+            ("path", self.objective.describe()["path"], other.objective.describe()["path"]),
+            ("codec", *({**p.codec.fingerprint(), "dtype": None} for p in (self, other))),
+        ):
+            if own != theirs:
+                raise ValueError(f"the {name} has another {what} than the model: take one of the same {what}")
 
     def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Condition:
         """The condition of the prompts, on the network's device. An empty prompt gives the null condition.
@@ -266,12 +302,7 @@ class Pipeline:
         if not (times[:-1] < handover).any():
             raise ValueError(f"no step begins below the handover at {handover:g}, the last at {times[-2]:.3g}: "
                              "take more steps or an earlier handover")  # fmt: skip
-        for name, own, theirs in (
-            ("path", self.objective.describe()["path"], pipe.objective.describe()["path"]),
-            ("codec", *({**p.codec.fingerprint(), "dtype": None} for p in (self, pipe))),
-        ):
-            if own != theirs:
-                raise ValueError(f"the refiner has another {name} than the model: take one of the same {name}")
+        self.check_alike(pipe, "refiner")
         if pipe.network.picture_channels:
             raise ValueError("the refiner works from a picture, and a refiner gets none: take another one")
         pipe.plan(sampling, None, height, width)
@@ -344,17 +375,17 @@ class Pipeline:
         self, sampling: Sampling, negative: Callable[[], Condition], times: Tensor
     ) -> Callable[[Tensor], Model]:
         """Time () on the host → the network with the guidance that `sampling` has there."""
-        if sampling.guidance == 1 or self.network.guidance_embeds:
+        free, weak = sampling.guidance != 1 and not self.network.guidance_embeds, self.weak
+        if not free and weak is None:
             return lambda t: self.network
-        weak = None
         if interval := sampling.skip_times(times):
             weak = Weak(partial(self.network, skip_layers=sampling.skip_layers), sampling.skip_scale, interval)
         return ClassifierFree(
             self.network,
-            negative(),
+            negative() if free else None,
             sampling.guidance,
             sampling.rescale,
-            sampling.interval,
+            sampling.interval if free else NEVER,
             None if self.objective.outputs == 1 else self.codec.channels,
             weak,
         ).at
@@ -386,6 +417,8 @@ class Pipeline:
                              f"{self.network.skippable}, got {sampling.skip_layers}")  # fmt: skip
         if sampling.method == "meanflow" and not self.network.two_times:
             raise ValueError("sampler meanflow needs a network of two times, and this one has only one: use euler")
+        if sampling.skip_layers and self.weak:
+            raise ValueError("skip-layer guidance and autoguidance exclude each other: leave one of them out")
         if self.network.guidance_embeds and (sampling.rescale or sampling.skip_layers or sampling.interval != (0, 1)):
             raise ValueError("this network has learned its guidance: leave out rescale, interval and skip_layers")
         shift = self.shift(height, width) if shift is None else shift

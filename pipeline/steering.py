@@ -1,7 +1,8 @@
-"""ControlNets and their pictures from files into the pipeline."""
+"""What steers a pipeline, from files: ControlNets with their pictures, and a model to move away from."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from data.raw.pictures import load_picture
 from mmdit import control
 from mmdit.control import Control
-from pipeline import Pipeline
+from pipeline import LoadOptions, Pipeline
+from storage.models import find_model
 from storage.weights import DType
 
 
@@ -35,6 +37,25 @@ class Steering(NamedTuple):
         if not math.isfinite(scale):
             raise ValueError(f"{text!r} has the scale {parts[2]!r}: give a number, such as 0.8")
         return cls(Path(parts[0]), Path(parts[1]), scale)
+
+
+def autoguided(pipe: Pipeline, text: str | None, options: LoadOptions) -> Pipeline:
+    """The pipeline with the autoguidance MODEL:SCALE; itself without a text.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line, if the text is of another form or the model does not fit.
+    """
+    if text is None:
+        return pipe
+    path, _, scale = text.rpartition(":")
+    try:
+        number = float(scale) if path else math.nan
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise ValueError(f"--autoguidance {text} is not MODEL:SCALE, such as runs/small:2")
+    weak = Pipeline.load(find_model(Path(path)), replace(options, lora=(), parts=None))
+    return pipe.away_from(weak, number)
 
 
 def interval_of(shares: tuple[float, float], times: Tensor) -> tuple[float, float]:
