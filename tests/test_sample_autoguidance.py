@@ -62,7 +62,7 @@ def test_the_command_does_it_and_repeats_it(model: Path, weak: Pipeline, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("named", "words"),
     [
         ("weak", "is not MODEL:SCALE"),
         (":2", "is not MODEL:SCALE"),
@@ -73,10 +73,10 @@ def test_the_command_does_it_and_repeats_it(model: Path, weak: Pipeline, tmp_pat
     ],
 )
 def test_flags_that_do_not_fit(
-    model: Path, weak: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture, text: str, words: str
+    model: Path, weak: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture, named: str, words: str
 ) -> None:
     weak.save(tmp_path / "weak")
-    given = ["--autoguidance", text.replace("FOLDER", str(tmp_path)), "--out", str(tmp_path / "out")]
+    given = ["--autoguidance", named.replace("FOLDER", str(tmp_path)), "--out", str(tmp_path / "out")]
     assert words in refused(capsys, "--model", str(model), "--prompt", "x", *given)
     assert not (tmp_path / "out").exists()
 
