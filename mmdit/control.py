@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,9 @@ class ControlNet(nn.Module, ABC):
             it is not.
     """
 
+    SHARED: ClassVar[tuple[str, ...]] = ("in_channels", "patch_size", "width", "pooled_dim")  # as in the base
     blocks: nn.ModuleList
+    pooled_dim: int
 
     def __init__(self, width: int, depth: int, in_channels: int, patch_size: int) -> None:
         super().__init__()
@@ -98,9 +100,10 @@ class ControlNet(nn.Module, ABC):
     def config(self) -> dict[str, Any]:
         """Its sizes as diffusers' `SD3ControlNetModel` names them, with extensions in our names."""
 
-    @abstractmethod
     def mismatch(self, base: MMDiT) -> str:
         """Why it cannot steer this network; empty if it can."""
+        wrong = [name for name in self.SHARED if getattr(self, name) != getattr(base, name)]
+        return ", ".join(f"{name} {getattr(self, name)} and not {getattr(base, name)}" for name in wrong)
 
     def forward(self, base: MMDiT, z: Tensor, t: Tensor, condition: Condition, hint: Tensor) -> list[Tensor | None]:
         """What is added to the base's image tokens after each of its blocks.
@@ -140,6 +143,8 @@ class JointControlNet(ControlNet):
         arguments: `MMDiT`'s, with the number of blocks as `depth`.
     """
 
+    SHARED = (*ControlNet.SHARED, "text_dim", "text_mask")
+
     def __init__(self, arguments: dict[str, Any]) -> None:
         trunk = MMDiT(**arguments)
         super().__init__(trunk.width, trunk.depth, trunk.in_channels, trunk.patch_size)
@@ -152,6 +157,7 @@ class JointControlNet(ControlNet):
         trunk.blocks[last] = whole
         del trunk.final
         self.trunk = trunk
+        self.text_dim, self.pooled_dim, self.text_mask = trunk.text_dim, trunk.pooled_dim, trunk.text_mask
 
     @classmethod
     def of(cls, base: MMDiT, depth: int) -> Self:
@@ -195,11 +201,6 @@ class JointControlNet(ControlNet):
     def config(self) -> dict[str, Any]:
         own = checkpoint.config(self.trunk)
         return own | {"extra_conditioning_channels": 0, "pos_embed_type": "sincos", "use_pos_embed": True}
-
-    def mismatch(self, base: MMDiT) -> str:
-        names = ("in_channels", "patch_size", "width", "text_dim", "pooled_dim", "text_mask")
-        wrong = [name for name in names if getattr(self.trunk, name) != getattr(base, name)]
-        return ", ".join(f"{name} {getattr(self.trunk, name)} and not {getattr(base, name)}" for name in wrong)
 
 
 class SingleControlNet(ControlNet):
@@ -262,11 +263,6 @@ class SingleControlNet(ControlNet):
             "pos_embed_type": None,
             "pos_embed_max_size": None,
         }
-
-    def mismatch(self, base: MMDiT) -> str:
-        names = ("in_channels", "patch_size", "width", "pooled_dim")
-        wrong = [name for name in names if getattr(self, name) != getattr(base, name)]
-        return ", ".join(f"{name} {getattr(self, name)} and not {getattr(base, name)}" for name in wrong)
 
 
 class Control(NamedTuple):
