@@ -349,6 +349,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("image.reduce(self.factor)", "image.reduce(self.factor // 2)"),
         ("ImageOps.mirror(found) if raw.mirrored else found", "found"),
         ('raw.id.partition("#")[0]', "raw.id"),
+        ("side - length + 1", "1"),
     ],
     ("mmdit/control.py", "mmdit_control"): [
         ("tokens.image + hinted", "tokens.image"),

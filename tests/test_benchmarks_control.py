@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks.control import edges, overlap, scene_of
+from benchmarks.inpainting import seam
 from data.shapes import CATEGORIES, fulfils, read, requests
 
 
@@ -34,3 +35,12 @@ def test_a_scene_fulfils_its_request_and_has_edges(category: str) -> None:
         assert lines.shape == (1, 3, 64, 64)
         assert 20 < int((lines[0, 0] > 0.5).sum()) < 600
         assert np.isin(lines, (0, 1)).all()
+
+
+def test_the_seam_is_the_step_at_the_border_of_the_mask() -> None:
+    mask = torch.zeros(8, 8)
+    mask[2:6, 3:7] = 1
+    assert seam(torch.stack([0.25 * mask] * 3), mask) == pytest.approx(0.25)
+    slope = torch.arange(8.0).expand(3, 8, 8) / 100  # changes along a row only
+    assert seam(slope, mask) == pytest.approx(0.005)  # half of the border is crossed along a row
+    assert seam(torch.full((3, 8, 8), 0.7), mask) == 0

@@ -14,7 +14,7 @@ from data import digits
 from data.latents import Pixels
 from data.module import Stored
 from data.raw.base import Raw
-from data.raw.hints import Blur, Edges, Files, Hint, Smaller
+from data.raw.hints import Blur, Edges, Files, Hint, Hole, Smaller
 from data.raw.pictures import save_png, to_image
 from data.raw.sources import Pictures
 from data.store.encoding import Encoding, StoreEncoder, levels
@@ -70,6 +70,23 @@ def test_a_smaller_picture_keeps_the_means_of_its_squares_only() -> None:
     first, second = (np.asarray(Smaller(4)(RAW, image), dtype=float) for image in images)
     assert np.abs(first - second).max() <= 2  # rounded on the way
     assert first.shape == (16, 16)
+
+
+def test_a_hole_is_a_rectangle_of_its_picture_and_grey() -> None:
+    hole, white = Hole(0.3, 0.7), image_of(np.full((40, 20), 255))
+    boxes = [hole.box(str(i), white.size) for i in range(200)]
+    widths, heights = ([box[i + 2] - box[i] for box in boxes] for i in (0, 1))
+    assert (min(widths), max(widths)) == (6, 14)
+    assert min(heights) >= 12
+    assert max(heights) <= 28
+    assert {box[0] for box in boxes} >= {0, 5, 10}
+    assert all(box[2] <= 20 and box[3] <= 40 for box in boxes)
+    assert hole.box("7", white.size) == boxes[7] != Hole(0.3, 0.7, seed=1).box("7", white.size)
+    left, top, right, bottom = hole.box(RAW.id, white.size)
+    expected = np.full((40, 20), 255)
+    expected[top:bottom, left:right] = 128
+    assert np.array_equal(np.asarray(hole(RAW, white)), expected)
+    assert np.array_equal(np.asarray(hole(RAW, white.convert("RGB")))[..., 1], expected)
 
 
 def test_files_are_found_by_name_and_scaled_and_mirrored_with_their_picture(tmp_path: Path) -> None:
@@ -146,6 +163,8 @@ def test_impossible_hints_are_refused(pictures: Path, tmp_path: Path, text: CLIP
         Blur(0.0)
     with pytest.raises(ValueError, match="factor of at least 2"):
         Smaller(1)
+    with pytest.raises(ValueError, match="a hole needs 0 < smallest <= largest <= 1"):
+        Hole(0.8, 0.7)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         Files(tmp_path / "none")
     with pytest.raises(ValueError, match="latents must be mean for two pictures each, got posterior"):

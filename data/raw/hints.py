@@ -6,6 +6,7 @@ from typing import Any, final
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
+from xxhash import xxh3_64_intdigest
 
 from data.raw.base import EXTENSIONS, Raw
 from data.raw.pictures import PictureError, cover, open_picture
@@ -98,6 +99,45 @@ class Smaller(Hint):
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "Smaller", "factor": self.factor}
+
+
+@final
+class Hole(Hint):
+    """The picture with a grey rectangle, to learn to fill it: inpainting from what surrounds it (Nichol et al. 2021).
+
+    Each picture has its own rectangle, always the same one.
+
+    Args:
+        smallest: sides of the rectangle are at least this share of the picture's.
+        largest: and at most this share.
+        grey: its level, 0 to 255.
+        seed: of the rectangles.
+
+    Raises:
+        ValueError: unless 0 < smallest <= largest <= 1 and grey is a level.
+    """
+
+    def __init__(self, smallest: float = 0.3, largest: float = 0.7, grey: int = 128, seed: int = 0) -> None:
+        if not (0 < smallest <= largest <= 1 and 0 <= grey <= 255):
+            raise ValueError(f"a hole needs 0 < smallest <= largest <= 1 and a grey of 0 to 255, got {smallest}, "
+                             f"{largest} and {grey}")  # fmt: skip
+        self.smallest, self.largest, self.grey, self.seed = smallest, largest, grey, seed
+
+    def box(self, name: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the rectangle in a picture of this name and size (width, height)."""
+        draw = np.random.default_rng([self.seed, xxh3_64_intdigest(name.encode())])
+        sides = [max(1, round(side * draw.uniform(self.smallest, self.largest))) for side in size]
+        left, top = (int(draw.integers(side - length + 1)) for side, length in zip(size, sides, strict=True))
+        return left, top, left + sides[0], top + sides[1]
+
+    def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
+        shown = image.copy()
+        shown.paste(self.grey if image.mode == "L" else (self.grey,) * 3, self.box(raw.id, image.size))
+        return shown
+
+    def describe(self) -> dict[str, Any]:
+        own = {"smallest": self.smallest, "largest": self.largest, "grey": self.grey, "seed": self.seed}
+        return {"kind": "Hole", **own}
 
 
 @final
