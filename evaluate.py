@@ -92,6 +92,7 @@ def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
                 try:
                     sampling = sampling_of(args, pipe.sampling, sampler=sampler, steps=steps)
                     sampling.check_prompts(["a caption"])
+                    pipe.refuse_picture()
                     pipe.plan(sampling)
                 except ValueError as error:
                     raise ValueError(f"{name} cannot be sampled by {sampler} in {steps} steps: {error}") from None

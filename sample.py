@@ -125,6 +125,7 @@ def write_pairs(argv: list[str]) -> None:
 
         args.device = device_of_rank(args.device, local_rank)
         pipe = Pipeline.load(path, LoadOptions(**load_options_of(args)))
+        pipe.refuse_picture()
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
         coupling = Coupling(args.num, args.invert, args.seed, args.batch_size or pipe.batch_size(), sampling)
         captions = Captions(source, args.seed, args.held_out)
@@ -167,6 +168,7 @@ def search_grid(argv: list[str]) -> None:
         from pipeline.times import GridSearch, Request, table
 
         pipe = Pipeline.load(path, LoadOptions(**load_options_of(args)))
+        pipe.refuse_picture()
         sampling = sampling_of(args, replace(pipe.sampling, sampler="euler"), sampler=args.sampler)
         request = Request(tuple(args.steps), args.num, args.fine, args.seed, args.batch_size, sampling)
         captions = Captions(source, args.seed)
@@ -180,14 +182,21 @@ def search_grid(argv: list[str]) -> None:
 
 def input_pictures(args: Namespace, pipe: "Pipeline") -> dict[str, Any]:
     """The arguments of `Pipeline` that come from picture files. ValueError or FileNotFoundError if they do not fit."""
+    from mmdit.control import Controlled
     from pipeline.drawing import read_image
 
     given: dict[str, Any] = {}
     if args.picture:
-        given = {"picture": load_picture(args.picture, pipe.codec.pixel_channels, None, None, 1), "level": args.level}
+        size: tuple[int | None, int | None] = (None, None)
+        if isinstance(pipe.network, Controlled):  # as --control and the data do it
+            height, width = (side * pipe.codec.factor for side in pipe.latent_size(args.height, args.width))
+            size = height, width
+        given = {"picture": load_picture(args.picture, pipe.codec.pixel_channels, *size, 1), "level": args.level}
+        if args.level and not pipe.network.level_embeds:
+            raise ValueError("--level is for a network with level_embeds, and this one has none: leave it out")
     elif args.level:
         raise ValueError("--level needs a --picture: give one, or leave --level out")
-    elif pipe.network.picture_channels:
+    elif pipe.network.picture_channels and not args.control:
         raise ValueError("this model works from a picture: give --picture")
     if args.image:
         return given | read_image(pipe, args.image, args.mask, args.strength, args.height, args.width)
@@ -220,7 +229,7 @@ def steered(
         if args.control_interval:
             raise ValueError("--control-interval needs a --control: give one, or leave it out")
         return pipe, {}
-    if args.picture:
+    if args.picture and not pipe.network.picture_channels:
         raise ValueError("--picture is for a model that works from a picture, and --control has its own: leave one out")
     interval = interval_of(args.control_interval, times) if args.control_interval else (0.0, 1.0)
     pipe, picture = steer(pipe, [Steering.parse(text) for text in args.control], interval, height, width)
@@ -314,11 +323,7 @@ def draw(argv: list[str]) -> None:
         "shift": pipe.shift(height, width) if args.shift is None else args.shift,
         "dtype": str(next(pipe.network.parameters()).dtype).removeprefix("torch."),
         "model": str(path),
-        **{
-            name: found
-            for name in ("lora", "control", "control_interval", "autoguidance")
-            if (found := getattr(args, name))
-        },
+        **{name: found for name in OPTIONAL if (found := getattr(args, name))},
         **{name: str(value) for name in RECORDED if (value := getattr(args, name)) != parser().get_default(name)},
         **{name: given[name] for name in ("strength", "level") if name in given},
         **({"refiner": str(args.refiner), "handover": refiner.handover} if refiner else {}),

@@ -16,7 +16,7 @@ from scipy.ndimage import binary_dilation
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import Parser, natural, one_line_errors, positive
+from cli import Parser, finite, natural, one_line_errors, positive
 from data.examined import Shapes
 from data.order import Use, stream
 from data.raw.base import Raw
@@ -73,11 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     p = Parser(prog="python -m benchmarks.control", description=__doc__)
     p.add_argument("--model", type=Path, default=Path("assets/shapes/model"), help="the base")
     p.add_argument("--control", type=Path, required=True, help="the ControlNet: its run, its folder")
-    p.add_argument("--scale", type=float, default=1.0, help="factor of what it adds")
+    p.add_argument("--scale", type=finite, default=1.0, help="factor of what it adds")
     p.add_argument("--per-category", type=positive, default=50, help="captions of each category")
     p.add_argument("--seed", type=natural, default=1, help="of captions and scenes")
     p.add_argument("--steps", type=positive, default=20, help="Euler steps")
-    p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance")
+    p.add_argument("--guidance", type=finite, default=3.0, help="classifier-free guidance")
     p.add_argument("--sheet", type=Path, help="a PNG: hints, drawn with them, drawn without, some of each category")
     args = p.parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):

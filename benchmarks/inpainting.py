@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import Parser, natural, one_line_errors, positive
+from cli import Parser, finite, natural, one_line_errors, positive
 from data.raw.base import Raw
 from data.raw.hints import Hole
 from data.raw.pictures import save_png, sheet
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--num", type=positive, default=200, help="number of scenes")
     p.add_argument("--seed", type=natural, default=4, help="of scenes and holes")
     p.add_argument("--steps", type=positive, default=20, help="Euler steps")
-    p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance")
+    p.add_argument("--guidance", type=finite, default=3.0, help="classifier-free guidance")
     p.add_argument("--sheet", type=Path, help="a PNG: pictures with holes, then each way, then the true pictures")
     args = p.parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):

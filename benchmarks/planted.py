@@ -348,7 +348,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("GaussianBlur(self.radius)", "GaussianBlur(self.radius / 2)"),
         ("image.reduce(self.factor)", "image.reduce(self.factor // 2)"),
         ("ImageOps.mirror(found) if raw.mirrored else found", "found"),
-        ('raw.id.partition("#")[0]', "raw.id"),
+        ("original(raw.id)", "raw.id"),
         ("side - length + 1", "1"),
     ],
     ("mmdit/control.py", "mmdit_control"): [

@@ -21,6 +21,7 @@ from mmdit.embed import VectorEmbedding, patchify, timestep_features
 from mmdit.layers import DiTBlock, JointBlock
 from mmdit.model import TIME_FEATURES, MMDiT, Tokens
 from mmdit.network import Condition, HiddenStates, Network
+from storage.checksums import verify
 from storage.files import commit_json
 from storage.text import read_json
 from storage.weights import DType, Weights, dtype_of, open_file, open_folder, write_tensors
@@ -64,6 +65,7 @@ class ControlNet(nn.Module, ABC):
 
     Attributes:
         blocks: the blocks.
+        largest: height or width of the largest latent; none means the base's.
         zero_pooled: the pooled text is zero and the hint's latents are not shifted by the VAE's shift, as in
             diffusers with `force_zeros_for_pooled_projection`.
         every_block: also the base's last block is followed by a residual, as in Stability AI's reference; in diffusers
@@ -73,6 +75,7 @@ class ControlNet(nn.Module, ABC):
     SHARED: ClassVar[tuple[str, ...]] = ("in_channels", "patch_size", "width", "pooled_dim")  # as in the base
     blocks: nn.ModuleList
     pooled_dim: int
+    largest: int | None = None
 
     def __init__(self, width: int, depth: int, in_channels: int, patch_size: int) -> None:
         super().__init__()
@@ -158,6 +161,7 @@ class JointControlNet(ControlNet):
         del trunk.final
         self.trunk = trunk
         self.text_dim, self.pooled_dim, self.text_mask = trunk.text_dim, trunk.pooled_dim, trunk.text_mask
+        self.largest = trunk.largest
 
     @classmethod
     def of(cls, base: MMDiT, depth: int) -> Self:
@@ -296,7 +300,8 @@ class Controlled(Network):
         self.scales, self.intervals = [c.scale for c in controls], [c.interval for c in controls]
         self.in_channels, self.out_channels = base.in_channels, base.out_channels
         self.text_dim, self.pooled_dim, self.text_mask = base.text_dim, base.pooled_dim, base.text_mask
-        self.sample_size, self.unit, self.largest = base.sample_size, base.unit, base.largest
+        self.sample_size, self.unit = base.sample_size, base.unit
+        self.largest = min([base.largest, *(c.network.largest for c in controls if c.network.largest)])
         self.depth, self.width, self.skippable = base.depth, base.width, base.skippable
         self.picture_channels = sum(control.network.in_channels for control in controls)
 
@@ -348,9 +353,12 @@ def attach(path: str | os.PathLike[str], blocks: int | None = None, control: Pat
         FileNotFoundError, ValueError: in one line, if a file is missing, damaged or does not fit.
     """
     base = checkpoint.load(path)
-    if control and blocks:
+    if control and blocks is not None:
         raise ValueError(f"network.blocks is for a new ControlNet, and {control} has its own: leave one out")
-    new = load(control) if control else JointControlNet.of(base, blocks or base.depth // 2)
+    new = load(control) if control else JointControlNet.of(base, base.depth // 2 if blocks is None else blocks)
+    if new.zero_pooled:
+        raise ValueError(f"{control} learned without pooled text and from latents without the VAE's shift "
+                         "(force_zeros_for_pooled_projection), which is not done here: train a new one")  # fmt: skip
     base.requires_grad_(False)
     return Controlled(base, [Control(new)])
 
@@ -360,7 +368,10 @@ def find(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"there is no ControlNet {path}: give a folder or a .safetensors file")
     places = (path / FOLDER, path / "model" / FOLDER)
-    return next((place for place in places if place.is_dir()), path)
+    found = next((place for place in places if place.is_dir()), path)
+    if found.is_dir() and not (found / checkpoint.CONFIG).is_file():
+        raise FileNotFoundError(f"{path} holds no ControlNet: give a folder with its config.json, or its single file")
+    return found
 
 
 def load(path: str | os.PathLike[str], dtype: DType = "float32", device: torch.device | str = "cpu") -> ControlNet:
@@ -376,6 +387,8 @@ def load(path: str | os.PathLike[str], dtype: DType = "float32", device: torch.d
         FileNotFoundError, ValueError: in one line, if a file is missing, truncated, of another kind or does not fit.
     """
     place = find(Path(path))
+    if place != Path(path):
+        verify(place.parent, place.name)
     naming: Naming = "diffusers" if place.is_dir() else "original"
     weights = open_folder(place, checkpoint.STEM) if place.is_dir() else open_file(place)
     with torch.device("meta"):
@@ -398,7 +411,10 @@ def _from_config(file: Path) -> ControlNet:
         control: ControlNet = SingleControlNet(**{name: given[name] for name in names})
     else:
         control = JointControlNet({name: value for name, value in given.items() if name != "out_channels"})
-    control.zero_pooled = bool(config.get("force_zeros_for_pooled_projection", True))
+    control.zero_pooled = config.get("force_zeros_for_pooled_projection", True)
+    control.every_block = config.get("every_block", False)
+    if not isinstance(control.zero_pooled, bool) or not isinstance(control.every_block, bool):
+        raise ValueError(f"{file}: force_zeros_for_pooled_projection and every_block must be true or false")
     return control
 
 
@@ -406,8 +422,9 @@ def _from_shapes(weights: Weights) -> ControlNet:
     """The ControlNet in Stability AI's single file, with random weights."""
     numbers = [int(found[1]) for name in weights if (found := re.match(rf"{OUTPUTS}\.(\d+)\.", name))]
     pooled = "time_text_embed.text_embedder.linear_1.weight"
-    needed = ("transformer_blocks.0.attn.qkv.weight", f"{HINT}.weight", pooled)
-    if not numbers or any(name not in weights for name in needed):
+    shapes = {"transformer_blocks.0.attn.qkv.weight": 2, f"{HINT}.weight": 4, pooled: 2}  # name → dimensions
+    whole = numbers and max(numbers) < len(weights)
+    if not whole or any(name not in weights or len(weights.shape(name)) != n for name, n in shapes.items()):
         raise ValueError(
             f"{weights.source} is no single file of a ControlNet of Stable Diffusion 3.5 large; others are folders of "
             "diffusers, with a config.json"
@@ -422,8 +439,8 @@ def _from_shapes(weights: Weights) -> ControlNet:
 
 def config(control: ControlNet) -> dict[str, Any]:
     """Its shape as diffusers' `SD3ControlNetModel` names it. It names our class if diffusers cannot build it."""
-    own = control.config()
-    kind = OUR_CLASS if any(name in own for name in EXTENSIONS) else DIFFUSERS_CLASS
+    own = control.config() | ({"every_block": True} if control.every_block else {})
+    kind = OUR_CLASS if any(name in own for name in (*EXTENSIONS, "every_block")) else DIFFUSERS_CLASS
     return own | {"_class_name": kind, "force_zeros_for_pooled_projection": control.zero_pooled}
 
 

@@ -99,8 +99,11 @@ class Pipeline:
         """This pipeline with a network that is steered by ControlNets. It shares all weights.
 
         Raises:
-            ValueError: in one line, if the network is no MMDiT or a ControlNet does not fit it.
+            ValueError: in one line, if the network is no MMDiT, a ControlNet does not fit it, or there is autoguidance,
+                whose model no ControlNet steers.
         """
+        if self.weak:
+            raise ValueError("a ControlNet and autoguidance exclude each other: leave one of them out")
         if not isinstance(self.network, MMDiT):
             kind = "one already" if isinstance(self.network, Controlled) else "no MMDiT"
             raise ValueError(f"a ControlNet steers an MMDiT, and this model has {kind}: leave the ControlNet out")
@@ -125,11 +128,18 @@ class Pipeline:
         fields = ("text_dim", "pooled_dim", "two_times", *self.network.CONDITION_FIELDS.values())
         if wrong := [name for name in fields if getattr(self.network, name) != getattr(weak.network, name)]:
             raise ValueError(f"the weak model has another {wrong[0]} than the model: take one of the same kind")
+        if (weak.network.largest or math.inf) < (self.network.largest or math.inf):
+            raise ValueError("the weak model draws smaller pictures at most than the model: take another one")
         if self.text.fingerprint() != weak.text.fingerprint():
             raise ValueError("the weak model has other text encoders than the model: take one with the same")
         guided = Pipeline(*self.parts)
         guided.weak = Weak(weak.network, scale - 1)
         return guided
+
+    def refuse_picture(self) -> None:
+        """ValueError if the network works from a picture, for commands that have none."""
+        if self.network.picture_channels:
+            raise ValueError("this model works from a picture, and this command has none: use sample.py --picture")
 
     def check_alike(self, other: "Pipeline", name: str) -> None:
         """ValueError, in one line with the other's name, if a second model has another path or other latents."""

@@ -34,7 +34,7 @@ give `--parts` a diffusers folder that holds them.
 python sample.py --model {place}/{place}.safetensors --parts FOLDER --prompt "{prompt}"
 ```"""
 FOLDER = """```sh
-python sample.py --model {place} --prompt "{prompt}"
+python sample.py --model {place} --prompt "{prompt}"{picture}
 ```"""
 
 
@@ -117,7 +117,7 @@ def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
         run: the folder of its training; the card reports `config.yaml`, `log.jsonl` and `evaluation/results.json` if
             they exist.
         name: the name of the model.
-        usage: how to use it, with the fields {place}, {prompt}, {steps} and {guidance}.
+        usage: how to use it, with the fields {place}, {prompt}, {steps}, {guidance} and {picture}.
     """
     network, s = pipe.network, pipe.sampling
     count = sum(p.numel() for p in network.parameters())
@@ -143,7 +143,13 @@ def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
         "",
         "## Use",
         "",
-        usage.format(place=name, prompt=prompt, steps=s.steps, guidance=s.guidance),
+        usage.format(
+            place=name,
+            prompt=prompt,
+            steps=s.steps,
+            guidance=s.guidance,
+            picture=" --picture PICTURE" if network.picture_channels else "",
+        ),
         "",
         *_data(config),
         *_results(run),

@@ -61,6 +61,8 @@ def autoguided(pipe: Pipeline, text: str | None, options: LoadOptions) -> Pipeli
 def interval_of(shares: tuple[float, float], times: Tensor) -> tuple[float, float]:
     """The times (from, to) of the steps that lie wholly between two shares of a walk, as in diffusers.
 
+    An evaluation at the end of a step, as in Heun's method, counts to the next step.
+
     Args:
         shares: from 0, the first step, to 1, the last.
         times: of the walk, falling, (steps + 1,).
@@ -72,10 +74,11 @@ def interval_of(shares: tuple[float, float], times: Tensor) -> tuple[float, floa
     if not 0 <= first < last <= 1:
         raise ValueError(f"--control-interval must be two numbers, 0 <= from < to <= 1, got {first:g} and {last:g}")
     steps = len(times) - 1
-    inside = [float(t) for i, t in enumerate(times[:-1].float()) if first <= i / steps and (i + 1) / steps <= last]
+    inside = [i for i in range(steps) if first <= i / steps and (i + 1) / steps <= last]
     if not inside:
         raise ValueError(f"none of {steps} steps lies between the shares {first:g} and {last:g}: take more steps")
-    return inside[-1], inside[0]
+    begin, end = (times[i].float() for i in (inside[0], inside[-1] + 1))  # the model's t is float32
+    return float(torch.nextafter(end, begin)), float(begin)
 
 
 def steer(
@@ -102,4 +105,6 @@ def steer(
     pictures = [load_picture(each.image, channels, height, width, 1) for each in steerings]
     dtype: DType = str(next(pipe.network.parameters()).dtype).removeprefix("torch.")  # type: ignore[assignment]
     controls = [Control(control.load(each.path, dtype, pipe.device), each.scale, interval) for each in steerings]
-    return pipe.steered(controls), torch.cat(pictures, dim=1)
+    steered = pipe.steered(controls)
+    steered.latent_size(height, width)  # the ControlNet's positions may end before the network's
+    return steered, torch.cat(pictures, dim=1)

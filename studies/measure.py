@@ -88,7 +88,8 @@ def draw(
         nonlocal calls
         calls += len(inputs[0])
 
-    hook = cast(nn.Module, pipe.network).register_forward_pre_hook(count)
+    asked = {pipe.network, *([pipe.weak.model] if pipe.weak else [])}
+    hooks = [cast(nn.Module, network).register_forward_pre_hook(count) for network in asked]
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         walk: list[Tensor] = []
@@ -104,7 +105,8 @@ def draw(
         lengths.append(path_length(walk))
         deviations.append(straightness(walk, tau))
         progress(len(images))
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     n = len(prompts)
     length, deviation = (torch.cat(parts).mean().item() for parts in (lengths, deviations))
     return Drawn(torch.cat(pictures), calls / n, seconds / n, length, deviation)

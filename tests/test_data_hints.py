@@ -70,6 +70,9 @@ def test_a_smaller_picture_keeps_the_means_of_its_squares_only() -> None:
     first, second = (np.asarray(Smaller(4)(RAW, image), dtype=float) for image in images)
     assert np.abs(first - second).max() <= 2  # rounded on the way
     assert first.shape == (16, 16)
+    slope = image_of(np.tile(np.arange(64) * 3, (64, 1)))
+    moved = np.asarray(Smaller(7)(RAW, slope), dtype=float) - np.asarray(slope)
+    assert np.abs(moved[:, 8:-8]).mean() < 3  # no shift, which would be 3 grey levels a pixel
 
 
 def test_a_hole_is_a_rectangle_of_its_picture_and_grey() -> None:
@@ -87,6 +90,13 @@ def test_a_hole_is_a_rectangle_of_its_picture_and_grey() -> None:
     expected[top:bottom, left:right] = 128
     assert np.array_equal(np.asarray(hole(RAW, white)), expected)
     assert np.array_equal(np.asarray(hole(RAW, white.convert("RGB")))[..., 1], expected)
+
+
+def test_two_hints_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("b.png", "b.jpg"):
+        image_of(np.zeros((8, 8))).save(tmp_path / name)
+    with pytest.raises(ValueError, match="has the name of another hint"):
+        Files(tmp_path)
 
 
 def test_files_are_found_by_name_and_scaled_and_mirrored_with_their_picture(tmp_path: Path) -> None:

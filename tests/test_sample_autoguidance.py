@@ -10,12 +10,14 @@ from PIL import Image
 from test_sample import refused
 
 import sample
+from data.examined import Digits
 from data.latents import Pixels
 from flow.objective import Objective
 from flow.path import Cosine
 from mmdit.model import MMDiT
 from mmdit.network import Condition
 from pipeline import Pipeline
+from studies.measure import Setting, draw
 
 PROMPT = "a handwritten seven"
 
@@ -23,7 +25,7 @@ PROMPT = "a handwritten seven"
 @pytest.fixture
 def weak(pipe: Pipeline) -> Pipeline:
     torch.manual_seed(9)
-    network = MMDiT(1, depth=1, width=16, heads=1, text_dim=64, pooled_dim=64, sample_size=8, pos_embed_max_size=4)
+    network = MMDiT(1, depth=1, width=16, heads=1, text_dim=64, pooled_dim=64, sample_size=8, pos_embed_max_size=8)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return Pipeline(network.eval(), pipe.objective, pipe.codec, pipe.text, pipe.sampling)
@@ -41,6 +43,13 @@ def test_one_step_is_the_formula(pipe: Pipeline, weak: Pipeline, guidance: float
         y, y_null, y_weak = pipe.network(z, t, condition), pipe.network(z, t, null), weak.network(z, t, condition)
         velocity = y_null + guidance * (y - y_null) + 1.5 * (y - y_weak)
     torch.testing.assert_close(drawn, pipe.codec.decode(z - velocity), atol=1e-5, rtol=0)
+
+
+def test_evaluations_of_both_models_count(pipe: Pipeline, weak: Pipeline) -> None:
+    asked = Digits(1)
+    for guidance, each in ((1.0, 2), (2.0, 3)):
+        way = replace(pipe.sampling, steps=2, guidance=guidance, sampler="euler")
+        assert draw(Setting("x", "x", pipe.away_from(weak, 2.0), way), asked, 0, 10).evaluations == 2 * each
 
 
 def test_a_model_does_not_move_away_from_itself(pipe: Pipeline) -> None:
@@ -69,7 +78,7 @@ def test_the_command_does_it_and_repeats_it(model: Path, weak: Pipeline, tmp_pat
         ("FOLDER/weak:much", "is not MODEL:SCALE"),
         ("FOLDER/weak:1", "finite scale above 1, which is none, got 1"),
         ("FOLDER/weak:inf", "finite scale above 1"),
-        ("FOLDER/none:2", "none"),
+        ("FOLDER/none:2", "none is no model folder"),
     ],
 )
 def test_flags_that_do_not_fit(
@@ -90,5 +99,8 @@ def test_models_that_do_not_fit(pipe: Pipeline, weak: Pipeline) -> None:
                   picture_channels=1)  # fmt: skip
     with pytest.raises(ValueError, match="the weak model has another picture_channels"):
         pipe.away_from(Pipeline(grown, pipe.objective, pipe.codec, pipe.text), 2.0)
+    small = MMDiT(1, depth=1, width=16, heads=1, text_dim=64, pooled_dim=64, sample_size=8, pos_embed_max_size=4)
+    with pytest.raises(ValueError, match="the weak model draws smaller pictures"):
+        pipe.away_from(Pipeline(small, pipe.objective, pipe.codec, pipe.text), 2.0)
     with pytest.raises(ValueError, match="skip-layer guidance and autoguidance exclude each other"):
         pipe.away_from(weak, 2.0).plan(replace(pipe.sampling, steps=20, skip_layers=(0,)))

@@ -91,18 +91,31 @@ def test_draws_what_diffusers_draws(
     assert apart(expected, mine(place, kind, [f"{kind}-{zeros}"], [0.0])) > LEVEL
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shares", [(0.0, 0.5), (0.4, 1.0), (0.2, 0.8)])
-def test_an_interval_is_theirs(place: Path, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, float]) -> None:
+def test_an_interval_is_theirs(
+    place: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shares: tuple[float, float]
+) -> None:
     ends = {"control_guidance_start": shares[0], "control_guidance_end": shares[1]}
-    expected = theirs(place, "joint", ["joint-False"], monkeypatch, [1.0], **ends)
-    assert apart(expected, mine(place, "joint", ["joint-False"], [1.0], shares)) < LEVEL
-    assert apart(expected, mine(place, "joint", ["joint-False"], [1.0])) > LEVEL
+    expected = theirs(place, kind, [f"{kind}-False"], monkeypatch, [1.0], **ends)
+    assert apart(expected, mine(place, kind, [f"{kind}-False"], [1.0], shares)) < LEVEL
+    assert apart(expected, mine(place, kind, [f"{kind}-False"], [1.0])) > LEVEL
 
 
-def test_several_are_theirs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nets, scales = ["joint-False", "joint-False"], [0.8, 0.5]
-    expected = theirs(place, "joint", nets, monkeypatch, scales)
-    assert apart(expected, mine(place, "joint", nets, scales)) < LEVEL
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_are_theirs(place: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    nets, scales = [f"{kind}-False", f"{kind}-False"], [0.8, 0.5]
+    expected = theirs(place, kind, nets, monkeypatch, scales)
+    assert apart(expected, mine(place, kind, nets, scales)) < LEVEL
+
+
+def test_the_second_evaluation_of_a_step_within_the_interval_is_steered() -> None:
+    """Midpoint asks between the times of the grid; what is asked at the end of a step counts to the next."""
+    times = torch.tensor([1.0, 0.8, 0.6, 0.3, 0.0], dtype=torch.float64)
+    low, high = interval_of((0.25, 0.75), times)
+    assert [low <= float(torch.tensor(t)) <= high for t in (1.0, 0.9, 0.8, 0.7, 0.6, 0.45, 0.3, 0.1)] == [
+        False, False, True, True, True, True, False, False,
+    ]  # fmt: skip
 
 
 def test_the_command_draws_it_and_draws_it_again(place: Path, tmp_path: Path) -> None:
@@ -135,6 +148,14 @@ def test_a_model_folder_holds_base_and_control_net(place: Path, tmp_path: Path) 
     assert control.find(tmp_path / "model") == tmp_path / "model/controlnet"
     other = pipe.steered([Control(control.load(tmp_path / "model"))])
     assert torch.equal(first, other([PROMPT], [1], **way))
+    with pytest.raises(ValueError, match="works from a picture, and this command has none"):
+        again.refuse_picture()
+    file = tmp_path / "model/controlnet/diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        control.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +183,8 @@ def test_a_control_that_cannot_be_read(text: str, words: str) -> None:
         (["--control-interval", "0", "0.5"], "--control-interval needs a --control"),
         (["--control", "{}/joint-True:{}/a.png", "--control-interval", "0.6", "0.5"], "0 <= from < to <= 1"),
         (["--control", "{}/joint-True:{}/a.png", "--control-interval", "0.1", "0.2"], "none of 2 steps lies between"),
+        (["--control", "{}/sd3:{}/a.png"], "holds no ControlNet"),
+        (["--control", "{}/joint-True:{}/a.png", "--autoguidance", "{}/sd3:2"], "autoguidance exclude each other"),
         (
             ["--control", "{}/joint-True:{}/a.png", "--picture", "{}/a.png"],
             "--picture is for a model that works from a picture",

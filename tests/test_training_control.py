@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from trials import ROOT, assert_goes_on_to_the_bit, assert_two_learn_as_one, fit, lines, refused, small
 
+import encode
 import sample
 from mmdit import checkpoint, control
 
@@ -56,6 +57,7 @@ def test_only_the_control_net_learns_and_steers_its_base(base: Path, flags: list
         sample.main([*map(str, way), "--prompt", "a seven", "--steps", "2", "--guidance", "2", "--out", str(out)])
         (entry,) = json.loads((out / "samples.json").read_text())
         drawn.append(np.asarray(Image.open(out / entry["file"])))
+    assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[3])
     assert np.array_equal(drawn[2], drawn[3])
 
@@ -89,11 +91,38 @@ def test_it_is_trained_further(base: Path, flags: list[str], tmp_path: Path) -> 
         torch.testing.assert_close(a, b)
 
 
+def test_one_that_learned_without_the_shift_is_not_trained_further(base: Path, tmp_path: Path) -> None:
+    old = control.JointControlNet.of(checkpoint.load(base), 1)
+    old.zero_pooled = True
+    control.save(old, tmp_path / "old")
+    with pytest.raises(ValueError, match="which is not done here: train a new one"):
+        control.attach(base, control=tmp_path / "old")
+
+
+def test_samples_of_hints_have_the_size_of_their_pictures(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    rows = []
+    for i in range(24):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 16), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}))
+    (tmp_path / "pictures/metadata.jsonl").write_text("\n".join(rows))
+    config = small(tmp_path)
+    wide = ["--encode.source.path", str(tmp_path / "pictures"), "--encode.side", "16", "--encode.step", "8"]
+    encode.main(["--config", str(config), "--encode.source", "Pictures", *wide, "--encode.store",
+                 str(tmp_path / "store"), "--encode.hint", "Blur", "--encode.device", "cpu"])  # fmt: skip
+    fit(config, "--config", str(OVERLAY), "--network.path", str(base), "--data", "Stored", "--data.store",
+        str(tmp_path / "store"), "--data.held_out", "6", "--data.batch_size", "4", "--run.steps", "3")  # fmt: skip
+    assert (tmp_path / "run/samples/step-0000003.png").is_file()  # of 16 pixels, where the base draws 8
+    assert (tmp_path / "run/model/controlnet").is_dir()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--network.blocks", "3"], "a ControlNet of a network of 3 blocks can have 1 blocks, not 3"),
         (["--network.path", "nowhere"], "nowhere"),
+        (["--network.blocks", "0"], "can have 1 blocks, not 0"),
         (["--network.blocks", "1", "--network.control", "x"], "network.blocks is for a new ControlNet"),
         (["--network.control", "nowhere"], "there is no ControlNet nowhere"),
         (["--data.degrade", "null"], "network.picture_channels is 1, but the data need 0"),

@@ -287,7 +287,9 @@ class Generator(L.LightningModule):
         """
         if self.examples:
             shown, columns = self.examples, len(self.examples.captions)
-            drawn = self.pipeline(shown.captions, range(columns), picture=shown.pictures)
+            height, width = shown.real.shape[-2:]
+            seeds = range(columns)
+            drawn = self.pipeline(shown.captions, seeds, height=height, width=width, picture=shown.pictures)
             pictures = torch.cat([self.examples.enlarged(), drawn, shown.real])
         else:
             prompts, columns = [p for p in self.grid.prompts for _ in range(self.grid.columns)], self.grid.columns

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 from xxhash import xxh3_64_intdigest
 
-from data.raw.base import EXTENSIONS, Raw
+from data.raw.base import EXTENSIONS, Raw, original
 from data.raw.pictures import PictureError, cover, open_picture
 
 
@@ -95,7 +95,8 @@ class Smaller(Hint):
         self.factor = factor
 
     def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
-        return image.reduce(self.factor).resize(image.size, Image.Resampling.BICUBIC)
+        box = (0, 0, image.width / self.factor, image.height / self.factor)  # the last squares may be cut
+        return image.reduce(self.factor).resize(image.size, Image.Resampling.BICUBIC, box)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "Smaller", "factor": self.factor}
@@ -150,6 +151,7 @@ class Files(Hint):
 
     Raises:
         FileNotFoundError: there is no such folder.
+        ValueError: two hints have the same name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -158,9 +160,12 @@ class Files(Hint):
         self.folder = folder
         files = sorted(f for f in folder.rglob("*") if f.suffix[1:].lower() in EXTENSIONS)
         self.files = {str(f.relative_to(folder).with_suffix("")): f for f in files}
+        if len(self.files) < len(files):
+            twice = next(f for f in files if f not in self.files.values())
+            raise ValueError(f"{twice} has the name of another hint, with another ending: remove one of them")
 
     def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
-        file = self.files.get(str(Path(raw.id.partition("#")[0]).with_suffix("")))
+        file = self.files.get(str(Path(original(raw.id)).with_suffix("")))
         if file is None:
             raise PictureError("no hint", f"{self.folder} has no picture of this name")
         size = (image.height, image.width)
