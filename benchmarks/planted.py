@@ -348,7 +348,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("GaussianBlur(self.radius)", "GaussianBlur(self.radius / 2)"),
         ("image.reduce(self.factor)", "image.reduce(self.factor // 2)"),
         ("ImageOps.mirror(found) if raw.mirrored else found", "found"),
-        ("original(raw.id)", "raw.id"),
         ("side - length + 1", "1"),
     ],
     ("mmdit/control.py", "mmdit_control"): [
@@ -361,7 +360,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(low <= t) & (t <= high)", "(low <= t) | (t <= high)"),
         ("unused.requires_grad_(False)", "pass"),
         ("control.every_block = True", "control.every_block = False"),
-        ("zero_pooled = bool(config.get(\"force_zeros_for_pooled_projection\", True))", "zero_pooled = False"),
+        ("control.trunk.load_state_dict({name: state[name] for name in control.trunk.state_dict()})", "pass"),
+        ('config.get("force_zeros_for_pooled_projection", True)', "False"),
     ],
     ("mmdit/model.py", "mmdit_control"): [
         ("image + residual.to(image.dtype)", "image - residual.to(image.dtype)"),
@@ -380,7 +380,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("mmdit/control.py", "training_control"): [
         ("    base.requires_grad_(False)\n", ""),
-        ("control.trunk.load_state_dict({name: state[name] for name in control.trunk.state_dict()})", "pass"),
     ],
     ("metrics/page.py", "metrics_page"): [
         ("found.setdefault(key, {})[step] = value", "found.setdefault(key, {}).setdefault(step, value)"),

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 from xxhash import xxh3_64_intdigest
 
-from data.raw.base import EXTENSIONS, Raw, original
+from data.raw.base import EXTENSIONS, Raw
 from data.raw.pictures import PictureError, cover, open_picture
 
 
@@ -165,7 +165,7 @@ class Files(Hint):
             raise ValueError(f"{twice} has the name of another hint, with another ending: remove one of them")
 
     def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
-        file = self.files.get(str(Path(original(raw.id)).with_suffix("")))
+        file = self.files.get(str(Path(raw.id).with_suffix("")))
         if file is None:
             raise PictureError("no hint", f"{self.folder} has no picture of this name")
         size = (image.height, image.width)
