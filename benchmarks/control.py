@@ -64,8 +64,8 @@ def drawn(pipe: Pipeline, prompts: list[str], sampling: Sampling, hints: Tensor 
     found = []
     for start in tqdm(range(0, len(prompts), BATCH), desc="drawing", leave=False):
         part = slice(start, start + BATCH)
-        shown = {} if hints is None else {"picture": hints[part]}
-        found.append(pipe(prompts[part], range(len(prompts))[part], sampling=sampling, **shown))
+        picture = None if hints is None else hints[part]
+        found.append(pipe(prompts[part], range(len(prompts))[part], sampling=sampling, picture=picture))
     return torch.cat(found)
 
 

@@ -55,13 +55,15 @@ def main(argv: list[str] | None = None) -> None:
         sampling = Sampling(steps=args.steps, guidance=args.guidance)
         hole, scenes = Hole(seed=args.seed), [scene(args.seed, i) for i in range(args.num)]
         images = [picture(one) for one in scenes]
-        true, holed, masks = [], [], torch.zeros(args.num, 1, *images[0].size[::-1])
-        for i, image in enumerate(images):
+        true: list[Tensor] = []
+        holed: list[Tensor] = []
+        masks = torch.zeros(args.num, 1, *images[0].size[::-1])
+        for i, whole in enumerate(images):
             raw = Raw(str(i), b"", ("",), (1.0,))
-            left, top, right, bottom = hole.box(raw.id, image.size)
-            masks[i, 0, top:bottom, left:right] = 1
-            for found, shown in ((true, image), (holed, hole(raw, image))):
-                found.append(torch.from_numpy(np.asarray(shown).copy()).movedim(-1, 0) / 255)
+            left, top, end, bottom = hole.box(raw.id, whole.size)
+            masks[i, 0, top:bottom, left:end] = 1
+            for found, one in ((true, whole), (holed, hole(raw, whole))):
+                found.append(torch.from_numpy(np.asarray(one).copy()).movedim(-1, 0) / 255)
         known, hints = torch.stack(true), torch.stack(holed)
         ways: dict[str, tuple[Pipeline, bool, bool]] = {
             "blending": (base, True, False), "ControlNet": (steered, False, True), "both": (steered, True, True),
@@ -71,16 +73,19 @@ def main(argv: list[str] | None = None) -> None:
             parts = []
             for start in tqdm(range(0, args.num, BATCH), desc=name, leave=False):
                 part = slice(start, start + BATCH)
-                more = {"image": known[part], "mask": masks[part], "strength": 1.0} if blends else {}
-                more |= {"picture": hints[part]} if hinted else {}
-                prompts = [one.request.caption() for one in scenes[part]]
-                parts.append(pipe(prompts, range(args.num)[part], sampling=sampling, **more))
+                prompts = [each.request.caption() for each in scenes[part]]
+                image, mask = (known[part], masks[part]) if blends else (None, None)
+                shown = hints[part] if hinted else None
+                parts.append(
+                    pipe(prompts, range(args.num)[part], sampling=sampling, image=image, strength=1.0, mask=mask,
+                         picture=shown)
+                )  # fmt: skip
             drawn[name] = torch.cat(parts)
     print("| | right | seam |\n|---|---|---|")
     for name, pictures in (drawn | {"true pictures": known}).items():
         right = [
-            fulfils(read(pixels.movedim(0, -1).double().numpy()), one.request)
-            for pixels, one in zip(pictures, scenes, strict=True)
+            fulfils(read(pixels.movedim(0, -1).double().numpy()), each.request)
+            for pixels, each in zip(pictures, scenes, strict=True)
         ]
         seams = [seam(pixels, mask[0]) for pixels, mask in zip(pictures, masks, strict=True)]
         print(f"| {name} | {100 * np.mean(right):.0f} % | {np.mean(seams):.3f} |")
