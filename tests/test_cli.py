@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[Callable, list[str]]] = {
     "data": (data, ["info"]),
     "page": (metrics, ["page", "nowhere"]),
     "encode": (encode.main, CONFIG),
+    "hint": (encode.main, ["hint", "--hint", "Edges", "--picture", "nowhere"]),
     "train": (train.main, ["fit", *CONFIG]),
     "photographs": (tool, []),
 }

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from torch.nn.functional import avg_pool2d
 from trials import ROOT
 
+import encode
 from data import digits
 from data.latents import Pixels
 from data.module import Stored
@@ -164,6 +165,30 @@ def test_a_picture_without_hint_is_left_out_and_named(pictures: Path, tmp_path: 
     opened = Store(stored(pictures, tmp_path / "store", Files(hints)))
     assert len(opened) == COUNT - 1
     assert opened.report["dropped"] == {"no hint": 1}
+
+
+def test_the_hint_of_one_picture_is_that_of_the_store(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = ["hint", "--hint", "Edges", "--hint.low", "20", "--hint.high", "40", "--picture"]
+    encode.main([*given, str(pictures / "3.png"), "--out", str(tmp_path / "new/edges.png")])
+    image = Image.open(pictures / "3.png").convert("RGB")
+    made = np.asarray(Image.open(tmp_path / "new/edges.png"))
+    assert np.array_equal(made, np.asarray(Edges(low=20, high=40)(RAW, image)))
+    assert made.any()
+    for more, words in (
+        ([str(pictures / "none.png"), "--out", str(tmp_path / "x.png")], "none.png"),
+        ([str(pictures / "3.png"), "--out", str(tmp_path / "new/edges.png")], "exists already"),
+        ([str(pictures / "3.png"), "--out", str(tmp_path / "x.png"), "--hint.low", "50"], "0 < low <= high"),
+        ([str(pictures / "3.png"), "--out", str(tmp_path / "x.png"), "--hint", "Lines"], "Lines"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            encode.main([*given, *more])
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code == 2
+        assert words in line
+        assert not (tmp_path / "x.png").exists()
 
 
 def test_impossible_hints_are_refused(pictures: Path, tmp_path: Path, text: CLIPText) -> None:
