@@ -93,9 +93,18 @@ def test_each_student_trains_stops_goes_on_to_the_bit_and_draws(
     assert picture.isfinite().all()
 
 
-@pytest.mark.parametrize(("overlay", "kind"), [("meanflow", "ddp"), ("meanflow", "fsdp2"), ("reflow-online", "ddp")])
-def test_two_processes_learn_as_one(student: Callable[..., list[str]], tmp_path: Path, overlay: str, kind: str) -> None:
-    assert_two_learn_as_one(tmp_path / "config.yaml", *student(overlay), kind=kind)
+@pytest.mark.parametrize(
+    ("overlay", "kind", "relative"),
+    [
+        ("meanflow", "ddp", 1e-6),
+        ("meanflow", "fsdp2", 1e-6),
+        ("reflow-online", "ddp", 1e-5),  # the student begins as its teacher, so that its loss is a small difference
+    ],
+)
+def test_two_processes_learn_as_one(
+    student: Callable[..., list[str]], tmp_path: Path, overlay: str, kind: str, relative: float
+) -> None:
+    assert_two_learn_as_one(tmp_path / "config.yaml", *student(overlay), kind=kind, relative=relative)
 
 
 def test_in_bfloat16_average_velocities_have_the_same_gradient_but_for_rounding(
