@@ -116,6 +116,7 @@ def test_the_original_file_of_the_kind_without_text(tmp_path: Path) -> None:
     save_file(original_names(net.state_dict(), depth), file)
     base, ours = checkpoint.load(tmp_path / "base"), control.load(file)
     assert isinstance(ours, SingleControlNet)
+    assert ours.every_block
     ours.every_block = False
     expected = answer(theirs, [(net, hints(1), 1.0)])
     assert relative(steered(Controlled(base, [Control(ours)]), hints(1)), expected) < 1e-5
