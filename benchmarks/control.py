@@ -23,6 +23,7 @@ from data.raw.base import Raw
 from data.raw.hints import Edges
 from data.raw.pictures import save_png, sheet, to_image
 from data.shapes import Request, Scene, picture, place
+from data.store.encoding import levels
 from mmdit import control
 from mmdit.control import Control
 from pipeline import Pipeline
@@ -35,8 +36,7 @@ RAW = Raw("", b"", ("",), (1.0,))
 
 def edges(pictures: Tensor) -> Tensor:
     """Hints of pictures (N, 3, H, W) in [0, 1], of the same shape."""
-    found = np.stack([np.asarray(Edges()(RAW, to_image(one))) for one in pictures])
-    return torch.from_numpy(found).movedim(-1, 1).float() / 255
+    return torch.stack([levels(Edges()(RAW, to_image(one))) for one in pictures]) / 255
 
 
 def overlap(drawn: Tensor, wanted: Tensor) -> float:
@@ -56,16 +56,35 @@ def scene_of(asked: Request, seed: int, number: int) -> Tensor:
     draw = stream(seed, Use.SCENE, 1, number)
     while (objects := place(asked, draw)) is None:
         pass
-    return torch.from_numpy(np.asarray(picture(Scene(asked, objects))).copy()).movedim(-1, 0) / 255
+    return levels(picture(Scene(asked, objects))) / 255
 
 
-def drawn(pipe: Pipeline, prompts: list[str], sampling: Sampling, hints: Tensor | None) -> Tensor:
-    """A picture of each prompt, with seed i for picture i."""
+def drawn(
+    pipe: Pipeline,
+    prompts: list[str],
+    sampling: Sampling,
+    hints: Tensor | None = None,
+    known: Tensor | None = None,
+    masks: Tensor | None = None,
+) -> Tensor:
+    """A picture of each prompt, (N, 3, H, W), with seed i for picture i.
+
+    Args:
+        pipe: the model.
+        prompts: N texts.
+        sampling: how it is sampled.
+        hints: pictures to work from, (N, 3, H, W).
+        known: pictures that are kept where the masks are 0, (N, 3, H, W).
+        masks: (N, 1, H, W).
+    """
     found = []
     for start in tqdm(range(0, len(prompts), BATCH), desc="drawing", leave=False):
         part = slice(start, start + BATCH)
-        picture = None if hints is None else hints[part]
-        found.append(pipe(prompts[part], range(len(prompts))[part], sampling=sampling, picture=picture))
+        picture, image, mask = (None if given is None else given[part] for given in (hints, known, masks))
+        seeds = range(len(prompts))[part]
+        found.append(
+            pipe(prompts[part], seeds, sampling=sampling, image=image, strength=1.0, mask=mask, picture=picture)
+        )
     return torch.cat(found)
 
 
@@ -87,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         sampling = Sampling(steps=args.steps, guidance=args.guidance)
         hints = edges(torch.stack([scene_of(one, args.seed, i) for i, one in enumerate(asked.asked)]))
         pictures = {
-            "without": drawn(base, asked.prompts, sampling, None),
+            "without": drawn(base, asked.prompts, sampling),
             "with": drawn(steered, asked.prompts, sampling, hints),
         }
     shape = (len(asked.categories), args.per_category)

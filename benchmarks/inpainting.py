@@ -14,20 +14,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from benchmarks.control import drawn
 from cli import Parser, finite, natural, one_line_errors, positive
+from data.examined import Shapes
 from data.raw.base import Raw
 from data.raw.hints import Hole
 from data.raw.pictures import save_png, sheet
-from data.shapes import fulfils, picture, read, scene
+from data.shapes import picture, scene
+from data.store.encoding import levels
 from mmdit import control
 from mmdit.control import Control
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
 from storage.models import find_model
 
-BATCH, SHOWN = 50, 10
+SHOWN = 10
 
 
 def seam(picture: Tensor, mask: Tensor) -> float:
@@ -54,43 +56,27 @@ def main(argv: list[str] | None = None) -> None:
         steered = base.steered([Control(control.load(args.control))])
         sampling = Sampling(steps=args.steps, guidance=args.guidance)
         hole, scenes = Hole(seed=args.seed), [scene(args.seed, i) for i in range(args.num)]
+        asked = Shapes([one.request for one in scenes])
         images = [picture(one) for one in scenes]
-        true: list[Tensor] = []
-        holed: list[Tensor] = []
-        masks = torch.zeros(args.num, 1, *images[0].size[::-1])
-        for i, whole in enumerate(images):
-            raw = Raw(str(i), b"", ("",), (1.0,))
-            left, top, end, bottom = hole.box(raw.id, whole.size)
-            masks[i, 0, top:bottom, left:end] = 1
-            for found, one in ((true, whole), (holed, hole(raw, whole))):
-                found.append(torch.from_numpy(np.asarray(one).copy()).movedim(-1, 0) / 255)
-        known, hints = torch.stack(true), torch.stack(holed)
-        ways: dict[str, tuple[Pipeline, bool, bool]] = {
-            "blending": (base, True, False), "ControlNet": (steered, False, True), "both": (steered, True, True),
-        }  # fmt: skip
-        drawn = {}
-        for name, (pipe, blends, hinted) in ways.items():
-            parts = []
-            for start in tqdm(range(0, args.num, BATCH), desc=name, leave=False):
-                part = slice(start, start + BATCH)
-                prompts = [each.request.caption() for each in scenes[part]]
-                image, mask = (known[part], masks[part]) if blends else (None, None)
-                shown = hints[part] if hinted else None
-                parts.append(
-                    pipe(prompts, range(args.num)[part], sampling=sampling, image=image, strength=1.0, mask=mask,
-                         picture=shown)
-                )  # fmt: skip
-            drawn[name] = torch.cat(parts)
+        known = torch.stack([levels(image) for image in images]) / 255
+        raws = [Raw(str(i), b"", ("",), (1.0,)) for i in range(args.num)]
+        hints = torch.stack([levels(hole(*both)) for both in zip(raws, images, strict=True)]) / 255
+        masks = torch.zeros_like(known[:, :1])
+        for mask, raw, image in zip(masks, raws, images, strict=True):
+            left, top, right, bottom = hole.box(raw.id, image.size)
+            mask[0, top:bottom, left:right] = 1
+        ways = {
+            "blending": drawn(base, asked.prompts, sampling, None, known, masks),
+            "ControlNet": drawn(steered, asked.prompts, sampling, hints),
+            "both": drawn(steered, asked.prompts, sampling, hints, known, masks),
+        }
     print("| | right | seam |\n|---|---|---|")
-    for name, pictures in (drawn | {"true pictures": known}).items():
-        right = [
-            fulfils(read(pixels.movedim(0, -1).double().numpy()), each.request)
-            for pixels, each in zip(pictures, scenes, strict=True)
-        ]
+    for name, pictures in (ways | {"true pictures": known}).items():
+        share = np.mean([verdict.right for verdict in asked.verdicts(pictures)])
         seams = [seam(pixels, mask[0]) for pixels, mask in zip(pictures, masks, strict=True)]
-        print(f"| {name} | {100 * np.mean(right):.0f} % | {np.mean(seams):.3f} |")
+        print(f"| {name} | {100 * share:.0f} % | {np.mean(seams):.3f} |")
     if args.sheet:
-        rows = [hints, *drawn.values(), known]
+        rows = [hints, *ways.values(), known]
         save_png(sheet(torch.cat([row[:SHOWN] for row in rows]), min(SHOWN, args.num)), args.sheet)
         print(f"Look at {args.sheet}")
 

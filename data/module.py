@@ -370,11 +370,12 @@ class Stored(Data):
             self.paired = True
         elif main.plan.get("latents") == stored.PAIR:
             raise ValueError(f"{main.source} holds pairs: set data.teacher to the model folder that made them")
-        kinds = {opened.plan.get("latents") for opened in self.stores} & {stored.CHOICE, stored.HINT}
-        if (kinds and any(opened.plan.get("latents") not in kinds for opened in self.stores)) or len(kinds) > 1:
+        latents = [opened.plan.get("latents") for opened in self.stores]
+        kinds = {kind if kind in (stored.CHOICE, stored.HINT) else None for kind in latents}
+        if len(kinds) > 1:
             raise ValueError("some of the stores hold choices or hints and others not: train on one kind")
-        self.choices = stored.CHOICE in kinds
-        self.picture_channels = codec.channels if stored.HINT in kinds else 0
+        self.choices = kinds == {stored.CHOICE}
+        self.picture_channels = codec.channels if kinds == {stored.HINT} else 0
         side = main.plan["buckets"]["side"]
         super().__init__(text, codec, seed, batch_size, side, workers, size_conditioning, text_mask)
         first = main.stores[0]

@@ -53,7 +53,7 @@ def places(depth: int, count: int, every_block: bool = False) -> list[int | None
 
 
 class ControlNet(nn.Module, ABC):
-    """h₀ = tokens of z + Z(hint), hᵢ = blockᵢ(hᵢ₋₁); the base's image tokens get Zᵢ(hᵢ) (Zhang et al. 2023, figure 3b).
+    """h₀ = tokens of z + Z(hint), hᵢ = blockᵢ(hᵢ₋₁); the base's image tokens get Zᵢ(hᵢ) (Zhang et al. 2023, eq. 2).
 
     The linear maps Z start at zero, so that a new one changes nothing.
 
