@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from engine.flops import forward_flops
+from engine.strategy import Strategy
 from flow.objective import Interval, Model, Objective
 from flow.preference import Drawn, Judged, Preference, mean_square
 from mmdit.network import Condition, Network
@@ -35,10 +36,10 @@ class JudgeModel(ABC):
         self.reference = reference
         self.watched: dict[str, Tensor] = {}
 
-    def follow(self, pipe: Pipeline, device: torch.device) -> None:
+    def follow(self, pipe: Pipeline, device: torch.device, strategy: Strategy) -> None:
         """Makes ready for a training: `pipe` is the main average of the weights, which draws pictures."""
         if self.reference:
-            self.reference.to(device)
+            self.reference.prepare(device, strategy)
 
     def twins(self, numbers: Tensor, dim: int = 0) -> Tensor:
         """Numbers for the pictures along `dim`; both pictures of a pair have those of the first."""

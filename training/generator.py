@@ -115,7 +115,7 @@ class Generator(L.LightningModule):
             return
         strategy, device, world = self.strategy, self.trainer.strategy.root_device, self.trainer.world_size
         if self.teacher:
-            self.teacher.to(device)
+            self.teacher.prepare(device, strategy)
         strategy.prepare(self.network)
         copies = [skeleton(self.writer.network) for _ in self.averages.decays()]
         if strategy.kind == "fsdp2" and world > 1:
@@ -133,7 +133,7 @@ class Generator(L.LightningModule):
         self.weights = [p for p in self.network.parameters() if p.requires_grad]
         self.pipeline = Pipeline(copies[0], *self.pipeline.parts[1:])
         if self.judge:
-            self.judge.follow(self.pipeline, device)
+            self.judge.follow(self.pipeline, device, strategy)
 
     # One step: draw t, mix picture and noise, compare (Esser et al. 2024, §2 and §3.1).
 

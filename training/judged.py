@@ -16,6 +16,7 @@ from data.latents import Codec
 from data.module import Data
 from data.text.encoder import TextEncoder
 from engine.flops import forward_flops
+from engine.strategy import Strategy
 from flow.objective import Interval, Model, Objective
 from flow.preference import NFT, Drawn, Preference
 from mmdit.network import Condition, Network
@@ -163,8 +164,8 @@ class DrawingModel(JudgeModel):
         self.branches = 1 if judgement.guidance == 1 else 2
         self.learned_branches = 1 if self.paired else self.branches
 
-    def follow(self, pipe: Pipeline, device: torch.device) -> None:
-        super().follow(pipe, device)
+    def follow(self, pipe: Pipeline, device: torch.device, strategy: Strategy) -> None:
+        super().follow(pipe, device, strategy)
         self.policy = TeacherModel(Teacher(None, self.judgement.guidance, self.judgement.pairs), pipe)
 
     def twins(self, numbers: Tensor, dim: int = 0) -> Tensor:

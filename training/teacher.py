@@ -13,7 +13,7 @@ from data.sizes import SIZE_FEATURES
 from data.text.clip import CLIPText
 from data.text.encoder import TextEncoder
 from engine.flops import forward_flops
-from engine.strategy import skeleton
+from engine.strategy import Strategy, skeleton
 from flow.guidance import ClassifierFree
 from flow.objective import Estimate, Field, Interval, Model, Objective
 from mmdit import lora
@@ -193,10 +193,12 @@ class TeacherModel:
         self.uses = teacher.pairs.uses if teacher.pairs else 1
         self.null: Condition | None = None
 
-    def to(self, device: torch.device) -> None:
-        """Moves a network of its own to a device and freezes it."""
+    def prepare(self, device: torch.device, strategy: Strategy) -> None:
+        """Moves a network of its own to a device, freezes it and compiles its blocks if the strategy says so."""
         if not self.bare:
-            self.pipe.network.to(device).requires_grad_(False)
+            # A CPU computes in float32 or bfloat16, and would convert weights of float16 at every call.
+            self.pipe.network.to(device, torch.float32 if device.type == "cpu" else None).requires_grad_(False)
+            strategy.prepare(self.pipe.network)
 
     def lesson(self, condition: Condition, x0: Tensor, noise: Tensor, u: Tensor, uses: int = 1) -> Lesson:
         """What a student learns in place of the target of data and noise: the teacher's output, or the teacher's pairs.
