@@ -32,6 +32,7 @@ class Use(IntEnum):
     LEVEL = 10
     DEGRADE = 11
     JUDGED = 12
+    MATCHED = 13
 
 
 def stream(seed: int, use: Use, step: int = 0, sample: int = 0) -> np.random.Generator:

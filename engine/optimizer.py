@@ -189,7 +189,7 @@ def skips(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The optimizer's tensors of the trained parameters: "PARAMETER.KEY", such as AdamW's step, exp_avg and exp_avg_sq.
 
     A tensor that consists of others, as the moments of 8-bit optimizers, is given by them: "PARAMETER.KEY.PART".
@@ -198,7 +198,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dic
     if not any(optimizer.state.values()):
         begin(optimizer)
     found: dict[str, Tensor] = {}
-    for name, parameter in network.named_parameters():
+    for name, parameter in weights.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
                 parts, _ = value.__tensor_flatten__()
@@ -229,19 +229,20 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
             group["lr"] = rate
 
 
-def optimizer_numbers(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Any]:
+def optimizer_numbers(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     """All numbers that a step may change, as JSON: those of the groups but the rates, and those of the parameters."""
-    states = {name: written(optimizer.state.get(weight, {})) for name, weight in network.named_parameters()}
+    states = {name: written(optimizer.state.get(weight, {})) for name, weight in weights.items()}
     groups = [written({k: v for k, v in group.items() if k not in OWN}) for group in optimizer.param_groups]
     return {"groups": groups, "parameters": {name: state for name, state in states.items() if state}}
 
 
-def set_optimizer_numbers(optimizer: torch.optim.Optimizer, network: nn.Module, numbers: Any) -> None:
+def set_optimizer_numbers(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], numbers: Any
+) -> None:
     """Sets what `optimizer_numbers` gave. Older checkpoints have a list of the groups' numbers instead."""
     numbers = {"groups": numbers, "parameters": {}} if isinstance(numbers, list) else numbers
     for group, values in zip(optimizer.param_groups, numbers["groups"], strict=True):
         group.update(read(values))
-    weights = dict(network.named_parameters())
     for name, values in numbers["parameters"].items():
         optimizer.state[weights[name]].update(read(values))
 

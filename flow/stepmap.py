@@ -1,12 +1,17 @@
 """The k-step map: distillation into a sampler of k equal steps (Liu et al. 2022, §2.2)."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from flow.density import Steps, shift
-from flow.objective import Objective
+from flow.grid import trailing
+from flow.objective import Estimate, Model, Objective, output
 from flow.path import Path
 from flow.penalty import Penalty
-from flow.target import Target
+from flow.sampler import euler
+from flow.target import Target, solve
 
 
 class StepMap(Objective):
@@ -48,3 +53,30 @@ class StepMap(Objective):
     def validation_time(self, t: Tensor, area: int) -> Tensor:
         """The training time for u = t."""
         return self.training_time(t, area)
+
+    def picture(self, model: Model, noise: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """The pictures (B, …) float32 that the model sees at the steps from t (B,) on of its own walks of k steps.
+
+        The gradient is that of this step alone: the model that walks there does not learn from it.
+
+        Args:
+            model: the network or a wrapper around it.
+            noise: standard normal, (B, …).
+            t: training times, (B,).
+            condition: passed to the model.
+        """
+        noise = noise.float()
+        grid = trailing(self.path, self.k, self.alpha(noise[0, 0].numel()))[:-1]
+        a, b = self.path(grid[0])
+        points = [(a**2 + b**2).sqrt().to(noise.dtype) * noise]
+
+        def denoise(z: Tensor, s: Tensor) -> Estimate:
+            return self.denoise(model, z, s, condition)
+
+        with torch.no_grad():
+            euler(denoise, self.path, points[0], grid, lambda i, z, x0: points.append(z))
+        step = torch.zeros_like(t, dtype=torch.long)
+        for later in grid[1:]:
+            step += t <= later.item() + 1e-5
+        z = torch.stack(points)[step, torch.arange(len(t), device=t.device)]
+        return solve(self.path, self.target, z, output(model, z, t, condition), t)[0]

@@ -99,11 +99,11 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
         raise ValueError(f"network.pooled_dim must be {needed} {how} data.size_conditioning, got {network.pooled_dim}")
     for height, width in {(data.side, data.side), *data.sizes}:  # fails now if a size does not fit the patch size
         pipeline.plan(config.sampling, None, height, width)
-    config.optimization.check(network, run.steps)
     generator = Generator(
         pipeline, run, data.batch_size, config.optimization, config.ema, config.strategy, config.grid, data.side,
         ModelWriter(pipeline, run.folder, base), teacher, config.terms, data.examples(config.grid.columns), judge,
     )  # fmt: skip
+    config.optimization.check(generator.named_weights(), run.steps)
     if config.lora and config.lora.quantize != "none":
         if config.strategy.kind == "fsdp2":
             raise ValueError("lora.quantize goes with strategy.kind ddp: fsdp2 shards weights that are not quantized")

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import Batch
 from data.module import Examples
@@ -24,7 +24,7 @@ from mmdit.network import Condition, HiddenStates, Network
 from pipeline import Pipeline
 from pipeline.sampling import sent
 from training.chosen import JudgeModel
-from training.optimization import Optimization
+from training.optimization import CRITIC, Optimization
 from training.run_folder import Run
 from training.saving import ModelWriter, gather
 from training.teacher import Lesson, TeacherModel
@@ -96,6 +96,7 @@ class Generator(L.LightningModule):
         self.optimization, self.averages, self.strategy, self.grid = optimization, averages, strategy, grid
         self.writer, self.teacher, self.terms, self.examples = writer, teacher, tuple(terms), examples
         self.judge = judge
+        self.critic = teacher.critic if teacher else None
         low, high = teacher.teacher.range if teacher else (1.0, 1.0)
         if self.network.guidance_embeds != (low < high):
             raise ValueError("network.guidance_embeds and a range of teacher.guidance, such as [1, 6], need each other")
@@ -116,21 +117,24 @@ class Generator(L.LightningModule):
         strategy, device, world = self.strategy, self.trainer.strategy.root_device, self.trainer.world_size
         if self.teacher:
             self.teacher.prepare(device, strategy)
-        strategy.prepare(self.network)
+        learners = [self.network, *([self.critic] if self.critic else [])]
+        for network in learners:
+            strategy.prepare(network)
         copies = [skeleton(self.writer.network) for _ in self.averages.decays()]
         if strategy.kind == "fsdp2" and world > 1:
             mesh = strategy.mesh(device, world)
             dtype = torch.float32 if self.trainer.precision == "32-true" else torch.bfloat16
-            for network in (self.network, *copies):
+            for network in (*learners, *copies):
                 strategy.shard(network, mesh, dtype)
             for copied in copies:
                 copied.to_empty(device=next(self.network.parameters()).device)
         else:
-            self.network.to(device)  # before parts are shared: moving a buffer makes another one
+            for network in learners:
+                network.to(device)  # before parts are shared: moving a buffer makes another one
             for copied in copies:
                 share_frozen(self.network, copied)
         self.ema = EMA(self.averages, copies, self.network)
-        self.weights = [p for p in self.network.parameters() if p.requires_grad]
+        self.weights = [[p for p in network.parameters() if p.requires_grad] for network in learners]
         self.pipeline = Pipeline(copies[0], *self.pipeline.parts[1:])
         if self.judge:
             self.judge.follow(self.pipeline, device, strategy)
@@ -169,14 +173,19 @@ class Generator(L.LightningModule):
         """What is learned from a batch. With a teacher, the uniform numbers u (b,) draw the guidance scales."""
         condition = Condition(**batch.condition())
         if self.teacher:
-            return self.teacher.lesson(condition, batch.x0, batch.noise, u, uses)
+            fresh = self.fresh(batch, Use.MATCHED) if self.critic else None
+            return self.teacher.lesson(condition, batch.x0, batch.noise, u, uses, fresh)
         return Lesson(condition, batch.x0, batch.noise)
 
     def judged(self, batch: Batch) -> Lesson:
         """What is learned from judged pictures of a batch's captions."""
         assert self.judge
-        fresh = normal(self.run.seed, Use.JUDGED, batch.step, batch.positions, tuple(batch.noise.shape[1:]))
-        return self.judge.lesson(batch, sent(fresh, batch.noise.device))
+        return self.judge.lesson(batch, self.fresh(batch, Use.JUDGED))
+
+    def fresh(self, batch: Batch, use: Use) -> Tensor:
+        """More noise for a batch, (b, C, H, W), independent of its own: a function of (seed, step) and the pictures."""
+        step = max(batch.step, 0)  # a repeated share of the validation has none
+        return sent(normal(self.run.seed, use, step, batch.positions, batch.noise.shape[1:]), batch.noise.device)
 
     def add_losses(self, means: Tensor, batch: Batch) -> None:
         """Adds the mean losses of a micro-batch to those of this rank's share of the global batch, for the log."""
@@ -188,8 +197,9 @@ class Generator(L.LightningModule):
         return bool(batch.positions[0] % (self.batch_size // self.trainer.world_size) == 0)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Clips the norm of the whole gradient, and makes the optimizer skip a step that is not finite."""
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.weights, self.optimization.clip))
+        """Clips the norm of each network's whole gradient; makes the optimizer skip a step that is not finite."""
+        norms = [whole(torch.nn.utils.clip_grad_norm_(own, self.optimization.clip)) for own in self.weights]
+        norm = torch.stack(norms).norm() if self.critic else norms[0]
         self.trainer.optimizers[0].found_inf = self.guard.check(norm)  # type: ignore[attr-defined]
         step, most = self.global_step + 1, self.optimization.max_skipped
         if step % self.run.log_every and step % (most + 1):
@@ -221,9 +231,14 @@ class Generator(L.LightningModule):
         self.ema.update(self.network, self.global_step + 1)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimization.build(self.network)
+        optimizer = self.optimization.build(self.named_weights())
         schedule = self.optimization.rates(optimizer, self.run.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """All weights of the network, and under `critic.` those of a critic."""
+        critic = self.critic.named_parameters(prefix=CRITIC.rstrip(".")) if self.critic else ()
+        return dict(self.network.named_parameters()) | dict(critic)
 
     def lr_scheduler_step(self, scheduler: Any, metric: object, step: int | None = None) -> None:
         """Sets the rates of the step."""
@@ -274,7 +289,7 @@ class Generator(L.LightningModule):
         if not math.isfinite(mean):
             raise FloatingPointError(f"the validation loss is {mean} at step {self.global_step}: try a lower lr")
         self.draw_samples()
-        if score < self.best:
+        if score < self.best or self.critic:  # a critic learns, so that early losses are no better than late ones
             self.best = score
             weights = gather(self.trainer, self.kept(self.ema.main))
             if weights is not None:
@@ -314,10 +329,12 @@ class Generator(L.LightningModule):
         if not self.trainer.is_global_zero:
             self.bins.sums.zero_()
         state = self.network_state()
+        if self.critic:
+            state |= {CRITIC + name: tensor for name, tensor in self.critic.state_dict().items()}
         state |= {f"average.{name}": tensor for name, tensor in self.ema.named().items()}
         state |= {f"guard.{name}": tensor for name, tensor in self.guard.named_buffers()}
         if optimizer:
-            own = optimizer_state(optimizer, self.network)
+            own = optimizer_state(optimizer, self.named_weights())
             state |= {f"optimizer.{name}": tensor for name, tensor in own.items()}
         return state | {"bins": self.bins.sums}
 
@@ -332,7 +349,7 @@ class Generator(L.LightningModule):
         return {name: t for name, t in state.items() if self.writer.base is None or name in learning}
 
     def numbers(self) -> dict[str, Any]:
-        own = optimizer_numbers(self.trainer.optimizers[0], self.network)
+        own = optimizer_numbers(self.trainer.optimizers[0], self.named_weights())
         return {"best": self.best if math.isfinite(self.best) else None, "optimizer": own}
 
     def on_resume(self, step: int, numbers: dict[str, Any]) -> None:
@@ -344,7 +361,7 @@ class Generator(L.LightningModule):
             self.bins.sums.zero_()  # rank 0 keeps the sums of all processes
         if self.trainer.state.fn == "fit":
             if own := numbers.get("optimizer"):
-                set_optimizer_numbers(self.trainer.optimizers[0], self.network, own)
+                set_optimizer_numbers(self.trainer.optimizers[0], self.named_weights(), own)
             self.lr_scheduler_step(self.lr_schedulers(), None, step)
 
 

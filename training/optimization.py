@@ -1,7 +1,7 @@
 """The optimizer, its groups of weights, and its learning rate."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from engine.optimizer import Together, skips
 from training.schedule import Cosine, Rates, Schedule
 
 Groups = list[dict[str, Any]]
+CRITIC = "critic."  # begins the names of the weights of a second network, which learns beside the first
 STACKED = {"qkv": 3, "kv": 2}  # names of fused layers, and how many matrices they hold
 
 
@@ -76,13 +77,13 @@ class Optimization:
                 f"got {self.lr}, {self.warmup}, {self.weight_decay}, {self.max_skipped} and {self.clip}"
             )
 
-    def build(self, network: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of the trained weights of the network.
+    def build(self, weights: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of those weights, by name, that are trained.
 
         Raises:
             ValueError: a pattern fits no weight, or there are no matrices for `matrices`.
         """
-        named = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+        named = [(name, weight) for name, weight in weights.items() if weight.requires_grad]
         for group in self.groups:
             if not any(re.search(group.pattern, name) for name, _ in named):
                 raise ValueError(f"optimization.groups: no trained weight's name has a match of {group.pattern!r}")
@@ -111,9 +112,9 @@ class Optimization:
         for (factor, decay, stacked), weights in found.items():
             yield {"params": weights, "lr": factor * self.lr, "weight_decay": decay, "stacked": stacked}
 
-    def check(self, network: nn.Module, steps: int) -> None:
-        """ValueError if the network cannot be trained so, or not for this many steps."""
-        self.build(network)
+    def check(self, weights: Mapping[str, nn.Parameter], steps: int) -> None:
+        """ValueError if the weights cannot be trained so, or not for this many steps."""
+        self.build(weights)
         if self.warmup >= steps:
             raise ValueError(f"optimization.warmup must be below run.steps {steps}, got {self.warmup}")
 
@@ -134,4 +135,4 @@ class Optimization:
 
 def is_matrix(name: str, weight: Tensor) -> bool:
     """Whether a weight is a matrix within a block, other than one of the modulation."""
-    return weight.ndim == 2 and name.startswith("blocks.") and "modulation" not in name
+    return weight.ndim == 2 and name.removeprefix(CRITIC).startswith("blocks.") and "modulation" not in name

@@ -1,5 +1,6 @@
 """Distillation: a student learns the output of a teacher, or the pictures that the teacher makes from its noise."""
 
+import copy
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from data.text.encoder import TextEncoder
 from engine.flops import forward_flops
 from engine.strategy import Strategy, skeleton
 from flow.guidance import ClassifierFree
+from flow.matching import Matching
 from flow.objective import Estimate, Field, Interval, Model, Objective
+from flow.stepmap import StepMap
 from mmdit import lora
 from mmdit.network import Condition, Network
 from pipeline import LoadOptions, Pipeline
@@ -84,16 +87,23 @@ class Teacher:
             are the ends of a range: each picture draws a scale, and the student needs guidance_embeds, which receive
             the scale.
         pairs: learn the teacher's pictures of the noise, in place of its output at points between the data and noise.
+        matching: learn the distribution of the teacher's pictures, in the steps of a `StepMap`. A critic, at first a
+            copy of the teacher, learns the student's pictures meanwhile; its weights' names begin with `critic.`.
     """
 
     model: Path | None = None
     guidance: float | tuple[float, float] = 1.0
     pairs: Pairs | None = None
+    matching: Matching | None = None
 
     def __post_init__(self) -> None:
         low, high = self.range
         if not 0 <= low <= high < math.inf:
             raise ValueError(f"teacher.guidance must be a number of at least 0, or two that rise, got {self.guidance}")
+        if self.matching and self.pairs:
+            raise ValueError("teacher.matching and teacher.pairs exclude each other: leave one of them out")
+        if self.matching and low < high:
+            raise ValueError(f"teacher.matching needs one teacher.guidance, got the range {self.guidance}")
 
     @property
     def range(self) -> tuple[float, float]:
@@ -147,6 +157,11 @@ class Teacher:
             raise ValueError(f"{named} and data.size_conditioning {sized} do not fit together: change one of them")
         if self.pairs:
             pipe.plan(self.pairs.sampling)
+        if self.matching and not self.model:
+            raise ValueError("teacher.matching trains whole networks and no LoRA: leave lora out")
+        if self.matching and not isinstance(objective, StepMap):
+            raise ValueError("teacher.matching needs objective.class_path StepMap, which says in how many steps the "
+                             f"student draws, and it is {type(objective).__name__}")  # fmt: skip
         return TeacherModel(self, pipe, bare=self.model is None)
 
     def _read(self, codec: Codec, text: TextEncoder) -> tuple[Network, Objective]:
@@ -176,6 +191,28 @@ class Lesson:
         return objective.loss(model, self.x0, self.noise, t, self.condition, interval, self.field)
 
 
+@dataclass(kw_only=True)
+class MatchedLesson(Lesson):
+    """Noise and captions whose pictures the student draws. Its loss is also the critic's."""
+
+    teacher: "TeacherModel"
+    times: Tensor  # of the noised pictures, (b,)
+    fresh: Tensor  # their noise, (b, C, H, W)
+
+    def loss(self, objective: Objective, model: Model, t: Tensor, interval: Interval | None = None) -> Tensor:
+        teacher, scale = self.teacher, torch.full_like(t, self.teacher.teacher.range[0])
+        assert isinstance(objective, StepMap)
+        assert teacher.teacher.matching
+        assert teacher.critic
+        drawn = objective.picture(model, self.noise, t, self.condition)
+        told = self.condition._replace(guidance=scale) if teacher.pipe.network.guidance_embeds else self.condition
+        student, critic = teacher.teacher.matching.losses(
+            teacher.pipe.objective, drawn, self.fresh, self.times,
+            teacher.guided(self.condition, scale), teacher.critic, told,
+        )  # fmt: skip
+        return student + critic
+
+
 class TeacherModel:
     """A loaded teacher.
 
@@ -186,11 +223,13 @@ class TeacherModel:
 
     Attributes:
         uses: samples in a row that learn one pair in training.
+        critic: learns the student's pictures, if their distribution is matched.
     """
 
     def __init__(self, teacher: Teacher, pipe: Pipeline, bare: bool = False) -> None:
         self.teacher, self.pipe, self.bare = teacher, pipe, bare
         self.uses = teacher.pairs.uses if teacher.pairs else 1
+        self.critic = copy.deepcopy(pipe.network).float().requires_grad_(True) if teacher.matching else None
         self.null: Condition | None = None
 
     def prepare(self, device: torch.device, strategy: Strategy) -> None:
@@ -200,16 +239,31 @@ class TeacherModel:
             self.pipe.network.to(device, torch.float32 if device.type == "cpu" else None).requires_grad_(False)
             strategy.prepare(self.pipe.network)
 
-    def lesson(self, condition: Condition, x0: Tensor, noise: Tensor, u: Tensor, uses: int = 1) -> Lesson:
-        """What a student learns in place of the target of data and noise: the teacher's output, or the teacher's pairs.
+    def lesson(
+        self,
+        condition: Condition,
+        x0: Tensor,
+        noise: Tensor,
+        u: Tensor,
+        uses: int = 1,
+        fresh: Tensor | None = None,
+    ) -> Lesson:
+        """What a student learns in place of the target of data and noise.
+
+        That is the teacher's output, its pairs or its distribution.
 
         Args:
             condition: the condition of the teacher.
             x0: pictures of the data, (b, C, H, W).
             noise: (b, C, H, W).
-            u: uniform numbers (b,) that draw the guidance scale of each picture.
+            u: uniform numbers (b,) that draw the guidance scale of each picture, or the times of matching.
             uses: with pairs, so many samples in a row learn the pair of the first of them.
+            fresh: for matching, more noise (b, C, H, W).
         """
+        if self.teacher.matching:
+            assert fresh is not None
+            times = self.teacher.matching.times(u, self.pipe.objective, noise[0, 0].numel())
+            return MatchedLesson(condition, x0, noise, teacher=self, times=times, fresh=fresh)
         low, high = self.teacher.range
         scale = low + (high - low) * u
         told = condition._replace(guidance=scale) if low < high else condition
@@ -264,11 +318,17 @@ class TeacherModel:
         return self.null._replace(pooled=torch.cat([pooled, condition.pooled[:, -SIZE_FEATURES:]], 1))
 
     def flops(self, z: Tensor, t: Tensor, condition: Condition) -> float:
-        """FLOPs of a lesson: one guided output for each sample, or the walks of the pairs."""
+        """FLOPs of a lesson: one guided output for each sample, the walks of the pairs, or what matching needs.
+
+        Matching adds to the guided output the critic's step, and the student's steps before the one that learns.
+        """
         told = condition._replace(guidance=t) if self.pipe.network.guidance_embeds else condition
         passes = 1 if self.teacher.range == (1, 1) or self.pipe.network.guidance_embeds else 2
-        walks = self.evaluations() / self.uses if self.teacher.pairs else 1
-        return walks * passes * forward_flops(skeleton(self.pipe.network), z, t, told)
+        if self.teacher.pairs:
+            passes *= self.evaluations() / self.uses
+        if self.critic:
+            passes += 3
+        return passes * forward_flops(skeleton(self.pipe.network), z, t, told)
 
     def evaluations(self) -> int:
         """How often the walk of a pair evaluates the guided teacher."""

@@ -110,7 +110,7 @@ def training_step(
         draw: latents, times and condition of the next batch.
     """
     optimization, objective, guard = Optimization(), Objective(), Guard().to(machine.device)
-    optimizer = optimization.build(network)
+    optimizer = optimization.build(dict(network.named_parameters()))
     averages = EMA(Averages(), [skeleton(network).to_empty(device=machine.device)], network)
     weights = list(network.parameters())
 
