@@ -236,9 +236,7 @@ def optimizer_numbers(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn
     return {"groups": groups, "parameters": {name: state for name, state in states.items() if state}}
 
 
-def set_optimizer_numbers(
-    optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], numbers: Any
-) -> None:
+def set_optimizer_numbers(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], numbers: Any) -> None:
     """Sets what `optimizer_numbers` gave. Older checkpoints have a list of the groups' numbers instead."""
     numbers = {"groups": numbers, "parameters": {}} if isinstance(numbers, list) else numbers
     for group, values in zip(optimizer.param_groups, numbers["groups"], strict=True):

@@ -105,18 +105,18 @@ def test_numbers_of_groups_and_of_parameters_are_kept_without_the_rates() -> Non
     optimizer = Together([Muon([network.weight], lr=0.1), torch.optim.SGD([network.bias], lr=0.1)])
     optimizer.param_groups[0] |= {"counter": 3, "most": math.inf, "on": True, "name": "a"}
     optimizer.state[network.bias] |= {"steps": 7, "least": -math.inf, "mean": torch.ones(2)}
-    numbers = json.loads(json.dumps(optimizer_numbers(optimizer, network), allow_nan=False))
+    numbers = json.loads(json.dumps(optimizer_numbers(optimizer, dict(network.named_parameters())), allow_nan=False))
     assert numbers["parameters"] == {"bias": {"steps": 7, "least": "-inf"}}
     assert not {"lr", "initial_lr", "name"} & numbers["groups"][0].keys()
 
     optimizer.param_groups[0] |= {"counter": 4, "most": 1.0, "on": False, "lr": 0.2, "momentum": 0.5}
     optimizer.state[network.bias] |= {"steps": 8, "least": 0.0}
-    set_optimizer_numbers(optimizer, network, numbers)
+    set_optimizer_numbers(optimizer, dict(network.named_parameters()), numbers)
     group, state = optimizer.param_groups[0], optimizer.state[network.bias]
     kept = {"counter": 3, "most": math.inf, "on": True, "lr": 0.2, "momentum": 0.95}
     assert {key: group[key] for key in kept} == kept
     assert (state["steps"], state["least"]) == (7, -math.inf)
-    set_optimizer_numbers(optimizer, network, [{"counter": 5}, {}])  # as checkpoints were once
+    set_optimizer_numbers(optimizer, dict(network.named_parameters()), [{"counter": 5}, {}])  # as checkpoints were once
     assert optimizer.param_groups[0]["counter"] == 5
 
 
@@ -125,7 +125,7 @@ def test_a_tensor_that_consists_of_others_is_given_by_its_parts() -> None:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     whole = TwoTensor(normal(2, 3), normal(2, 3, seed=1))
     optimizer.state[network.weight] = {"momentum_buffer": whole}
-    found = optimizer_state(optimizer, network)
+    found = optimizer_state(optimizer, dict(network.named_parameters()))
     assert found.keys() == {"weight.momentum_buffer.a", "weight.momentum_buffer.b"}
     found["weight.momentum_buffer.b"].zero_()
     assert not whole.b.any()
@@ -172,7 +172,11 @@ def test_the_state_begins_without_a_change_of_weights_or_rates(rate: float | Ten
     network = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, fused=True)
     before = [weight.detach().clone() for weight in network.parameters()]
-    assert {name.partition(".")[2] for name in optimizer_state(optimizer, network)} == {"step", "exp_avg", "exp_avg_sq"}
+    assert {name.partition(".")[2] for name in optimizer_state(optimizer, dict(network.named_parameters()))} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
     assert all(map(torch.equal, before, network.parameters()))
     assert optimizer.param_groups[0]["lr"] == rate == pytest.approx(0.1)
     assert (optimizer.param_groups[0]["lr"] is rate) or not isinstance(rate, Tensor)

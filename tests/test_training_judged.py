@@ -30,6 +30,7 @@ from data.batch import Batch
 from data.latents import Pixels
 from data.text.clip import CLIPText
 from engine.flops import forward_flops
+from engine.strategy import Strategy
 from flow.objective import Objective
 from flow.preference import DPO, NFT, Preference
 from mmdit.model import MMDiT
@@ -73,7 +74,7 @@ def pipe(text: CLIPText) -> Pipeline:
 
 def judge_of(pipe: Pipeline, loss: Preference, **more: Any) -> DrawingModel:
     judge = DrawingModel(Judgement([Ink()], loss, **({"group": 4, "pairs": Pairs(3)} | more)), pipe.codec, None)
-    judge.follow(pipe, torch.device("cpu"))
+    judge.follow(pipe, torch.device("cpu"), Strategy())
     return judge
 
 
@@ -289,9 +290,9 @@ def test_the_main_average_draws_and_both_pictures_of_a_pair_have_one_time(
         times.append(given[3].t)
         return learn(self, *given)
 
-    def followed(self: DrawingModel, pipe: Pipeline, device: torch.device) -> None:
+    def followed(self: DrawingModel, pipe: Pipeline, device: torch.device, strategy: Strategy) -> None:
         networks.append(pipe.network)
-        follow(self, pipe, device)
+        follow(self, pipe, device, strategy)
 
     def sampled(self: Generator) -> None:
         networks.append(self.ema.main)

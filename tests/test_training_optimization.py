@@ -15,7 +15,7 @@ from training.optimization import Group, Optimization
 def test_matrices_alone_decay_by_lr_times_weight_decay() -> None:
     network = stirred(plain()).train()
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    optimizer = Optimization(lr=0.1, weight_decay=0.2).build(network)
+    optimizer = Optimization(lr=0.1, weight_decay=0.2).build(dict(network.named_parameters()))
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -42,7 +42,7 @@ def names_of(network: torch.nn.Module, weights: list[torch.Tensor]) -> set[str]:
 
 def test_muon_learns_the_matrices_of_blocks_but_not_the_modulation() -> None:
     network = plain(dual_attention_layers=(0,))
-    built = Optimization(matrices=Muon).build(network)
+    built = Optimization(matrices=Muon).build(dict(network.named_parameters()))
     assert isinstance(built, Together)
     rest, matrices = built.parts
     groups = {group["stacked"]: names_of(network, group["params"]) for group in matrices.param_groups}
@@ -62,7 +62,7 @@ def test_muon_learns_the_matrices_of_blocks_but_not_the_modulation() -> None:
 def test_groups_have_rates_and_decays_of_their_own() -> None:
     groups = (Group("modulation", lr=0.5, weight_decay=0.0), Group("^blocks", lr=2.0), Group("blocks", lr=9.0))
     network = plain()
-    built = Optimization(lr=0.1, weight_decay=0.2, groups=groups).build(network)
+    built = Optimization(lr=0.1, weight_decay=0.2, groups=groups).build(dict(network.named_parameters()))
     told = {name: (group["lr"], group["weight_decay"])
             for group in built.param_groups for name in names_of(network, group["params"])}  # fmt: skip
     assert told["blocks.0.modulation.weight"] == (0.05, 0.0)

@@ -15,11 +15,13 @@ from store_files import replan
 from trials import (
     ROOT,
     assert_goes_on_to_the_bit,
+    assert_same,
     assert_two_learn_as_one,
     fit,
     lines,
     refused,
     small,
+    under,
 )
 
 import evaluate
@@ -35,9 +37,10 @@ from mmdit.model import Condition
 from pipeline import Pipeline
 from training import experiment
 from training.generator import Generator
+from training.teacher import MatchedLesson
 
 FEWSTEP = ROOT / "configs/fewstep"
-OVERLAYS = ("reflow", "reflow-online", "distill", "meanflow", "meanflow-teacher", "guidance")
+OVERLAYS = ("reflow", "reflow-online", "distill", "meanflow", "meanflow-teacher", "guidance", "matching")
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +67,12 @@ def student(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
         if overlay in ("reflow", "distill"):
             given += ["--data.store", str(trained / "pairs"), "--data.teacher", str(trained / "run")]
             given += ["--data.held_out", "4"]
-        if overlay in ("guidance", "meanflow-teacher", "reflow-online"):
+        if overlay in ("guidance", "meanflow-teacher", "reflow-online", "matching"):
             given += ["--teacher.model", str(trained / "run")]
         if overlay == "reflow-online":
             given += ["--data.caption_dropout", "0", "--teacher.pairs.steps", "3", "--teacher.guidance", "2"]
+        if overlay == "matching":
+            given += ["--data.caption_dropout", "0", "--teacher.guidance", "2", "--objective.k", "2"]
         return given
 
     return flags
@@ -98,6 +103,8 @@ def test_each_student_trains_stops_goes_on_to_the_bit_and_draws(
     [
         ("meanflow", "ddp", 1e-6),
         ("meanflow", "fsdp2", 1e-6),
+        ("matching", "ddp", 1e-5),
+        ("matching", "fsdp2", 1e-5),
         ("reflow-online", "ddp", 1e-5),  # the student begins as its teacher, so that its loss is a small difference
     ],
 )
@@ -198,6 +205,42 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved(
     assert own == set(generator.network.state_dict())
 
 
+def test_the_critic_begins_as_the_teacher_learns_and_is_no_part_of_the_model(
+    student: Callable[..., list[str]], trained: Path, tmp_path: Path
+) -> None:
+    config, flags = tmp_path / "config.yaml", student("matching")
+    generator, _ = built(config, *flags)
+    assert generator.critic is not None
+    assert generator.critic is not generator.teacher.pipe.network
+    assert_same(generator.critic.state_dict(), Pipeline.load(trained / "run/model").network.state_dict())
+    weights = generator.named_weights()
+    groups = generator.optimization.build(weights).param_groups
+    rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
+    learning = {name: rates[id(weight)] for name, weight in weights.items() if weight.requires_grad}
+    assert {rate for name, rate in learning.items() if name.startswith("critic.")} == {2 * 2e-4}
+    assert {rate for name, rate in learning.items() if not name.startswith("critic.")} == {2e-4}
+    fit(config, *flags)
+    found = under(tmp_path / "run", "critic.")
+    assert found.keys() == generator.critic.state_dict().keys()
+    assert any(not torch.equal(found[name], tensor) for name, tensor in generator.critic.state_dict().items())
+    assert {f"{name}.exp_avg" for name in learning} <= under(tmp_path / "run", "optimizer.").keys()
+    assert Pipeline.load(tmp_path / "run/model").network.state_dict().keys() == found.keys()
+
+
+def test_the_noise_of_matching_is_no_picture_s_own(student: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Not the noise that the student draws from, in training and in validation; the same whenever it is asked for."""
+    generator, data = built(tmp_path / "config.yaml", *student("matching"))
+    batch = next(iter(data.val_dataloader()))
+    lesson, again = (generator.lesson(batch, torch.full((len(batch.x0),), 0.5)) for _ in range(2))
+    assert isinstance(lesson, MatchedLesson)
+    assert isinstance(again, MatchedLesson)
+    assert torch.equal(lesson.fresh, again.fresh)
+    assert torch.equal(lesson.noise, batch.noise)
+    product = (lesson.fresh * lesson.noise).flatten(1).mean(1)
+    assert product.abs().max() < 0.6  # 64 pixels: a deviation of 1/8
+    assert lesson.fresh.std() == pytest.approx(1, abs=0.1)
+
+
 def test_average_velocities_draw_with_one_evaluation(
     student: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -262,6 +305,11 @@ def test_a_store_of_no_pairs_is_no_coupling(
         ("reflow-online", ["--teacher.pairs.uses", "3"], "must divide the 8 pictures of each micro-batch"),
         ("reflow-online", ["--teacher.guidance", "[1.0, 3.0]"], "need each other"),
         ("reflow", ["--teacher.model", "{run}", "--teacher.pairs.steps", "2"], "the data are pairs already"),
+        ("matching", ["--objective", "Objective"], "matching needs objective.class_path StepMap"),
+        ("matching", ["--teacher.pairs.steps", "2"], "matching and teacher.pairs exclude each other"),
+        ("matching", ["--teacher.guidance", "[1.0, 3.0]"], "matching needs one teacher.guidance"),
+        ("matching", ["--teacher.model", "null"], "only a LoRA can learn without one"),
+        ("matching", ["--optimization.groups", "[{{pattern: ^judge, lr: 2.0}}]"], "no trained weight's name"),
         ("meanflow", ["--network.two_times", "false"], "set network.two_times"),
         ("meanflow", ["--objective.path", "Cosine"], "Option 'path' is not accepted"),
         ("meanflow", ["--objective.share", "2"], "0 < share <= 1"),

@@ -229,7 +229,7 @@ class TeacherModel:
     def __init__(self, teacher: Teacher, pipe: Pipeline, bare: bool = False) -> None:
         self.teacher, self.pipe, self.bare = teacher, pipe, bare
         self.uses = teacher.pairs.uses if teacher.pairs else 1
-        self.critic = copy.deepcopy(pipe.network).float().requires_grad_(True) if teacher.matching else None
+        self.critic = copy.deepcopy(pipe.network).float() if teacher.matching else None
         self.null: Condition | None = None
 
     def prepare(self, device: torch.device, strategy: Strategy) -> None:
@@ -323,7 +323,7 @@ class TeacherModel:
         Matching adds to the guided output the critic's step, and the student's steps before the one that learns.
         """
         told = condition._replace(guidance=t) if self.pipe.network.guidance_embeds else condition
-        passes = 1 if self.teacher.range == (1, 1) or self.pipe.network.guidance_embeds else 2
+        passes = 1.0 if self.teacher.range == (1, 1) or self.pipe.network.guidance_embeds else 2.0
         if self.teacher.pairs:
             passes *= self.evaluations() / self.uses
         if self.critic:
