@@ -1,7 +1,8 @@
 """Measures quality against function evaluations: `python evaluate.py --model runs/a --model runs/b --steps 1,2,4,50`.
 
 The models draw digits, or with `--data shapes` shapes; `data/examined.py` defines the prompts and the real pictures.
-With `--by category` it measures the share of right pictures for each kind of prompt instead.
+With `--by category` it measures the share of right pictures for each kind of prompt instead, and with `--likelihood`
+it draws nothing and measures the bits per dimension of the real pictures.
 """
 
 from argparse import Namespace
@@ -31,15 +32,21 @@ from cli import (
 )
 from data.examined import DATA, Examined, Half
 from pipeline import LoadOptions, Pipeline
+from pipeline.likelihood import refuse
 from pipeline.steering import autoguided
 from storage.files import hold
 from storage.models import find_model
 from storage.purpose import claim_folder
 from studies.categories import ByCategory
+from studies.likelihood import Likelihood
 from studies.measure import AgainstReal, Setting, draw, short_names
 
 STEPS, SAMPLES = [1, 2, 4, 5, 8, 10, 25, 50], 1000  # defaults
 STEPS_BY_CATEGORY, PER_CATEGORY = [20], 200
+NOT_FOR_LIKELIHOOD = (
+    "by", "steps", "sampler", "spacing", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval",
+    "autoguidance", "per_digit", "features", "clip", "batch_size",
+)  # fmt: skip
 NOT_BY_CATEGORY = ("samples", "per_digit", "reference", "features", "clip")  # flags that exclude --by category
 
 
@@ -48,6 +55,7 @@ def parser() -> Parser:
     p.add_argument("--model", type=Path, action="append", required=True, help="a model or run folder; repeatable")
     p.add_argument("--data", choices=DATA, default="digits", help="what the models draw; default: digits")
     p.add_argument("--by", choices=["category"], help="measure the share of right pictures for each category instead")
+    p.add_argument("--likelihood", action="store_true", help="measure the bits per dimension of real pictures instead")
     p.add_argument("--steps", type=positives, help="sampling steps: 1,2,4; default: 1,2,4,5,8,10,25,50; by category 20")
     add_sampling_flags(p, repeatable=True)
     add_autoguidance_flag(p)
@@ -79,6 +87,9 @@ def check_flags(args: Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} does not go with --by category: leave one of them out")
     if args.per_digit is not None and args.data != "digits":
         raise ValueError(f"--per-digit counts digits; with --data {args.data} give --samples")
+    for flag in NOT_FOR_LIKELIHOOD:
+        if args.likelihood and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')} does not go with --likelihood: leave one of them out")
     if len(set(args.model)) < len(args.model):
         raise ValueError("the same --model was given twice: give each once")
 
@@ -132,9 +143,37 @@ def prepare(args: Namespace) -> tuple[list[Setting], AgainstReal | ByCategory]:
     return settings, AgainstReal(examined, args.out, half, args.features, args.clip, args.seed, options.device)
 
 
+def measure_likelihood(args: Namespace) -> None:
+    """Measures the bits per dimension of real pictures under every model."""
+    with ExitStack() as held:
+        with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
+            check_flags(args)
+            options = LoadOptions(**load_options_of(args))
+            pipes = {name: Pipeline.load(find_model(path), options)
+                     for name, path in zip(short_names(args.model), args.model, strict=True)}  # fmt: skip
+            for name, pipe in pipes.items():
+                try:
+                    refuse(pipe, pipe.sampling.guidance if args.guidance is None else args.guidance)
+                except ValueError as error:
+                    raise ValueError(f"{name} has no likelihood: {error}") from None
+            examined = DATA[args.data].held_out(10)
+            measured = Likelihood(examined, args.reference or "held_out", args.samples, args.seed, args.out)
+            held.enter_context(hold(args.out))
+            claim_folder(args.out, purpose_of("evaluate.py", args), ["results.json"], args.overwrite)
+        with tqdm(total=len(pipes) * len(measured.pictures), desc="evaluating", unit="picture") as bar:
+            for (name, pipe), folder in zip(pipes.items(), args.model, strict=True):
+                with one_line_errors(ValueError):
+                    measured.add(name, str(folder), pipe, bar.update)
+        with one_line_errors():
+            print(measured.finish())
+
+
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     args = parser().parse_args(argv)
+    if args.likelihood:
+        measure_likelihood(args)
+        return
     with ExitStack() as held:
         with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
             settings, measured = prepare(args)

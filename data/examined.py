@@ -29,6 +29,7 @@ class Examined(ABC):
         features: the network of features unless the user names another, as `metrics.features.load_features` reads it.
         side: of a picture on the sheet, in pixels.
         categories: the kinds of prompts that `by_category` gives.
+        levels: how many values a number of a real picture can have.
         by_rule: whether `verdicts` reads the pictures by rule; if not, it needs the classes that a network sees.
         prompts: of the samples.
         labels: `(N,)` int64, what the prompts ask for; samples that are asked for the same form a group.
@@ -41,6 +42,7 @@ class Examined(ABC):
     features: ClassVar[str]
     side: ClassVar[int]
     categories: ClassVar[tuple[str, ...]]
+    levels: ClassVar[int] = 256
     by_rule: ClassVar[bool]
     prompts: list[str]
     labels: Tensor
@@ -76,6 +78,10 @@ class Examined(ABC):
         """Real pictures of a half, as far as there are as many of each kind as there are samples."""
 
     @abstractmethod
+    def captions(self, half: Half) -> list[str]:
+        """A caption of each real picture of a half, in words that no training uses."""
+
+    @abstractmethod
     def verdicts(self, pictures: Tensor, classes: Sequence[int] = ()) -> list[Verdict]:
         """What to say of each sample.
 
@@ -96,15 +102,14 @@ class Digits(Examined):
     features = "judge:assets/digits/judge"
     side = 32
     categories = digits.WORDS
+    levels = 17
     by_rule = False
 
     def __init__(self, each: int) -> None:
         self.each = each
         self.labels = torch.arange(10).repeat_interleave(each)
         templates = digits.HELD_OUT_TEMPLATES
-        self.prompts = [
-            digits.captions(int(label), templates)[i % len(templates)] for i, label in enumerate(self.labels)
-        ]
+        self.prompts = self.said(self.labels)
         self.shown = slice(None, None, each)  # one of each digit
         self.settings = {"per_digit": each, "captions": list(templates)}
         self.amount = f"digits, up to {each} of each"
@@ -118,6 +123,12 @@ class Digits(Examined):
     @classmethod
     def by_category(cls, each: int, seed: int) -> Self:
         return cls(each)
+
+    @staticmethod
+    def said(labels: Tensor) -> list[str]:
+        """A caption for each digit, by turns in each of the held-out ways."""
+        ways = digits.HELD_OUT_TEMPLATES
+        return [digits.captions(int(label), ways)[i % len(ways)] for i, label in enumerate(labels)]
 
     @cached_property
     def halves(self) -> dict[Half, digits.Digits]:
@@ -138,6 +149,9 @@ class Digits(Examined):
     def alike(self, half: Half) -> Tensor:
         pixels, labels = self.halves[half]
         return torch.cat([pixels[labels == label][: self.each] for label in range(10)])
+
+    def captions(self, half: Half) -> list[str]:
+        return self.said(self.halves[half].labels)
 
     def verdicts(self, pictures: Tensor, classes: Sequence[int] = ()) -> list[Verdict]:
         return [Verdict(seen == asked, seen) for seen, asked in zip(classes, self.labels.tolist(), strict=True)]
@@ -192,6 +206,9 @@ class Shapes(Examined):
 
     def alike(self, half: Half) -> Tensor:
         return self.real[half][: len(self.prompts)]
+
+    def captions(self, half: Half) -> list[str]:
+        return [shapes.scene(self.SEEDS[half], i).request.caption() for i in range(self.scenes)]
 
     def verdicts(self, pictures: Tensor, classes: Sequence[int] = ()) -> list[Verdict]:
         found = [shapes.read(picture.movedim(0, -1).double().cpu().numpy()) for picture in pictures]

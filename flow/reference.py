@@ -1,5 +1,7 @@
 """The ODE solved to a tolerance, as a reference for the other samplers."""
 
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,10 +53,8 @@ def reference(
         >>> torch.allclose(reference(denoise, RectifiedFlow(), z, grid), z, atol=1e-6)
         True
     """
-    if not tolerance > 0:
-        raise ValueError(f"reference needs tolerance > 0, got {tolerance}")
     a, b = path(grid)
-    scale, (now, *ends) = a + b, (b / (a + b)).tolist()
+    scale, times = a + b, (b / (a + b)).tolist()
 
     def slope(tau: float, w: Tensor) -> Tensor:
         t = path.time(torch.tensor(tau, dtype=torch.float64))
@@ -63,20 +63,44 @@ def reference(
         return noise - x0
 
     w = z.double() / scale[0]
-    first = slope(now, w)
+    for i, (w, last) in enumerate(solutions(slope, w, times, tolerance), start=1):  # noqa: B020
+        if callback:
+            callback(i, (scale[i] * w).to(z.dtype), (w - times[i] * last).to(z.dtype))
+    return (scale[-1] * w).to(z.dtype)
+
+
+def solutions(
+    slope: Callable[[float, Tensor], Tensor], state: Tensor, times: Sequence[float], tolerance: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The solutions of a differential equation at times[1:], each with its slope there.
+
+    Args:
+        slope: (time, state) → the state's derivative.
+        state: at times[0], (B, …) float64.
+        times: rising or falling.
+        tolerance: of each step, > 0: the largest root mean square of error / (1 + |state|) of any row.
+
+    Raises:
+        ValueError: the steps become too small to go on.
+    """
+    if not tolerance > 0:
+        raise ValueError(f"reference needs tolerance > 0, got {tolerance}")
+    now, *ends = times
+    first = slope(now, state)
     size = (ends[-1] - now) / 100
-    for i, end in enumerate(ends, start=1):
+    for end in ends:
         while now != end:
             last = abs(end - now) <= abs(size)
             h = end - now if last else size
-            slopes, ahead = [first], w
+            slopes, ahead = [first], state
             for place, weights in STAGES:
-                ahead = w + h * sum(c * k for c, k in zip(weights, slopes, strict=True))
+                ahead = state + h * sum(c * k for c, k in zip(weights, slopes, strict=True))
                 slopes.append(slope(now + place * h, ahead))
-            off = h * sum(c * k for c, k in zip(ERROR, slopes, strict=True)) / (1 + torch.maximum(w.abs(), ahead.abs()))
-            error = float(off.square().reshape(len(z), -1).mean(1).max().sqrt()) / tolerance
+            off = h * sum(c * k for c, k in zip(ERROR, slopes, strict=True))
+            off = off / (1 + torch.maximum(state.abs(), ahead.abs()))
+            error = float(off.square().reshape(len(state), -1).mean(1).max().sqrt()) / tolerance
             if error <= 1:
-                now, w, first = end if last else now + h, ahead, slopes[-1]
+                now, state, first = end if last else now + h, ahead, slopes[-1]
             if not last or error > 1:
                 size = h * 0.9 * max(1e-4, min(1e4, error)) ** -0.2
             if now + size == now:
@@ -84,6 +108,4 @@ def reference(
                     f"reference cannot keep tolerance {tolerance:g} at τ = {now:g}: take a larger one, "
                     "or bfloat16 or float32 if the network overflows"
                 )
-        if callback:
-            callback(i, (scale[i] * w).to(z.dtype), (w - now * first).to(z.dtype))
-    return (scale[-1] * w).to(z.dtype)
+        yield state, first

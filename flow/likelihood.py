@@ -1,0 +1,193 @@
+"""Likelihoods: of a flow exactly, by the change of variables along its ODE; of a chain by its variational bound."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flow.path import Discrete, Path, expand_as
+from flow.reference import solutions
+from flow.sampler import Denoiser
+from flow.variance import learned_log_variance, posterior
+
+Field = Callable[[Tensor], Tensor]  # w (B, D) → v (B, D)
+
+
+def exact_trace(field: Field, w: Tensor) -> tuple[Tensor, Tensor]:
+    """v(w) (B, D) and its divergence (B,): one vector–Jacobian product for each of the D numbers."""
+    v, pull = torch.func.vjp(field, w)[:2]
+    divergence = torch.zeros_like(w[:, 0])
+    for i in range(w.shape[1]):
+        unit = torch.zeros_like(v)
+        unit[:, i] = 1
+        divergence = divergence + pull(unit)[0][:, i]
+    return v, divergence
+
+
+def hutchinson(probe: Tensor) -> Callable[[Field, Tensor], tuple[Tensor, Tensor]]:
+    """As `exact_trace`, but the unbiased estimate ηᵀ·J·η (Hutchinson 1990) with one product.
+
+    Args:
+        probe: η, random signs (B, D). It stays the same during one solve, or the error control would follow its noise.
+    """
+
+    def trace(field: Field, w: Tensor) -> tuple[Tensor, Tensor]:
+        v, pull = torch.func.vjp(field, w)[:2]
+        return v, (pull(probe.to(v))[0] * probe).sum(1)
+
+    return trace
+
+
+def log_likelihood(
+    denoise: Denoiser, path: Path, x0: Tensor, probe: Tensor | None = None, tolerance: float = 1e-5
+) -> Tensor:
+    """ln p(x0) under the ODE of a model, in nats, (B,) float64.
+
+    In w = z/(a + b) and τ = b/(a + b), in which every path is a straight line, dw/dτ = ε̂ − x̂0 and
+    ln p(x0) = ln p₁(w₁) + ∫₀¹ div_w(ε̂ − x̂0) dτ (Chen et al. 2018, eq. 8; Song et al. 2021, appendix D.2), solved by
+    `flow.reference`. w₁ is the noise.
+
+    Args:
+        denoise: estimates picture and noise at any z and time; differentiable by z.
+        path: a continuous path.
+        x0: (B, …).
+        probe: random signs of x0's shape for Hutchinson's estimate of the divergence; none computes it exactly.
+        tolerance: of a step, as in `flow.reference`.
+
+    Raises:
+        ValueError: the path is discrete, the model's output does not determine picture and noise at one of the ends,
+            or the steps become too small.
+
+    Example:
+        >>> from flow.objective import Estimate
+        >>> from flow.path import RectifiedFlow
+        >>> def denoise(z, t):  # the data is N(0, 1)
+        ...     return Estimate((1 - t) * z / (t**2 + (1 - t) ** 2), t * z / (t**2 + (1 - t) ** 2))
+        >>> x0 = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+        >>> print([f"{value:.4f}" for value in log_likelihood(denoise, RectifiedFlow(), x0)])  # −½·ln(2π) − x²/2
+        ['-0.9189', '-1.4189']
+    """
+    shape = x0.shape
+    trace = exact_trace if probe is None else hutchinson(probe.flatten(1))
+
+    def slope(tau: float, state: Tensor) -> Tensor:
+        t = path.time(torch.tensor(tau, dtype=torch.float64))
+        a, b = path(t)
+
+        def field(w: Tensor) -> Tensor:
+            estimate = denoise((a + b) * w.view(shape), t)
+            return (estimate.noise - estimate.x0).flatten(1)
+
+        v, divergence = trace(field, state[:, :-1])
+        if not v.isfinite().all():
+            raise ValueError(f"the model's output is not finite at t = {t:g}: a likelihood needs Velocity or V there")
+        return torch.cat([v, divergence[:, None]], 1).detach()
+
+    w = x0.double().flatten(1)
+    start = torch.cat([w, torch.zeros_like(w[:, :1])], 1)
+    ((end, _),) = solutions(slope, start, (0.0, 1.0), tolerance)
+    return end[:, -1] - normal_nats(end[:, :-1])
+
+
+def normal_nats(x: Tensor) -> Tensor:
+    """−ln N(x; 0, I) of each row of x (B, D)."""
+    return (x.square() + math.log(2 * math.pi)).sum(1) / 2
+
+
+def bits_per_dimension(log_density: Tensor, dimensions: int, width: float) -> Tensor:
+    """Bits for one number of a picture with discrete levels, from ln p of the picture after uniform dequantisation.
+
+    −(ln p + D·ln width) / (D·ln 2), an upper bound of the discrete code's length (Theis et al. 2016, eq. 4).
+
+    Args:
+        log_density: ln p, (B,).
+        dimensions: D.
+        width: distance of two levels in the units of p.
+
+    Example:
+        Eight bits, uniform on [−1, 1]:
+
+        >>> bits_per_dimension(torch.tensor([-3 * math.log(2)]), 3, 2 / 256)
+        tensor([8.])
+    """
+    return -(log_density / dimensions + math.log(width)) / math.log(2)
+
+
+def discretised(x0: Tensor, mean: Tensor, log_variance: Tensor, width: float, low: float, high: float) -> Tensor:
+    """ln P of levels under a normal distribution: the mass within half a `width` of each (Ho et al. 2020, eq. 13).
+
+    The lowest and the highest level, at `low` and `high`, have the tails. Result: (B,), summed over a picture.
+
+    Example:
+        All levels together have the mass 1:
+
+        >>> levels = torch.linspace(-1, 1, 17, dtype=torch.float64)[:, None]
+        >>> zero = torch.zeros_like(levels)
+        >>> print(f"{discretised(levels, zero + 0.3, zero - 2, 1 / 8, -1.0, 1.0).exp().sum():.6f}")
+        1.000000
+    """
+    scale = (log_variance / 2).exp()
+    above, below = ((x0 - mean + sign * width / 2) / scale for sign in (1, -1))
+    infinite = torch.full_like(above, math.inf)
+    above = torch.where(x0 >= high - width / 4, infinite, above)
+    below = torch.where(x0 <= low + width / 4, -infinite, below)
+    flip = below > 0  # Φ(b) − Φ(a) of two large numbers is that of their negatives, without cancellation
+    above, below = torch.where(flip, -below, above), torch.where(flip, -above, below)
+    upper, lower = torch.special.log_ndtr(above), torch.special.log_ndtr(below)
+    return (upper + torch.log1p(-(lower - upper).exp().clamp(max=1 - 1e-12))).flatten(1).sum(1)
+
+
+def variational_bound(
+    denoise: Denoiser,
+    path: Path,
+    x0: Tensor,
+    noise: Callable[[], Tensor],
+    width: float,
+    ends: tuple[float, float],
+    progress: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """The bound on −ln P(x0) of a chain, in nats, all T terms (Ho et al. 2020, eq. 5): (3, B) float64.
+
+    The rows are the divergence of the noise from its prior, the sum of the divergences of the steps n = T … 2, and
+    −ln P(x0 | z_1). A step's variance is β̃, at n = 1 that of n = 2, or what the model has learned. Estimates are not
+    clipped.
+
+    Args:
+        denoise: estimates picture and noise, and the variance if the model has learned one.
+        path: a chain.
+        x0: pictures of discrete levels, (B, …).
+        noise: a fresh standard normal of x0's shape at each call: z_n of each term.
+        width: distance of two levels.
+        ends: the lowest and the highest level.
+        progress: called after each term.
+
+    Raises:
+        ValueError: the path is continuous.
+    """
+    if not isinstance(path, Discrete):
+        raise ValueError(f"the bound needs a chain, and {type(path).__name__} is continuous: take log_likelihood")
+    x0, steps = x0.double(), path.steps
+    a, b = path(torch.ones((), dtype=torch.float64))
+    prior = ((a * x0).square() + b**2 - 1 - 2 * b.log()).flatten(1).sum(1) / 2
+    total = torch.zeros_like(prior)
+    second = posterior(path, *(torch.tensor(n / steps, dtype=torch.float64) for n in (2, 1))).small
+    for n in range(steps, 0, -1):
+        t, s = (torch.tensor(k / steps, dtype=torch.float64) for k in (n, n - 1))
+        a, b = path(t)
+        z = a * x0 + b * noise().double()
+        estimate = denoise(z, t)
+        exact = posterior(path, t, s)
+        exact = exact._replace(small=second) if n == 1 else exact
+        log_small = expand_as(exact.small.log(), z)
+        log_variance = log_small.expand_as(z)
+        if estimate.variance is not None:
+            log_variance = learned_log_variance(exact, estimate.variance.double())
+        if n == 1:
+            last = -discretised(x0, estimate.x0.double(), log_variance, width, *ends)
+        else:
+            error = exact.x0_coefficient * (x0 - estimate.x0.double())
+            ratio = (log_small - log_variance).exp() + error**2 * (-log_variance).exp()
+            total = total + (log_variance - log_small - 1 + ratio).flatten(1).sum(1) / 2
+        progress()
+    return torch.stack([prior, total, last])

@@ -1,0 +1,75 @@
+"""Bits per dimension of pictures under a model: exact for a flow, a bound for a chain."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data.latents import Pixels
+from flow.likelihood import bits_per_dimension, log_likelihood, variational_bound
+from flow.path import Discrete
+from pipeline import Pipeline
+from pipeline.sampling import random_normals
+
+TOLERANCE = 1e-4  # of a step of the solver; 1e-6 changes the digits' bits by less than 1e-4
+
+
+def refuse(pipe: Pipeline, guidance: float) -> None:
+    """ValueError, in one line, if a model has no likelihood of pictures."""
+    if not isinstance(pipe.codec, Pixels):
+        raise ValueError("it works in an autoencoder's latents, whose likelihood is not that of pictures: "
+                         "take a model of pixels")  # fmt: skip
+    if guidance != 1 or pipe.network.guidance_embeds or pipe.weak:
+        raise ValueError("guidance changes the field, and then its pictures have no known likelihood: "
+                         "take a model without, and --guidance 1")  # fmt: skip
+    if pipe.network.two_times:
+        raise ValueError("it has learned average velocities: take a model of velocities")
+    pipe.refuse_picture()
+
+
+def bits(
+    pipe: Pipeline,
+    pixels: Tensor,
+    captions: Sequence[str],
+    levels: int,
+    seeds: Sequence[int],
+    exact_trace: bool = False,
+    progress: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Bits per dimension of pictures, given their captions, (B,) float64.
+
+    For a continuous path ln p of the ODE (`flow.likelihood.log_likelihood`), at pictures that are dequantised by
+    uniform noise; the mean over the noise is an upper bound on the bits of the levels. For a chain the variational
+    bound (`flow.likelihood.variational_bound`).
+
+    Args:
+        pipe: the model.
+        pixels: pictures in [0, 1] whose numbers are multiples of 1/(levels − 1), (B, C, H, W).
+        captions: B texts.
+        levels: how many values a number can have.
+        seeds: B numbers that draw the noise, so that a picture does not depend on its batch.
+        exact_trace: compute the divergence exactly, with one backward pass for each number of a picture, in place of
+            Hutchinson's estimate with one random probe.
+        progress: called after each term of a bound.
+
+    Raises:
+        ValueError: the model has no likelihood, or the pixels are not on these levels.
+    """
+    refuse(pipe, 1.0)
+    steps = pixels.double() * (levels - 1)
+    if (steps - steps.round()).abs().max() > 1e-3 or pixels.min() < 0 or pixels.max() > 1:
+        raise ValueError(f"the pixels are not multiples of 1/{levels - 1} in [0, 1], so {levels} levels are wrong")
+    assert isinstance(pipe.codec, Pixels)
+    width, count = pipe.codec.scale / (levels - 1), pixels[0].numel()
+    denoise = pipe.denoiser(captions, "", replace(pipe.sampling, guidance=1.0, skip_layers=()), torch.ones(1))
+    x0 = pipe.codec.encode(steps.round() / (levels - 1)).to(pipe.device)
+    normal = random_normals(seeds, tuple(pixels.shape[1:]), pipe.device)
+    if isinstance(pipe.objective.path, Discrete):
+        ends = [pipe.codec.encode(torch.tensor(end)).item() for end in (0.0, 1.0)]
+        with torch.no_grad():
+            nats = variational_bound(denoise, pipe.objective.path, x0, normal, width, (ends[0], ends[1]), progress)
+        return bits_per_dimension(-nats.sum(0), count, 1.0)
+    x0 = x0 + (torch.special.ndtr(normal().double()) - 0.5) * width
+    probe = None if exact_trace else torch.where(normal() > 0, 1.0, -1.0)
+    return bits_per_dimension(log_likelihood(denoise, pipe.objective.path, x0, probe, TOLERANCE), count, width)
