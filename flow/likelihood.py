@@ -45,8 +45,8 @@ def log_likelihood(
     """ln p(x0) under the ODE of a model, in nats, (B,) float64.
 
     In w = z/(a + b) and τ = b/(a + b), in which every path is a straight line, dw/dτ = ε̂ − x̂0 and
-    ln p(x0) = ln p₁(w₁) + ∫₀¹ div_w(ε̂ − x̂0) dτ (Chen et al. 2018, eq. 8; Song et al. 2021, appendix D.2), solved by
-    `flow.reference`. w₁ is the noise.
+    ln p(x0) = ln p₁(w₁) + ∫ div_w(ε̂ − x̂0) dτ (Chen et al. 2018, eq. 8; Song et al. 2021, appendix D.2), solved by
+    `flow.reference`. w₁ is the noise, or on a path that does not end in noise alone nearly so.
 
     Args:
         denoise: estimates picture and noise at any z and time; differentiable by z.
@@ -86,8 +86,10 @@ def log_likelihood(
 
     w = x0.double().flatten(1)
     start = torch.cat([w, torch.zeros_like(w[:, :1])], 1)
-    ((end, _),) = solutions(slope, start, (0.0, 1.0), tolerance)
-    return end[:, -1] - normal_nats(end[:, :-1])
+    a, b = (c.item() for c in path(torch.ones((), dtype=torch.float64)))
+    ((end, _),) = solutions(slope, start, (0.0, b / (a + b)), tolerance)
+    std = math.hypot(a, b) / (a + b)  # of w at t = 1, for data of unit variance
+    return end[:, -1] - normal_nats(end[:, :-1] / std) - w.shape[1] * math.log(std)
 
 
 def normal_nats(x: Tensor) -> Tensor:

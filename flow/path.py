@@ -85,6 +85,45 @@ class Cosine(Path):
         return 2 / math.pi * torch.atan2(tau, 1 - tau)
 
 
+class VariancePreserving(Path):
+    """The continuous cousin of DDPM's chain: a² = exp(−∫₀ᵗ β), β(t) = β₀ + t·(β₁ − β₀) (Song et al. 2021, eq. 33).
+
+    b = √(1 − a²), or with `sub` its square, "sub-VP" (eq. 35). a(1) is small but not 0. At t = 0 the rate of b is
+    infinite, but for sub-VP.
+
+    Args:
+        first: β₀ > 0.
+        last: β₁ ≥ β₀.
+        sub: whether it is sub-VP.
+
+    Example:
+        >>> print(f"{VariancePreserving()(torch.tensor(1.0))[0]:.6f}")  # near the last √ᾱ of DDPMLinear
+        0.006571
+    """
+
+    def __init__(self, first: float = 0.1, last: float = 20.0, sub: bool = False) -> None:
+        if not 0 < first <= last:
+            raise ValueError(f"VariancePreserving needs 0 < first <= last, got {first} and {last}")
+        self.first, self.last, self.sub = first, last, sub
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        integral = self.first * t + (self.last - self.first) / 2 * t**2
+        variance = -torch.expm1(-integral)
+        return torch.exp(-integral / 2), variance if self.sub else variance.sqrt()
+
+    def rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self(t)
+        beta = self.first + (self.last - self.first) * t
+        return -beta / 2 * a, beta * a**2 if self.sub else beta * a**2 / (2 * b)
+
+    def time(self, tau: Tensor) -> Tensor:
+        """Beyond t = 1 where τ is larger than at t = 1."""
+        ratio = tau / (1 - tau)  # b/a
+        integral = 2 * torch.asinh(ratio / 2) if self.sub else torch.log1p(ratio**2)
+        rise = self.last - self.first
+        return 2 * integral / (self.first + (self.first**2 + 2 * rise * integral).sqrt())
+
+
 class EDM(Path):
     """z_t = (x0 + σ·ε) / √(σ² + σ_d²) with ln σ = P_m + P_s·Φ⁻¹(t) (Karras et al. 2022, table 1 and eq. 7).
 

@@ -202,6 +202,96 @@ def ddim(
     return z
 
 
+def sde(
+    denoise: Denoiser,
+    path: Path,
+    z: Tensor,
+    grid: Tensor,
+    noise: Noise,
+    callback: Callback | None = None,
+    *,
+    w: Literal["noise", "product", "sbdm"] = "noise",
+    scale: float = 1.0,
+) -> Tensor:
+    """The reverse SDE by Euler–Maruyama: Euler's step, plus (t − s)·w·score and noise of variance 2·w·(t − s).
+
+    Every w(t) ≥ 0 has the marginals of the ODE, and is chosen after the training (Ma et al. 2024, "SiT", §2.3). The
+    score is −ε̂/b. `sbdm` is the w of the forward SDE, as in DDPM, on rectified flow t/(1 − t) (Song et al. 2021). A
+    step from pure noise and the step to the data add none. First order; few steps end with more noise than `ddim:eta=1`
+    and without its loss of variance.
+
+    Needs a continuous path. Other arguments and result as in `euler`.
+
+    Args:
+        w: b (noise), a·b (product), or b·ḃ − b²·ȧ/a (sbdm).
+        scale: factor on w, ≥ 0; 0 is the ODE.
+
+    Example:
+        >>> import torch
+        >>> def denoise(z, t):  # all data is 3, so any walk ends there
+        ...     return Estimate(torch.full_like(z, 3.0), (z - (1 - t) * 3) / t)
+        >>> z, grid = torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 0.5, 0.0])
+        >>> sde(denoise, RectifiedFlow(), z, grid, noise=lambda: torch.randn(2))
+        tensor([3., 3.])
+    """
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"sde needs scale >= 0, got {scale}")
+    if isinstance(path, Discrete):
+        raise ValueError(f"sde needs a continuous path, and {type(path).__name__} is discrete: use ddim:eta=1")
+    for i, (t, s) in enumerate(pairwise(grid), start=1):
+        x0, e, _ = denoise(z, t)
+        (a, b), (a_s, b_s) = path(t), path(s)
+        z = a_s * x0 + b_s * e
+        if a > 0 and s > 0 and scale:
+            rate_a, rate_b = path.rate(t)
+            strength = scale * {"noise": b, "product": a * b, "sbdm": b * rate_b - b**2 * rate_a / a}[w]
+            z = z - (t - s) * strength / b * e + (2 * strength * (t - s)).sqrt() * noise()
+        if callback:
+            callback(i, z, x0)
+    return z
+
+
+def pc(
+    denoise: Denoiser,
+    path: Path,
+    z: Tensor,
+    grid: Tensor,
+    noise: Noise,
+    callback: Callback | None = None,
+    *,
+    step: float = 0.1,
+) -> Tensor:
+    """Predictor and corrector: after Euler's step to s, one of Langevin dynamics there (Song et al. 2021, §4.2).
+
+    z ← z + α/2·score + √α·n with α = step·b², as in `langevin`. The authors' signal-to-noise ratio r is step = 4·r²,
+    about 0.1; a constant, as they average r over the batch, so that a picture would depend on its neighbours.
+    Two evaluations per step, one in a last step to the data. Other arguments and result as in `euler`.
+
+    Args:
+        step: α/b², from 0 to below 2.
+
+    Example:
+        >>> import torch
+        >>> def denoise(z, t):  # all data is 3, so any walk ends there
+        ...     return Estimate(torch.full_like(z, 3.0), (z - (1 - t) * 3) / t)
+        >>> z, grid = torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 0.5, 0.0])
+        >>> pc(denoise, RectifiedFlow(), z, grid, noise=lambda: torch.randn(2))
+        tensor([3., 3.])
+    """
+    if not 0 <= step < 2:
+        raise ValueError(f"pc needs 0 <= step < 2, got {step}")
+    for i, (t, s) in enumerate(pairwise(grid), start=1):
+        x0, e, _ = denoise(z, t)
+        a, b = path(s)
+        z = a * x0 + b * e
+        if s > 0:
+            _, e, _ = denoise(z, s)
+            z = z - step / 2 * b * e + math.sqrt(step) * b * noise()
+        if callback:
+            callback(i, z, x0)
+    return z
+
+
 def ddpm(
     denoise: Denoiser,
     path: Path,

@@ -19,7 +19,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
         sampler.euler, sampler.heun, sampler.midpoint, sampler.dpmpp_2m, reference,
-        sampler.ddim, sampler.ddpm, sampler.edm, sampler.langevin, sampler.meanflow,
+        sampler.ddim, sampler.sde, sampler.pc, sampler.ddpm, sampler.edm, sampler.langevin, sampler.meanflow,
     )
 }  # fmt: skip
 GRIDS: dict[str, Callable[..., Tensor]] = {
@@ -37,8 +37,8 @@ class Sampling:
         steps: steps of the sampler, 1 to 10,000.
         guidance: scale s of classifier-free guidance, y = y_null + s·(y_cond − y_null). 1 turns guidance off and halves
             the cost. Between 0 and 1 the prompt has less effect, and 0, the unconditional model, takes no prompt.
-        sampler: euler, meanflow (for a network of two times), heun, midpoint, dpmpp_2m, reference, ddim, ddpm, edm or
-            langevin, with options after a colon, such as ddim:eta=1 or ddpm:variance=large.
+        sampler: euler, meanflow (for a network of two times), heun, midpoint, dpmpp_2m, reference, ddim, sde, pc, ddpm,
+            edm or langevin, with options after a colon, such as ddim:eta=1 or ddpm:variance=large.
         spacing: the time grid: trailing, flow_match (the released models'), leading, linspace, karras with options
             such as karras:sigma_max=80, or given with one time for each step: given:times=1/0.83/0.4.
         rescale: guidance rescale φ, 0 to 1.

@@ -137,7 +137,7 @@ def test_the_loss_of_an_objective_built_on_the_device(made: Callable[[], Objecti
 
 WALKS = [
     *((Objective(path, target), word) for path, target in ((RectifiedFlow(), Velocity()), (Cosine(), V()))
-      for word in ("euler", "heun", "midpoint", "dpmpp_2m", "ddim:eta=1")),
+      for word in ("euler", "heun", "midpoint", "dpmpp_2m", "ddim:eta=1", "sde:w=sbdm", "pc")),
     *((Objective(LDMLinear(), V()), word) for word in ("euler", "heun", "dpmpp_2m", "ddim:eta=1", "ddpm", "edm")),
     (LearnedVariance(ImprovedCosine(), Epsilon()), "ddpm:variance=learned"),
     *((Objective(EDM(), Preconditioned()), word) for word in ("edm", "edm:churn=5", "langevin:repeats=2")),

@@ -1,13 +1,14 @@
 """Paths: coefficients, their derivatives, ends and inverses."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
-from processes import CONTINUOUS, ENDS, PATHS, TIMES, name
+from processes import CONTINUOUS, ENDS, PATHS, PRESERVING, TIMES, name
 from torch.distributions import Normal
 
-from flow.path import EDM, DDPMLinear, Discrete, Path, RectifiedFlow
+from flow.path import EDM, DDPMLinear, Discrete, Path, VariancePreserving
 from flow.target import Epsilon, Preconditioned
 from flow.variance import LearnedVariance
 from flow.weight import P2, EDMWeight, MinSNR
@@ -26,7 +27,24 @@ def test_ends_are_data_and_noise(path: Path) -> None:
     assert a[0] == pytest.approx(1 / path.sigma_data if isinstance(path, EDM) else 1)
     assert b[0] == 0
     last = path.alphas_cumprod[-1].item() if isinstance(path, Discrete) else 0.0
-    assert (a[1] ** 2, b[1] ** 2) == pytest.approx((last, 1 - last), abs=1e-15)
+    if isinstance(path, VariancePreserving):
+        last = math.exp(-10.05)  # the mean of β from 0.1 to 20
+        assert b[1] == pytest.approx(1 - last if path.sub else math.sqrt(1 - last))
+        assert a[1] ** 2 == pytest.approx(last)
+    else:
+        assert (a[1] ** 2, b[1] ** 2) == pytest.approx((last, 1 - last), abs=1e-15)
+
+
+def test_vp_is_the_continuous_cousin_of_ddpm_s_chain() -> None:
+    """Its integral of β is nearly the chain's sum of −ln(1 − β_n), with β of a thousandth for each step."""
+    t = torch.linspace(0.05, 1, 20, dtype=torch.float64)
+    for found, expected in zip(VariancePreserving()(t), DDPMLinear()(t), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
+    finer = 1 - torch.linspace(0.1, 20, 50_000, dtype=torch.float64) / 50_000
+    for found, expected in zip(VariancePreserving()(t), Discrete(torch.cumprod(finer, 0))(t), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    a, b = VariancePreserving()(t)
+    torch.testing.assert_close(VariancePreserving(sub=True)(t), (a, b**2))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name)
@@ -42,7 +60,7 @@ def test_coefficients_keep_the_shape_and_type_of_t(path: Path) -> None:
         torch.testing.assert_close(path(t), tuple(c.to(t) for c in path(path.snap(t.double()))), atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("path", [p for p in PATHS if not isinstance(p, (RectifiedFlow, EDM))], ids=name)
+@pytest.mark.parametrize("path", PRESERVING, ids=name)
 def test_variance_preserving_paths_preserve_it(path: Path) -> None:
     a, b = path(torch.linspace(0, 1, 1001, dtype=torch.float64))
     torch.testing.assert_close(a**2 + b**2, torch.ones_like(a))
@@ -58,7 +76,9 @@ def test_edm_is_a_log_normal_sigma_seen_through_c_in(path: EDM) -> None:
 
 @pytest.mark.parametrize("path", CONTINUOUS, ids=name)
 def test_time_inverts_the_share_of_noise(path: Path) -> None:
-    tau = torch.cat([ENDS, torch.tensor([1e-6, 0.001, 0.3, 0.5, 0.9, 0.98], dtype=torch.float64)])
+    last, noise = path(ENDS[1])
+    ends = torch.stack([ENDS[0], noise / (last + noise)])
+    tau = torch.cat([ends, torch.tensor([1e-6, 0.001, 0.3, 0.5, 0.9, 0.98], dtype=torch.float64)])
     a, b = path(path.time(tau))
     torch.testing.assert_close(b / (a + b), tau, atol=0, rtol=1e-8)
     a, b = path(TIMES)
@@ -81,6 +101,8 @@ def test_snap_goes_to_the_nearest_time(path: Path) -> None:
     ("make", "bad"),
     [
         (EDM, {"std": 0.0}),
+        (VariancePreserving, {"first": 0.0}),
+        (VariancePreserving, {"first": 2.0, "last": 1.0}),
         (EDM, {"sigma_data": -1.0}),
         (Preconditioned, {"sigma_data": 0.0}),
         (partial(LearnedVariance, DDPMLinear(), Epsilon()), {"vlb_weight": 0.0}),

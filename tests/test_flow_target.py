@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from processes import CONTINUOUS, ENDS, PAIRS, PATHS, TIMES, name, pair
+from processes import CONTINUOUS, ENDS, PAIRS, PATHS, PRESERVING, TIMES, name, pair
 
 from flow.objective import Objective
 from flow.path import EDM, Cosine, Path, RectifiedFlow, expand_as
@@ -76,7 +76,7 @@ def test_preconditioned_is_edm_of_the_paper(path: EDM) -> None:
     torch.testing.assert_close(loss.double(), error.mean(1), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", [p for p in PATHS if not isinstance(p, (RectifiedFlow, EDM))], ids=name)
+@pytest.mark.parametrize("path", PRESERVING, ids=name)
 def test_preconditioned_of_unit_data_is_minus_v(path: Path) -> None:
     found, v = Preconditioned(1.0).row(path, TIMES), V().row(path, TIMES)
     torch.testing.assert_close(found, (-v[0], -v[1]))

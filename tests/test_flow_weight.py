@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import CONTINUOUS, PAIRS, PATHS, TIMES, name
+from processes import CONTINUOUS, PAIRS, PATHS, PRESERVING, TIMES, name
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -94,7 +94,7 @@ def test_min_snr_of_the_paper(path: Path, gamma: float) -> None:
     least = ratio.clamp(max=gamma)
     torch.testing.assert_close(MinSNR(gamma)(path, X0(), TIMES), least)
     torch.testing.assert_close(MinSNR(gamma)(path, Epsilon(), TIMES), least / ratio)
-    if not isinstance(path, (RectifiedFlow, EDM)):
+    if path in PRESERVING:
         torch.testing.assert_close(MinSNR(gamma)(path, V(), TIMES), least / (ratio + 1))
 
 
@@ -105,7 +105,7 @@ def test_p2_of_the_paper(path: Path, k: float, gamma: float) -> None:
     factor = (k + ratio) ** -gamma
     torch.testing.assert_close(P2(k, gamma)(path, Epsilon(), TIMES), factor)
     torch.testing.assert_close(P2(k, gamma)(path, X0(), TIMES), factor * ratio)
-    if not isinstance(path, (RectifiedFlow, EDM)):
+    if path in PRESERVING:
         torch.testing.assert_close(P2(k, gamma)(path, V(), TIMES), factor * ratio / (ratio + 1))
 
 
