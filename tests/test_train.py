@@ -247,6 +247,7 @@ OVERLAYS = {  # file → path, target, density, weight
     "uniform": "RectifiedFlow Velocity Uniform NoneType",
     "edm": "EDM Preconditioned Uniform NoneType",
     "v-cosine": "Cosine V Uniform NoneType",
+    "vp": "VariancePreserving Epsilon Uniform NoneType",
     "v-linear": "LDMLinear V Uniform NoneType",
     "eps-linear": "LDMLinear Epsilon Uniform NoneType",
     "ddpm": "DDPMLinear Epsilon Uniform NoneType",
