@@ -100,6 +100,37 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
          "shift(self.density(u), self.alpha(area)).float()"),
         ("return self.training_time(t, area)", "return self.path.training_time(t)"),
     ],
+    ("flow/stepmap.py", "flow_matching"): [
+        ("with torch.no_grad():\n            euler", "if True:\n            euler"),
+        ("step += t <= later.item() + 1e-5", "step += t < later.item() - 1e-5"),
+        ("trailing(self.path, self.k, self.alpha(noise[0, 0].numel()))", "trailing(self.path, self.k)"),
+    ],
+    ("flow/matching.py", "flow_matching"): [
+        ("(fake - real) / size", "(real - fake) / size"),
+        ("self.point_and_target(x0.detach()", "self.point_and_target(x0"),
+        ("found.detach(), t)", "found, t)"),
+        ("- gradient).detach())", "- gradient))"),
+        ("objective.alpha(area)", "1.0"),
+    ],
+    ("flow/likelihood.py", "flow_likelihood"): [
+        ("estimate.noise - estimate.x0", "estimate.x0 - estimate.noise"),
+        ("- w.shape[1] * math.log(std)", "+ w.shape[1] * math.log(std)"),
+        ("return -(log_density / dimensions + math.log(width))", "return -(log_density / dimensions - math.log(width))"),
+        ("above = torch.where(x0 >= high - width / 4, infinite, above)", "pass"),
+        ("flip = below > 0", "flip = below > math.inf"),
+        ("exact._replace(small=second) if n == 1 else exact", "exact"),
+        ("+ b**2 - 1 - 2 * b.log()", "+ b**2 - 1 - b.log()"),
+        ("(pull(probe.to(v))[0] * probe)", "pull(probe.to(v))[0]"),
+    ],
+    ("flow/sampler.py", "flow_sampler_distribution"): [
+        ('"sbdm": b * rate_b - b**2 * rate_a / a', '"sbdm": b * rate_b + b**2 * rate_a / a'),
+        ("(2 * strength * (t - s)).sqrt()", "(strength * (t - s)).sqrt()"),
+        ("step / 2 * b * e", "step * b * e"),
+    ],
+    ("pipeline/likelihood.py", "evaluate_likelihood"): [
+        ("width, count = pipe.codec.scale / (levels - 1)", "width, count = 1 / (levels - 1)"),
+        ("(torch.special.ndtr(normal().double()) - 0.5)", "torch.special.ndtr(normal().double())"),
+    ],
     ("flow/variance.py", "flow_variance"): [
         ("v = (output + 1) / 2", "v = output"),
         ("(x0 - estimate.detach())", "(x0 - estimate)"),
@@ -424,7 +455,9 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("training/teacher.py", "training_students training_teacher"): [
         ("low + (high - low) * u", "low + high * u"),
-        ("passes = 1 if self.teacher.range == (1, 1) or", "passes = 1 if True or"),
+        ("passes = 1.0 if self.teacher.range == (1, 1) or", "passes = 1.0 if True or"),
+        ("passes += 3", "passes += 1"),
+        ("teacher.guided(self.condition, scale), teacher.critic, told", "teacher.critic, teacher.critic, told"),
         ("condition.pooled[:, -SIZE_FEATURES:]], 1)", "condition.pooled[:, -SIZE_FEATURES:] * 0], 1)"),
     ],
     ("training/teacher.py", "training_pairs"): [
@@ -448,6 +481,12 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("pipeline/__main__.py", "training_finetune"): [
         ("if key == lora.PROCESS}", "if key != lora.PROCESS}"),
+    ],
+    ("training/generator.py", "training_students"): [
+        ("for own in self.weights]", "for own in self.weights[:1]]"),
+        ("if score < self.best or self.critic:", "if score < self.best:"),
+        ("self.fresh(batch, Use.MATCHED)", "batch.noise"),
+        ("state |= {CRITIC + name", "state |= {} and {CRITIC + name"),
     ],
     ("training/generator.py", "training_pairs"): [
         ("self.teacher.uses if self.teacher else 1)", "1)"),
