@@ -39,6 +39,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("flow/path.py", "flow_path flow_chain"): [
         ("return -math.pi / 2 * b, math.pi / 2 * a", "return -math.pi / 2 * a, math.pi / 2 * b"),
         ("r = 2 * self._log_ratio(t)", "r = self._log_ratio(t)"),
+        ("torch.exp(-integral / 2), variance if", "torch.exp(-integral), variance if"),
+        ("2 * torch.asinh(ratio / 2) if", "torch.asinh(ratio / 2) if"),
         ("return -a * b**2 * speed,", "return -a * b * speed,"),
         (".clamp(max=0.999)", ".clamp(max=0.99)"),
         ("(t * self.steps).ceil().clamp", "(t * self.steps).round().clamp"),
@@ -107,7 +109,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("flow/matching.py", "flow_matching"): [
         ("(fake - real) / size", "(real - fake) / size"),
-        ("self.point_and_target(x0.detach()", "self.point_and_target(x0"),
+        ("objective.point_and_target(x0.detach(), noise, t, condition, None)", "objective.point_and_target(x0, noise, t, None, None)"),
         ("found.detach(), t)", "found, t)"),
         ("- gradient).detach())", "- gradient))"),
         ("objective.alpha(area)", "1.0"),
