@@ -109,7 +109,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("flow/matching.py", "flow_matching"): [
         ("(fake - real) / size", "(real - fake) / size"),
-        ("objective.point_and_target(x0.detach(), noise, t, condition, None)", "objective.point_and_target(x0, noise, t, None, None)"),
+        ("point_and_target(x0.detach(), noise, t, condition,", "point_and_target(x0, noise, t, condition,"),
         ("found.detach(), t)", "found, t)"),
         ("- gradient).detach())", "- gradient))"),
         ("objective.alpha(area)", "1.0"),
@@ -117,7 +117,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("flow/likelihood.py", "flow_likelihood"): [
         ("estimate.noise - estimate.x0", "estimate.x0 - estimate.noise"),
         ("- w.shape[1] * math.log(std)", "+ w.shape[1] * math.log(std)"),
-        ("return -(log_density / dimensions + math.log(width))", "return -(log_density / dimensions - math.log(width))"),
+        ("-(log_density / dimensions + math.log(width))", "-(log_density / dimensions - math.log(width))"),
         ("above = torch.where(x0 >= high - width / 4, infinite, above)", "pass"),
         ("flip = below > 0", "flip = below > math.inf"),
         ("exact._replace(small=second) if n == 1 else exact", "exact"),
@@ -436,7 +436,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("training/generator.py", "training_judged"): [
         ("self.judge.follow(self.pipeline,", "self.judge.follow(Pipeline(self.network, *self.pipeline.parts[1:]),"),
-        ("Use.JUDGED, batch.step, batch.positions", "Use.JUDGED, 0, batch.positions"),
+        ("normal(self.run.seed, use, step,", "normal(self.run.seed, use, 0,"),
         ("u = self.judge.twins(u, 1)", "pass"),
         ("self.judge.watched.clear()", "pass"),
         ("score = self.judge.score(judged)", "score = mean"),
