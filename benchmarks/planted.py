@@ -500,7 +500,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(i + 0.5) / VALIDATION_TIMES, device", "i / VALIDATION_TIMES, device"),
         ("self.sums[-1] += counted * len(batch.x0)", "self.sums[-1] += len(batch.x0)"),
         ('numbers["best"] if there and numbers["best"] is not None else math.inf', "math.inf"),
-        ("if score < self.best:", "if score != self.best:"),
+        ("if score < self.best or", "if score != self.best or"),
         ("scheduler.set(self.global_step if step is None", "scheduler.set(0 if step is None"),
     ],
     ("training/generator.py", "training_optimization"): [
