@@ -504,7 +504,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("scheduler.set(self.global_step if step is None", "scheduler.set(0 if step is None"),
     ],
     ("training/generator.py", "training_optimization"): [
-        ("clip_grad_norm_(self.weights, self.optimization.clip)", "clip_grad_norm_(self.weights, math.inf)"),
+        ("clip_grad_norm_(own, self.optimization.clip)", "clip_grad_norm_(own, math.inf)"),
     ],
     ("training/generator.py", "train"): [
         ("self.ema.update(self.network, self.global_step + 1)", "self.ema.update(self.network, self.global_step)"),
