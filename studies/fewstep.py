@@ -153,7 +153,7 @@ def write(study: Steps, out: Path, docs: Path, command: str) -> Path:
         [row for seed in study.seeds for row in rows_of(place(f"digits/{seed}/{name}"), seed)]
         for name in ("measured", "straightness", "guidance")
     )
-    judged = [row for steps in (20, 1, 2) for row in rows_of(place(f"shapes/judged-{steps}"))]
+    judged = [row for name in ("judged-20", "judged") for row in rows_of(place(f"shapes/{name}"))]
     floor, real_scenes = (
         read(place(name))["floor"] for name in (f"digits/{study.seeds[0]}/measured", "shapes/measured")
     )

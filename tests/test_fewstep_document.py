@@ -16,7 +16,8 @@ from studies.results import Result
 from studies.steps import Steps
 
 ROOT = Path(__file__).parents[1]
-FD = {"teacher": 8.0, "ddim": 9.0, "2-rectified": 1.0, "distilled": 1.02, "meanflow": 1.2, "guided": 1.04}
+DIGITS = {"teacher": 8.0, "ddim": 9.0, "2-rectified": 1.0, "distilled": 1.02, "meanflow": 1.2, "matched": 1.05}
+FD = DIGITS | {"guided": 1.04}
 
 
 def row(folder: Path, steps: int, seed: int = 1, **keys: float) -> Result:
@@ -47,7 +48,7 @@ def out(study: Steps, pipe: Pipeline, tmp_path: Path) -> Path:
 
     for seed in study.seeds:
         digits = out / f"digits/{seed}"
-        models = [digits / name for name in ("teacher", "ddim", "2-rectified", "distilled", "meanflow")]
+        models = [digits / name for name in DIGITS]
         write(f"digits/{seed}/measured", [row(model, n, seed) for model in models for n in (1, 2, 4, 8)])
         write(f"digits/{seed}/straightness", [row(digits / name, 50, seed) for name in ("teacher", "2-rectified")])
         guided = [row(digits / "teacher", 8, evaluations=16), row(digits / "guided", 8)]
@@ -57,12 +58,11 @@ def out(study: Steps, pipe: Pipeline, tmp_path: Path) -> Path:
     found = [{"steps": 2, "distance": {"uniform": 0.5, "searched": 0.25}, "spacing": "given:times=1/0.4"}]
     study.folder("digits/1/grid", out).mkdir()
     (study.folder("digits/1/grid", out) / "grid.json").write_text(json.dumps({"found": found}))
-    teacher, two, one = Path("runs/shapes"), out / "shapes/2-rectified", out / "shapes/distilled"
+    teacher, two, one = Path("runs/shapes"), out / "shapes/2-rectified", out / "shapes/matched-1"
     write("shapes/measured", [row(model, n) for model in (teacher, two, one) for n in (1, 2, 4, 8, 20)])
     scores = dict.fromkeys(CATEGORIES, 0.95)
     write("shapes/judged-20", [row(teacher, 20) | scores])
-    for n in (1, 2):
-        write(f"shapes/judged-{n}", [row(two, n) | scores, row(one, n) | scores])
+    write("shapes/judged", [row(model, n) | scores for model in (two, one) for n in (1, 2)])
     return out
 
 
@@ -97,14 +97,14 @@ def test_the_document_holds_every_number_and_its_pictures(study: Steps, out: Pat
     assert "| real scenes | – | 0.66 |" in text
     assert "| 2 | 0.5000 | 0.2500 | 1/0.4 |" in text
     assert "| teacher, 20 steps | 20 | 0.05 | 99.0% | 0.90 | 5.0 | 1.00 |" in text
-    assert "| distilled, 1 step |" + " 95% |" * len(CATEGORIES) in text
+    assert "| matched-1, 1 step |" + " 95% |" * len(CATEGORIES) in text
     assert not re.search(r"\{[A-Z]+\}", text)
     assert Image.open(file.with_name("fewstep-trajectories.png")).size[0] > 600
 
 
 def test_a_missing_result_is_named(study: Steps, out: Path, tmp_path: Path) -> None:
-    (out / "shapes/judged-2/results.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"there is no .*shapes/judged-2/results.json"):
+    (out / "shapes/judged/results.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*shapes/judged/results.json"):
         fewstep.write(study, out, tmp_path / "docs", "x")
     assert not (tmp_path / "docs").exists()
 

@@ -138,11 +138,15 @@ def test_the_committed_study_trains_what_its_students_and_measurements_need(comm
         assert needs[f"{digits}distilled"] == {f"{digits}straight-pairs", f"{digits}2-rectified"}
         assert needs[f"{digits}straight-pairs"] == {f"{digits}2-rectified"}
         assert needs[f"{digits}2-rectified"] == {f"{digits}pairs", f"{digits}teacher"}
-        measured = {f"{digits}{name}" for name in ("teacher", "ddim", "2-rectified", "distilled", "meanflow")}
+        measured = {
+            f"{digits}{name}" for name in ("teacher", "ddim", "2-rectified", "distilled", "meanflow", "matched")
+        }
         assert needs[f"{digits}measured"] == measured
     assert needs["digits/1/grid"] == {"digits/1/teacher"}
     assert needs["shapes/teacher"] == {"shapes/store"}
-    assert needs["shapes/judged-1"] == {"shapes/2-rectified", "shapes/distilled"}
+    students = {"shapes/2-rectified", "shapes/matched-1", "shapes/matched-2", "shapes/matched-4"}
+    assert needs["shapes/judged"] == students
+    assert needs["shapes/measured"] == students | {"shapes/teacher"}
     for step in built.values():
         if step.command[0] == "train.py" and step is not built["shapes/teacher"]:
             flags = dict(zip(step.command, step.command[1:], strict=False))

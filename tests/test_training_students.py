@@ -217,8 +217,8 @@ def test_the_critic_begins_as_the_teacher_learns_and_is_no_part_of_the_model(
     groups = generator.optimization.build(weights).param_groups
     rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
     learning = {name: rates[id(weight)] for name, weight in weights.items() if weight.requires_grad}
-    assert {rate for name, rate in learning.items() if name.startswith("critic.")} == {2 * 2e-4}
-    assert {rate for name, rate in learning.items() if not name.startswith("critic.")} == {2e-4}
+    assert {rate for name, rate in learning.items() if name.startswith("critic.")} == {4 * 5e-4}
+    assert {rate for name, rate in learning.items() if not name.startswith("critic.")} == {5e-4}
     fit(config, *flags)
     found = under(tmp_path / "run", "critic.")
     assert found.keys() == generator.critic.state_dict().keys()
