@@ -154,9 +154,12 @@ def test_the_committed_study_trains_what_its_students_and_measurements_need(comm
             assert flags["--run.folder"] == str(step.folder)
 
 
-def test_every_command_of_the_committed_study_can_be_read(committed: Steps) -> None:
-    for name, step in committed.build(Path("/study")).items():
-        if name.startswith(("digits/1/", "shapes/")):  # the other seeds' are alike
+@pytest.mark.parametrize("name", ["fewstep", "likelihood"])
+def test_every_command_of_the_committed_studies_can_be_read(name: str) -> None:
+    study = compare.read(ROOT / f"configs/studies/{name}.yaml")
+    assert isinstance(study, Steps)
+    for place, step in study.build(Path("/study")).items():
+        if place.startswith(("digits/1/", "shapes/")):  # the other seeds' are alike
             parser, argv = parser_of(step.command)
             parser.parse_args(argv)  # ends the program if it cannot
 
