@@ -92,7 +92,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
          "plain, rest = y[:, : self.channels], y[:, : self.channels]"),
     ],
     ("flow/meanflow.py", "flow_meanflow flow_meanflow_objective training_cost"): [
-        ("self.extra_passes = 2 * share", "self.extra_passes = share"),
+        ("(3 if own else 2) * share", "2 * share"),
+        ("along = model(*point, selected, t[rows]) if own", "along = v[rows] if own"),
         ("u[2] < self.share", "u[2] > self.share"),
         ("@torch.no_grad()\ndef average_velocity", "def average_velocity"),
         ("torch.ones_like(point[1])", "-torch.ones_like(point[1])"),
@@ -458,7 +459,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/teacher.py", "training_students training_teacher"): [
         ("low + (high - low) * u", "low + high * u"),
         ("passes = 1.0 if self.teacher.range == (1, 1) or", "passes = 1.0 if True or"),
-        ("passes += 3", "passes += 1"),
+        ("passes += 3 + self.walked", "passes += 3"),
         ("teacher.guided(self.condition, scale), teacher.critic, told", "teacher.critic, teacher.critic, told"),
         ("condition.pooled[:, -SIZE_FEATURES:]], 1)", "condition.pooled[:, -SIZE_FEATURES:] * 0], 1)"),
     ],

@@ -14,7 +14,9 @@ from data.sizes import SIZE_FEATURES
 from data.text.clip import CLIPText
 from engine.flops import forward_flops
 from flow.guidance import ClassifierFree
+from flow.matching import Matching
 from flow.objective import Objective
+from flow.stepmap import StepMap
 from mmdit.model import MMDiT
 from mmdit.network import Condition
 from pipeline import Pipeline
@@ -29,6 +31,16 @@ def test_a_teacher_adds_a_forward_pass_and_with_guidance_two(pipe: Pipeline, gui
     student = StepCost(pipe.network, Objective(), teacher, True)
     cost = student(Batch(0, np.arange(4), z, z, condition.text, condition.pooled))
     assert cost.flops == (3 + passes) * forward_flops(pipe.network, z, torch.zeros(4), condition)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_matching_adds_the_guided_teacher_the_critic_s_step_and_the_student_s_walk(pipe: Pipeline, k: int) -> None:
+    teacher = TeacherModel(Teacher(Path("teacher"), 3.0, matching=Matching()), pipe, walked=k - 1)
+    z, condition = torch.zeros(4, 1, 8, 8), Condition(torch.zeros(4, 5, 64), torch.zeros(4, 64))
+    cost = StepCost(pipe.network, StepMap(k=k), teacher, True)(
+        Batch(0, np.arange(4), z, z, condition.text, condition.pooled)
+    )
+    assert cost.flops == (3 + 2 + 3 + k - 1) * forward_flops(pipe.network, z, torch.zeros(4), condition)
 
 
 def test_the_null_condition_of_guidance_has_the_sizes_of_the_pictures(text: CLIPText) -> None:

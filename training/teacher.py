@@ -162,7 +162,8 @@ class Teacher:
         if self.matching and not isinstance(objective, StepMap):
             raise ValueError("teacher.matching needs objective.class_path StepMap, which says in how many steps the "
                              f"student draws, and it is {type(objective).__name__}")  # fmt: skip
-        return TeacherModel(self, pipe, bare=self.model is None)
+        walked = objective.k - 1 if self.matching and isinstance(objective, StepMap) else 0
+        return TeacherModel(self, pipe, bare=self.model is None, walked=walked)
 
     def _read(self, codec: Codec, text: TextEncoder) -> tuple[Network, Objective]:
         """Network and objective of the model's folder, which must have this codec and these text encoders."""
@@ -220,14 +221,15 @@ class TeacherModel:
         teacher: its settings.
         pipe: the model.
         bare: its network is the student, whose updates are left out for the teacher.
+        walked: steps that a student walks, without learning, before the one that it learns.
 
     Attributes:
         uses: samples in a row that learn one pair in training.
         critic: learns the student's pictures, if their distribution is matched.
     """
 
-    def __init__(self, teacher: Teacher, pipe: Pipeline, bare: bool = False) -> None:
-        self.teacher, self.pipe, self.bare = teacher, pipe, bare
+    def __init__(self, teacher: Teacher, pipe: Pipeline, bare: bool = False, walked: int = 0) -> None:
+        self.teacher, self.pipe, self.bare, self.walked = teacher, pipe, bare, walked
         self.uses = teacher.pairs.uses if teacher.pairs else 1
         self.critic = copy.deepcopy(pipe.network).float() if teacher.matching else None
         self.null: Condition | None = None
@@ -327,7 +329,7 @@ class TeacherModel:
         if self.teacher.pairs:
             passes *= self.evaluations() / self.uses
         if self.critic:
-            passes += 3
+            passes += 3 + self.walked
         return passes * forward_flops(skeleton(self.pipe.network), z, t, told)
 
     def evaluations(self) -> int:
