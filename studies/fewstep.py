@@ -153,11 +153,14 @@ def write(study: Steps, out: Path, docs: Path, command: str) -> Path:
         [row for seed in study.seeds for row in rows_of(place(f"digits/{seed}/{name}"), seed)]
         for name in ("measured", "straightness", "guidance")
     )
-    judged = [row for name in ("judged-20", "judged") for row in rows_of(place(f"shapes/{name}"))]
+    judged, measured = (
+        [row for name in (f"{kind}-20", kind) for row in rows_of(place(f"shapes/{name}"))]
+        for kind in ("judged", "measured")
+    )
     floor, real_scenes = (
         read(place(name))["floor"] for name in (f"digits/{study.seeds[0]}/measured", "shapes/measured")
     )
-    distances, categories = shapes(rows_of(place("shapes/measured")), judged, place("shapes/teacher").name, real_scenes)
+    distances, categories = shapes(measured, judged, place("shapes/teacher").name, real_scenes)
     lengths = [[name, *(spread(values(straight, key, recipe=name), form) for key, form in
                         (("straightness", ".3f"), ("path_length", ".2f"), ("distance_ratio", ".2f")))]
                for name in ("teacher", "2-rectified")]  # fmt: skip
