@@ -92,8 +92,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
          "plain, rest = y[:, : self.channels], y[:, : self.channels]"),
     ],
     ("flow/meanflow.py", "flow_meanflow flow_meanflow_objective training_cost"): [
-        ("(3 if own else 2) * share", "2 * share"),
-        ("along = model(*point, selected, t[rows]) if own", "along = v[rows] if own"),
+        ("self.extra_passes = 2 * share", "self.extra_passes = share"),
         ("u[2] < self.share", "u[2] > self.share"),
         ("@torch.no_grad()\ndef average_velocity", "def average_velocity"),
         ("torch.ones_like(point[1])", "-torch.ones_like(point[1])"),

@@ -23,9 +23,6 @@ class MeanFlow(Objective):
         shift_area: height × width of the latents that `shift` is for; none means one α for all.
         penalty: applied to each picture's mean square error; none means no penalty.
         share: fraction of the pictures with end < t; the others have end = t and learn the velocity at t.
-        own: the derivative along the path is taken along the network's own velocity at t, and not along the pair's
-            ε − x0, whose scatter it would multiply (Geng et al. 2025b, "Improved Mean Flows"). One more pass for
-            the share.
 
     Example:
         >>> import torch
@@ -45,13 +42,12 @@ class MeanFlow(Objective):
         shift_area: int | None = None,
         penalty: Penalty | None = None,
         share: float = 0.25,
-        own: bool = False,
     ) -> None:
         super().__init__(None, None, density, weight, shift, shift_area, penalty)
         if not 0 < share <= 1:
             raise ValueError(f"MeanFlow needs 0 < share <= 1, got {share}")
-        self.share, self.own = share, own
-        self.extra_passes = (3 if own else 2) * share  # the derivative costs two passes
+        self.share = share
+        self.extra_passes = 2 * share  # the derivative costs two passes
 
     def times(self, u: Tensor, area: int) -> tuple[Tensor, Interval]:
         """t (B,) and the ends, for uniform u (3, B): two drawn times where u[2] < share, else one time twice."""
@@ -74,14 +70,12 @@ class MeanFlow(Objective):
         z, u = self.point_and_target(x0, noise, t, condition, field)
         if interval is None:
             return self.error(output(model, z, t, condition), u, t)
-        u = average_velocity(model, z, t, interval, u, condition, self.own)
+        u = average_velocity(model, z, t, interval, u, condition)
         return self.error(output(model, z, t, condition, interval.end), u, t)
 
 
 @torch.no_grad()
-def average_velocity(
-    model: Model, z: Tensor, t: Tensor, interval: Interval, v: Tensor, condition: Any, own: bool = False
-) -> Tensor:
+def average_velocity(model: Model, z: Tensor, t: Tensor, interval: Interval, v: Tensor, condition: Any) -> Tensor:
     """The target for the average velocity: u(z, t, end) = v − (t − end)·du/dt, with the velocity v at (z, t).
 
     This is the MeanFlow identity (Geng et al. 2025). du/dt = v·∂_z u + ∂_t u is the derivative along the path: one
@@ -95,7 +89,6 @@ def average_velocity(
         interval: ends of the intervals, and the pictures that have one.
         v: velocities, (B, …).
         condition: passed to the model; a named tuple of tensors with batch size B, or None.
-        own: the model's u(z, t, t) is the v of the derivative.
 
     Returns:
         (B, …), in v's type.
@@ -103,11 +96,10 @@ def average_velocity(
     end, rows = interval
     selected = None if condition is None else type(condition)(*(x if x is None else x[rows] for x in condition))
     point = z[rows], t[rows]
-    along = model(*point, selected, t[rows]) if own else v[rows]
     # Fused attention has no forward-mode derivative.
     with sdpa_kernel(SDPBackend.MATH):
         rate = torch.func.jvp(
-            lambda z, t: model(z, t, selected, end[rows]), point, (along.to(z.dtype), torch.ones_like(point[1]))
+            lambda z, t: model(z, t, selected, end[rows]), point, (v[rows].to(z.dtype), torch.ones_like(point[1]))
         )[1]
     u = v.clone()
     u[rows] -= expand_as(point[1] - end[rows], v) * rate.to(v.dtype)

@@ -61,24 +61,6 @@ def test_with_the_pair_s_own_velocity_the_target_is_right_in_the_mean() -> None:
     assert deviations(lambda z, t, condition, end: velocity(z, t)).abs().max() > 50
 
 
-def test_along_the_model_s_own_velocity_the_target_is_right_and_scatters_less() -> None:
-    count = 20_000
-    x0 = MEAN + STD * torch.randn(count, 1, dtype=torch.float64)
-    noise = torch.randn(count, 1, dtype=torch.float64)
-    t, end = torch.full((count,), 0.8, dtype=torch.float64), torch.full((count,), 0.15, dtype=torch.float64)
-    z = 0.2 * x0 + 0.8 * noise
-    interval = Interval.between(end, t)
-    pairs, own = (average_velocity(average, z, t, interval, noise - x0, None, way) for way in (False, True))
-    exact = average_velocity(average, z, t, interval, velocity(z, t), None)
-    torch.testing.assert_close(own, noise - x0 - velocity(z, t) + exact)
-    assert (own - exact).std() != pytest.approx((pairs - exact).std().item(), rel=0.05)
-    torch.testing.assert_close(exact, average(z, t, None, end), atol=1e-9, rtol=0)
-    objective = MeanFlow(own=True)
-    assert objective.extra_passes == 3 * objective.share
-    found = objective.loss(average, x0.float(), noise.float(), t.float(), None, interval)
-    torch.testing.assert_close(found, (own - average(z, t, None, end)).square().mean(1).float(), rtol=1e-3, atol=1e-5)
-
-
 class Told(NamedTuple):
     text: Tensor
     mask: Tensor | None = None
