@@ -151,12 +151,17 @@ def measure_likelihood(args: Namespace) -> None:
             options = LoadOptions(**load_options_of(args))
             pipes = {name: Pipeline.load(find_model(path), options)
                      for name, path in zip(short_names(args.model), args.model, strict=True)}  # fmt: skip
+            examined = DATA[args.data].held_out(10)
             for name, pipe in pipes.items():
                 try:
                     refuse(pipe, pipe.sampling.guidance if args.guidance is None else args.guidance)
                 except ValueError as error:
                     raise ValueError(f"{name} has no likelihood: {error}") from None
-            examined = DATA[args.data].held_out(10)
+            real = tuple(examined.real["train"].shape[1:])
+            for name, pipe in pipes.items():
+                drawn = (pipe.codec.pixel_channels, *pipe.latent_size(None, None))
+                if drawn != real:
+                    raise ValueError(f"{name} draws pictures of {drawn} numbers, not {real} as the {args.data}")
             measured = Likelihood(examined, args.reference or "held_out", args.samples, args.seed, args.out)
             held.enter_context(hold(args.out))
             claim_folder(args.out, purpose_of("evaluate.py", args), ["results.json"], args.overwrite)

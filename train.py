@@ -19,6 +19,7 @@ from storage.models import find_model, fingerprint
 from training.build import build, lora_base, wandb_logger
 from training.experiment import parser, resolve, short_cause
 from training.fellows import LOST, watch_children, watch_parent
+from training.generator import LEARNERS
 from training.rewards import RewardError
 from training.run_folder import CHECKPOINTS, Run, begin_branch, branch_point, check_branch, check_target, claim
 
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
                 check_branch(run.folder, start)
             elif start:
                 origin = branch_point(start)
-                origin.compare(shapes, "network.")
+                origin.compare(shapes, LEARNERS)
                 if origin.step >= run.steps:
                     raise ValueError(f"--from {start} begins at step {origin.step}: run.steps must be larger")
             may_last = partial(generator.optimization.same_rates, newest.step if newest else 0)
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             if origin and first:
                 begin_branch(run.folder, start, origin)
             if newest:
-                newest.compare(shapes, "network.")
+                newest.compare(shapes, LEARNERS)
             if command == "average":
                 out = out or model.with_name(f"{model.name}-{width}")
                 weights = reconstruct(run.folder / "snapshots", width, step)

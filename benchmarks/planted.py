@@ -488,7 +488,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("for own in self.weights]", "for own in self.weights[:1]]"),
         ("if score < self.best or self.critic:", "if score < self.best:"),
         ("self.fresh(batch, Use.MATCHED)", "batch.noise"),
-        ("state |= {CRITIC + name", "state |= {} and {CRITIC + name"),
+        ("return own | {CRITIC + name", "return own or {CRITIC + name"),
     ],
     ("training/generator.py", "training_pairs"): [
         ("self.teacher.uses if self.teacher else 1)", "1)"),

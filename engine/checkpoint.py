@@ -68,12 +68,12 @@ class Checkpoint(NamedTuple):
         except OSError:  # it is missing, or cannot be read
             return False
 
-    def compare(self, shapes: Mapping[str, Sequence[int]], prefix: str = "") -> None:
+    def compare(self, shapes: Mapping[str, Sequence[int]], prefix: str | tuple[str, ...] = "") -> None:
         """Checks that the checkpoint holds these tensors and no others.
 
         Args:
             shapes: name → shape.
-            prefix: compares only tensors whose names start with it.
+            prefix: compares only tensors whose names start with it, or with one of several.
 
         Raises:
             CheckpointError: in one line, naming what differs.

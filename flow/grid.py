@@ -96,6 +96,8 @@ def karras(
     ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64) ** (1 / rho)
     sigma = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, steps, dtype=torch.float64)) ** rho
     grid = torch.cat([path.time(sigma / (1 + sigma)), torch.zeros(1, dtype=torch.float64)])
+    if grid[0] > 1:
+        raise ValueError(f"no time of {type(path).__name__} has sigma_max {sigma_max:g}: take a smaller one")
     if not bool((grid.diff() < 0).all()):
         raise ValueError(f"{steps} steps of karras spacing give equal times on {type(path).__name__}: use fewer")
     return grid

@@ -182,7 +182,7 @@ def variational_bound(
         exact = posterior(path, t, s)
         exact = exact._replace(small=second) if n == 1 else exact
         log_small = expand_as(exact.small.log(), z)
-        log_variance = log_small.expand_as(z)
+        log_variance = log_small
         if estimate.variance is not None:
             log_variance = learned_log_variance(exact, estimate.variance.double())
         if n == 1:

@@ -101,7 +101,7 @@ def solutions(
             error = float(off.square().reshape(len(state), -1).mean(1).max().sqrt()) / tolerance
             if error <= 1:
                 now, state, first = end if last else now + h, ahead, slopes[-1]
-            if not last or error > 1:
+            if not (last and error <= 1):  # NaN is no small error
                 size = h * 0.9 * max(1e-4, min(1e4, error)) ** -0.2
             if now + size == now:
                 raise ValueError(

@@ -217,8 +217,8 @@ def sde(
 
     Every w(t) ≥ 0 has the marginals of the ODE, and is chosen after the training (Ma et al. 2024, "SiT", §2.3). The
     score is −ε̂/b. `sbdm` is the w of the forward SDE, as in DDPM, on rectified flow t/(1 − t) (Song et al. 2021). A
-    step from pure noise and the step to the data add none. First order; few steps end with more noise than `ddim:eta=1`
-    and without its loss of variance.
+    step from pure noise and the step to the data add none. First order. Few steps lose
+    less variance than those of `ddim:eta=1`; very few of `sbdm` end with too much.
 
     Needs a continuous path. Other arguments and result as in `euler`.
 

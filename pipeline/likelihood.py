@@ -1,5 +1,6 @@
 """Bits per dimension of pictures under a model: exact for a flow, a bound for a chain."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from data.latents import Pixels
 from flow.likelihood import bits_per_dimension, log_likelihood, variational_bound
 from flow.path import Discrete
+from flow.target import determinant
 from pipeline import Pipeline
 from pipeline.sampling import random_normals
 
@@ -25,6 +27,11 @@ def refuse(pipe: Pipeline, guidance: float) -> None:
                          "take a model without, and --guidance 1")  # fmt: skip
     if pipe.network.two_times:
         raise ValueError("it has learned average velocities: take a model of velocities")
+    path, target = pipe.objective.path, pipe.objective.target
+    for t in () if isinstance(path, Discrete) else torch.tensor([0.0, 1.0], dtype=torch.float64):
+        if not 1e-9 < determinant(path, target, t).abs() < math.inf:
+            raise ValueError(f"at t = {t:g} {type(target).__name__} does not determine picture and noise on its path: "
+                             "train on V, or on rectified flow Velocity")  # fmt: skip
     pipe.refuse_picture()
 
 

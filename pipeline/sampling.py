@@ -138,7 +138,7 @@ class Sampling:
         target = type(objective.target).__name__
 
         def probe(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
-            if not determinant(objective.path, objective.target, t).abs() > 1e-9:  # zero or NaN
+            if not 1e-9 < determinant(objective.path, objective.target, t).abs() < math.inf:  # or NaN
                 raise ValueError(f"at t = {t:g} {target} does not determine picture and noise; train on V, say")
             return Estimate(z, z, z if objective.outputs == 2 else None)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from data.examined import Examined, Half
 from flow.path import Discrete
@@ -24,9 +23,10 @@ def code_lengths(pictures: Tensor, others: Tensor, levels: int) -> dict[str, Ten
     One is uniform over the levels. The other has a histogram for each number of a picture, counted on other pictures,
     each level once more than it occurs.
     """
-    seen, counted = (one_hot((some.flatten(1) * (levels - 1)).round().long(), levels) for some in (pictures, others))
-    share = (counted.sum(0) + 1) / (len(others) + levels)
-    histogram = -(seen * share.log2()).sum((1, 2)) / seen.shape[1]
+    seen, counted = ((some.flatten(1) * (levels - 1)).round().long().T for some in (pictures, others))  # (D, N)
+    count = torch.zeros(len(seen), levels).scatter_add_(1, counted, torch.ones(counted.shape))
+    share = (count + 1) / (len(others) + levels)
+    histogram = -share.log2().gather(1, seen).mean(0)
     return {"uniform code": torch.full((len(pictures),), math.log2(levels)), "histogram of each pixel": histogram}
 
 
@@ -71,7 +71,7 @@ class Likelihood:
     @staticmethod
     def row(name: str, bits: Tensor, **more: str) -> Row:
         """A row of the results for the bits of each picture."""
-        error = (bits.std() / math.sqrt(len(bits))).item()
+        error = (bits.std() / math.sqrt(len(bits))).item() if len(bits) > 1 else None
         return {
             "model": name, **more, "samples": len(bits), "bits_per_dim": bits.mean().item(), "bits_per_dim_error": error
         }  # fmt: skip

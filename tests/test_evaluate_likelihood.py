@@ -15,9 +15,9 @@ from data.latents import Pixels
 from data.text.clip import CLIPText
 from flow.density import Uniform
 from flow.objective import Objective
-from flow.path import Cosine, ImprovedCosine
+from flow.path import Cosine, ImprovedCosine, VariancePreserving
 from flow.path import Path as FlowPath
-from flow.target import Epsilon, Target, V
+from flow.target import Epsilon, Target, V, Velocity
 from flow.variance import LearnedVariance
 from mmdit.model import MMDiT
 from pipeline import Pipeline
@@ -148,6 +148,35 @@ def test_models_of_latents_of_averages_and_of_guidance_have_none(
             evaluate.main(["--likelihood", "--model", folder, *PLAIN, "--out", str(tmp_path / "out")])
         assert end.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_models_of_other_pictures_and_of_targets_without_ends_are_refused_before_any_file(
+    text: CLIPText, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    colour = MMDiT(3, depth=1, width=32, heads=1, text_dim=64, pooled_dim=64, sample_size=8, pos_embed_max_size=8)
+    large, grey = plain_digits(sample_size=16, pos_embed_max_size=16), Pixels(1, 0.3, 2.66)
+    made = {
+        "large": (large, Objective(), grey, "(1, 16, 16) numbers, not (1, 8, 8)"),
+        "colour": (colour, Objective(), Pixels(3), "(3, 8, 8) numbers, not (1, 8, 8)"),
+        "noise": (plain_digits(), Objective(target=Epsilon()), grey, "at t = 1 Epsilon does not determine"),
+        "vp": (plain_digits(), Objective(VariancePreserving(), Velocity()), grey, "at t = 0 Velocity does not"),
+    }
+    for name, (network, objective, codec, message) in made.items():
+        spacing = "karras" if name == "noise" else "trailing"
+        Pipeline(network, objective, codec, text, Sampling(2, 1.0, "euler", spacing)).save(tmp_path / name)
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(["--likelihood", "--model", str(tmp_path / name), "--out", str(tmp_path / "out")])
+        told = capsys.readouterr().err
+        assert (end.value.code, told.count("\n")) == (2, 1)
+        assert message in told
+        assert not (tmp_path / "out").exists()
+
+
+def test_one_picture_has_bits_and_no_error(text: CLIPText, tmp_path: Path) -> None:
+    Pipeline(stirred(plain_digits(), 0.02), Objective(), Pixels(1, 0.3, 2.66), text, Sampling(1, 1.0)).save(
+        tmp_path / "m"
+    )
+    assert measured(tmp_path, "--model", str(tmp_path / "m"), "--samples", "1")[-1]["bits_per_dim_error"] is None
 
 
 def test_pixels_between_the_levels_are_refused(pipe: Pipeline) -> None:

@@ -20,6 +20,7 @@ from flow.likelihood import (
 )
 from flow.objective import Estimate, Objective
 from flow.path import EDM, Cosine, DDPMLinear, Discrete, ImprovedCosine, Path, RectifiedFlow, expand_as
+from flow.reference import solutions
 from flow.sampler import Denoiser
 from flow.target import X0, Epsilon, Target, V, Velocity
 from flow.variance import LearnedVariance, posterior
@@ -124,6 +125,24 @@ def test_a_chain_has_no_flow_and_a_flow_no_bound() -> None:
         log_likelihood(GAUSSIAN.denoiser(DDPMLinear()), DDPMLinear(), LEVELS)
     with pytest.raises(ValueError, match="RectifiedFlow is continuous"):
         variational_bound(GAUSSIAN.denoiser(RectifiedFlow()), RectifiedFlow(), LEVELS, lambda: LEVELS, 0.1, (-1, 1))
+
+
+def test_not_a_number_ends_the_solver() -> None:
+    def slope(tau: float, w: Tensor) -> Tensor:
+        return w if tau < 1 else w * math.nan
+
+    with pytest.raises(ValueError, match="cannot keep tolerance"):
+        list(solutions(slope, torch.ones(1, 1, dtype=torch.float64), (0.0, 1.0), 1e-3))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_bound_can_be_computed_on_a_device(learned: bool) -> None:
+    """All that is as large as a picture is there."""
+    x = torch.empty(2, 1, 4, 4, device="meta")
+    found = variational_bound(
+        lambda z, t: Estimate(0.5 * z, z, 0.1 * z if learned else None), SHORT, x, lambda: x, WIDTH, (-1.0, 1.0)
+    )
+    assert found.is_meta
 
 
 # Levels

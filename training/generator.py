@@ -33,6 +33,7 @@ from training.terms import LossTerm
 VALIDATION_TIMES = 8
 MOST_COLUMNS = 256  # of the sheet of samples
 SAMPLED = 64  # pictures at a time
+LEARNERS = ("network.", CRITIC)  # begin the names of the weights in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -329,8 +330,6 @@ class Generator(L.LightningModule):
         if not self.trainer.is_global_zero:
             self.bins.sums.zero_()
         state = self.network_state()
-        if self.critic:
-            state |= {CRITIC + name: tensor for name, tensor in self.critic.state_dict().items()}
         state |= {f"average.{name}": tensor for name, tensor in self.ema.named().items()}
         state |= {f"guard.{name}": tensor for name, tensor in self.guard.named_buffers()}
         if optimizer:
@@ -339,8 +338,10 @@ class Generator(L.LightningModule):
         return state | {"bins": self.bins.sums}
 
     def network_state(self) -> dict[str, Tensor]:
-        """The network's part of the state."""
-        return {f"network.{name}": tensor for name, tensor in self.kept(self.network).items()}
+        """The part of the state of the network, and of a critic."""
+        critic: Mapping[str, Tensor] = self.critic.state_dict() if self.critic else {}
+        own = {f"network.{name}": tensor for name, tensor in self.kept(self.network).items()}
+        return own | {CRITIC + name: tensor for name, tensor in critic.items()}
 
     def kept(self, network: Network) -> dict[str, Tensor]:
         """The tensors of the network or of an average that are saved: all, or for a LoRA training the trained ones."""

@@ -157,7 +157,9 @@ class Teacher:
             raise ValueError(f"{named} and data.size_conditioning {sized} do not fit together: change one of them")
         if self.pairs:
             pipe.plan(self.pairs.sampling)
-        if self.matching and not self.model:
+        if self.matching and student.guidance_embeds:
+            raise ValueError("teacher.matching takes no student that is told its guidance: begin from another network")
+        if self.matching and (base or not self.model):
             raise ValueError("teacher.matching trains whole networks and no LoRA: leave lora out")
         if self.matching and not isinstance(objective, StepMap):
             raise ValueError("teacher.matching needs objective.class_path StepMap, which says in how many steps the "
