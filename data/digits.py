@@ -35,6 +35,7 @@ HELD_OUT_TEMPLATES = (
 Split = Literal["train", "held_out"]
 TRAIN_SIZE = 1297
 SIDE = 8  # of a picture, in pixels
+LEVELS = 17  # values that a pixel can have
 
 
 class Digits(NamedTuple):

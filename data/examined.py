@@ -102,7 +102,7 @@ class Digits(Examined):
     features = "judge:assets/digits/judge"
     side = 32
     categories = digits.WORDS
-    levels = 17
+    levels = digits.LEVELS
     by_rule = False
 
     def __init__(self, each: int) -> None:

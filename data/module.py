@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data import digits
 from data.batch import Batch, complete
 from data.degrade import Degrade, enlarged, noised
-from data.latents import Codec
+from data.latents import Codec, Pixels
 from data.loaders import begin_loader
 from data.order import GlobalBatches, Share, Stages, Stripes, Use, normal, stream
 from data.store import samples as stored
@@ -84,8 +84,10 @@ class TrainingDigits(CaptionedDigits):
         side: int = digits.SIDE,
         text_mask: bool = False,
         degrade: Degrade | None = None,
+        dequantize: bool = False,
     ) -> None:
         super().__init__("train", side, text, codec, text_mask, degrade)
+        self.width = codec.scale / (digits.LEVELS - 1) if dequantize and isinstance(codec, Pixels) else 0.0
         self.seed, self.batch_size, self.caption_dropout = seed, batch_size, caption_dropout
         self.most = degrade.noise if degrade else 0.0  # noise of a picture
 
@@ -95,6 +97,9 @@ class TrainingDigits(CaptionedDigits):
         rows[drawn[:, 1] < self.caption_dropout] = 0
         shape = tuple(self.latents.shape[1:])
         batch = self.batch(share, rows, normal(self.seed, Use.NOISE, share.step, share.positions, shape))
+        if self.width:
+            drawn_normal = normal(self.seed, Use.DEQUANTIZE, share.step, share.positions, shape)
+            batch = batch._replace(x0=batch.x0 + self.width * (torch.special.ndtr(drawn_normal) - 0.5))
         if not self.most or batch.picture is None:
             return batch
         levels = self.most * stream(self.seed, Use.LEVEL, share.step).random(self.batch_size)[share.positions]
@@ -246,6 +251,8 @@ class Digits(Data):
         workers: loader processes; 0 loads in the training process.
         text_mask: padding of the captions is masked, in training as in sampling.
         degrade: also gives the network a smaller picture of each digit, to be enlarged (super-resolution).
+        dequantize: in training each number gets uniform noise of the width of a level, fresh at every step, so that a
+            likelihood can be asked for (`evaluate.py --likelihood`).
     """
 
     def __init__(
@@ -259,8 +266,12 @@ class Digits(Data):
         workers: int = 0,
         text_mask: bool = False,
         degrade: Degrade | None = None,
+        dequantize: bool = False,
     ) -> None:
         super().__init__(text, codec, seed, batch_size, side, workers, text_mask=text_mask)
+        if dequantize and (not isinstance(codec, Pixels) or side != digits.SIDE):
+            raise ValueError(f"data.dequantize needs the codec Pixels and data.side {digits.SIDE}: leave it out")
+        self.dequantize = dequantize
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout must be from 0 to 1, got {caption_dropout}")
         if side < digits.SIDE or side % codec.factor:
@@ -284,7 +295,7 @@ class Digits(Data):
         rank, world = self._place()
         data = TrainingDigits(
             self.text, self.codec, self.seed, self.batch_size, self.caption_dropout, self.side, self.text_mask,
-            self.degrade,
+            self.degrade, self.dequantize,
         )  # fmt: skip
         start, parts = self._start()
         pool = [np.arange(len(data.latents))]

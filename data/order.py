@@ -33,6 +33,7 @@ class Use(IntEnum):
     DEGRADE = 11
     JUDGED = 12
     MATCHED = 13
+    DEQUANTIZE = 14
 
 
 def stream(seed: int, use: Use, step: int = 0, sample: int = 0) -> np.random.Generator:

@@ -1,5 +1,6 @@
 """Batches of captioned digits, codecs and pictures."""
 
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -120,3 +121,19 @@ def test_digits_are_enlarged_for_other_codecs_and_come_back() -> None:
     assert torch.equal(large[:, 0], large[:, 2])
     assert (digits.reduced(large) - pixels).abs().mean() < 0.1
     torch.testing.assert_close(digits.reduced(pixels.expand(-1, 3, -1, -1)), pixels)
+
+
+def test_dequantised_numbers_stay_within_their_level_and_are_fresh_at_every_step(text: CLIPText) -> None:
+    ids = np.arange(40)
+    codec = Pixels(1, 0.3, 2.66)
+    plain = TrainingDigits(text, codec, 0, 40, 0.1)[Share(3, ids, ids)].x0
+    data = TrainingDigits(text, codec, 0, 40, 0.1, dequantize=True)
+    first, again, later = (data[Share(step, ids, ids)].x0 for step in (3, 3, 4))
+    off = (first - plain) / (2.66 / 16)  # in levels
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    assert off.abs().max() <= 0.5
+    assert off.mean().item() == pytest.approx(0, abs=0.03)
+    assert off.std().item() == pytest.approx(1 / math.sqrt(12), rel=0.03)
+    with pytest.raises(ValueError, match="needs the codec Pixels"):
+        Digits(text, codec, side=16, dequantize=True)
