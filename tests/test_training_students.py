@@ -308,7 +308,7 @@ def test_a_store_of_no_pairs_is_no_coupling(
         ("matching", ["--objective", "Objective"], "matching needs objective.class_path StepMap"),
         ("matching", ["--teacher.pairs.steps", "2"], "matching and teacher.pairs exclude each other"),
         ("matching", ["--teacher.guidance", "[1.0, 3.0]"], "matching needs one teacher.guidance"),
-        ("matching", ["--lora.rank", "2"], "trains whole networks and no LoRA"),
+        ("matching", ["--lora.rank", "2", "--network.path", "{run}/model"], "trains whole networks and no LoRA"),
         ("matching", ["--teacher.model", "null"], "only a LoRA can learn without one"),
         ("matching", ["--optimization.groups", "[{{pattern: ^judge, lr: 2.0}}]"], "no trained weight's name"),
         ("meanflow", ["--network.two_times", "false"], "set network.two_times"),
