@@ -98,6 +98,14 @@ class Pixels(Codec):
     def decode(self, latents: Tensor) -> Tensor:
         return (latents / self.scale + self.shift).clamp(0, 1)
 
+    def width(self, levels: int) -> float:
+        """The distance of two of so many levels in latents."""
+        return self.scale / (levels - 1)
+
+    def dequantize(self, latents: Tensor, normal: Tensor, levels: int) -> Tensor:
+        """Latents with uniform noise of one level's width, made of standard normal numbers."""
+        return latents + self.width(levels) * (torch.special.ndtr(normal) - 0.5)
+
     def save(self, folder: Path) -> None:
         commit_json(folder / CONFIG, {"_class_name": "Pixels"} | self._config)
 

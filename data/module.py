@@ -87,7 +87,7 @@ class TrainingDigits(CaptionedDigits):
         dequantize: bool = False,
     ) -> None:
         super().__init__("train", side, text, codec, text_mask, degrade)
-        self.width = codec.scale / (digits.LEVELS - 1) if dequantize and isinstance(codec, Pixels) else 0.0
+        self.pixels = codec if dequantize and isinstance(codec, Pixels) else None
         self.seed, self.batch_size, self.caption_dropout = seed, batch_size, caption_dropout
         self.most = degrade.noise if degrade else 0.0  # noise of a picture
 
@@ -97,9 +97,9 @@ class TrainingDigits(CaptionedDigits):
         rows[drawn[:, 1] < self.caption_dropout] = 0
         shape = tuple(self.latents.shape[1:])
         batch = self.batch(share, rows, normal(self.seed, Use.NOISE, share.step, share.positions, shape))
-        if self.width:
-            drawn_normal = normal(self.seed, Use.DEQUANTIZE, share.step, share.positions, shape)
-            batch = batch._replace(x0=batch.x0 + self.width * (torch.special.ndtr(drawn_normal) - 0.5))
+        if self.pixels:
+            noise = normal(self.seed, Use.DEQUANTIZE, share.step, share.positions, shape)
+            batch = batch._replace(x0=self.pixels.dequantize(batch.x0, noise, digits.LEVELS))
         if not self.most or batch.picture is None:
             return batch
         levels = self.most * stream(self.seed, Use.LEVEL, share.step).random(self.batch_size)[share.positions]

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
-from flow.path import Discrete, Path, expand_as
+from flow.path import Discrete, Path
 from flow.reference import solutions
 from flow.sampler import Denoiser
-from flow.variance import learned_log_variance, posterior
+from flow.variance import divergence, learned_log_variance, step_posterior
 
 Field = Callable[[Tensor], Tensor]  # w (B, D) → v (B, D)
 
@@ -81,7 +82,8 @@ def log_likelihood(
 
         v, divergence = trace(field, state[:, :-1])
         if not v.isfinite().all():
-            raise ValueError(f"the model's output is not finite at t = {t:g}: a likelihood needs Velocity or V there")
+            raise ValueError(f"the model's output does not give a finite picture and noise at t = {t:g}: "
+                             "train on V, say")  # fmt: skip
         return torch.cat([v, divergence[:, None]], 1).detach()
 
     w = x0.double().flatten(1)
@@ -89,18 +91,13 @@ def log_likelihood(
     a, b = (c.item() for c in path(torch.ones((), dtype=torch.float64)))
     ((end, _),) = solutions(slope, start, (0.0, b / (a + b)), tolerance)
     std = math.hypot(a, b) / (a + b)  # of w at t = 1, for data of unit variance
-    return end[:, -1] - normal_nats(end[:, :-1] / std) - w.shape[1] * math.log(std)
-
-
-def normal_nats(x: Tensor) -> Tensor:
-    """−ln N(x; 0, I) of each row of x (B, D)."""
-    return (x.square() + math.log(2 * math.pi)).sum(1) / 2
+    return end[:, -1] + Normal(0.0, std).log_prob(end[:, :-1]).sum(1)
 
 
 def bits_per_dimension(log_density: Tensor, dimensions: int, width: float) -> Tensor:
     """Bits for one number of a picture with discrete levels, from ln p of the picture after uniform dequantisation.
 
-    −(ln p + D·ln width) / (D·ln 2), an upper bound of the discrete code's length (Theis et al. 2016, eq. 4).
+    −(ln p + D·ln width) / (D·ln 2), an upper bound of the discrete code's length (Theis et al. 2016, §3.1).
 
     Args:
         log_density: ln p, (B,).
@@ -147,7 +144,6 @@ def variational_bound(
     noise: Callable[[], Tensor],
     width: float,
     ends: tuple[float, float],
-    progress: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """The bound on −ln P(x0) of a chain, in nats, all T terms (Ho et al. 2020, eq. 5): (3, B) float64.
 
@@ -162,34 +158,28 @@ def variational_bound(
         noise: a fresh standard normal of x0's shape at each call: z_n of each term.
         width: distance of two levels.
         ends: the lowest and the highest level.
-        progress: called after each term.
 
     Raises:
         ValueError: the path is continuous.
     """
     if not isinstance(path, Discrete):
         raise ValueError(f"the bound needs a chain, and {type(path).__name__} is continuous: take log_likelihood")
-    x0, steps = x0.double(), path.steps
+    x0 = x0.double()
     a, b = path(torch.ones((), dtype=torch.float64))
     prior = ((a * x0).square() + b**2 - 1 - 2 * b.log()).flatten(1).sum(1) / 2
     total = torch.zeros_like(prior)
-    second = posterior(path, *(torch.tensor(n / steps, dtype=torch.float64) for n in (2, 1))).small
-    for n in range(steps, 0, -1):
-        t, s = (torch.tensor(k / steps, dtype=torch.float64) for k in (n, n - 1))
+    for n in torch.arange(path.steps, 0, -1, dtype=torch.float64, device="cpu"):
+        t = n / path.steps
         a, b = path(t)
         z = a * x0 + b * noise().double()
         estimate = denoise(z, t)
-        exact = posterior(path, t, s)
-        exact = exact._replace(small=second) if n == 1 else exact
-        log_small = expand_as(exact.small.log(), z)
-        log_variance = log_small
+        exact = step_posterior(path, n)
+        log_variance = exact.small.log()
         if estimate.variance is not None:
             log_variance = learned_log_variance(exact, estimate.variance.double())
         if n == 1:
             last = -discretised(x0, estimate.x0.double(), log_variance, width, *ends)
         else:
             error = exact.x0_coefficient * (x0 - estimate.x0.double())
-            ratio = (log_small - log_variance).exp() + error**2 * (-log_variance).exp()
-            total = total + (log_variance - log_small - 1 + ratio).flatten(1).sum(1) / 2
-        progress()
+            total = total + divergence(exact.small.log(), log_variance, error).flatten(1).sum(1)
     return torch.stack([prior, total, last])

@@ -86,9 +86,9 @@ class Cosine(Path):
 
 
 class VariancePreserving(Path):
-    """The continuous cousin of DDPM's chain: a² = exp(−∫₀ᵗ β), β(t) = β₀ + t·(β₁ − β₀) (Song et al. 2021, eq. 33).
+    """The continuous cousin of DDPM's chain: a² = exp(−∫₀ᵗ β), β(t) = β₀ + t·(β₁ − β₀) (Song et al. 2021, eq. 11).
 
-    b = √(1 − a²), or with `sub` its square, "sub-VP" (eq. 35). a(1) is small but not 0. At t = 0 the rate of b is
+    b = √(1 − a²), or with `sub` its square, "sub-VP" (eq. 12). a(1) is small but not 0. At t = 0 the rate of b is
     infinite, but for sub-VP.
 
     Args:

@@ -215,7 +215,7 @@ def sde(
 ) -> Tensor:
     """The reverse SDE by Euler–Maruyama: Euler's step, plus (t − s)·w·score and noise of variance 2·w·(t − s).
 
-    Every w(t) ≥ 0 has the marginals of the ODE, and is chosen after the training (Ma et al. 2024, "SiT", §2.3). The
+    Every w(t) ≥ 0 has the marginals of the ODE, and is chosen after the training (Ma et al. 2024, "SiT"). The
     score is −ε̂/b. `sbdm` is the w of the forward SDE, as in DDPM, on rectified flow t/(1 − t) (Song et al. 2021). A
     step from pure noise and the step to the data add none. First order. Few steps lose
     less variance than those of `ddim:eta=1`; very few of `sbdm` end with too much.

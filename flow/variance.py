@@ -35,6 +35,29 @@ def posterior(path: Path, t: Tensor, s: Tensor) -> Posterior:
     return Posterior(large * b_s**2 / b_t**2, large, a_s * large / b_t**2)
 
 
+def step_posterior(path: Discrete, n: Tensor) -> Posterior:
+    """The posterior of the step from n to n − 1 of a chain, for n (…) in 1 … T.
+
+    β̃ is zero at n = 1; there it is the β̃ of n = 2, as in the code of Nichol & Dhariwal 2021.
+    """
+    n = n.double()
+    exact = posterior(path, n / path.steps, (n - 1) / path.steps)
+    second = torch.full_like(n, 2 / path.steps)
+    return exact._replace(small=torch.where(n == 1, posterior(path, second, second / 2).small, exact.small))
+
+
+def divergence(log_true: Tensor, log_variance: Tensor, error: Tensor) -> Tensor:
+    """KL of normal distributions, number by number: of ln variance `log_true` from `log_variance`.
+
+    Args:
+        log_true: of the first.
+        log_variance: of the second.
+        error: difference of their means.
+    """
+    ratio = (log_true - log_variance).exp() + error**2 * (-log_variance).exp()
+    return (log_variance - log_true - 1 + ratio) / 2
+
+
 def learned_log_variance(posterior: Posterior, output: Tensor) -> Tensor:
     """ln Σ = v·ln β + (1 − v)·ln β̃ with v = (output + 1)/2 (Nichol & Dhariwal 2021, eq. 15), of output's shape."""
     low, high = (expand_as(x.log(), output) for x in (posterior.small, posterior.large))
@@ -115,8 +138,6 @@ class LearnedVariance(Objective):
     def bound(self, x0: Tensor, estimate: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """λ·T times the term of step n in the bound: KL of the posteriors, or −ln N(x0; x̂0, Σ) at n = 1.
 
-        β̃ is zero at n = 1; there the β̃ of n = 2 is used, as in the authors' code.
-
         Args:
             x0: pictures, (B, …).
             estimate: x̂0, (B, …); no gradient flows into it.
@@ -128,13 +149,10 @@ class LearnedVariance(Objective):
         """
         steps = self.path.steps
         n = (t.double() * steps).round()
-        exact = posterior(self.path, n / steps, (n - 1) / steps)
-        second = torch.full_like(n, 2 / steps)
-        small = torch.where(n == 1, posterior(self.path, second, second / 2).small, exact.small)
-        log_variance = learned_log_variance(exact._replace(small=small), v)
+        exact = step_posterior(self.path, n)
+        log_variance = learned_log_variance(exact, v)
         error = expand_as(exact.x0_coefficient, x0) * (x0 - estimate.detach())
-        log_true = expand_as(small.log(), x0)
-        kl = (log_variance - log_true - 1 + (log_true - log_variance).exp() + error**2 * (-log_variance).exp()) / 2
+        kl = divergence(expand_as(exact.small.log(), x0), log_variance, error)
         nll = (math.log(2 * math.pi) + log_variance + error**2 * (-log_variance).exp()) / 2
         term = torch.where(expand_as(n == 1, x0).bool(), nll, kl)
         return self.vlb_weight * steps / math.log(2) * term.flatten(1).mean(1)

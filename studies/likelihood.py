@@ -60,11 +60,11 @@ class Likelihood:
     def add(self, name: str, folder: str, pipe: Pipeline, progress: Callable[[int], object]) -> None:
         """Measures a model. ValueError in one line if it has no likelihood of these pictures."""
         found = []
-        for part in torch.arange(len(self.pictures)).split(BATCH):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(self.pictures), BATCH):
+            rows = slice(start, min(start + BATCH, len(self.pictures)))
             seeds = range(self.seed + rows.start, self.seed + rows.stop)
             found.append(bits(pipe, self.pictures[rows], self.captions[rows], self.examined.levels, seeds))
-            progress(len(part))
+            progress(rows.stop - rows.start)
         kind = "bound" if isinstance(pipe.objective.path, Discrete) else "of the ODE"
         self.rows.append(self.row(name, torch.cat(found), folder=folder, likelihood=kind))
 

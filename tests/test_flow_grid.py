@@ -10,7 +10,7 @@ from walks import CHAINS, CONTINUOUS, GRIDS, name
 
 from flow.density import shift
 from flow.grid import flow_match, karras, leading, linspace, trailing
-from flow.path import EDM, Cosine, DDPMLinear, Discrete, LDMLinear, Path, RectifiedFlow
+from flow.path import EDM, Cosine, DDPMLinear, Discrete, LDMLinear, Path, RectifiedFlow, VariancePreserving
 
 
 def test_grids_by_hand() -> None:
@@ -66,6 +66,13 @@ def test_karras_grid_reaches_into_the_tail() -> None:
     path = EDM(0.5, 0.6, 1.0)
     a, b = path(karras(path, 3, sigma_min=0.002, sigma_max=10.0))
     assert (b / a)[-2].item() == pytest.approx(0.002)
+
+
+def test_karras_grid_begins_no_earlier_than_the_path() -> None:
+    """VP has σ = 152 at t = 1."""
+    assert karras(VariancePreserving(), 5, sigma_max=150.0)[0] < 1
+    with pytest.raises(ValueError, match="no time of VariancePreserving has sigma_max 160: take a smaller one"):
+        karras(VariancePreserving(), 5, sigma_max=160.0)
 
 
 @pytest.mark.parametrize("path", [*CONTINUOUS, *CHAINS], ids=name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flow.grid import karras, trailing
 from flow.objective import Objective
-from flow.path import EDM, Cosine, DDPMLinear, LDMLinear, RectifiedFlow, ZeroTerminalSNR
+from flow.path import EDM, Cosine, DDPMLinear, LDMLinear, RectifiedFlow, VariancePreserving, ZeroTerminalSNR
 from flow.target import X0, Epsilon, Preconditioned, V, Velocity
 from flow.variance import LearnedVariance
 from pipeline.sampling import GRIDS, SAMPLERS, Sampling, parse_choice, random_normals
@@ -126,6 +126,10 @@ BETWEEN = "LDMLinear is discrete and has no times in between"
         (CHAIN, {"sampler": "midpoint"}, f"sampler midpoint with trailing spacing: {BETWEEN}"),
         (CHAIN, {"sampler": "reference"}, f"sampler reference with trailing spacing: {BETWEEN}"),
         (CHAIN, {"sampler": "edm:churn=5"}, f"sampler edm:churn=5 with trailing spacing: {BETWEEN}"),
+        (CHAIN, {"sampler": "sde"}, "sde needs a continuous path, and LDMLinear is discrete: use ddim:eta=1"),
+        (LINE, {"sampler": "sde:scale=-1"}, "sde needs scale >= 0, got -1"),
+        (LINE, {"sampler": "pc:step=3"}, "pc needs 0 <= step < 2, got 3"),
+        (Objective(VariancePreserving(), Velocity()), {"sampler": "reference"}, f"at t = 0 Velocity {SINGULAR}"),
         (LINE, {"sampler": "ddim:eta=2"}, "ddim needs 0 <= eta <= 1, got 2.0"),
         (KARRAS, {"sampler": "edm:churn=-1", "spacing": "karras"}, "edm needs churn >= 0"),
         (KARRAS, {"sampler": "langevin:step=3", "spacing": "karras"}, "0 < step < 2"),

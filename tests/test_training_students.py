@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from networks import stirred
 from safetensors.torch import load_file, save_file
 from store_files import replan
+from torch import Tensor
 from trials import (
     ROOT,
     assert_goes_on_to_the_bit,
@@ -33,6 +35,7 @@ from data.store.reader import Store
 from data.text.clip import CLIPText
 from flow.guidance import ClassifierFree
 from flow.objective import Interval
+from flow.stepmap import StepMap
 from mmdit.model import Condition
 from pipeline import Pipeline
 from training import experiment
@@ -149,6 +152,39 @@ def test_a_one_step_map_is_validated_where_it_is_learned(student: Callable[..., 
     fit(tmp_path / "config.yaml", *student("distill"), "--run.steps", "3")
     told = [line for line in lines(tmp_path / "run") if "val/loss" in line][-1]
     assert len({value for key, value in told.items() if key.startswith("val/loss")}) == 1
+
+
+def test_each_time_is_validated_once(
+    student: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map in two steps has two times, each for half of the eight that are logged."""
+    times, steps, loss, step = [], [], StepMap.loss, Generator.validation_step
+
+    def seen(self: StepMap, model: object, x0: Tensor, noise: Tensor, t: Tensor, *rest: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            times.append(t[0].item())
+        return loss(self, model, x0, noise, t, *rest)
+
+    monkeypatch.setattr(StepMap, "loss", seen)
+    monkeypatch.setattr(Generator, "validation_step", lambda self, batch: steps.append(1) or step(self, batch))
+    fit(tmp_path / "config.yaml", *student("distill"), "--objective.k", "2", "--run.steps", "3")
+    assert len(set(times)) == 2
+    assert len(times) == 2 * len(steps) > 0
+    told = [line for line in lines(tmp_path / "run") if "val/loss" in line][-1]
+    losses = [value for key, value in sorted(told.items()) if key.startswith("val/loss_t")]
+    assert losses == [losses[0]] * 4 + [losses[-1]] * 4
+    assert losses[0] != losses[-1]
+
+
+@pytest.mark.parametrize(("first", "then"), [("matching", "distill"), ("distill", "matching")])
+def test_a_run_with_a_critic_and_one_without_do_not_continue_each_other(
+    student: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture, first: str, then: str
+) -> None:
+    config = tmp_path / "config.yaml"
+    fit(config, *student(first))
+    branch = ["--run.folder", str(tmp_path / "branch"), "--run.steps", "12", "--from", str(tmp_path / "run")]
+    assert "is a checkpoint of another network or training" in refused(capsys, config, *student(then), *branch)
+    assert not (tmp_path / "branch").exists()
 
 
 def test_reflow_learns_the_pairs_better_than_a_free_coupling_allows(

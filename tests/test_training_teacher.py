@@ -1,5 +1,6 @@
 """A teacher: what it costs, and the null condition of its guidance."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from data.latents import Pixels
 from data.sizes import SIZE_FEATURES
 from data.text.clip import CLIPText
 from engine.flops import forward_flops
+from engine.strategy import Strategy, blocks
 from flow.guidance import ClassifierFree
 from flow.matching import Matching
 from flow.objective import Objective
@@ -41,6 +43,24 @@ def test_matching_adds_the_guided_teacher_the_critic_s_step_and_the_student_s_wa
         Batch(0, np.arange(4), z, z, condition.text, condition.pooled)
     )
     assert cost.flops == (3 + 2 + 3 + k - 1) * forward_flops(pipe.network, z, torch.zeros(4), condition)
+
+
+def test_a_prepared_teacher_is_frozen_compiled_and_on_a_cpu_in_float32(pipe: Pipeline) -> None:
+    teacher = TeacherModel(Teacher(Path("teacher"), 3.0), pipe)
+    pipe = copy.deepcopy(pipe)
+    pipe.network.half().requires_grad_(True)
+    teacher.prepare(torch.device("cpu"), Strategy(compile=True))
+    assert {(weight.dtype, weight.requires_grad) for weight in pipe.network.parameters()} == {(torch.float32, False)}
+    assert all(block._compiled_call_impl for block in blocks(pipe.network))
+
+
+def test_a_student_that_is_its_own_teacher_stays_as_it_is(pipe: Pipeline) -> None:
+    pipe = copy.deepcopy(pipe)
+    pipe.network.requires_grad_(True)
+    teacher = TeacherModel(Teacher(None, 3.0), pipe, bare=True)
+    teacher.prepare(torch.device("cpu"), Strategy(compile=True))
+    assert all(weight.requires_grad for weight in pipe.network.parameters())
+    assert not any(block._compiled_call_impl for block in blocks(pipe.network))
 
 
 def test_the_null_condition_of_guidance_has_the_sizes_of_the_pictures(text: CLIPText) -> None:

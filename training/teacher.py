@@ -208,10 +208,10 @@ class MatchedLesson(Lesson):
         assert teacher.teacher.matching
         assert teacher.critic
         drawn = objective.picture(model, self.noise, t, self.condition)
-        told = self.condition._replace(guidance=scale) if teacher.pipe.network.guidance_embeds else self.condition
+        shown = self.condition._replace(guidance=scale) if teacher.pipe.network.guidance_embeds else self.condition
         student, critic = teacher.teacher.matching.losses(
             teacher.pipe.objective, drawn, self.fresh, self.times,
-            teacher.guided(self.condition, scale), teacher.critic, told,
+            teacher.guided(self.condition, scale), teacher.critic, shown,
         )  # fmt: skip
         return student + critic
 
