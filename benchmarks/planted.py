@@ -110,7 +110,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("flow/matching.py", "flow_matching"): [
         ("(fake - real) / size", "(real - fake) / size"),
         ("point_and_target(x0.detach(), noise, t, condition,", "point_and_target(x0, noise, t, condition,"),
-        ("found.detach(), t)", "found, t)"),
         ("- gradient).detach())", "- gradient))"),
         ("objective.alpha(area)", "1.0"),
     ],

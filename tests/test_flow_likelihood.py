@@ -166,8 +166,9 @@ def test_levels_have_the_mass_of_the_normal_around_them() -> None:
 def test_levels_far_from_the_mean_are_unlikely_and_not_impossible() -> None:
     """Forty deviations away; the density there, times the width of a level, is nearly the mass."""
     narrow = torch.full_like(LEVELS, 2 * math.log(1 / 40))
-    found = discretised(LEVELS[1:2], LEVELS[9:10] * 0, narrow[:1], 1e-4, -1.0, 1.0)
-    expected = Normal(0.0, 1 / 40).log_prob(LEVELS[1:2].float()).double() + math.log(1e-4)
+    far = LEVELS[[1, -2]]  # on both sides
+    found = discretised(far, 0 * far, narrow[:2], 1e-4, -1.0, 1.0)
+    expected = Normal(0.0, 1 / 40).log_prob(far.float()).double() + math.log(1e-4)
     torch.testing.assert_close(found, expected[:, 0], rtol=1e-4, atol=0)
     assert discretised(LEVELS[:1], -LEVELS[:1], narrow[:1], WIDTH, -1.0, 1.0).isfinite().all()
 
