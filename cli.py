@@ -158,6 +158,43 @@ def add_autoguidance_flag(parser: Parser) -> None:
     parser.add_argument("--autoguidance", metavar="MODEL:SCALE", help=help)
 
 
+def add_drawing_flags(p: Parser) -> None:
+    """Adds the flags that say what is drawn and how: those of `sample.py` and of each picture of `app.py`."""
+    p.add_argument("--model", type=Path,
+                   help="a model folder (ours or Stable Diffusion 3's), a single file, or a run's folder")  # fmt: skip
+    p.add_argument("--like", type=Path, help="a PNG of sample.py: the defaults of all flags are those that drew it")
+    p.add_argument("--prompt", type=str, action="append", default=[], help='repeatable; "" is unconditional')
+    p.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
+    p.add_argument("--negative", type=str, default="", help="negative prompt: guidance moves away from it")
+    p.add_argument("--num-images", type=positive, default=1, help="pictures per prompt")
+    p.add_argument("--steps", type=positive, help="sampling steps; default: the model's")
+    add_sampling_flags(p)
+    add_autoguidance_flag(p)
+    p.add_argument("--shift", type=finite, help="shift of the time grid; default: the model's")
+    p.add_argument("--height", type=positive, help="in pixels; default: the image's, or without one the model's")
+    p.add_argument("--width", type=positive, help="in pixels; default: the image's, or without one the model's")
+    p.add_argument("--image", type=Path, help="a picture to start from")
+    p.add_argument(
+        "--strength", type=finite, help="share of the steps that change --image; default: 0.6, with --mask 1"
+    )
+    p.add_argument("--mask", type=Path, help="a picture of the shape of --image that is white where --image is drawn "
+                   "anew; if it has an alpha channel, transparent where it is drawn anew")  # fmt: skip
+    p.add_argument("--picture", type=Path, help="input picture of a network that needs one, such as super-resolution")
+    p.add_argument("--level", type=finite, default=0.0, help="noise level added to --picture, 0 to 1; default: 0")
+    p.add_argument("--control", type=str, action="append", metavar="MODEL:IMAGE[:SCALE]",
+                   help="a ControlNet and the picture that it follows; repeatable")  # fmt: skip
+    p.add_argument("--control-interval", type=finite, nargs=2, metavar=("FROM", "TO"),
+                   help="use ControlNets only between these shares of the steps")  # fmt: skip
+    p.add_argument("--refiner", type=Path, help="a second model in the same latents, which takes over at --handover")
+    p.add_argument("--handover", type=finite, help="time below which the refiner takes over; default: 0.2")
+    p.add_argument("--seed", type=natural, default=0, help="picture i starts from seed + i")
+    p.add_argument("--batch-size", type=positive, help="pictures at a time; default: as many as make 4,096 tokens")
+    p.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
+    p.add_argument("--vae-slicing", action="store_true", help="decode one picture at a time: less memory")
+    add_model_flags(p)
+    p.add_argument("--out", type=output, default=Path("samples"), help="folder for the pictures; none is replaced")
+
+
 def add_model_flags(parser: Parser) -> None:
     """Adds the flags that say how a model is loaded."""
     p = parser.add_argument_group("model")

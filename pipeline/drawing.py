@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data.drawn import png_notes
 from data.prompts import file_stem
 from data.raw.pictures import load_masked, load_picture, save_png, sheet, to_image
+from flow.sampler import Callback
 from pipeline import Pipeline
 from storage.files import BusyError, commit_bytes, commit_path, hold, stage
 from storage.text import parse_json, read_text
@@ -87,47 +88,52 @@ def free(out: Path, stem: str) -> Path:
     return next(out / name for name in names if not (out / name).exists())
 
 
-def draw_files(
-    pipe: Pipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    arguments: dict[str, Any],
-    steps: int,
-    batch_size: int,
-    columns: int,
-    notes: dict[str, Any],
-    out: Path,
-) -> Path:
+class Drawing(NamedTuple):
+    """All that is known of pictures before they are drawn."""
+
+    pipe: Pipeline
+    prompts: Sequence[str]
+    seeds: Sequence[int]  # one for each prompt
+    arguments: dict[str, Any]  # the others of `Pipeline.__call__`, among them `negative` and `sampling`
+    times: Tensor  # of the sampler, (steps + 1,)
+    batch_size: int  # pictures at a time
+    columns: int  # pictures in a row of the sheet
+    notes: dict[str, Any]  # what is recorded of each picture besides file, prompt, seed and size: see `png_notes`
+
+
+class Drawn(NamedTuple):
+    """The files of a drawing."""
+
+    pictures: list[Path]
+    sheet: Path
+
+
+def draw_files(drawing: Drawing, out: Path, callback: Callback | None = None) -> Drawn:
     """Draws one picture for each prompt and writes it as a PNG, and all of them as a sheet.
 
     The settings stand in the PNG and in samples.json. No file is replaced: samples.json grows, and the names of
     further pictures and sheets are numbered.
 
     Args:
-        pipe: the model.
-        prompts: N texts.
-        seeds: N seeds.
-        arguments: the other arguments of `Pipeline.__call__`, among them `negative` and `sampling`.
-        steps: steps of one picture, for the progress bar.
-        batch_size: pictures at a time.
-        columns: pictures in a row of the sheet.
-        notes: what is recorded of each picture besides file, prompt, seed and size: see `png_notes`.
+        drawing: what is drawn.
         out: a folder.
-
-    Returns:
-        The sheet.
+        callback: as of `Pipeline.__call__`, for each batch.
 
     Raises:
         ValueError: the network overflows, or the folder holds another samples.json.
         BusyError: another process holds the folder for a minute.
         OSError: a file cannot be written.
     """
+    pipe, prompts, seeds, arguments, times, batch_size, columns, notes = drawing
+    steps = len(times) - 1
     parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
-    pictures = []
+    pictures, files = [], []
     with tqdm(total=len(parts) * steps, desc="sampling", unit="step", leave=False) as bar:
 
         def on_step(done: int, z: Tensor, x0: Tensor) -> None:
             bar.update(1 if done else 0)
+            if callback:
+                callback(done, z, x0)
 
         encoded = 0  # many prompts are encoded at once, because the text encoders may be read from disk each time
         for part in parts:
@@ -148,9 +154,10 @@ def draw_files(
                     save_png(to_image(picture), new / file.name, png_notes(entry))
                     (new / file.name).rename(file)
                     entries.append(entry)
+                    files.append(file)
                 text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
                 commit_bytes(out / "samples.json", text.encode())
     with writing(out):
         file = free(out, "sheet")
         commit_path(file, lambda part: save_png(sheet(torch.cat(pictures), columns), part))
-    return file
+    return Drawn(files, file)

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "metrics": {"metrics", "flow", "storage"},
     "engine": {"engine", "storage"},
     "storage": {"storage"},
-    "pipeline": {"pipeline", "mmdit", "baselines", "flow", "data", "storage"},
+    "pipeline": {"pipeline", "mmdit", "baselines", "flow", "data", "storage", "cli"},
     "training": {"training", "engine", "pipeline", "metrics", "mmdit", "baselines", "flow", "data", "storage", "cli"},
     "studies": set(OURS) - set(VERBS),
     "cli": set(),

@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample
 from pipeline import Pipeline
-from pipeline.drawing import draw_files
+from pipeline.drawing import Drawing, draw_files
 
 
 def entries(out: Path) -> list[dict]:
@@ -52,7 +52,8 @@ def test_prompts_of_one_name_have_a_picture_each(model: Path, tmp_path: Path) ->
 def draw(pipe: Pipeline, out: Path, first: int) -> None:
     arguments = {"negative": "", "sampling": pipe.sampling}
     notes = {"negative": "", **asdict(pipe.sampling), "shift": 1.5, "model": "digits"}
-    draw_files(pipe, ["a seven"] * 8, [first] * 8, arguments, 4, 1, 4, notes, out)
+    times = pipe.plan(pipe.sampling)[2]
+    draw_files(Drawing(pipe, ["a seven"] * 8, [first] * 8, arguments, times, 1, 4, notes), out)
 
 
 def test_two_at_once_lose_nothing(pipe: Pipeline, tmp_path: Path) -> None:

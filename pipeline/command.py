@@ -1,0 +1,150 @@
+"""The flags of `sample.py` as a drawing: all that is checked before the first step."""
+
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cli import check_count, load_options_of, sampling_of
+from data.latents import VAE
+from data.prompts import read_prompts, weighted
+from data.raw.pictures import load_picture
+from mmdit.adapters import Adapter
+from mmdit.control import Controlled
+from pipeline import LoadOptions, Pipeline, Refiner
+from pipeline.drawing import Drawing, read_image
+from pipeline.folder import INDEX, learned
+from pipeline.sampling import Sampling
+from pipeline.steering import Steering, autoguided, interval_of, steer
+from storage.models import find_model
+
+HANDOVER = 0.2  # SDXL's refiner learned the lowest 200 of 1,000 noise levels
+RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if they are given
+OPTIONAL = ("lora", "control", "control_interval", "autoguidance")  # recorded as they were given
+
+
+def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeline.load) -> Drawing:
+    """Loads the models of a command and checks all that needs no drawing.
+
+    Args:
+        args: the flags of `cli.add_drawing_flags`.
+        load: loads the main model; a page keeps models.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotADirectoryError: in one line, what does not fit.
+    """
+    path = find_model(args.model)
+    given_prompts = read_prompts(args.prompt, args.prompts)
+    check_count("--num-images", len(given_prompts) * args.num_images)
+    prompts = [prompt for prompt in given_prompts for _ in range(args.num_images)]
+    if found := weighted([*given_prompts, args.negative]):
+        warnings.warn(f"weights as in {found!r} are text like any other: no word is stressed", stacklevel=1)
+    options = LoadOptions(**load_options_of(args))
+    pipe = load(path, options)
+    given = input_pictures(args, pipe)
+    sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
+    sampling.check_prompts(given_prompts)
+    height, width = given["image"].shape[-2:] if "image" in given else (args.height, args.width)
+    warn_of_learned(args, path, sampling)
+    pipe = autoguided(pipe, args.autoguidance, options)
+    refiner = refiner_of(args)
+    _, _, times = pipe.plan(sampling, args.shift, height, width, given.get("strength", 1.0))
+    pipe, hints = steered(args, pipe, times, height, width)
+    given |= hints
+    if refiner:
+        pipe.check_refiner(refiner, sampling, times, height, width)
+    models = (pipe, refiner.pipe) if refiner else (pipe,)
+    if args.negative and any(model.network.guidance_embeds for model in models):
+        raise ValueError("--negative has no effect on a network that has learned its guidance: leave it out")
+    if args.negative and sampling.guidance == 1:
+        raise ValueError("--negative needs guidance, which is 1 (off): give another --guidance")
+    if args.vae_tiling or args.vae_slicing:
+        if not isinstance(pipe.codec, VAE):
+            raise ValueError("--vae-tiling and --vae-slicing need a model with a VAE: leave them out")
+        pipe.codec.save_memory(args.vae_tiling, args.vae_slicing)
+    notes: dict[str, Any] = {
+        "negative": args.negative,
+        **asdict(sampling),
+        "shift": pipe.shift(height, width) if args.shift is None else args.shift,
+        "dtype": str(next(pipe.network.parameters()).dtype).removeprefix("torch."),
+        "model": str(path),
+        **{name: found for name in OPTIONAL if (found := getattr(args, name))},
+        **{name: str(value) for name in RECORDED if (value := getattr(args, name)) is not None},
+        **{name: given[name] for name in ("strength", "level") if name in given},
+        **({"refiner": str(args.refiner), "handover": refiner.handover} if refiner else {}),
+    }
+    given |= {
+        "refiner": refiner,
+        "negative": args.negative,
+        "sampling": sampling,
+        "shift": args.shift,
+        "height": height,
+        "width": width,
+    }
+    seeds = range(args.seed, args.seed + len(prompts))
+    batch_size = args.batch_size or pipe.batch_size(height, width)
+    columns = args.num_images if args.num_images > 1 else min(len(prompts), 10)
+    return Drawing(pipe, prompts, seeds, given, times, batch_size, columns, notes)
+
+
+def input_pictures(args: Namespace, pipe: Pipeline) -> dict[str, Any]:
+    """The arguments of `Pipeline` that come from picture files. ValueError or FileNotFoundError if they do not fit."""
+    given: dict[str, Any] = {}
+    if args.picture:
+        size: tuple[int | None, int | None] = (None, None)
+        if isinstance(pipe.network, Controlled):  # as --control and the data do it
+            height, width = (side * pipe.codec.factor for side in pipe.latent_size(args.height, args.width))
+            size = height, width
+        given = {"picture": load_picture(args.picture, pipe.codec.pixel_channels, *size, 1), "level": args.level}
+        if args.level and not pipe.network.level_embeds:
+            raise ValueError("--level is for a network with level_embeds, and this one has none: leave it out")
+    elif args.level:
+        raise ValueError("--level needs a --picture: give one, or leave --level out")
+    elif pipe.network.picture_channels and not args.control:
+        raise ValueError("this model works from a picture: give --picture")
+    if args.image:
+        return given | read_image(pipe, args.image, args.mask, args.strength, args.height, args.width)
+    if args.mask or args.strength is not None:
+        raise ValueError(f"{'--mask' if args.mask else '--strength'} needs an --image: give one, or leave it out")
+    return given
+
+
+def refiner_of(args: Namespace) -> Refiner | None:
+    """The model of `--refiner` with its handover. ValueError or FileNotFoundError if there is none."""
+    if args.refiner is None:
+        if args.handover is not None:
+            raise ValueError("--handover needs a --refiner: give one, or leave it out")
+        return None
+    options = replace(LoadOptions(**load_options_of(args)), lora=(), parts=None)
+    return Refiner(
+        Pipeline.load(find_model(args.refiner), options), HANDOVER if args.handover is None else args.handover
+    )
+
+
+def steered(
+    args: Namespace, pipe: Pipeline, times: Tensor, height: int | None, width: int | None
+) -> tuple[Pipeline, dict[str, Any]]:
+    """The pipeline with the ControlNets of `--control`, and its argument `picture`. ValueError if they do not fit."""
+    if not args.control:
+        if args.control_interval:
+            raise ValueError("--control-interval needs a --control: give one, or leave it out")
+        return pipe, {}
+    if args.picture and not pipe.network.picture_channels:
+        raise ValueError("--picture is for a model that works from a picture, and --control has its own: leave one out")
+    interval = interval_of(args.control_interval, times) if args.control_interval else (0.0, 1.0)
+    pipe, picture = steer(pipe, [Steering.parse(text) for text in args.control], interval, height, width)
+    return pipe, {"picture": picture}
+
+
+def warn_of_learned(args: Namespace, path: Path, sampling: Sampling) -> None:
+    """Warns if a LoRA learned other steps or another guidance than those with which it is sampled."""
+    updates = [Adapter.parse(text).path for text in args.lora or ()]
+    for update in updates if path.is_file() or (path / INDEX).is_file() else [path, *updates]:
+        told = learned(update)
+        if told and (told[1].steps, told[1].guidance) != (sampling.steps, sampling.guidance):
+            asked, own = (f"{how.steps} steps with guidance {how.guidance:g}" for how in (sampling, told[1]))
+            warnings.warn(f"{update} learned {own}, not {asked}: pictures may be worse", stacklevel=2)

@@ -1,0 +1,42 @@
+"""The models of the page: loaded when they are first asked for, and kept."""
+
+import threading
+from pathlib import Path
+
+from pipeline import LoadOptions, Pipeline
+from storage.models import find_model
+
+KEPT = 3  # models in memory
+INDEX = "model_index.json"
+
+
+class Shelf:
+    """Loads models and keeps the last few. A model that was written anew meanwhile is loaded anew."""
+
+    def __init__(self) -> None:
+        self.models: dict[tuple[Path, LoadOptions, int], Pipeline] = {}
+        self.lock = threading.Lock()
+
+    def load(self, path: Path, options: LoadOptions) -> Pipeline:
+        """As `Pipeline.load`."""
+        with self.lock:
+            file = path / INDEX
+            key = (path, options, file.stat().st_mtime_ns if file.is_file() else 0)
+            pipe = self.models.pop(key, None) or Pipeline.load(path, options)
+            self.models[key] = pipe
+            while len(self.models) > KEPT:
+                del self.models[next(iter(self.models))]
+            return pipe
+
+
+def models_in(folders: list[Path]) -> list[Path]:
+    """The models among folders and in the folders directly below, in order of their names."""
+    found = []
+    for folder in folders:
+        for path in (folder, *sorted(folder.glob("*/"))):
+            try:
+                find_model(path)
+            except (ValueError, OSError):
+                continue
+            found.append(path)
+    return found
