@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 unexport PYTHONDONTWRITEBYTECODE  # set-up compiles nothing: what is imported first is kept for the next process
 
-.PHONY: setup demo shapes fewstep evaluate compare compare-quick test docs lint format benchmark
+.PHONY: setup try app demo shapes fewstep evaluate compare compare-quick test docs lint format benchmark
 
 setup: $(READY)
 
@@ -13,6 +13,13 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
+
+try: $(READY)  ## draw from a caption with the model in assets/shapes/model
+	$(BIN)/python sample.py --model assets/shapes/model --num-images 8 \
+		--prompt "two small red circles above a large blue square"
+
+app: $(READY)  ## the page to try models: http://127.0.0.1:7860
+	$(BIN)/python app.py
 
 demo: $(READY)  ## train on digits, then draw every digit from a caption
 	$(BIN)/python train.py fit --config configs/digits.yaml

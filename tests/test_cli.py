@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import app
 import compare
 import encode
 import evaluate
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[Callable, list[str]]] = {
     "evaluate": (evaluate.main, MODEL),
     "export": (pipeline, ["export", "nowhere"]),
     "compare": (compare.main, ["nowhere.yaml"]),
+    "app": (app.main, MODEL),
     "data": (data, ["info"]),
     "page": (metrics, ["page", "nowhere"]),
     "encode": (encode.main, CONFIG),

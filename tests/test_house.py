@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("mmdit", "baselines", "flow", "data", "metrics", "engine", "storage", "pipeline", "training", "studies")
-VERBS = ("train", "sample", "evaluate", "encode", "compare")
+ROOMS = ("mmdit", "baselines", "flow", "data", "metrics", "engine", "storage", "pipeline", "training", "studies", "web")
+VERBS = ("train", "sample", "evaluate", "encode", "compare", "app")
 OURS = (*ROOMS, *VERBS, "cli")
 MAY_IMPORT = {
     "mmdit": {"mmdit", "storage"},
@@ -19,11 +19,13 @@ MAY_IMPORT = {
     "storage": {"storage"},
     "pipeline": {"pipeline", "mmdit", "baselines", "flow", "data", "storage", "cli"},
     "training": {"training", "engine", "pipeline", "metrics", "mmdit", "baselines", "flow", "data", "storage", "cli"},
-    "studies": set(OURS) - set(VERBS),
+    "studies": set(OURS) - set(VERBS) - {"web"},
+    "web": {"web", "pipeline", "metrics", "flow", "data", "storage", "cli"},
     "cli": set(),
-} | {verb: set(OURS) - set(VERBS) - {"studies"} for verb in VERBS}
+} | {verb: set(OURS) - set(VERBS) - {"studies", "web"} for verb in VERBS}
 for verb in ("compare", "evaluate"):
     MAY_IMPORT[verb] |= {"studies"}
+MAY_IMPORT["app"] |= {"web"}
 
 
 def imported(file: Path) -> set[str]:
@@ -66,6 +68,8 @@ def test_rooms_know_only_what_they_may(room: str, file: Path) -> None:
         allowed = {"baselines/unet.py": {"diffusers"}, "metrics/features.py": {"transformers"}}  # opponent, CLIP
         found = tops & {"transformers", "diffusers", "tokenizers"}
         assert found <= allowed.get(str(file.relative_to(ROOT)), set())
+    if "gradio" in tops:
+        assert room in ("web", "app")
     if "lightning" in tops:
         assert room in ("train", "training", "engine") or file == ROOT / "data/module.py"
 

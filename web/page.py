@@ -37,6 +37,7 @@ CSS = """
 .dark .said.wrong { color: #ff8a80; }
 .said progress { width: 100%; height: 0.6em; }
 .walk figure { margin: 0 0 0.8em; }
+.walk { overflow-x: auto; }
 .walk img { max-width: 100%; }
 .numbers td, .numbers th { padding: 0.15em 0.8em 0.15em 0; text-align: left; }
 footer { display: none !important; }
@@ -264,7 +265,7 @@ class Page:
             )
             shift = gr.Textbox(label="Shift", info="empty: the model's")
             with gr.Row():
-                guide_from = gr.Number(None, label="Guidance from t", info="empty: 0, the picture")
+                guide_from = gr.Textbox(label="Guidance from t", info="empty: 0, the picture")
                 guide_to = gr.Textbox(label="Guidance to t", info="empty: 1, the noise")
             rescale = gr.Textbox(label="Guidance rescale", info="0 to 1")
             with gr.Row():
