@@ -53,14 +53,17 @@ def main(argv: list[str] | None = None) -> None:
         except ImportError:
             fail('the page needs Gradio: pip install -e ".[app]", or make app')
         from cli import find_device
-        from web.page import serve
+        from web.page import Page, launch
         from web.shelf import models_in
 
         device = find_device(args.device)
         models = args.model or [*(path for path in MODELS if path.is_dir()), *models_in([args.runs])]
         if not models:
             raise ValueError("there is no model: give --model FOLDER, or train one with make demo")
-        serve([str(path) for path in models], args.runs, args.out, device, args.host, args.port, args.browser)
+        page = Page([str(path) for path in models], args.runs, args.out, device)
+        served = launch(page, args.host, args.port, args.browser)
+    print(f"The page is at http://{args.host}:{args.port}; Ctrl+C ends it.", flush=True)
+    served.block_thread()
 
 
 if __name__ == "__main__":

@@ -319,12 +319,11 @@ def gallery(pictures: list[Any]) -> Any:
     return gr.Gallery(pictures, elem_classes=["small"] if max(size) < SMALL else [])
 
 
-def serve(models: list[str], runs: Path, out: Path, device: str, host: str, port: int, browser: bool) -> None:
-    """Serves the page until the process is interrupted."""
-    page = Page(models, runs, out, device).build()
-    page.queue(max_size=32).launch(
+def launch(page: Page, host: str, port: int, browser: bool) -> gr.Blocks:
+    """Serves the page in threads of their own. The result's `close` ends it."""
+    blocks = page.build()
+    blocks.queue(max_size=32).launch(
         server_name=host, server_port=port, inbrowser=browser, share=False, ssr_mode=False, show_error=True,
-        allowed_paths=[str(out.resolve())], theme=THEME, css=CSS, quiet=True, prevent_thread_lock=True,
+        allowed_paths=[str(page.out.resolve())], theme=THEME, css=CSS, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip
-    print(f"The page is at http://{host}:{port}; Ctrl+C ends it.", flush=True)
-    page.block_thread()
+    return blocks
