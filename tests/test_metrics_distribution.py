@@ -12,7 +12,15 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from data import digits
-from metrics.distribution import check_count, frechet_distance, inception_score, kernel_distance, precision_recall
+from metrics.distribution import (
+    Sums,
+    check_count,
+    frechet_distance,
+    frechet_of_sums,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from metrics.features import DigitsJudge
 
 
@@ -59,6 +67,12 @@ def test_frechet_distance_agrees_with_scipy_on_correlated_features():
 def test_frechet_distance_agrees_with_scipy_on_the_judge(features: tuple[Tensor, Tensor]):
     """A distance rounded to float32 would be off by more than 1e-9."""
     assert frechet_distance(*features) == pytest.approx(sqrtm_distance(*features), rel=1e-9)
+
+
+def test_frechet_distance_of_sums_is_that_of_the_samples(features: tuple[Tensor, Tensor]):
+    sums = [Sums(len(side), side.sum(0), side.T @ side) for side in features]
+    assert frechet_of_sums(*sums) == pytest.approx(frechet_distance(*features), rel=1e-6)
+    torch.testing.assert_close(sums[0].covariance(), features[0].T.cov())
 
 
 def test_frechet_distance_to_itself_is_zero(features: tuple[Tensor, Tensor]):

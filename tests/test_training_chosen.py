@@ -219,7 +219,10 @@ def test_held_out_choices_are_made_as_the_others_are(flags: list[str], tmp_path:
     [
         (["--judgement.loss", "NFT"], "NFT learns from the model's own pictures and not from choices: set"),
         (["--judgement.rewards", '[{{"class_path": "Ink"}}]'], "the data are choices: leave the rewards out"),
-        (["--judgement.group", "4"], "judgement.group, guidance, pairs are for pictures that the model draws"),
+        (
+            ["--judgement.group", "4"],
+            "judgement.group, guidance, pairs, features are for pictures that the model draws",
+        ),
         (["--judgement.reference", "null"], "DPO compares with a model that does not learn: set"),
         (["--judgement", "null"], "the data are choices between two pictures: set judgement.loss DPO"),
         (

@@ -1,5 +1,6 @@
 """Trainings from judgement: what is drawn, judged and learned; resume, ranks, bad input."""
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ from engine.flops import forward_flops
 from engine.strategy import Strategy
 from flow.objective import Objective
 from flow.preference import DPO, NFT, Preference
+from metrics.distribution import frechet_distance
+from metrics.features import DigitsJudge
 from mmdit.model import MMDiT
 from mmdit.network import Condition
 from pipeline import Pipeline
@@ -43,7 +46,7 @@ from training.cost import StepCost
 from training.generator import Generator
 from training.judged import DrawingModel, JudgedLesson, Judgement
 from training.rewards import Ink
-from training.teacher import Pairs
+from training.teacher import Pairs, Teacher, TeacherModel
 
 CAPTIONS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 
@@ -59,6 +62,7 @@ def flags(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
         if overlay == "nft":  # digits in the place of shapes
             content["data"] = {"init_args": {"batch_size": 16, "caption_dropout": 0.0}}
             content["judgement"]["rewards"] = [{"class_path": "RightDigit"}, {"class_path": "Ink"}]
+            content["judgement"]["features"] = "judge:assets/digits/judge"
         file = tmp_path / f"{overlay}.yaml"
         file.write_text(yaml.safe_dump(content))
         return ["--config", str(file), *small_run, *model, "--judgement.group", "4", "--judgement.pairs.steps", "3"]
@@ -160,6 +164,45 @@ def test_it_stops_goes_on_to_the_bit_and_keeps_the_model_of_the_best_reward(
     assert Pipeline.load(find_model(tmp_path / "run"))(["zero"], [0]).isfinite().all()
 
 
+@torch.no_grad()
+def test_the_validation_sees_how_far_the_pictures_move_and_how_varied_they_are(pipe: Pipeline) -> None:
+    """Against the reference's pictures of the same captions and noise, on the judge's features, from sums of parts."""
+    other = copy.deepcopy(pipe)
+    stirred(other.network, 0.05)
+    judgement = Judgement([Ink()], group=4, guidance=2.0, pairs=Pairs(3), features="judge:assets/digits/judge")
+    judge = DrawingModel(judgement, pipe.codec, TeacherModel(Teacher(Path("reference")), other))
+    judge.follow(pipe, torch.device("cpu"), Strategy())
+    noise = torch.randn(80, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    captions = 10 * CAPTIONS
+    values: dict[str, Tensor] = {}
+    for rows in (np.arange(50), np.arange(50, 80)):
+        texts = [captions[i] for i in rows]
+        condition = pipe.condition(texts)
+        batch = Batch(0, rows, noise[rows], noise[rows], condition.text, condition.pooled, prompts=texts)
+        for _ in range(2):  # a second validation finds the reference's pictures drawn
+            found = judge.verdict(batch, condition)
+        for name, value in found.items():
+            values[name] = values.get(name, 0) + value.double().sum(0) / 80
+    judge.score(values, 80)
+    network = DigitsJudge("assets/digits/judge")
+    mine, theirs = (
+        network(p.codec.decode(p.integrate(noise, captions, Sampling(3, 2.0)))).pooled for p in (pipe, other)
+    )
+    assert values["fd"].item() == pytest.approx(frechet_distance(mine, theirs), rel=1e-3)
+    assert values["fd"] > 1e-3
+    assert values["variety"].item() == pytest.approx((mine.var(0).sum() / theirs.var(0).sum()).item(), rel=1e-4)
+    assert set(values) == {"reward", "reward_std", "fd", "variety"}
+    assert set(judge.theirs) == {np.arange(50).tobytes(), np.arange(50, 80).tobytes()}
+
+
+def test_a_model_that_learns_nothing_stays_at_its_reference(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    given = [*flags("nft"), "--optimization.lr", "1e-12"]
+    fit(tmp_path / "config.yaml", *given)
+    (*_, last) = [entry for entry in lines(tmp_path / "run") if "val/fd" in entry]
+    assert abs(last["val/fd"]) < 1e-4
+    assert last["val/variety"] == pytest.approx(1, abs=1e-4)
+
+
 @pytest.mark.parametrize(("overlay", "kind"), [("dpo", "ddp"), ("nft", "ddp"), ("nft", "fsdp2")])
 def test_two_processes_learn_as_one(flags: Callable[..., list[str]], tmp_path: Path, overlay: str, kind: str) -> None:
     """Also with different numbers of pairs of unequal reward. The drift is a difference of nearly equal outputs."""
@@ -236,6 +279,10 @@ def test_the_cost_counts_drawing_and_comparing(pipe: Pipeline, loss: Preference,
         ("dpo", ["--judgement.loss.beta", "0"], "DPO.beta must be > 0"),
         ("dpo", ["--judgement.reference", "null"], "DPO compares with a model that does not learn: set"),
         ("dpo", ["--judgement.reference", "nowhere"], "nowhere is no model folder"),
+        ("nft", ["--judgement.features", "judge:nowhere"], "nowhere"),
+        ("nft", ["--judgement.features", "colour"], "features are shapes:FOLDER"),
+        ("nft", ["--judgement.reference", "null"],
+         "judgement.features compare with the reference's pictures"),
         ("dpo", ["--judgement.rewards", "[]"], "rewards are missing: name at least one"),
         ("dpo", ["--data.caption_dropout", "0.1"], "10% are dropped: set the dropouts"),
         ("dpo", ["--judgement.guidance", "-1"], "guidance must be at least 0"),

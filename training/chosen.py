@@ -50,12 +50,17 @@ class JudgeModel(ABC):
         """What is learned from a micro-batch; with `fresh` noise (b, C, H, W) where that of the batch has been used."""
 
     def verdict(self, batch: Batch, condition: Condition) -> dict[str, Tensor]:
-        """What a batch of the validation is worth, by name, each (b,)."""
+        """What a batch of the validation is worth, by name, each (b,) or (b, …)."""
         return {}
 
     @abstractmethod
-    def score(self, values: dict[str, float]) -> float:
-        """What the best model has the least of. The means of `verdict` and `compared` become the values to log."""
+    def score(self, values: dict[str, Tensor], count: int) -> float:
+        """What the best model has the least of. The means of `verdict` and `compared` become the values to log.
+
+        Args:
+            values: means by name, each () or of the shape of one picture's value; changed in place to numbers.
+            count: pictures of the validation.
+        """
 
     def watch(self, values: dict[str, Tensor]) -> None:
         """Adds what there is to watch of a micro-batch, each (n,)."""
@@ -142,8 +147,8 @@ class ChoiceModel(JudgeModel):
         own = {"preference": judged.loss[::2], "accuracy": judged.watched["accuracy"][::2]}
         return own | super().compared(objective, model, batch, lesson, t)
 
-    def score(self, values: dict[str, float]) -> float:
-        return values["preference"]
+    def score(self, values: dict[str, Tensor], count: int) -> float:
+        return values["preference"].item()
 
     def flops(self, network: Network, z: Tensor, t: Tensor, condition: Condition) -> float:
         return 2 * forward_flops(network, z, t, condition)

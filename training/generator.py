@@ -270,9 +270,9 @@ class Generator(L.LightningModule):
             self.add_judged(self.judge.verdict(batch, lesson.condition), counted)
 
     def add_judged(self, values: dict[str, Tensor], counted: bool) -> None:
-        """Adds values of the pictures of a batch, each (b,), to the sums of the validation."""
+        """Adds values of the pictures of a batch, each (b, …), to the sums of the validation."""
         for name, value in values.items():
-            self.judged_sums[name] = self.judged_sums.get(name, 0.0) + counted * value.double().sum().to(self.device)
+            self.judged_sums[name] = self.judged_sums.get(name, 0.0) + counted * value.double().sum(0).to(self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the loss, draws the samples and writes the model if it is the best so far."""
@@ -283,10 +283,12 @@ class Generator(L.LightningModule):
         values = {"val/loss": mean} | {f"val/loss_t{t:.4f}": loss for t, loss in zip(times, losses, strict=True)}
         score = mean
         if self.judge:
-            own = self.trainer.strategy.reduce(torch.stack(list(self.judged_sums.values())), reduce_op="sum") / sums[-1]
-            judged = dict(zip(self.judged_sums, own.tolist(), strict=True))
-            score = self.judge.score(judged)
-            values |= {f"val/{name}": value for name, value in judged.items()}
+            judged = {
+                name: (self.trainer.strategy.reduce(own, reduce_op="sum") / sums[-1]).cpu()
+                for name, own in self.judged_sums.items()
+            }
+            score = self.judge.score(judged, int(sums[-1]))
+            values |= {f"val/{name}": float(value) for name, value in judged.items()}
         self.log_dict(values | {"step": float(self.global_step or self.loaded_step)}, rank_zero_only=True)
         if self.trainer.state.fn != "fit":
             return

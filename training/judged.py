@@ -3,7 +3,6 @@
 Or a store has the verdict, as choices between two pictures that were made before (`training.chosen`).
 """
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +18,15 @@ from engine.flops import forward_flops
 from engine.strategy import Strategy
 from flow.objective import Interval, Model, Objective
 from flow.preference import NFT, Drawn, Preference
+from metrics.distribution import Sums, frechet_of_sums
+from metrics.features import load_features
 from mmdit.network import Condition, Network
 from pipeline import Pipeline
 from training.chosen import ChoiceModel, JudgeModel, taken
 from training.rewards import Reward, total
 from training.teacher import Lesson, Pairs, Teacher, TeacherModel
 
-DRAWING = ("group", "guidance", "pairs")  # what is of no use for choices
+DRAWING = ("group", "guidance", "pairs", "features")  # what is of no use for choices
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Judgement:
         group: pictures of one caption, whose rewards are compared.
         guidance: scale of the guidance with which pictures are drawn, and which is part of the model that NFT trains.
         pairs: how pictures are drawn, and at how many t each is learned.
+        features: shapes:FOLDER, judge:FOLDER, inception:FILE or clip:FOLDER, on whose features each validation measures
+            how far the pictures have moved from the reference's, and how varied they are.
     """
 
     rewards: list[Reward] = field(default_factory=list)
@@ -51,6 +54,7 @@ class Judgement:
     group: int = 8
     guidance: float = 1.0
     pairs: Pairs = field(default_factory=lambda: Pairs(steps=10))
+    features: str | None = None
 
     def __post_init__(self) -> None:
         if self.group < 2:
@@ -117,6 +121,8 @@ class Judgement:
         elif self.loss.paired:
             raise ValueError(f"{type(self.loss).__name__} compares with a model that does not learn: set "
                              "judgement.reference, the model to begin from")  # fmt: skip
+        if self.features and not reference:
+            raise ValueError("judgement.features compare with the reference's pictures: set judgement.reference")
         if reference and data.choices:
             return ChoiceModel(self.loss, reference)
         data.judged = True
@@ -163,10 +169,17 @@ class DrawingModel(JudgeModel):
         self.paired = judgement.loss.paired
         self.branches = 1 if judgement.guidance == 1 else 2
         self.learned_branches = 1 if self.paired else self.branches
+        self.features = load_features(judgement.features) if judgement.features else None
+        self.theirs: dict[bytes, Tensor] = {}  # features of the reference's pictures of the validation, by batch
 
     def follow(self, pipe: Pipeline, device: torch.device, strategy: Strategy) -> None:
         super().follow(pipe, device, strategy)
-        self.policy = TeacherModel(Teacher(None, self.judgement.guidance, self.judgement.pairs), pipe)
+        drawing = Teacher(None, self.judgement.guidance, self.judgement.pairs)
+        self.policy = TeacherModel(drawing, pipe)
+        if self.reference:
+            self.first = TeacherModel(drawing, self.reference.pipe, self.reference.bare)
+        if self.features:
+            self.features.network.to(device)
 
     def twins(self, numbers: Tensor, dim: int = 0) -> Tensor:
         if not self.paired:
@@ -183,8 +196,9 @@ class DrawingModel(JudgeModel):
         drawn_from = rows[:, 0].flatten()
         first = rows[:, :1, :1].expand(rows.shape)
         asked = first[:, 0].flatten()
-        x0, rewards = self.drawn(taken(condition, asked), [captions[i] for i in asked], noise[drawn_from])
-        rewards = rearrange(rewards, "(g n) -> g n", n=group)
+        x0 = self.drawn(self.policy, taken(condition, asked), noise[drawn_from])
+        found = total(self.judgement.rewards, self.codec.decode(x0), [captions[i] for i in asked])
+        rewards = rearrange(found, "(g n) -> g n", n=group)
         advice = self.judgement.loss.advice(rewards)
         offset = group * torch.arange(len(rewards))[:, None]
         order = (advice.order + offset)[:, None].expand(rows.shape).flatten()
@@ -196,22 +210,37 @@ class DrawingModel(JudgeModel):
         )  # fmt: skip
 
     @torch.no_grad()
-    def drawn(self, condition: Condition, captions: list[str], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (b, C, H, W) drawn from noise, and the rewards of their pictures, (b,) on the host."""
-        scale = torch.full((len(noise),), self.judgement.guidance, device=noise.device)
-        x0 = self.policy.draw(noise, condition, scale)
-        return x0, total(self.judgement.rewards, self.codec.decode(x0), captions)
+    def drawn(self, model: TeacherModel, condition: Condition, noise: Tensor) -> Tensor:
+        """Latents (b, C, H, W) that a model draws from noise."""
+        return model.draw(noise, condition, torch.full((len(noise),), self.judgement.guidance, device=noise.device))
 
     @torch.no_grad()
     def verdict(self, batch: Batch, condition: Condition) -> dict[str, Tensor]:
         assert batch.prompts
-        _, rewards = self.drawn(condition, batch.prompts, batch.noise)
-        return {"reward": rewards, "reward_square": rewards.square()}
+        pictures = self.codec.decode(self.drawn(self.policy, condition, batch.noise))
+        rewards = total(self.judgement.rewards, pictures, batch.prompts)
+        values = {"reward": rewards, "reward_square": rewards.square()}
+        if not self.features:
+            return values
+        key = batch.positions.tobytes()
+        if key not in self.theirs:  # the same at every validation
+            first = self.codec.decode(self.drawn(self.first, condition, batch.noise))
+            self.theirs[key] = self.features(first.float()).pooled
+        for name, found in (("own", self.features(pictures.float()).pooled), ("first", self.theirs[key])):
+            values |= {f"{name}_features": found, f"{name}_products": found[:, :, None] * found[:, None]}
+        return values
 
-    def score(self, values: dict[str, float]) -> float:
-        square = values.pop("reward_square")
-        values["reward_std"] = math.sqrt(max(0.0, square - values["reward"] ** 2))
-        return -values["reward"]
+    def score(self, values: dict[str, Tensor], count: int) -> float:
+        reward = values["reward"]
+        values["reward_std"] = (values.pop("reward_square") - reward**2).clamp(min=0).sqrt()
+        if self.features:
+            own, first = (
+                Sums(count, *(count * values.pop(f"{name}_{part}") for part in ("features", "products")))
+                for name in ("own", "first")
+            )
+            values["fd"] = torch.tensor(frechet_of_sums(own, first))
+            values["variety"] = own.covariance().trace() / first.covariance().trace()
+        return -reward.item()
 
     def flops(self, network: Network, z: Tensor, t: Tensor, condition: Condition) -> float:
         calls = self.branches * self.judgement.pairs.evaluations(Objective()) / self.judgement.pairs.uses
