@@ -82,6 +82,24 @@ def entries_in(out: Path) -> list[dict[str, Any]]:
     return found
 
 
+def drawn_by_prompt(folder: Path) -> dict[str, list[str]]:
+    """The files of each prompt of which a folder has two pictures or more.
+
+    Raises:
+        FileNotFoundError: nothing was drawn there.
+        ValueError: there is no such prompt.
+    """
+    if not (folder / "samples.json").is_file():
+        raise FileNotFoundError(f"{folder} has no samples.json: give a folder that sample.py drew into")
+    found: dict[str, list[str]] = {}
+    for entry in entries_in(folder):
+        found.setdefault(entry["prompt"], []).append(entry["file"])
+    kept = {caption: files for caption, files in found.items() if len(files) > 1}
+    if not kept:
+        raise ValueError(f"{folder} has one picture of each prompt, and choices need two: draw with --num-images 4")
+    return kept
+
+
 def free(out: Path, stem: str) -> Path:
     """The first of STEM.png, STEM-2.png, STEM-3.png, … that does not exist."""
     names = (f"{stem}{'' if number == 1 else f'-{number}'}.png" for number in count(1))

@@ -346,6 +346,22 @@ def test_a_window_that_is_closed_ends_its_drawing(browser: "playwright.Browser",
     other.close()
 
 
+def test_choices_are_kept_beside_the_pictures(visitor: Visitor, server: Server) -> None:
+    visitor.model(DIGITS)
+    visitor.fill("prompt", "a handwritten nine <b>")
+    visitor.draw("4 pictures in")
+    visitor.page.get_by_role("tab", name="Choose").click()
+    while "nine" not in visitor.page.inner_text("#caption"):
+        visitor.page.get_by_role("button", name="Skip").click()
+        visitor.page.wait_for_timeout(500)
+    visitor.shot("choose")
+    visitor.page.get_by_role("button", name="The other is better").click()
+    visitor.page.wait_for_function("document.querySelector('#choices').innerText.includes('1 choice in')")
+    (line,) = (server.out / "chosen.jsonl").read_text().splitlines()
+    one, other = (entry["file"] for entry in drawn(server)[-4:-2])
+    assert json.loads(line) == {"caption": "a handwritten nine <b>", "better": other, "worse": one}
+
+
 def test_a_training_is_shown_while_it_runs(visitor: Visitor, server: Server) -> None:
     run = server.out.parent / "runs/first"
     (run / "samples").mkdir(parents=True)

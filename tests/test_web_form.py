@@ -77,7 +77,7 @@ def test_an_empty_editor_is_no_picture() -> None:
     ],
 )
 def test_what_is_no_flag_is_said_in_one_line(tmp_path: Path, fields: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=".") as refusal:
+    with pytest.raises(ValueError, match=r".") as refusal:
         parsed(EMPTY._replace(**fields).argv(tmp_path), None)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)

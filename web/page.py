@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline import LoadOptions
 from pipeline.drawing import entries_in
 from pipeline.sampling import GRIDS, SAMPLERS
 from storage.models import find_model
+from web.choices import FILE, Pair, choose, open_pairs
 from web.form import Form, command
 from web.job import Ended, Event, Job, Picture, Progress
 from web.shelf import Shelf
@@ -179,6 +181,23 @@ class Page:
             self.status: said(f"the settings of {file.name}{note}"),
         }
 
+    def pair(self, skipped: int) -> dict[Any, Any]:
+        """The next two pictures to choose from, after those that were skipped."""
+        pairs = open_pairs(self.out)
+        found = pairs[skipped % len(pairs)] if pairs else None
+        caption = found.caption if found else "draw two pictures or more of a prompt, then choose here"
+        files = [str(self.out / file) for file in found[1:]] if found else [None, None]
+        return {self.caption: said(caption), self.shown_pair: found, **dict(zip(self.sides, files, strict=True))}
+
+    def prefer(self, pair: Pair | None, side: int, skipped: int) -> dict[Any, Any]:
+        """Keeps a choice between two pictures, and shows the next ones."""
+        if pair is None:
+            return self.pair(0)
+        caption, *files = pair
+        count = choose(self.out, caption, files[side], files[1 - side])
+        text = said(f"{count} choice{'s' * (count != 1)} in {self.out / FILE}")
+        return self.pair(skipped) | {self.choices: text}
+
     def trainings(self) -> list[str]:
         """The runs that have a log."""
         return [str(log.parent) for log in sorted(self.runs.glob("*/log.jsonl"))]
@@ -223,6 +242,8 @@ class Page:
                         self.recent, label="History: choose a picture to go back to its settings", elem_id="history",
                         columns=8, height=220, allow_preview=False, object_fit="contain", interactive=False,
                     )  # fmt: skip
+            with gr.Tab("Choose"):
+                self._choices(page)
             with gr.Tab("Training"):
                 runs = gr.Dropdown(self.trainings(), multiselect=True, label="Trainings", value=[])
                 figures = gr.HTML(lambda: self.follow([]))
@@ -290,6 +311,31 @@ class Page:
         self.fields: dict[str, gr.components.Component] = dict(zip(Form._fields, found, strict=True))
         for name, field in self.fields.items():
             field.elem_id = name
+
+    def _choices(self, page: gr.Blocks) -> None:
+        """Two pictures of a prompt, and a button for each."""
+        hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        self.caption, self.shown_pair, skipped = gr.HTML(elem_id="caption"), gr.State(), gr.State(0)
+        with gr.Row():
+            self.sides = [
+                gr.Image(
+                    label=name, type="filepath", format="png", interactive=False, height=320, elem_classes=["small"]
+                )
+                for name in ("One", "The other")
+            ]
+        with gr.Row():
+            buttons = [gr.Button(text, variant="primary") for text in ("This one is better", "The other is better")]
+            skip = gr.Button("Skip")
+        self.choices = gr.HTML(elem_id="choices")
+        changed = [self.caption, self.shown_pair, *self.sides]
+        for side, button in enumerate(buttons):
+            prefer = partial(self.prefer, side=side)
+            button.click(
+                lambda pair, skipped, prefer=prefer: prefer(pair, skipped=skipped),
+                [self.shown_pair, skipped], [*changed, self.choices], **hidden,
+            )  # fmt: skip
+        skip.click(lambda number: number + 1, skipped, skipped, **hidden).then(self.pair, skipped, changed, **hidden)
+        gr.on([page.load, self.history.change], self.pair, skipped, changed, **hidden)
 
     def _events(self, page: gr.Blocks) -> None:
         """Which button does what."""
