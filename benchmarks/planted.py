@@ -138,6 +138,32 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.vlb_weight * steps / math.log(2)", "self.vlb_weight / math.log(2)"),
         ("posterior(path, second, second / 2).small, exact.small", "exact.large, exact.small"),
     ],
+    ("web/form.py", "web_form"): [
+        ('if value.startswith("-") else', "if False else"),
+        ("covered |= ", "covered &= "),
+        ('"guide_from": str(begin)', '"guide_from": str(end)'),
+        ("if self.guide_from or self.guide_to:", "if self.guide_from:"),
+    ],
+    ("web/job.py", "web_job"): [
+        ("if self.stop.is_set():", "if False:"),
+        ("            self.stop.set()\n", "            pass\n"),
+        ("if batch == 1:", "if batch:"),
+        ("SHARE * (now - self.begun)", "(now - self.begun)"),
+        ("except Exception as found:", "except KeyboardInterrupt as found:"),
+    ],
+    ("web/walk.py", "web_job"): [
+        ("rest = points - along[:, None] * chord", "rest = points"),
+        ("across / along[-1]", "across"),
+    ],
+    ("web/shelf.py", "web_job"): [
+        ("file.stat().st_mtime_ns if", "1 if"),
+        ("> KEPT", "> KEPT + 1"),
+    ],
+    ("web/choices.py", "web_choices"): [
+        ("if frozenset(pair[1:]) not in done", "if frozenset(pair[1:])"),
+        ("range(0, len(files) - 1, 2)", "range(0, len(files), 2)"),
+        ("rows = [*chosen(folder), ", "rows = ["),
+    ],
     ("flow/penalty.py", "flow_penalty"): [
         ("self.c ** (2 * t)", "self.c**t"),
     ],
@@ -341,6 +367,9 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("with torch.no_grad():\n        theirs", "if True:\n        theirs"),
     ],
     ("training/judged.py", "training_judged"): [
+        ("own.covariance().trace() / first", "first.covariance().trace() / first"),
+        ("self.first = TeacherModel(drawing, self.reference.pipe", "self.first = TeacherModel(drawing, pipe"),
+        ("if key not in self.theirs:", "if not self.theirs:"),
         ("first = rows[:, :1, :1].expand(rows.shape)", "first = rows"),
         ("drawn_from = rows[:, 0].flatten()", "drawn_from = rows[:, -1].flatten()"),
         ("advice.order + offset", "advice.order"),
@@ -524,6 +553,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("pooled[inverse.cpu()], labels", "pooled, labels[: len(pooled)]"),
     ],
     ("metrics/distribution.py", "metrics_distribution"): [
+        ("- 2 * root", "- root"),
+        ("/ (self.number - 1)", "/ self.number"),
         ("/ (len(x) * (len(x) - 1))", "/ len(x) ** 2"),
         (" - torch.tensor(len(logits), dtype=logits.dtype).log()", ""),
         ("return covered_share(features, reference, k), covered_share(reference, features, k)",

@@ -23,11 +23,12 @@ from web.choices import FILE, Pair, choose, open_pairs
 from web.form import Form, command
 from web.job import Ended, Event, Job, Picture, Progress
 from web.shelf import Shelf
-from web.walk import Walk, figure
+from web.walk import Walk, figure, shown
 
 HISTORY = 60  # pictures
 NONE = "none"
 REFRESH = 10  # seconds between two looks at a training
+SHOWN = 448  # pixels of the longer side of a picture to choose
 SMALL = 128  # pixels: smaller pictures are shown pixel by pixel
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
     block_info_text_color="*neutral_600", block_label_text_color="*neutral_700", block_title_text_color="*neutral_700"
@@ -39,6 +40,7 @@ CSS = """
 .dark .said.wrong { color: #ff8a80; }
 .said progress { width: 100%; height: 0.6em; }
 .walk figure { margin: 0 0 0.8em; }
+.one img { max-width: 100%; margin: auto; }
 .walk { overflow-x: auto; }
 .walk img { max-width: 100%; }
 .numbers td, .numbers th { padding: 0.15em 0.8em 0.15em 0; text-align: left; }
@@ -186,8 +188,8 @@ class Page:
         pairs = open_pairs(self.out)
         found = pairs[skipped % len(pairs)] if pairs else None
         caption = found.caption if found else "draw two pictures or more of a prompt, then choose here"
-        files = [str(self.out / file) for file in found[1:]] if found else [None, None]
-        return {self.caption: said(caption), self.shown_pair: found, **dict(zip(self.sides, files, strict=True))}
+        sides = [large(self.out / file) for file in found[1:]] if found else ["", ""]
+        return {self.caption: said(caption), self.shown_pair: found, **dict(zip(self.sides, sides, strict=True))}
 
     def prefer(self, pair: Pair | None, side: int, skipped: int) -> dict[Any, Any]:
         """Keeps a choice between two pictures, and shows the next ones."""
@@ -317,12 +319,7 @@ class Page:
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         self.caption, self.shown_pair, skipped = gr.HTML(elem_id="caption"), gr.State(), gr.State(0)
         with gr.Row():
-            self.sides = [
-                gr.Image(
-                    label=name, type="filepath", format="png", interactive=False, height=320, elem_classes=["small"]
-                )
-                for name in ("One", "The other")
-            ]
+            self.sides = [gr.HTML(), gr.HTML()]
         with gr.Row():
             buttons = [gr.Button(text, variant="primary") for text in ("This one is better", "The other is better")]
             skip = gr.Button("Skip")
@@ -356,6 +353,12 @@ class Page:
         back = [field for name, field in self.fields.items() if name not in ("painted", "hint")]
         self.history.select(self.go_back, None, [*back, self.gallery, self.line, self.status], **hidden)
         page.unload(self.halt)
+
+
+def large(file: Path) -> str:
+    """A picture as HTML, of at most SHOWN pixels."""
+    with Image.open(file) as image:
+        return f'<div class="one">{embedded(png(shown(image, SHOWN)), file.name)}</div>'
 
 
 def gallery(pictures: list[Any]) -> Any:

@@ -17,7 +17,7 @@ from metrics.straightness import norms, path_length, straightness
 from pipeline import Pipeline
 
 FRAMES = 8  # pictures of a film
-SIDE = 96  # of each, at most
+SIDE = 96  # pixels of the longer side of each
 
 
 @dataclass
@@ -78,16 +78,16 @@ class Walk:
         chosen = sorted({round(i) for i in torch.linspace(0, len(self.x0) - 1, FRAMES).tolist()})
         with torch.inference_mode():
             frames = [self.pipe.codec.decode(self.x0[i].to(self.pipe.device)).cpu()[0] for i in chosen]
-        images = [shown(to_image(frame)) for frame in frames]
+        images = [shown(to_image(frame), SIDE) for frame in frames]
         film = Image.new("RGB", (sum(image.width + 4 for image in images) - 4, images[0].height), "white")
         for i, image in enumerate(images):
             film.paste(image, (i * (image.width + 4), 0))
         return film
 
 
-def shown(image: Image.Image) -> Image.Image:
-    """A picture as it is shown in small: pixel by pixel if it is smaller than that."""
-    scale = SIDE / max(image.size)
+def shown(image: Image.Image, side: int) -> Image.Image:
+    """A picture with a longer side of so many pixels; enlarged pixel by pixel if it is smaller than that."""
+    scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
 
