@@ -377,7 +377,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("model = judge.policy.guided(self.condition, judge.judgement.guidance * scale, model)", "pass"),
         ("evaluations(Objective()) / self.judgement.pairs.uses", "evaluations(Objective())"),
         ("if self.reference or base:", "if self.reference:"),
-        ('return -values["reward"]', 'return values["reward"]'),
+        ("return -reward.item()", "return reward.item()"),
     ],
     ("training/chosen.py", "training_chosen"): [
         ("torch.stack([lesson.x0, lesson.worse], 1)", "torch.stack([lesson.worse, lesson.x0], 1)"),
@@ -388,8 +388,10 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("return 2 * forward_flops(network", "return forward_flops(network"),
         ('return values["preference"]', 'return -values["preference"]'),
     ],
-    ("training/prefer.py", "training_chosen"): [
+    ("pipeline/drawing.py", "training_chosen"): [
         ("if len(files) > 1", "if files"),
+    ],
+    ("training/prefer.py", "training_chosen"): [
         ("if unequal:", "if True:"),
     ],
     ("data/raw/choices.py", "training_chosen"): [

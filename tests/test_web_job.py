@@ -43,13 +43,16 @@ def test_it_records_the_walk_of_the_first_picture(model: Path, tmp_path: Path) -
 
 
 def test_a_stop_ends_it_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    """Pressed while the model is loaded."""
     stop = threading.Event()
-    events = []
-    for event in job(tmp_path, "--model", str(model), *FLAGS, stop=stop).events():
-        events.append(event)
-        if isinstance(event, Progress) and event.text.startswith("step"):
-            stop.set()
-    assert events[-1] == Ended("stopped: nothing more was drawn", [])
+
+    def load(path: Path, options: LoadOptions) -> Pipeline:
+        stop.set()
+        return Pipeline.load(path, options)
+
+    argv = ["--model", str(model), *FLAGS]
+    *_, ended = Job([argv], load, tmp_path / "page", "cpu", stop).events()
+    assert ended == Ended("stopped: nothing more was drawn", [])
     assert not list((tmp_path / "page").glob("*.png"))
 
 

@@ -113,24 +113,32 @@ class Job:
             self.stop.set()
 
     def _run(self) -> None:
-        error = None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            try:
-                for argv in self.commands:
-                    self._draw(argv)
-            except Stopped:
-                error = "stopped: nothing more was drawn"
-            except (ValueError, OSError) as found:
-                error = " ".join(str(found).split())
-            except (MemoryError, RuntimeError) as found:
-                traceback.print_exc()
-                error = f"{' '.join(str(found).split())[:300]}: fewer or smaller pictures need less memory"
-            except Exception as found:  # a fault of this program: the page lives on
-                traceback.print_exc()
-                error = f"{type(found).__name__}: {found} (more stands in the terminal)"
-        own = [str(item.message) for item in caught if issubclass(item.category, UserWarning)]
-        self.queue.put(Ended(error, list(dict.fromkeys(own))))
+        ended = Ended("the drawing broke off (more stands in the terminal)", [])
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                error = self._attempt()
+            own = [str(item.message) for item in caught if issubclass(item.category, UserWarning)]
+            ended = Ended(error, list(dict.fromkeys(own)))
+        finally:
+            self.queue.put(ended)  # in any case, or the reader would wait for ever
+
+    def _attempt(self) -> str | None:
+        """Draws; returns what went wrong, in one line."""
+        try:
+            for argv in self.commands:
+                self._draw(argv)
+        except Stopped:
+            return "stopped: nothing more was drawn"
+        except (ValueError, OSError) as found:
+            return " ".join(str(found).split())
+        except (MemoryError, RuntimeError) as found:
+            traceback.print_exc()
+            return f"{' '.join(str(found).split())[:300]}: fewer or smaller pictures need less memory"
+        except Exception as found:  # a fault of this program: the page lives on
+            traceback.print_exc()
+            return f"{type(found).__name__}: {found} (more stands in the terminal)"
+        return None
 
     def _draw(self, argv: list[str]) -> None:
         self._check()
