@@ -468,7 +468,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("normal(self.run.seed, use, step,", "normal(self.run.seed, use, 0,"),
         ("u = self.judge.twins(u, 1)", "pass"),
         ("self.judge.watched.clear()", "pass"),
-        ("score = self.judge.score(judged)", "score = mean"),
+        ("score = self.judge.score(judged, int(sums[-1]))", "score = mean"),
     ],
     ("training/rewards.py", "training_rewards"): [
         ("found + reward.weight * own", "found + own"),

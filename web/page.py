@@ -2,34 +2,31 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from cli import find_device
 from data.drawn import recorded
 from metrics.page import page as training_page
 from metrics.page import read_run
-from metrics.report import embedded, png
 from pipeline import LoadOptions
 from pipeline.drawing import entries_in
 from pipeline.sampling import GRIDS, SAMPLERS
 from storage.models import find_model
 from web.choices import FILE, Pair, choose, open_pairs
 from web.form import Form, command
+from web.html import gallery, large, said, step, walked
 from web.job import Ended, Event, Job, Picture, Progress
 from web.shelf import Shelf
-from web.walk import Walk, figure, shown
 
 HISTORY = 60  # pictures
 NONE = "none"
 REFRESH = 10  # seconds between two looks at a training
-SHOWN = 448  # pixels of the longer side of a picture to choose
-SMALL = 128  # pixels: smaller pictures are shown pixel by pixel
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
     block_info_text_color="*neutral_600", block_label_text_color="*neutral_700", block_title_text_color="*neutral_700"
 )
@@ -48,27 +45,6 @@ footer { display: none !important; }
 """
 
 
-def said(text: str, wrong: bool = False, notes: list[str] | None = None) -> str:
-    """A line for the user, as HTML in which nothing of the text is HTML."""
-    more = "".join(f"<div>Note: {escape(note)}</div>" for note in notes or ())
-    role = "alert" if wrong else "status"
-    return f'<div class="said{" wrong" * wrong}" role="{role}" aria-live="polite">{escape(text)}{more}</div>'
-
-
-def step(progress: Progress) -> str:
-    """A line with a bar."""
-    bar = f'<progress value="{progress.done}" max="{progress.total}" aria-label="steps done"></progress>'
-    return f'<div class="said" role="status">{escape(progress.text)}{bar}</div>'
-
-
-def table(walks: list[Walk], seconds: list[float]) -> str:
-    """The numbers of the walks."""
-    rows = [walk.numbers() | {"seconds": f"{time:.2f}"} for walk, time in zip(walks, seconds, strict=True)]
-    heads = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
-    return f'<table class="numbers"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
-
-
 class Page:
     """The page and what it keeps: the models, and what each visitor draws.
 
@@ -83,7 +59,6 @@ class Page:
         self.models, self.runs, self.out, self.device = models, runs, out, device
         self.shelf = Shelf()
         self.stops: dict[str, threading.Event] = {}  # by visitor
-        self.histories: dict[str, list[Path]] = {}
 
     # What happens.
 
@@ -94,9 +69,14 @@ class Page:
         return said("waiting for the drawings of others")
 
     def halt(self, request: gr.Request) -> None:
-        """Stops what is drawn for a visitor, who pressed the button or left."""
+        """Stops what is drawn for a visitor."""
         if stop := self.stops.get(str(request.session_hash)):
             stop.set()
+
+    def leave(self, request: gr.Request) -> None:
+        """A visitor closed the window."""
+        self.halt(request)
+        self.stops.pop(str(request.session_hash), None)
 
     def draw(self, request: gr.Request, other: str, *values: Any) -> Iterator[dict[Any, Any]]:
         """Draws what the form says; yields what changes on the page."""
@@ -132,15 +112,8 @@ class Page:
             count = f"{len(files)} picture{'s' * (len(files) != 1)} in {self.out}"
             text = said(event.error, True, event.warnings) if event.error else said(count, notes=event.warnings)
             return {self.status: text} | ({self.history: self.recent()} if files else {})
-        walks = [picture.walk for picture in done]
-        films = (
-            f"<figure><figcaption>{escape(walk.name)}: the picture that it expects, from the first step to the last"
-            f"</figcaption>{embedded(png(walk.film()), 'the picture step by step')}</figure>"
-            for walk in walks
-        )
-        plot = embedded(png(figure(walks)), "the walk on its plane, and its times")
-        numbers = table(walks, [picture.seconds for picture in done])
-        return {self.gallery: gallery(files), self.walk: f'<div class="walk">{"".join(films)}{plot}{numbers}</div>'}
+        walks = walked([picture.walk for picture in done], [picture.seconds for picture in done])
+        return {self.gallery: gallery(files), self.walk: walks}
 
     def choose(self, model: str) -> dict[Any, Any]:
         """A model was chosen: loads it and shows its own settings."""
@@ -163,21 +136,26 @@ class Page:
             return []
         return [str(file) for file in files[:HISTORY] if file.is_file()]
 
+    def offered(self, folder: str) -> str:
+        """The model of the page that lies in a folder. ValueError if none does."""
+        for name in self.models:
+            with suppress(ValueError, OSError):
+                if str(find_model(Path(name))) == folder:
+                    return name
+        raise ValueError(f"{folder} is no model of this page: start it with --model {folder}")
+
     def go_back(self, chosen: gr.SelectData) -> dict[Any, Any]:
         """Shows a picture of the history, and sets the form to what drew it."""
         file = self.out / Path(chosen.value["image"]["path"]).name
         try:
             flags = recorded(file)
-            if flags["model"] not in map(str, map(find_model, map(Path, self.models))):
-                raise ValueError(f"{flags['model']} is no model of this page: start it with --model {flags['model']}")
-            form = Form.recorded(flags)
+            form = Form.recorded(flags)._replace(model=self.offered(flags["model"]))
         except (ValueError, OSError) as error:
             return {self.status: said(str(error), wrong=True)}
-        model = next(name for name in self.models if str(find_model(Path(name))) == flags["model"])
         left = [name for name in ("image", "mask", "control") if name in flags]
         note = f"; it also had {', '.join(left)}, which you have to give again" if left else ""
-        values = form._replace(model=model)._asdict()
-        return {self.fields[name]: value for name, value in values.items() if name not in ("painted", "hint")} | {
+        fields = form._asdict()
+        return {self.fields[name]: value for name, value in fields.items() if name not in ("painted", "hint")} | {
             self.gallery: gallery([str(file)]),
             self.line: f"python sample.py --like {file}",
             self.status: said(f"the settings of {file.name}{note}"),
@@ -346,26 +324,14 @@ class Page:
         drawn = pressed.then(
             self.draw, [self.compare, *form], changed, concurrency_limit=1, concurrency_id="draw", **hidden
         )
-        drawn.failure(lambda: said("a field has a value that it cannot have", wrong=True), None, self.status, **hidden)
+        failed = said("that was not possible: more stands in the terminal", wrong=True)
+        drawn.failure(lambda: failed, None, self.status, **hidden)
         self.stop.click(self.halt, None, None, queue=False, **hidden)
         own = [self.status, *(self.fields[name] for name in ("steps", "guidance", "sampler", "spacing"))]
         gr.on([model.input, page.load], self.choose, model, own, **hidden)
         back = [field for name, field in self.fields.items() if name not in ("painted", "hint")]
         self.history.select(self.go_back, None, [*back, self.gallery, self.line, self.status], **hidden)
-        page.unload(self.halt)
-
-
-def large(file: Path) -> str:
-    """A picture as HTML, of at most SHOWN pixels."""
-    with Image.open(file) as image:
-        return f'<div class="one">{embedded(png(shown(image, SHOWN)), file.name)}</div>'
-
-
-def gallery(pictures: list[Any]) -> Any:
-    """The pictures, shown pixel by pixel if they are small."""
-    first = pictures[0]
-    size = Image.open(first).size if isinstance(first, str) else first.size
-    return gr.Gallery(pictures, elem_classes=["small"] if max(size) < SMALL else [])
+        page.unload(self.leave)
 
 
 def launch(page: Page, host: str, port: int, browser: bool) -> gr.Blocks:
