@@ -46,9 +46,9 @@ def test_matching_adds_the_guided_teacher_the_critic_s_step_and_the_student_s_wa
 
 
 def test_a_prepared_teacher_is_frozen_compiled_and_on_a_cpu_in_float32(pipe: Pipeline) -> None:
-    teacher = TeacherModel(Teacher(Path("teacher"), 3.0), pipe)
     pipe = copy.deepcopy(pipe)
     pipe.network.half().requires_grad_(True)
+    teacher = TeacherModel(Teacher(Path("teacher"), 3.0), pipe)
     teacher.prepare(torch.device("cpu"), Strategy(compile=True))
     assert {(weight.dtype, weight.requires_grad) for weight in pipe.network.parameters()} == {(torch.float32, False)}
     assert all(block._compiled_call_impl for block in blocks(pipe.network))
