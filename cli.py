@@ -62,10 +62,15 @@ def one_line_errors(*bad_input: type[Exception], cure: str = MEMORY_CURE) -> Ite
     except OSError as error:
         fail(error, MACHINE_FAULT)
     except (MemoryError, RuntimeError) as error:
-        full = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # the latter is torch's; its import is slow
-        if not full and "can't allocate memory" not in str(error):  # so torch says it on a CPU
+        if not memory_is_full(error):
             raise
         fail(f"the device has not enough memory: {cure}", MACHINE_FAULT)
+
+
+def memory_is_full(error: Exception) -> bool:
+    """Whether an error means that the device has not enough memory."""
+    full = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # the latter is torch's; its import is slow
+    return full or "can't allocate memory" in str(error)  # so torch says it on a CPU
 
 
 def plain_warnings() -> None:

@@ -156,11 +156,13 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("across / along[-1]", "across"),
     ],
     ("web/shelf.py", "web_job"): [
-        ("file.stat().st_mtime_ns if", "1 if"),
+        ("files = [path, *(Adapter", "files = [*(Adapter"),
+        ("options, max(map(written, files)))", "options, written(path))"),
         ("> KEPT", "> KEPT + 1"),
     ],
     ("web/choices.py", "web_choices"): [
         ("if frozenset(pair[1:]) not in done", "if frozenset(pair[1:])"),
+        ("if not any(frozenset((better", "if any(frozenset((better"),
         ("range(0, len(files) - 1, 2)", "range(0, len(files), 2)"),
         ("rows = [*chosen(folder), ", "rows = ["),
     ],
@@ -388,10 +390,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("return 2 * forward_flops(network", "return forward_flops(network"),
         ('return values["preference"]', 'return -values["preference"]'),
     ],
-    ("pipeline/drawing.py", "training_chosen"): [
-        ("if len(files) > 1", "if files"),
-    ],
     ("training/prefer.py", "training_chosen"): [
+        ("if len(files) > 1", "if files"),
         ("if unequal:", "if True:"),
     ],
     ("data/raw/choices.py", "training_chosen"): [

@@ -89,7 +89,7 @@ def karras(
     if isinstance(path, Discrete):
         raise ValueError(f"karras spacing needs a continuous path, and {type(path).__name__} is discrete: use trailing")
     if alpha != 1:
-        raise ValueError(f"karras spacing has no shift, got {alpha}: use trailing")
+        raise ValueError(f"karras spacing has no shift, got {alpha}: give shift 1, or use trailing")
     if not 0 < sigma_min < sigma_max < math.inf or rho <= 0:
         given = f"{sigma_min}, {sigma_max} and {rho}"
         raise ValueError(f"karras spacing needs 0 < sigma_min < sigma_max and rho > 0, got {given}")

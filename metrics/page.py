@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import re
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +67,7 @@ def read_run(folder: Path) -> Run:
                 continue
             raise ValueError(f"{log}: line {number} is no entry of a log") from None
         for key, value in entry.items():
-            if key != "step" and isinstance(value, int | float) and math.isfinite(value):
+            if key != "step" and isinstance(value, int | float) and abs(value) < math.inf:
                 found.setdefault(key, {})[step] = value
     if not found:
         raise ValueError(f"{log} is empty: the run has logged nothing yet")
@@ -89,8 +91,8 @@ def keys_of(runs: list[Run]) -> dict[str, list[str]]:
     every = list(dict.fromkeys(key for run in runs for key in run.values if np.ptp(run.values[key][1])))
     figures: dict[str, list[str]] = {
         "Loss": [key for key in ("train/loss", "val/loss") if key in every],
-        "Training loss by t": [key for key in every if key.startswith("train/loss_bin")],
-        "Validation loss by t": [key for key in every if key.startswith("val/loss_t")],
+        "Training loss by t": [key for key in every if re.fullmatch(r"train/loss_bin\d+", key)],
+        "Validation loss by t": [key for key in every if re.fullmatch(r"val/loss_t[\d.]+", key)],
     }
     known = {key for keys in figures.values() for key in keys}
     figures |= {key.partition("/")[2].replace("_", " "): [key] for key in every if key not in known and "/" in key}
@@ -146,7 +148,7 @@ def film(run: Run) -> str:
         chosen = [chosen[round(i)] for i in np.linspace(0, len(chosen) - 1, MOST_SHEETS)]
     frames = []
     for sheet in chosen:
-        with Image.open(sheet) as image:
+        with suppress(OSError), Image.open(sheet) as image:  # a sheet may be half written
             image.thumbnail((SIDE, SIDE))
             number = int(sheet.stem.removeprefix("step-"))
             frames.append(embedded(png(image.convert("RGB")), f"step {number:,}"))

@@ -74,30 +74,15 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def entries_in(out: Path) -> list[dict[str, Any]]:
-    """What samples.json says of the pictures in a folder. ValueError if it is no list."""
+    """What samples.json says of the pictures in a folder. ValueError if it is no list of them."""
     file = out / "samples.json"
     found = parse_json(read_text(file), file) if file.exists() else []
-    if not isinstance(found, list):
+    texts = ("file", "prompt")
+    if not isinstance(found, list) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in texts) for entry in found
+    ):
         raise ValueError(f"{file} is no list of samples: move it away, or choose another --out")
     return found
-
-
-def drawn_by_prompt(folder: Path) -> dict[str, list[str]]:
-    """The files of each prompt of which a folder has two pictures or more.
-
-    Raises:
-        FileNotFoundError: nothing was drawn there.
-        ValueError: there is no such prompt.
-    """
-    if not (folder / "samples.json").is_file():
-        raise FileNotFoundError(f"{folder} has no samples.json: give a folder that sample.py drew into")
-    found: dict[str, list[str]] = {}
-    for entry in entries_in(folder):
-        found.setdefault(entry["prompt"], []).append(entry["file"])
-    kept = {caption: files for caption, files in found.items() if len(files) > 1}
-    if not kept:
-        raise ValueError(f"{folder} has one picture of each prompt, and choices need two: draw with --num-images 4")
-    return kept
 
 
 def free(out: Path, stem: str) -> Path:

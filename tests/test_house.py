@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "pipeline": {"pipeline", "mmdit", "baselines", "flow", "data", "storage", "cli"},
     "training": {"training", "engine", "pipeline", "metrics", "mmdit", "baselines", "flow", "data", "storage", "cli"},
     "studies": set(OURS) - set(VERBS) - {"web"},
-    "web": {"web", "pipeline", "metrics", "flow", "data", "storage", "cli"},
+    "web": {"web", "pipeline", "metrics", "mmdit", "flow", "data", "storage", "cli"},
     "cli": set(),
 } | {verb: set(OURS) - set(VERBS) - {"studies", "web"} for verb in VERBS}
 for verb in ("compare", "evaluate"):

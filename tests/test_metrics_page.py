@@ -105,3 +105,15 @@ def test_what_cannot_be_shown_is_one_line(tmp_path: Path, capsys: pytest.Capture
     told = capsys.readouterr().err.strip().splitlines()
     assert (end.value.code, len(told)) == (2, 1)
     assert message in told[0]
+
+
+def test_half_written_sheets_and_odd_numbers_are_left_out(tmp_path: Path) -> None:
+    folder = run(tmp_path / "one")
+    (folder / "samples/step-0000200.png").write_bytes(b"\x89PNG")
+    with open(folder / "log.jsonl", "a") as log:
+        log.write(f'{{"step": 210, "train/loss": 1{"0" * 400}, "train/loss_bin": 1, "val/loss_tx": 2}}\n')
+        log.write('{"step": 220, "train/loss_bin": 2, "val/loss_tx": 3, "val/loss": NaN}\n')
+    main(["page", str(folder)])
+    pictures = shown(folder / "page.html")
+    assert list(pictures)[:3] == ["step 0", "step 100", "Loss"]
+    assert {"loss bin", "loss tx"} <= set(pictures)  # not by t

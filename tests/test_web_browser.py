@@ -243,6 +243,19 @@ def test_a_drawing_can_be_stopped_and_the_next_begins_at_once(visitor: Visitor, 
     assert len(drawn(server)) == before + 1
 
 
+def test_a_second_press_takes_the_place_of_the_first(visitor: Visitor, server: Server) -> None:
+    before = len(drawn(server))
+    visitor.fill("prompt", "a large black square")
+    visitor.fill("images", "64")
+    visitor.fill("steps", "60")
+    visitor.draw("step ")
+    visitor.fill("prompt", "a small black square")
+    visitor.fill("images", "1")
+    visitor.fill("steps", "2")
+    visitor.draw("1 picture in")
+    assert [entry["prompt"] for entry in drawn(server)[before:]] == ["a small black square"]
+
+
 def test_after_a_reload_the_history_leads_back_to_the_settings(visitor: Visitor) -> None:
     visitor.model(DIGITS)
     visitor.fill("prompt", "a handwritten four")
@@ -271,6 +284,7 @@ WRONG = [
     ({"shift": "-1"}, "-1"),
     ({"shift": "much"}, "--shift: invalid finite value"),
     ({"guide_from": "0.9", "guide_to": "0.1"}, "from <= to"),
+    ({"strength": "0.5"}, "needs an --image"),
     ({"rescale": "2"}, "rescale must be between 0 and 1"),
     ({"guidance": "1", "negative": "blue"}, "--negative needs guidance"),
     ({"guidance": "0"}, "guidance 0 would ignore the prompt"),

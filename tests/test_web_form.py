@@ -7,7 +7,7 @@ from PIL import Image
 
 import sample
 from data.drawn import recorded
-from web.form import Form, command, parsed, parts
+from web.form import Form, command, kept, parsed, parts
 
 EMPTY = Form(
     "assets/digits/model", "a seven", "", "", "", "0", 1, "", "", "", "", "", "", "", "", None, "", "", "", "", None, ""
@@ -34,7 +34,7 @@ def test_every_field_is_its_flag(tmp_path: Path) -> None:
     }  # fmt: skip
     assert (args.spacing, args.shift, args.interval, args.rescale) == ("trailing", 1.5, [0.0, 0.8], 0.3)
     assert (args.height, args.width, args.lora, args.device) == (16, 24, ["style.safetensors:0.7"], "cpu")
-    assert args.strength is None  # there is no picture to start from
+    assert args.strength == 0.4
 
 
 def test_pictures_are_kept_by_their_content(tmp_path: Path) -> None:
@@ -56,6 +56,11 @@ def test_pictures_are_kept_by_their_content(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_pictures_of_other_shapes_are_other_files(tmp_path: Path) -> None:
+    files = [kept(Image.new(mode, size), tmp_path) for mode, size in (("L", (4, 6)), ("L", (6, 4)), ("RGB", (4, 2)))]
+    assert len(set(files)) == 3
+
+
 def test_an_empty_editor_is_no_picture() -> None:
     clear = Image.new("RGBA", (4, 4))
     assert parts(None) == (None, None)
@@ -70,10 +75,13 @@ def test_an_empty_editor_is_no_picture() -> None:
         ({"negative": "x" * 3000}, "3,000 characters"),
         ({"prompt": "\ud800"}, "no text in UTF-8"),
         ({"control": "canny"}, "its picture is missing"),
-        ({"hint": Image.new("RGB", (4, 4))}, "its folder is missing"),
+        ({"hint": Image.new("RGB", (4, 4))}, "the folder is missing"),
         ({"seed": "1.5"}, "--seed: invalid natural value: '1.5'"),
         ({"steps": 0}, "--steps: must be at least 1"),
-        ({"guide_from": "x"}, "--interval: invalid finite value: 'x'"),
+        ({"guide_from": "x"}, "the times of the guidance are numbers from 0 to 1, got 'x'"),
+        ({"guide_to": "-inf"}, "from 0 to 1, got '-inf'"),
+        ({"lora_strength": "0.5"}, "the strength of a LoRA needs a LoRA"),
+        ({"control_scale": "0.5"}, "a ControlNet needs a folder and a picture"),
     ],
 )
 def test_what_is_no_flag_is_said_in_one_line(tmp_path: Path, fields: dict, message: str) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data.raw.pictures import load_picture
 from flow.preference import DPO
-from pipeline.drawing import drawn_by_prompt
+from pipeline.drawing import entries_in
 from storage.files import commit_bytes
 from training.experiment import Parser
 from training.rewards import Reward, total
@@ -42,9 +42,27 @@ def parsed(argv: list[str]) -> Namespace:
     return p.instantiate(p.parse_args(argv))
 
 
+def groups(folder: Path) -> dict[str, list[str]]:
+    """The files of each prompt of which a folder has two pictures or more.
+
+    Raises:
+        FileNotFoundError: nothing was drawn there.
+        ValueError: there is no such prompt.
+    """
+    if not (folder / "samples.json").is_file():
+        raise FileNotFoundError(f"{folder} has no samples.json: give a folder that sample.py drew into")
+    found: dict[str, list[str]] = {}
+    for entry in entries_in(folder):
+        found.setdefault(entry["prompt"], []).append(entry["file"])
+    kept = {caption: files for caption, files in found.items() if len(files) > 1}
+    if not kept:
+        raise ValueError(f"{folder} has one picture of each prompt, and choices need two: draw with --num-images 4")
+    return kept
+
+
 def judged(folder: Path, rewards: Sequence[Reward]) -> Iterator[Rated]:
     """All prompts of a folder, judged."""
-    for caption, files in tqdm(drawn_by_prompt(folder).items(), desc="judging", unit="prompt"):
+    for caption, files in tqdm(groups(folder).items(), desc="judging", unit="prompt"):
         with Image.open(folder / files[0]) as first:
             channels = 1 if first.mode == "L" else 3
         pictures = [load_picture(folder / file, channels, None, None, 1) for file in files]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cli import Parser, add_drawing_flags
 from data.raw.pictures import save_png
+from storage.files import commit_path
 
 LONGEST = 2000  # characters of a prompt
 FLAGS = ("steps", "guidance", "seed", "sampler", "spacing", "shift", "rescale", "height", "width")  # named like fields
@@ -71,7 +72,9 @@ class Form(NamedTuple):
         for name in ("negative", *FLAGS):
             argv += flag(name, value) if (value := shown(getattr(self, name))) else []
         if self.guide_from or self.guide_to:
-            argv += ["--interval", shown(self.guide_from) or "0", shown(self.guide_to) or "1"]
+            argv += ["--interval", number(self.guide_from, "0"), number(self.guide_to, "1")]
+        if self.lora_strength and not self.lora:
+            raise ValueError("the strength of a LoRA needs a LoRA: give one, or leave it out")
         if self.lora:
             argv += flag("lora", joined(self.lora, self.lora_strength))
         return argv + self._pictures(inputs)
@@ -83,10 +86,10 @@ class Form(NamedTuple):
         if image:
             argv += flag("image", str(kept(image, inputs)))
             argv += flag("mask", str(kept(mask, inputs))) if mask else []
-            argv += flag("strength", shown(self.strength)) if self.strength else []
-        if self.control or self.hint:
+        argv += flag("strength", shown(self.strength)) if self.strength else []
+        if self.control or self.hint or self.control_scale:
             if not (self.control and self.hint):
-                missing = "its picture" if self.control else "its folder"
+                missing = "its picture" if self.control else "the folder"
                 raise ValueError(f"a ControlNet needs a folder and a picture, and {missing} is missing")
             steered = f"{self.control}:{kept(self.hint.convert('RGB'), inputs)}"
             argv += flag("control", joined(steered, self.control_scale))
@@ -101,6 +104,18 @@ def flag(name: str, value: str) -> list[str]:
 def shown(value: Value) -> str:
     """A field's value as a flag's: sliders give numbers, the other fields text."""
     return "" if value is None else value.strip() if isinstance(value, str) else f"{value:.10g}"
+
+
+def number(value: Value, default: str) -> str:
+    """A time as a flag's value. ValueError for text that is no number from 0 to 1."""
+    text = shown(value) or default
+    try:
+        inside = 0 <= float(text) <= 1
+    except ValueError:
+        inside = False
+    if not inside:
+        raise ValueError(f"the times of the guidance are numbers from 0 to 1, got {text!r}")
+    return text
 
 
 def joined(path: str, strength: Value) -> str:
@@ -129,9 +144,10 @@ def parts(painted: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.
 def kept(image: Image.Image, folder: Path) -> Path:
     """The file of a picture in a folder, named by its content; written if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
+    content = f"{image.mode} {image.size} ".encode() + image.tobytes()
+    file = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.png"
     if not file.exists():
-        save_png(image, file)
+        commit_path(file, lambda part: save_png(image, part))
     return file
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
+from cli import memory_is_full
 from data.raw.pictures import to_image
 from pipeline import LoadOptions, Pipeline
 from pipeline.command import plan
@@ -132,10 +133,9 @@ class Job:
             return "stopped: nothing more was drawn"
         except (ValueError, OSError) as found:
             return " ".join(str(found).split())
-        except (MemoryError, RuntimeError) as found:
-            traceback.print_exc()
-            return f"{' '.join(str(found).split())[:300]}: fewer or smaller pictures need less memory"
-        except Exception as found:  # a fault of this program: the page lives on
+        except Exception as found:  # full memory, or a fault of this program: the page lives on
+            if memory_is_full(found):
+                return "the device has not enough memory: fewer or smaller pictures need less"
             traceback.print_exc()
             return f"{type(found).__name__}: {found} (more stands in the terminal)"
         return None

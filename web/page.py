@@ -1,16 +1,16 @@
 """The page: its fields, and what happens when a button is pressed."""
 
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
-from cli import find_device
 from data.drawn import recorded
 from metrics.page import page as training_page
 from metrics.page import read_run
@@ -25,6 +25,7 @@ from web.job import Ended, Event, Job, Picture, Progress
 from web.shelf import Shelf
 
 HISTORY = 60  # pictures
+STEPS, GUIDANCE = 100, 12  # the ends of the sliders
 NONE = "none"
 REFRESH = 10  # seconds between two looks at a training
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
@@ -45,6 +46,13 @@ footer { display: none !important; }
 """
 
 
+class Ticket(NamedTuple):
+    """One press of the button."""
+
+    name: str
+    stop: threading.Event  # ends the drawing
+
+
 class Page:
     """The page and what it keeps: the models, and what each visitor draws.
 
@@ -58,29 +66,34 @@ class Page:
     def __init__(self, models: list[str], runs: Path, out: Path, device: str) -> None:
         self.models, self.runs, self.out, self.device = models, runs, out, device
         self.shelf = Shelf()
-        self.stops: dict[str, threading.Event] = {}  # by visitor
+        self.tickets: dict[str, Ticket] = {}  # of the last press of each visitor
 
     # What happens.
 
-    def press(self, request: gr.Request) -> str:
-        """A visitor asks for pictures: ends what is drawn for this visitor, and begins to wait."""
+    def press(self, request: gr.Request) -> tuple[str, str]:
+        """A visitor asks for pictures: ends what is drawn for this visitor, and begins to wait.
+
+        Returns the status and the name of the ticket, which the browser sends with the form.
+        """
         self.halt(request)
-        self.stops[str(request.session_hash)] = threading.Event()
-        return said("waiting for the drawings of others")
+        ticket = self.tickets[str(request.session_hash)] = Ticket(uuid.uuid4().hex, threading.Event())
+        return said("waiting for the drawings of others"), ticket.name
 
     def halt(self, request: gr.Request) -> None:
         """Stops what is drawn for a visitor."""
-        if stop := self.stops.get(str(request.session_hash)):
-            stop.set()
+        if ticket := self.tickets.get(str(request.session_hash)):
+            ticket.stop.set()
 
     def leave(self, request: gr.Request) -> None:
         """A visitor closed the window."""
         self.halt(request)
-        self.stops.pop(str(request.session_hash), None)
+        self.tickets.pop(str(request.session_hash), None)
 
-    def draw(self, request: gr.Request, other: str, *values: Any) -> Iterator[dict[Any, Any]]:
-        """Draws what the form says; yields what changes on the page."""
-        stop, form = self.stops[str(request.session_hash)], Form(*values)
+    def draw(self, request: gr.Request, name: str, other: str, *values: Any) -> Iterator[dict[Any, Any]]:
+        """Draws what the form says; yields what changes on the page. Nothing, if the button was pressed again since."""
+        ticket, form = self.tickets.get(str(request.session_hash)), Form(*values)
+        if ticket is None or ticket.name != name:
+            return
         try:
             commands = [form.argv(self.out / "inputs")]
             if other != NONE:
@@ -90,7 +103,7 @@ class Page:
             return
         yield {self.line: "\n".join(map(command, commands))}
         done: list[Picture] = []
-        for event in Job(commands, self.shelf.load, self.out, self.device, stop).events():
+        for event in Job(commands, self.shelf.load, self.out, self.device, ticket.stop).events():
             if isinstance(event, Picture):
                 done.append(event)
             yield self.shown(event, done)
@@ -118,7 +131,7 @@ class Page:
     def choose(self, model: str) -> dict[Any, Any]:
         """A model was chosen: loads it and shows its own settings."""
         try:
-            pipe = self.shelf.load(find_model(Path(model)), LoadOptions(device=find_device(self.device)))
+            pipe = self.shelf.load(find_model(Path(model)), LoadOptions(device=self.device))
         except (ValueError, OSError) as error:
             return {self.status: said(f"{model} cannot be loaded: {error}", wrong=True)}
         own = pipe.sampling
@@ -149,21 +162,28 @@ class Page:
         file = self.out / Path(chosen.value["image"]["path"]).name
         try:
             flags = recorded(file)
-            form = Form.recorded(flags)._replace(model=self.offered(flags["model"]))
+            form = Form.recorded(flags | {"model": self.offered(str(flags.get("model")))})
+            if float(form.steps or 1) > STEPS or float(form.guidance or 1) > GUIDANCE:
+                raise ValueError(f"{file.name} has more steps or guidance than the page has: sample.py --like draws it")
         except (ValueError, OSError) as error:
             return {self.status: said(str(error), wrong=True)}
-        left = [name for name in ("image", "mask", "control") if name in flags]
+        left = sorted(flags.keys() - ({*Form._fields, "interval", "dtype"} - {"control"}))
+        left += ["a second LoRA"] * (len(flags.get("lora", ())) > 1)
         note = f"; it also had {', '.join(left)}, which you have to give again" if left else ""
         fields = form._asdict()
-        return {self.fields[name]: value for name, value in fields.items() if name not in ("painted", "hint")} | {
+        return {self.fields[name]: value for name, value in fields.items()} | {
+            self.compare: NONE,
             self.gallery: gallery([str(file)]),
-            self.line: f"python sample.py --like {file}",
+            self.line: command(["--like", str(file)]),
             self.status: said(f"the settings of {file.name}{note}"),
         }
 
     def pair(self, skipped: int) -> dict[Any, Any]:
         """The next two pictures to choose from, after those that were skipped."""
-        pairs = open_pairs(self.out)
+        try:
+            pairs = open_pairs(self.out)
+        except (ValueError, OSError) as error:
+            return {self.caption: said(str(error), wrong=True), self.shown_pair: None} | dict.fromkeys(self.sides, "")
         found = pairs[skipped % len(pairs)] if pairs else None
         caption = found.caption if found else "draw two pictures or more of a prompt, then choose here"
         sides = [large(self.out / file) for file in found[1:]] if found else ["", ""]
@@ -174,7 +194,10 @@ class Page:
         if pair is None:
             return self.pair(0)
         caption, *files = pair
-        count = choose(self.out, caption, files[side], files[1 - side])
+        try:
+            count = choose(self.out, caption, files[side], files[1 - side])
+        except (ValueError, OSError) as error:
+            return self.pair(skipped) | {self.choices: said(str(error), wrong=True)}
         text = said(f"{count} choice{'s' * (count != 1)} in {self.out / FILE}")
         return self.pair(skipped) | {self.choices: text}
 
@@ -243,8 +266,8 @@ class Page:
             self.go = gr.Button("Draw", variant="primary", elem_id="draw")
             self.stop = gr.Button("Stop", elem_id="stop")
         with gr.Row():
-            steps = gr.Slider(1, 100, 20, step=1, label="Steps")
-            guidance = gr.Slider(0, 12, 3, step=0.1, label="Guidance")
+            steps = gr.Slider(1, STEPS, 20, step=1, label="Steps")
+            guidance = gr.Slider(0, GUIDANCE, 3, step=0.1, label="Guidance")
         with gr.Row():
             seed = gr.Textbox("0", label="Seed")
             images = gr.Slider(1, 64, 4, step=1, label="Pictures")
@@ -320,17 +343,17 @@ class Page:
         prompt, model = self.fields["prompt"], self.fields["model"]
         assert isinstance(prompt, gr.Textbox)
         assert isinstance(model, gr.Dropdown)
-        pressed = gr.on([self.go.click, prompt.submit], self.press, None, self.status, queue=False, **hidden)
+        ticket, often = gr.Textbox(visible=False), {"trigger_mode": "multiple"} | hidden
+        pressed = gr.on([self.go.click, prompt.submit], self.press, None, [self.status, ticket], queue=False, **often)
         drawn = pressed.then(
-            self.draw, [self.compare, *form], changed, concurrency_limit=1, concurrency_id="draw", **hidden
+            self.draw, [ticket, self.compare, *form], changed, concurrency_limit=1, concurrency_id="draw", **often
         )
         failed = said("that was not possible: more stands in the terminal", wrong=True)
         drawn.failure(lambda: failed, None, self.status, **hidden)
         self.stop.click(self.halt, None, None, queue=False, **hidden)
         own = [self.status, *(self.fields[name] for name in ("steps", "guidance", "sampler", "spacing"))]
         gr.on([model.input, page.load], self.choose, model, own, **hidden)
-        back = [field for name, field in self.fields.items() if name not in ("painted", "hint")]
-        self.history.select(self.go_back, None, [*back, self.gallery, self.line, self.status], **hidden)
+        self.history.select(self.go_back, None, [*form, self.compare, self.gallery, self.line, self.status], **hidden)
         page.unload(self.leave)
 
 

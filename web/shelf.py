@@ -3,11 +3,11 @@
 import threading
 from pathlib import Path
 
+from mmdit.adapters import Adapter
 from pipeline import LoadOptions, Pipeline
 from storage.models import find_model
 
 KEPT = 3  # models in memory
-INDEX = "model_index.json"
 
 
 class Shelf:
@@ -20,13 +20,19 @@ class Shelf:
     def load(self, path: Path, options: LoadOptions) -> Pipeline:
         """As `Pipeline.load`."""
         with self.lock:
-            file = path / INDEX
-            key = (path, options, file.stat().st_mtime_ns if file.is_file() else 0)
+            files = [path, *(Adapter.parse(text).path for text in options.lora)]
+            key = (path, options, max(map(written, files)))
             pipe = self.models.pop(key, None) or Pipeline.load(path, options)
             self.models[key] = pipe
             while len(self.models) > KEPT:
                 del self.models[next(iter(self.models))]
             return pipe
+
+
+def written(path: Path) -> int:
+    """When a file was written, or a folder's newest file directly in it; 0 if there is none."""
+    files = [path, *path.iterdir()] if path.is_dir() else [path]
+    return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
 
 
 def models_in(folders: list[Path]) -> list[Path]:
