@@ -2,8 +2,8 @@
 
 import io
 import json
-import math
 import re
+import sys
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -67,7 +67,7 @@ def read_run(folder: Path) -> Run:
                 continue
             raise ValueError(f"{log}: line {number} is no entry of a log") from None
         for key, value in entry.items():
-            if key != "step" and isinstance(value, int | float) and abs(value) < math.inf:
+            if key != "step" and isinstance(value, int | float) and abs(value) <= sys.float_info.max:
                 found.setdefault(key, {})[step] = value
     if not found:
         raise ValueError(f"{log} is empty: the run has logged nothing yet")
