@@ -63,7 +63,10 @@ def main(argv: list[str] | None = None) -> None:
         page = Page([str(path) for path in models], args.runs, args.out, device)
         served = launch(page, args.host, args.port, args.browser)
     print(f"The page is at http://{args.host}:{args.port}; Ctrl+C ends it.", flush=True)
-    served.block_thread()
+    try:
+        served.block_thread()
+    finally:
+        page.close()
 
 
 if __name__ == "__main__":

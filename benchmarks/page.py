@@ -2,9 +2,9 @@
 
     python -m benchmarks.page
 
-For a model, plain drawings and drawings of the page's job take turns, with the same flags; the median over turns of
-the ratio of their seconds is the overhead. Then the page is served and opened in headless Chromium, and the seconds
-from pressing the button to the pictures are measured, warm. Needs Playwright and Chromium.
+For a model, plain drawings and drawings of the page's job take turns in the same thread, with the same flags; the
+median over turns of the ratio of their seconds is the overhead. Then the page is served and opened in headless
+Chromium, and the seconds from pressing the button to the pictures are measured, warm. Needs Playwright and Chromium.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pipeline.command import plan
 from pipeline.drawing import draw_files
 from storage.files import commit_json
 from web.form import parsed
-from web.job import Ended, Job
+from web.job import WORKER, Ended, Job
 from web.page import Page, launch
 from web.shelf import Shelf
 
@@ -52,7 +52,7 @@ def overhead(model: Path, images: int, steps: int | None, turns: int) -> tuple[f
     with tempfile.TemporaryDirectory() as folder:
 
         def command() -> None:
-            draw_files(plan(parsed(argv, None), shelf.load), Path(folder))
+            WORKER.submit(lambda: draw_files(plan(parsed(argv, None), shelf.load), Path(folder))).result()
 
         def page() -> None:
             *_, ended = Job([argv], shelf.load, Path(folder), None, threading.Event()).events()

@@ -8,8 +8,8 @@ import gradio as gr
 from PIL import Image
 
 from metrics.report import embedded, png
-from web.job import Progress
-from web.walk import Walk, figure, shown
+from web.job import Picture, Progress
+from web.walk import figure, shown
 
 SHOWN = 448  # pixels of the longer side of a picture to choose
 SMALL = 128  # pixels: smaller pictures are shown pixel by pixel
@@ -28,15 +28,16 @@ def step(progress: Progress) -> str:
     return f'<div class="said" role="status">{escape(progress.text)}{bar}</div>'
 
 
-def walked(walks: list[Walk], seconds: list[float]) -> str:
+def walked(done: list[Picture]) -> str:
     """The walks: films, figure and numbers."""
+    walks = [picture.walk for picture in done]
     films = (
         f"<figure><figcaption>{escape(walk.name)}: the picture that it expects, from the first step to the last"
-        f"</figcaption>{embedded(png(walk.film()), 'the picture step by step')}</figure>"
-        for walk in walks
+        f"</figcaption>{embedded(png(picture.film), 'the picture step by step')}</figure>"
+        for walk, picture in zip(walks, done, strict=True)
     )
     plot = embedded(png(figure(walks)), "the walk on its plane, and its times")
-    rows = [walk.numbers() | {"seconds": f"{time:.2f}"} for walk, time in zip(walks, seconds, strict=True)]
+    rows = [picture.walk.numbers() | {"seconds": f"{picture.seconds:.2f}"} for picture in done]
     heads = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
     numbers = f'<table class="numbers"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'

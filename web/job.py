@@ -1,4 +1,4 @@
-"""A drawing in a thread of its own, which shows the pictures while they form and can be stopped."""
+"""A drawing in the thread of the models, which shows the pictures while they form and can be stopped."""
 
 import queue
 import threading
@@ -6,6 +6,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,9 @@ from web.walk import Walk
 SHARE = 0.05  # of the time of the steps may be spent on showing pictures while they form
 APART = 0.2  # seconds between two of them, at least
 FORMING = 16  # pictures shown while they form, at most
+# All that models compute happens in one thread. On a CPU every thread has an OpenMP pool of its own, and with a second
+# pool in the process, even an idle one, small networks take up to 1.7 times as long.
+WORKER = ThreadPoolExecutor(1, "models")
 
 
 class Stopped(Exception):
@@ -44,6 +48,7 @@ class Picture(NamedTuple):
 
     drawn: Drawn
     walk: Walk
+    film: Image.Image  # of the walk
     seconds: float  # for the steps and the files, without loading
 
 
@@ -103,7 +108,7 @@ class Job:
 
     def events(self) -> Iterator[Event]:
         """What happens, up to `Ended`. If the reader goes away, the job stops."""
-        threading.Thread(target=self._run, daemon=True).start()
+        WORKER.submit(self._run)
         try:
             while True:
                 event = self.queue.get()
@@ -149,7 +154,8 @@ class Job:
         walk, start = Walk(str(args.model), drawing.pipe, drawing.times), time.perf_counter()
         self.out.mkdir(parents=True, exist_ok=True)
         drawn = draw_files(drawing, self.out, self._shower(drawing, walk))
-        self.queue.put(Picture(drawn, walk, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        self.queue.put(Picture(drawn, walk, walk.film(), seconds))
 
     def _shower(self, drawing: Drawing, walk: Walk) -> Callable[[int, Tensor, Tensor], None]:
         """A callback of the drawing: records the first walk, reports, and stops when it is asked to."""

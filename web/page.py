@@ -21,7 +21,7 @@ from storage.models import find_model
 from web.choices import FILE, Pair, choose, open_pairs
 from web.form import Form, command
 from web.html import gallery, large, said, step, walked
-from web.job import Ended, Event, Job, Picture, Progress
+from web.job import WORKER, Ended, Event, Job, Picture, Progress
 from web.shelf import Shelf
 
 HISTORY = 60  # pictures
@@ -84,6 +84,11 @@ class Page:
         if ticket := self.tickets.get(str(request.session_hash)):
             ticket.stop.set()
 
+    def close(self) -> None:
+        """Stops all that is drawn."""
+        for ticket in self.tickets.values():
+            ticket.stop.set()
+
     def leave(self, request: gr.Request) -> None:
         """A visitor closed the window."""
         self.halt(request)
@@ -125,13 +130,13 @@ class Page:
             count = f"{len(files)} picture{'s' * (len(files) != 1)} in {self.out}"
             text = said(event.error, True, event.warnings) if event.error else said(count, notes=event.warnings)
             return {self.status: text} | ({self.history: self.recent()} if files else {})
-        walks = walked([picture.walk for picture in done], [picture.seconds for picture in done])
-        return {self.gallery: gallery(files), self.walk: walks}
+        return {self.gallery: gallery(files), self.walk: walked(done)}
 
     def choose(self, model: str) -> dict[Any, Any]:
         """A model was chosen: loads it and shows its own settings."""
         try:
-            pipe = self.shelf.load(find_model(Path(model)), LoadOptions(device=self.device))
+            options = LoadOptions(device=self.device)
+            pipe = WORKER.submit(self.shelf.load, find_model(Path(model)), options).result()
         except (ValueError, OSError) as error:
             return {self.status: said(f"{model} cannot be loaded: {error}", wrong=True)}
         own = pipe.sampling

@@ -1,6 +1,5 @@
-"""The models of the page: loaded when they are first asked for, and kept."""
+"""The models of the page: loaded when they are first asked for, and kept. For one thread (`web.job.WORKER`)."""
 
-import threading
 from pathlib import Path
 
 from mmdit.adapters import Adapter
@@ -15,18 +14,16 @@ class Shelf:
 
     def __init__(self) -> None:
         self.models: dict[tuple[Path, LoadOptions, int], Pipeline] = {}
-        self.lock = threading.Lock()
 
     def load(self, path: Path, options: LoadOptions) -> Pipeline:
         """As `Pipeline.load`."""
-        with self.lock:
-            files = [path, *(Adapter.parse(text).path for text in options.lora)]
-            key = (path, options, max(map(written, files)))
-            pipe = self.models.pop(key, None) or Pipeline.load(path, options)
-            self.models[key] = pipe
-            while len(self.models) > KEPT:
-                del self.models[next(iter(self.models))]
-            return pipe
+        files = [path, *(Adapter.parse(text).path for text in options.lora)]
+        key = (path, options, max(map(written, files)))
+        pipe = self.models.pop(key, None) or Pipeline.load(path, options)
+        self.models[key] = pipe
+        while len(self.models) > KEPT:
+            del self.models[next(iter(self.models))]
+        return pipe
 
 
 def written(path: Path) -> int:
