@@ -136,15 +136,16 @@ def test_models_are_kept_until_they_are_written_anew(pipe: Pipeline, tmp_path: P
 
 def test_a_lora_that_was_written_anew_is_merged_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pipeline, "load", lambda path, options: object())
-    shelf, update = Shelf(), tmp_path / "style.safetensors"
+    shelf, update, path = Shelf(), tmp_path / "style.safetensors", tmp_path / "model"
+    path.mkdir()
     options = LoadOptions(device="cpu", lora=(f"{update}:0.5",))
-    none = shelf.load(tmp_path, options)
+    none = shelf.load(path, options)
     update.write_bytes(b"1")
     os.utime(update, ns=(1, 3 * 10**18))
-    one = shelf.load(tmp_path, options)
-    assert shelf.load(tmp_path, options) is one is not none
+    one = shelf.load(path, options)
+    assert shelf.load(path, options) is one is not none
     os.utime(update, ns=(1, 4 * 10**18))
-    assert shelf.load(tmp_path, options) is not one
+    assert shelf.load(path, options) is not one
 
 
 def straight(model: Path, bend: float) -> Walk:
