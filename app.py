@@ -24,7 +24,6 @@ def parser() -> Parser:
         "--host", default="127.0.0.1", help="address to listen at; with 0.0.0.0 everyone in the network can draw"
     )
     p.add_argument("--port", type=positive, default=7860)
-    p.add_argument("--browser", action="store_true", help="also open the page in the browser")
     return p
 
 
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         if not models:
             raise ValueError("there is no model: give --model FOLDER, or train one with make demo")
         page = Page([str(path) for path in models], args.runs, args.out, device)
-        served = launch(page, args.host, args.port, args.browser)
+        served = launch(page, args.host, args.port)
     print(f"The page is at http://{args.host}:{args.port}; Ctrl+C ends it.", flush=True)
     try:
         served.block_thread()

@@ -75,7 +75,7 @@ def first_picture(models: list[Path], port: int, turns: int) -> dict[str, float]
     found = {}
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         page = Page([str(model) for model in models], Path(folder) / "runs", Path(folder) / "drawn", "cpu")
-        served = launch(page, "127.0.0.1", port, False)
+        served = launch(page, "127.0.0.1", port)
         browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         for model in models:
             window = browser.new_page()

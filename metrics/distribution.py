@@ -77,7 +77,11 @@ class Sums(NamedTuple):
 
 
 def frechet_of_sums(samples: Sums, reference: Sums) -> float:
-    """As `frechet_distance`, from sums. With N ≤ F it is biased, and can be compared for the same N only."""
+    """As `frechet_distance` (Heusel et al. 2017, eq. 6), from sums.
+
+    The trace of (Σ₁Σ₂)^½ is the sum of the roots of the eigenvalues of Σ₁Σ₂. With N ≤ F the distance is
+    biased, and can be compared for the same N only.
+    """
     apart = samples.features / samples.number - reference.features / reference.number
     one, other = samples.covariance(), reference.covariance()
     root = torch.linalg.eigvals(one @ other).sqrt().real.sum()

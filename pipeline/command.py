@@ -144,7 +144,7 @@ def warn_of_learned(args: Namespace, path: Path, sampling: Sampling) -> None:
     """Warns if a LoRA learned other steps or another guidance than those with which it is sampled."""
     updates = [Adapter.parse(text).path for text in args.lora or ()]
     for update in updates if path.is_file() or (path / INDEX).is_file() else [path, *updates]:
-        told = learned(update)
-        if told and (told[1].steps, told[1].guidance) != (sampling.steps, sampling.guidance):
-            asked, own = (f"{how.steps} steps with guidance {how.guidance:g}" for how in (sampling, told[1]))
+        process = learned(update)
+        if process and (process[1].steps, process[1].guidance) != (sampling.steps, sampling.guidance):
+            asked, own = (f"{how.steps} steps with guidance {how.guidance:g}" for how in (sampling, process[1]))
             warnings.warn(f"{update} learned {own}, not {asked}: pictures may be worse", stacklevel=2)

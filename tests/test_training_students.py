@@ -170,8 +170,8 @@ def test_each_time_is_validated_once(
     fit(tmp_path / "config.yaml", *student("distill"), "--objective.k", "2", "--run.steps", "3")
     assert len(set(times)) == 2
     assert len(times) == 2 * len(steps) > 0
-    told = [line for line in lines(tmp_path / "run") if "val/loss" in line][-1]
-    losses = [value for key, value in sorted(told.items()) if key.startswith("val/loss_t")]
+    last = [line for line in lines(tmp_path / "run") if "val/loss" in line][-1]
+    losses = [value for key, value in sorted(last.items()) if key.startswith("val/loss_t")]
     assert losses == [losses[0]] * 4 + [losses[-1]] * 4
     assert losses[0] != losses[-1]
 

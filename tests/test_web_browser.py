@@ -121,6 +121,12 @@ class Visitor:
         self.page.click("#draw")
         return self.says(word, seconds)
 
+    def begin(self, prompt: str) -> None:
+        """Begins a drawing that takes minutes."""
+        for field, value in (("prompt", prompt), ("images", "64"), ("steps", "100")):
+            self.fill(field, value)
+        self.draw("step ")
+
     def command(self) -> str:
         self.page.wait_for_selector("#line .cm-line")
         return re.sub(r"\s+", " ", " ".join(self.page.locator("#line .cm-line").all_inner_texts()))
@@ -229,10 +235,7 @@ def test_what_is_painted_over_is_drawn_anew(visitor: Visitor, server: Server, tm
 
 def test_a_drawing_can_be_stopped_and_the_next_begins_at_once(visitor: Visitor, server: Server) -> None:
     before = len(drawn(server))
-    visitor.fill("prompt", "a small yellow circle")
-    visitor.fill("images", "64")
-    visitor.fill("steps", "100")
-    visitor.draw("step ")
+    visitor.begin("a small yellow circle")
     visitor.page.wait_for_selector("#pictures img")  # while they form
     visitor.shot("forming")
     visitor.page.click("#stop")
@@ -245,10 +248,7 @@ def test_a_drawing_can_be_stopped_and_the_next_begins_at_once(visitor: Visitor, 
 
 def test_a_second_press_takes_the_place_of_the_first(visitor: Visitor, server: Server) -> None:
     before = len(drawn(server))
-    visitor.fill("prompt", "a large black square")
-    visitor.fill("images", "64")
-    visitor.fill("steps", "60")
-    visitor.draw("step ")
+    visitor.begin("a large black square")
     visitor.fill("prompt", "a small black square")
     visitor.fill("images", "1")
     visitor.fill("steps", "2")
@@ -348,10 +348,7 @@ def test_two_visitors_draw_one_after_the_other(browser: "playwright.Browser", se
 def test_a_window_that_is_closed_ends_its_drawing(browser: "playwright.Browser", server: Server) -> None:
     before = len(drawn(server))
     one, other = Visitor(browser, server), Visitor(browser, server)
-    one.fill("prompt", "three small green squares")
-    one.fill("images", "64")
-    one.fill("steps", "100")
-    one.draw("step ")
+    one.begin("three small green squares")
     one.close()
     other.model(DIGITS)
     other.fill("prompt", "a one")

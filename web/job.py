@@ -25,8 +25,8 @@ from web.walk import Walk
 SHARE = 0.05  # of the time of the steps may be spent on showing pictures while they form
 APART = 0.2  # seconds between two of them, at least
 FORMING = 16  # pictures shown while they form, at most
-# All that models compute happens in one thread. On a CPU every thread has an OpenMP pool of its own, and with a second
-# pool in the process, even an idle one, small networks take up to 1.7 times as long.
+# All that models compute happens in one thread: on a CPU every thread has an OpenMP pool of its own, and a second pool
+# in the process, even an idle one, slows small networks.
 WORKER = ThreadPoolExecutor(1, "models")
 
 

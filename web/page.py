@@ -149,8 +149,8 @@ class Page:
     def recent(self) -> list[str]:
         """The files of the last pictures, the newest first."""
         try:
-            files = [self.out / str(entry.get("file")) for entry in reversed(entries_in(self.out))]
-        except (ValueError, OSError, AttributeError):
+            files = [self.out / entry["file"] for entry in reversed(entries_in(self.out))]
+        except (ValueError, OSError):
             return []
         return [str(file) for file in files[:HISTORY] if file.is_file()]
 
@@ -187,11 +187,11 @@ class Page:
         """The next two pictures to choose from, after those that were skipped."""
         try:
             pairs = open_pairs(self.out)
+            found = pairs[skipped % len(pairs)] if pairs else None
+            sides = [large(self.out / file) for file in found[1:]] if found else ["", ""]
         except (ValueError, OSError) as error:
             return {self.caption: said(str(error), wrong=True), self.shown_pair: None} | dict.fromkeys(self.sides, "")
-        found = pairs[skipped % len(pairs)] if pairs else None
         caption = found.caption if found else "draw two pictures or more of a prompt, then choose here"
-        sides = [large(self.out / file) for file in found[1:]] if found else ["", ""]
         return {self.caption: said(caption), self.shown_pair: found, **dict(zip(self.sides, sides, strict=True))}
 
     def prefer(self, pair: Pair | None, side: int, skipped: int) -> dict[Any, Any]:
@@ -362,11 +362,11 @@ class Page:
         page.unload(self.leave)
 
 
-def launch(page: Page, host: str, port: int, browser: bool) -> gr.Blocks:
+def launch(page: Page, host: str, port: int) -> gr.Blocks:
     """Serves the page in threads of their own. The result's `close` ends it."""
     blocks = page.build()
     blocks.queue(max_size=32).launch(
-        server_name=host, server_port=port, inbrowser=browser, share=False, ssr_mode=False, show_error=True,
+        server_name=host, server_port=port, share=False, ssr_mode=False, show_error=True,
         allowed_paths=[str(page.out.resolve())], theme=THEME, css=CSS, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip
     return blocks
