@@ -3,7 +3,7 @@
 import json
 from operator import index
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
@@ -26,16 +26,22 @@ class UNet(Network):
     starts at y = 0 as the transformer does; all else starts as in diffusers. The default sizes are those of Stable
     Diffusion 1, which has no attention at its lowest level and no pooled vector.
 
+    With `adm` the blocks are those of ADM and GLIDE (Dhariwal & Nichol 2021, §3; Nichol et al. 2022, §4.1): the time
+    scales and shifts behind group normalisation (AdaGN), halving and doubling happen inside residual blocks as in
+    BigGAN, and one attention layer reads image and text tokens together.
+
     Args:
         in_channels: channels of the latent.
         out_channels: channels of y; none means in_channels. A learned variance takes twice as many.
         channels: channels of each level, from the finest; each level halves height and width.
         layers_per_block: residual blocks per level on the way down; one more on the way up.
-        heads: attention heads, the same number at every level.
+        heads: attention heads, the same number at every level; with `adm` those of the finest level, of whose width the
+            heads of all levels are.
         text_dim: channels of a text token.
         pooled_dim: channels of the pooled text vector.
         sample_size: side of the latent at the base resolution, for the pipeline; it does not change the function.
         norm_num_groups: number of groups in group normalisation.
+        adm: whether the blocks are ADM's.
 
     Raises:
         ValueError: a size is below 1; a level's channels are not a multiple of heads or do not form groups of at least
@@ -59,6 +65,7 @@ class UNet(Network):
         pooled_dim: int = 768,
         sample_size: int = 64,
         norm_num_groups: int = 32,
+        adm: bool = False,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -66,7 +73,11 @@ class UNet(Network):
                  norm_num_groups)  # fmt: skip
         if not channels or min(sizes) < 1:
             raise ValueError(f"channels must not be empty and sizes must be at least 1, got {min(sizes)}")
-        if any(c % heads or c % norm_num_groups or c == norm_num_groups for c in channels):
+        head_dim = channels[0] // heads
+        if any(
+            c % (head_dim if adm and head_dim else heads) or c % norm_num_groups or c == norm_num_groups
+            for c in channels
+        ):
             raise ValueError(
                 "channels must be multiples of heads and of norm_num_groups, two or more times the latter, "
                 f"got {tuple(channels)}, {heads} heads and {norm_num_groups} groups"
@@ -77,7 +88,7 @@ class UNet(Network):
                              f"got {sample_size}")  # fmt: skip
         self.in_channels, self.out_channels, self.sample_size = in_channels, out_channels, sample_size
         self.text_dim, self.pooled_dim = text_dim, pooled_dim
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "sample_size": sample_size,
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -92,6 +103,14 @@ class UNet(Network):
             "class_embed_type": "simple_projection",
             "projection_class_embeddings_input_dim": pooled_dim,
         }
+        if adm:
+            self.settings |= {
+                "down_block_types": ["SimpleCrossAttnDownBlock2D"] * len(channels),
+                "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+                "up_block_types": ["SimpleCrossAttnUpBlock2D"] * len(channels),
+                "attention_head_dim": head_dim,  # in these blocks it is what it says
+                "resnet_time_scale_shift": "scale_shift",
+            }
         self.net = UNet2DConditionModel(**self.settings)
         nn.init.zeros_(self.net.conv_out.weight)
         nn.init.zeros_(self.net.conv_out.bias)
@@ -148,18 +167,21 @@ class UNet(Network):
         if config.get("_class_name") != "UNet2DConditionModel":
             raise ValueError(f"{file} describes a {config.get('_class_name')}, not a UNet2DConditionModel")
         try:
+            adm = config.get("resnet_time_scale_shift", "default") == "scale_shift"
+            head_dim = index(config["attention_head_dim"])
             network = cls(
                 in_channels=index(config["in_channels"]),
                 out_channels=index(config["out_channels"]),
                 channels=tuple(map(index, config["block_out_channels"])),
                 layers_per_block=index(config["layers_per_block"]),
-                heads=index(config["attention_head_dim"]),
+                heads=index(config["block_out_channels"][0]) // head_dim if adm else head_dim,
                 text_dim=index(config["cross_attention_dim"]),
                 pooled_dim=index(config["projection_class_embeddings_input_dim"]),
                 sample_size=index(config["sample_size"]),
                 norm_num_groups=index(config["norm_num_groups"]),
+                adm=adm,
             )
-        except TypeError as error:
+        except (TypeError, ZeroDivisionError) as error:
             raise ValueError(f"{file} has a value of the wrong type: {error}") from None
         except KeyError as error:
             raise ValueError(f"{file} lacks {error}; is it a U-Net with text?") from None

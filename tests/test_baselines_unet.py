@@ -54,8 +54,9 @@ def test_the_network_reports_its_sizes() -> None:
     assert (network.sample_size, network.unit, network.largest) == (8, 4, None)
 
 
-def test_equals_diffusers_at_a_thousand_t(tmp_path: Path) -> None:
-    network = small(out_channels=6)
+@pytest.mark.parametrize("adm", [False, True])
+def test_equals_diffusers_at_a_thousand_t(tmp_path: Path, adm: bool) -> None:
+    network = small(out_channels=6, adm=adm)
     network.save(tmp_path)
     theirs = UNet2DConditionModel.from_pretrained(tmp_path).eval()
     z, t, condition = inputs(4, 10)
@@ -74,7 +75,7 @@ def test_equals_diffusers_at_a_thousand_t(tmp_path: Path) -> None:
 def test_every_option_and_every_input_changes_the_output() -> None:
     z, t, condition = inputs()
     base = small()(z, t, condition)
-    for change in ({"heads": 4}, {"norm_num_groups": 2}, {"layers_per_block": 2}, {"channels": (8, 16)}):
+    for change in ({"heads": 4}, {"norm_num_groups": 2}, {"layers_per_block": 2}, {"channels": (8, 16)}, {"adm": True}):
         assert relative(small(**change)(z, t, condition), base) > 1e-3, change
     assert relative(small()(z, t + 0.1, condition), base) > 1e-3
     assert relative(small()(z, t, condition._replace(text=condition.text + 1)), base) > 1e-3
@@ -87,8 +88,20 @@ def test_heads_are_a_number_of_heads() -> None:
     assert {m.heads for m in attentions} == {4}
 
 
-def test_mask_hides_padding_and_no_mask_attends_to_it() -> None:
-    network = small()
+def test_adm_scales_by_the_time_and_resamples_inside_residual_blocks() -> None:
+    network = small(adm=True, heads=4)
+    blocks = [m for m in network.modules() if type(m).__name__ == "ResnetBlock2D"]
+    assert all(block.time_emb_proj.out_features == 2 * block.out_channels for block in blocks)  # AdaGN: scale and shift
+    assert sum(block.downsample is not None for block in blocks) == 1
+    assert sum(block.upsample is not None for block in blocks) == 1
+    assert not any(type(m).__name__ in ("Downsample2D", "Upsample2D") and m.use_conv for m in network.modules())
+    attentions = [m for m in network.modules() if type(m).__name__ == "Attention"]
+    assert [m.heads for m in attentions] == [4, 6, 6, 6, 4, 4, 6]  # as wide at every level; one reads image and text
+
+
+@pytest.mark.parametrize("adm", [False, True])
+def test_mask_hides_padding_and_no_mask_attends_to_it(adm: bool) -> None:
+    network = small(adm=adm)
     z, t, condition = inputs(text=6)
     mask = torch.arange(6) < torch.tensor([3, 6, 1, 4])[:, None]
     other = condition.text.where(mask[..., None], torch.randn(4, 6, 20))
@@ -108,8 +121,9 @@ def test_samples_of_a_batch_do_not_influence_each_other() -> None:
     assert relative(one, network(z, t, condition)[2:3]) < 1e-5
 
 
-def test_every_parameter_learns_after_the_first_step() -> None:
-    network = UNet(**SIZES)
+@pytest.mark.parametrize("adm", [False, True])
+def test_every_parameter_learns_after_the_first_step(adm: bool) -> None:
+    network = UNet(**SIZES, adm=adm)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     z, t, condition = inputs()
     for _ in range(2):  # the zero convolution holds all other gradients back for one step
@@ -121,8 +135,9 @@ def test_every_parameter_learns_after_the_first_step() -> None:
         assert parameter.grad.abs().max() > 1e-7, name  # what cancels exactly leaves rounding errors of 1e-9
 
 
-def test_save_and_load_keep_every_bit(tmp_path: Path) -> None:
-    network = small(out_channels=6)
+@pytest.mark.parametrize("adm", [False, True])
+def test_save_and_load_keep_every_bit(tmp_path: Path, adm: bool) -> None:
+    network = small(out_channels=6, adm=adm)
     network.save(tmp_path / "unet")
     loaded = UNet.load(tmp_path / "unet")
     assert not loaded.training
@@ -218,6 +233,8 @@ def spoil_shape(folder: Path) -> None:
         (lambda folder: change_config(folder, sample_size="8"), "wrong type"),
         (lambda folder: change_config(folder, sample_size=8.0), "wrong type"),
         (lambda folder: change_config(folder, attention_head_dim=[2, 2]), "wrong type"),
+        (lambda folder: change_config(folder, resnet_time_scale_shift="scale_shift"),
+         "unsupported or missing settings: .*down_block_types"),
         (lambda folder: change_config(folder, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"]),
          "unsupported or missing settings: .*down_block_types"),
         (lambda folder: change_config(folder, upcast_attention=True), "unsupported .*: .*upcast_attention"),
@@ -253,12 +270,15 @@ def configured(file: Path) -> nn.Module:
     return parser.instantiate(parser.parse_object({"network": yaml.safe_load(file.read_text())["network"]})).network
 
 
-@pytest.mark.parametrize(("overlay", "measure"), [("unet-parameters", parameters), ("unet-flops", flops)])
-def test_overlays_match_the_transformer(overlay: str, measure) -> None:
+@pytest.mark.parametrize(
+    ("overlay", "measure", "within"),
+    [("unet-parameters", parameters, 0.03), ("unet-flops", flops, 0.03), ("adm", flops, 0.07)],
+)
+def test_overlays_match_the_transformer(overlay: str, measure, within: float) -> None:
     transformer = configured(CONFIGS / "digits.yaml")
     network = configured(CONFIGS / "network" / f"{overlay}.yaml")
     assert isinstance(transformer, MMDiT)
     assert isinstance(network, UNet)
     for key in ("in_channels", "out_channels", "text_dim", "pooled_dim", "sample_size"):
         assert getattr(network, key) == getattr(transformer, key), key
-    assert measure(network) == pytest.approx(measure(transformer), rel=0.03)
+    assert measure(network) == pytest.approx(measure(transformer), rel=within)
