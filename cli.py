@@ -163,6 +163,18 @@ def add_autoguidance_flag(parser: Parser) -> None:
     parser.add_argument("--autoguidance", metavar="MODEL:SCALE", help=help)
 
 
+def add_gradient_flags(parser: Parser) -> None:
+    """Adds the flags of guidance by the gradient of a model that reads noisy pictures."""
+    p = parser.add_argument_group("guidance by gradients")
+    p.add_argument(
+        "--classifier", metavar="MODEL:SCALE",
+        help="classifier guidance toward the class that the prompt names; with --guidance 0 by an unconditional model",
+    )  # fmt: skip
+    p.add_argument("--clip-guidance", metavar="MODEL:SCALE", help="guidance by a CLIP of noisy pictures")
+    p.add_argument("--gradient-interval", type=finite, nargs=2, metavar=("FROM", "TO"),
+                   help="use these gradients only at these t; default: 0 0.98")  # fmt: skip
+
+
 def add_drawing_flags(p: Parser) -> None:
     """Adds the flags that say what is drawn and how: those of `sample.py` and of each picture of `app.py`."""
     p.add_argument("--model", type=Path,
@@ -175,6 +187,7 @@ def add_drawing_flags(p: Parser) -> None:
     p.add_argument("--steps", type=positive, help="sampling steps; default: the model's")
     add_sampling_flags(p)
     add_autoguidance_flag(p)
+    add_gradient_flags(p)
     p.add_argument("--shift", type=finite, help="shift of the time grid; default: the model's")
     p.add_argument("--height", type=positive, help="in pixels; default: the image's, or without one the model's")
     p.add_argument("--width", type=positive, help="in pixels; default: the image's, or without one the model's")

@@ -15,6 +15,7 @@ from cli import (
     MACHINE_FAULT,
     Parser,
     add_autoguidance_flag,
+    add_gradient_flags,
     add_model_flags,
     add_overwrite_flag,
     add_sampling_flags,
@@ -32,6 +33,7 @@ from cli import (
 )
 from data.examined import DATA, Examined, Half
 from pipeline import LoadOptions, Pipeline
+from pipeline.gradients import pulled
 from pipeline.likelihood import refuse
 from pipeline.steering import autoguided
 from storage.files import hold
@@ -45,7 +47,7 @@ STEPS, SAMPLES = [1, 2, 4, 5, 8, 10, 25, 50], 1000  # defaults
 STEPS_BY_CATEGORY, PER_CATEGORY = [20], 200
 NOT_FOR_LIKELIHOOD = (
     "by", "steps", "sampler", "spacing", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval",
-    "autoguidance", "per_digit", "features", "clip", "batch_size",
+    "autoguidance", "classifier", "clip_guidance", "gradient_interval", "per_digit", "features", "clip", "batch_size",
 )  # fmt: skip
 NOT_BY_CATEGORY = ("samples", "per_digit", "reference", "features", "clip")  # flags that exclude --by category
 
@@ -59,6 +61,7 @@ def parser() -> Parser:
     p.add_argument("--steps", type=positives, help="sampling steps: 1,2,4; default: 1,2,4,5,8,10,25,50; by category 20")
     add_sampling_flags(p, repeatable=True)
     add_autoguidance_flag(p)
+    add_gradient_flags(p)
     count = p.add_mutually_exclusive_group()
     count.add_argument("--samples", type=positive, help=f"samples in all; default: {SAMPLES}")
     count.add_argument("--per-digit", type=positive, help="samples of each digit, instead of --samples")
@@ -102,7 +105,7 @@ def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
             for steps in args.steps or (STEPS_BY_CATEGORY if args.by else STEPS):
                 try:
                     sampling = sampling_of(args, pipe.sampling, sampler=sampler, steps=steps)
-                    sampling.check_prompts(["a caption"])
+                    pipe.check_prompts(sampling, ["a caption"])
                     pipe.refuse_picture()
                     pipe.plan(sampling)
                 except ValueError as error:
@@ -131,11 +134,16 @@ def prepare(args: Namespace) -> tuple[list[Setting], AgainstReal | ByCategory]:
     names = short_names(args.model)
     if args.autoguidance:
         names = [f"{name} away from {args.autoguidance}" for name in names]
+    if args.classifier or args.clip_guidance:
+        names = [f"{name} guided by {args.classifier or args.clip_guidance}" for name in names]
     loaded = (Pipeline.load(find_model(path), options) for path in args.model)
     pipes = {name: autoguided(pipe, args.autoguidance, options) for name, pipe in zip(names, loaded, strict=True)}
     for name, pipe in pipes.items():
         height, width = (side * pipe.codec.factor for side in pipe.latent_size(None, None))
         examined.check(name, (height, width), pipe.codec.pixel_channels)
+        pipes[name] = pulled(
+            pipe, args.classifier, args.clip_guidance, args.gradient_interval, list(dict.fromkeys(examined.prompts))
+        )
     settings = settings_of(args, pipes)
     if args.by:
         return settings, ByCategory(examined, args.out, args.seed)

@@ -436,6 +436,28 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("sampling.interval if free else NEVER", "sampling.interval"),
         ('if wrong := [name for name in fields', 'if wrong := [name for name in ("text_dim",)'),
     ],
+    ("flow/guidance.py", "flow_gradients"): [
+        ("estimate.x0 + (b**2 / a) * step", "estimate.x0 + (b / a) * step"),
+        ("estimate.noise - b * step", "estimate.noise + b * step"),
+        ("lambda z: score(z, t).sum()", "lambda z: score(z, t).mean()"),
+        ("reward(denoise(z, t).x0)", "reward(denoise(z.detach(), t).x0)"),
+        ("tensor(interval[1], dtype=torch.float64))[0] == 0", "tensor(interval[0], dtype=torch.float64))[0] == 0"),
+    ],
+    ("pipeline/gradients.py", "sample_gradients"): [
+        ("float(b / (a + b))", "float(t)"),
+        ("(z / (a + b)).float()", "z.float()"),
+        ("if not _alike(reader.codec, pipe.codec.fingerprint()):", "if False:"),
+        ("            reader.labels(prompts)\n", ""),
+    ],
+    ("pipeline/__init__.py", "sample_gradients"): [
+        ("[negative] * len(prompts) if unconditional else prompts", "prompts"),
+        ("guided.pulls = (*self.pulls, *pulls)", "guided.pulls = self.pulls"),
+    ],
+    ("baselines/classifier.py", "sample_gradients"): [
+        ("if words & set(names)", "if set(prompt.split()) & set(names)"),
+        ("self.time(timestep_features(tau, TIME_FEATURES))", "self.time(timestep_features(0 * tau, TIME_FEATURES))"),
+        (".log_softmax(1).gather(1, asked[:, None])", ".gather(1, asked[:, None])"),
+    ],
     ("pipeline/steering.py", "sample_control"): [
         ("(i + 1) / steps <= last", "i / steps <= last"),
         ("first <= i / steps", "first < i / steps"),

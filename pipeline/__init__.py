@@ -1,8 +1,10 @@
 """Pipeline: network, objective, codec and text encoder joined for inference."""
 
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -15,7 +17,18 @@ from data.degrade import enlarged, noised
 from data.latents import Codec
 from data.sizes import SIZE_FEATURES, size_features
 from data.text.encoder import TextEncoder
-from flow.guidance import NEVER, ClassifierFree, Weak, inpaint, refined
+from flow.guidance import (
+    ALWAYS,
+    BEFORE_NOISE,
+    NEVER,
+    ClassifierFree,
+    Score,
+    Weak,
+    check_interval,
+    inpaint,
+    refined,
+    uphill,
+)  # fmt: skip
 from flow.objective import Estimate, Model, Objective
 from flow.sampler import Callback, Denoiser, Noise
 from mmdit.control import Control, Controlled
@@ -34,6 +47,14 @@ class Refiner(NamedTuple):
 
     pipe: "Pipeline"  # on the same path, in the same latents
     handover: float  # the time, between 0 and 1, below which it estimates picture and noise
+
+
+class Pull(NamedTuple):
+    """A gradient that guides the samples (`flow.guidance.uphill`)."""
+
+    score: Callable[[Sequence[str], Denoiser], Score]  # from the prompts and the denoiser without the gradient
+    scale: float
+    interval: tuple[float, float] = BEFORE_NOISE  # the times (from, to) at which it is used
 
 
 class Pipeline:
@@ -84,6 +105,7 @@ class Pipeline:
         self.sampling = sampling or Sampling()
         self.sampling.walk(objective)
         self.weak: Weak | None = None
+        self.pulls: tuple[Pull, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +157,33 @@ class Pipeline:
         guided = Pipeline(*self.parts)
         guided.weak = Weak(weak.network, scale - 1)
         return guided
+
+    def pulled(self, pulls: Sequence[Pull]) -> "Pipeline":
+        """This pipeline guided by gradients, in addition to its other guidance.
+
+        With a guidance of 0 the network is unconditional, and the gradients alone follow the prompts.
+
+        Raises:
+            ValueError: in one line, if a scale is not finite or 0, an interval contains a time without any picture, or
+                the network has learned average velocities.
+        """
+        if self.network.two_times:
+            raise ValueError("a gradient guides no average velocities: take a model of velocities")
+        for pull in pulls:
+            if not math.isfinite(pull.scale) or pull.scale == 0:
+                raise ValueError(f"a gradient needs a finite scale other than 0, which is none, got {pull.scale:g}")
+            if not 0 <= pull.interval[0] <= pull.interval[1] <= 1:
+                raise ValueError("the interval of a gradient must be two times, 0 <= from <= to <= 1, "
+                                 f"got {pull.interval[0]:g} and {pull.interval[1]:g}")  # fmt: skip
+            check_interval(self.objective.path, pull.interval)
+        guided = copy.copy(self)
+        guided.pulls = (*self.pulls, *pulls)
+        return guided
+
+    def check_prompts(self, sampling: Sampling, prompts: Sequence[str]) -> None:
+        """ValueError if there is a prompt, but nothing would follow it."""
+        if not self.pulls:
+            sampling.check_prompts(prompts)
 
     def refuse_picture(self) -> None:
         """ValueError if the network works from a picture, for commands that have none."""
@@ -365,10 +414,16 @@ class Pipeline:
             extra: further fields of the condition, by name.
 
         Raises:
-            ValueError: guidance 0 with a prompt, or a negative prompt for a network that has learned its guidance.
+            ValueError: guidance 0 with a prompt but no gradient, or a negative prompt for a network that has learned
+                its guidance.
         """
-        sampling.check_prompts(prompts)
-        condition = self.condition(prompts, height, width)._replace(**(extra or {}))
+        self.check_prompts(sampling, prompts)
+        unconditional = sampling.guidance == 0 and sampling.interval == ALWAYS
+        unconditional &= not (sampling.rescale or sampling.skip_layers or self.weak or self.network.guidance_embeds)
+        if unconditional:  # one branch is enough
+            sampling = replace(sampling, guidance=1.0)
+        read = [negative] * len(prompts) if unconditional else prompts
+        condition = self.condition(read, height, width)._replace(**(extra or {}))
         if self.network.guidance_embeds:
             if negative:
                 raise ValueError("this network has learned its guidance and takes no negative prompt: leave it out")
@@ -379,7 +434,10 @@ class Pipeline:
         def estimate(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
             return self.objective.denoise(model_at(t), z, t, condition, end)
 
-        return estimate
+        guided: Denoiser = estimate
+        for score, scale, interval in self.pulls:
+            guided = uphill(guided, self.objective.path, score(prompts, estimate), scale, interval)
+        return guided
 
     def _guided(
         self, sampling: Sampling, negative: Callable[[], Condition], times: Tensor

@@ -18,13 +18,22 @@ from mmdit.control import Controlled
 from pipeline import LoadOptions, Pipeline, Refiner
 from pipeline.drawing import Drawing, read_image
 from pipeline.folder import INDEX, learned
+from pipeline.gradients import pulled
 from pipeline.sampling import Sampling
 from pipeline.steering import Steering, autoguided, interval_of, steer
 from storage.models import find_model
 
 HANDOVER = 0.2  # SDXL's refiner learned the lowest 200 of 1,000 noise levels
 RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if they are given
-OPTIONAL = ("lora", "control", "control_interval", "autoguidance")  # recorded as they were given
+OPTIONAL = (
+    "lora",
+    "control",
+    "control_interval",
+    "autoguidance",
+    "classifier",
+    "clip_guidance",
+    "gradient_interval",
+)  # recorded as they were given
 
 
 def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeline.load) -> Drawing:
@@ -47,13 +56,14 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
     pipe = load(path, options)
     given = input_pictures(args, pipe)
     sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
-    sampling.check_prompts(given_prompts)
     height, width = given["image"].shape[-2:] if "image" in given else (args.height, args.width)
     warn_of_learned(args, path, sampling)
     pipe = autoguided(pipe, args.autoguidance, options)
     refiner = refiner_of(args)
     _, _, times = pipe.plan(sampling, args.shift, height, width, given.get("strength", 1.0))
     pipe, hints = steered(args, pipe, times, height, width)
+    pipe = pulled(pipe, args.classifier, args.clip_guidance, args.gradient_interval, given_prompts, height, width)
+    pipe.check_prompts(sampling, given_prompts)
     given |= hints
     if refiner:
         pipe.check_refiner(refiner, sampling, times, height, width)

@@ -39,6 +39,18 @@ class Steering(NamedTuple):
         return cls(Path(parts[0]), Path(parts[1]), scale)
 
 
+def model_and_scale(flag: str, text: str, example: str) -> tuple[Path, float]:
+    """The two parts of MODEL:SCALE. ValueError in one line, with the flag and an example, if it has another form."""
+    path, _, scale = text.rpartition(":")
+    try:
+        number = float(scale) if path else math.nan
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise ValueError(f"--{flag} {text} is not MODEL:SCALE, such as {example}")
+    return Path(path), number
+
+
 def autoguided(pipe: Pipeline, text: str | None, options: LoadOptions) -> Pipeline:
     """The pipeline with the autoguidance MODEL:SCALE; itself without a text.
 
@@ -47,14 +59,8 @@ def autoguided(pipe: Pipeline, text: str | None, options: LoadOptions) -> Pipeli
     """
     if text is None:
         return pipe
-    path, _, scale = text.rpartition(":")
-    try:
-        number = float(scale) if path else math.nan
-    except ValueError:
-        number = math.nan
-    if math.isnan(number):
-        raise ValueError(f"--autoguidance {text} is not MODEL:SCALE, such as runs/small:2")
-    weak = Pipeline.load(find_model(Path(path)), replace(options, lora=(), parts=None))
+    path, number = model_and_scale("autoguidance", text, "runs/small:2")
+    weak = Pipeline.load(find_model(path), replace(options, lora=(), parts=None))
     return pipe.away_from(weak, number)
 
 
