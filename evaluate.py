@@ -34,7 +34,7 @@ from cli import (
 from data.examined import DATA, Examined, Half
 from pipeline import LoadOptions, Pipeline
 from pipeline.gradients import pulled
-from pipeline.likelihood import refuse
+from pipeline.likelihood import Autoencoder, refuse
 from pipeline.steering import autoguided
 from storage.files import hold
 from storage.models import find_model
@@ -151,32 +151,49 @@ def prepare(args: Namespace) -> tuple[list[Setting], AgainstReal | ByCategory]:
     return settings, AgainstReal(examined, args.out, half, args.features, args.clip, args.seed, options.device)
 
 
+def check_autoencoder(name: str, model: Autoencoder, levels: int, real: tuple[int, ...]) -> None:
+    """ValueError in one line if an autoencoder was trained on other levels or cannot read the pictures."""
+    if model.levels != levels:
+        raise ValueError(f"{name} has learned pictures of {model.levels} levels, and these have {levels}")
+    channels, *sides = real
+    if model.vae.pixel_channels != channels or any(side % model.vae.factor for side in sides):
+        read = f"{model.vae.pixel_channels} channels and sides that are multiples of {model.vae.factor}"
+        raise ValueError(f"{name} reads pictures of {read}, not {real}")
+
+
 def measure_likelihood(args: Namespace) -> None:
     """Measures the bits per dimension of real pictures under every model."""
     with ExitStack() as held:
         with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
             check_flags(args)
             options = LoadOptions(**load_options_of(args))
-            pipes = {name: Pipeline.load(find_model(path), options)
-                     for name, path in zip(short_names(args.model), args.model, strict=True)}  # fmt: skip
+            models: dict[str, Pipeline | Autoencoder] = {
+                name: Autoencoder.load(path) if Autoencoder.is_at(path) else Pipeline.load(find_model(path), options)
+                for name, path in zip(short_names(args.model), args.model, strict=True)
+            }
             examined = DATA[args.data].held_out(10)
-            for name, pipe in pipes.items():
+            real = tuple(examined.real["train"].shape[1:])
+            for name, model in models.items():
+                if isinstance(model, Autoencoder):
+                    check_autoencoder(name, model, examined.levels, real)
+                    continue
                 try:
-                    refuse(pipe, pipe.sampling.guidance if args.guidance is None else args.guidance)
+                    refuse(model, model.sampling.guidance if args.guidance is None else args.guidance)
                 except ValueError as error:
                     raise ValueError(f"{name} has no likelihood: {error}") from None
-            real = tuple(examined.real["train"].shape[1:])
-            for name, pipe in pipes.items():
-                drawn = (pipe.codec.pixel_channels, *pipe.latent_size(None, None))
+                drawn = (model.codec.pixel_channels, *model.latent_size(None, None))
                 if drawn != real:
                     raise ValueError(f"{name} draws pictures of {drawn} numbers, not {real} as the {args.data}")
             measured = Likelihood(examined, args.reference or "held_out", args.samples, args.seed, args.out)
             held.enter_context(hold(args.out))
             claim_folder(args.out, purpose_of("evaluate.py", args), ["results.json"], args.overwrite)
-        with tqdm(total=len(pipes) * len(measured.pictures), desc="evaluating", unit="picture") as bar:
-            for (name, pipe), folder in zip(pipes.items(), args.model, strict=True):
+        with tqdm(total=len(models) * len(measured.pictures), desc="evaluating", unit="picture") as bar:
+            for (name, model), folder in zip(models.items(), args.model, strict=True):
                 with one_line_errors(ValueError):
-                    measured.add(name, str(folder), pipe, bar.update)
+                    if isinstance(model, Autoencoder):
+                        measured.add_autoencoder(name, str(folder), model, bar.update)
+                    else:
+                        measured.add(name, str(folder), model, bar.update)
         with one_line_errors():
             print(measured.finish())
 

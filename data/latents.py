@@ -18,6 +18,7 @@ from storage.files import commit_json
 from storage.text import read_json
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
+LIKELIHOOD = "likelihood.json"  # beside a VAE that was trained on the evidence lower bound: levels and log_variance
 PREFIX = "first_stage_model."  # of the VAE's tensors in a single file
 NUMBERS = (  # of a VAE's config that building it does not check: key, type, and what is below it
     ("scaling_factor", float, 0), ("shift_factor", float, -math.inf), ("sample_size", int, 0),
@@ -199,7 +200,11 @@ class VAE(Codec):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels of latents, clamped to [0, 1]; ValueError if a number is not finite."""
-        return self._run(lambda z: self.vae.decode(z / self.scale + self.shift).sample / 2 + 0.5, latents).clamp(0, 1)
+        return self.mean(latents).clamp(0, 1)
+
+    def mean(self, latents: Tensor) -> Tensor:
+        """As `decode`, but not clamped: the means of the decoder's distribution."""
+        return self._run(lambda z: self.vae.decode(z / self.scale + self.shift).sample / 2 + 0.5, latents)
 
     def _run(self, network: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
         if not given.isfinite().all():

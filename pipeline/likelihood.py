@@ -1,20 +1,31 @@
-"""Bits per dimension of pictures under a model: exact for a flow, a bound for a chain."""
+"""Bits per dimension of pictures under a model: exact for a flow, a bound for a chain and for an autoencoder."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from data.latents import Pixels
-from flow.likelihood import bits_per_dimension, log_likelihood, variational_bound
+from data.latents import LIKELIHOOD, VAE, Pixels
+from flow.likelihood import (
+    bits_per_dimension,
+    discretised,
+    importance_weighted,
+    log_likelihood,
+    log_weights,
+    variational_bound,
+)
 from flow.path import Discrete
 from flow.target import determinant
 from pipeline import Pipeline
 from pipeline.sampling import random_normals
+from storage.text import read_json
 
 TOLERANCE = 1e-4  # of a step of the solver; 1e-6 gives 0.002 bits more for digits and takes twelve times as long
+DRAWS = 64  # of latents, for the importance-weighted bound
 
 
 def refuse(pipe: Pipeline, guidance: float) -> None:
@@ -62,13 +73,11 @@ def bits(
         ValueError: the model has no likelihood, or the pixels are not on these levels.
     """
     refuse(pipe, 1.0)
-    steps = pixels.double() * (levels - 1)
-    if (steps - steps.round()).abs().max() > 1e-3 or pixels.min() < 0 or pixels.max() > 1:
-        raise ValueError(f"the pixels are not multiples of 1/{levels - 1} in [0, 1], so {levels} levels are wrong")
+    steps = on_levels(pixels, levels)
     assert isinstance(pipe.codec, Pixels)
     width, count = pipe.codec.width(levels), pixels[0].numel()
     denoise = pipe.denoiser(captions, "", replace(pipe.sampling, guidance=1.0, skip_layers=()), torch.ones(1))
-    x0 = pipe.codec.encode(steps.round() / (levels - 1)).to(pipe.device)
+    x0 = pipe.codec.encode(steps).to(pipe.device)
     normal = random_normals(seeds, tuple(pixels.shape[1:]), pipe.device)
     if isinstance(pipe.objective.path, Discrete):
         ends = [pipe.codec.encode(torch.tensor(end)).item() for end in (0.0, 1.0)]
@@ -78,3 +87,60 @@ def bits(
     x0 = pipe.codec.dequantize(x0, normal().double(), levels)
     probe = None if exact_trace else torch.where(normal() > 0, 1.0, -1.0)
     return bits_per_dimension(log_likelihood(denoise, pipe.objective.path, x0, probe, TOLERANCE), count, width)
+
+
+def on_levels(pixels: Tensor, levels: int) -> Tensor:
+    """The pixels in float64, exactly on the levels. ValueError if they are not near multiples of 1/(levels − 1)."""
+    steps = pixels.double() * (levels - 1)
+    if (steps - steps.round()).abs().max() > 1e-3 or pixels.min() < 0 or pixels.max() > 1:
+        raise ValueError(f"the pixels are not multiples of 1/{levels - 1} in [0, 1], so {levels} levels are wrong")
+    return steps.round() / (levels - 1)
+
+
+class Autoencoder(NamedTuple):
+    """An autoencoder that was trained on the evidence lower bound (`training.autoencoder`)."""
+
+    vae: VAE
+    levels: int  # that a number of a picture can have
+    log_variance: float  # of the decoder, in pixels from −1 to 1
+
+    @staticmethod
+    def is_at(folder: Path) -> bool:
+        """Whether a folder says that it holds one."""
+        return (folder / LIKELIHOOD).is_file()
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Loads one. FileNotFoundError or ValueError in one line if a file is missing or damaged."""
+        held = read_json(folder / LIKELIHOOD)
+        try:
+            levels, log_variance = int(held["levels"]), float(held["log_variance"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{folder / LIKELIHOOD} must hold levels and log_variance, two numbers") from None
+        return cls(VAE(folder), levels, log_variance)
+
+    @torch.no_grad()
+    def bits(self, pixels: Tensor, seeds: Sequence[int], draws: int = DRAWS) -> tuple[Tensor, Tensor]:
+        """Two bounds on the bits per dimension of pictures, each (B,) float64: by the ELBO and by `draws` weights.
+
+        Args:
+            pixels: pictures in [0, 1] whose numbers are multiples of 1/(levels − 1), (B, C, H, W).
+            seeds: B numbers that draw the latents.
+            draws: of latents, for each picture.
+
+        Raises:
+            ValueError: the pixels are not on the levels, or their sides no multiples of the autoencoder's factor.
+        """
+        x = 2 * on_levels(pixels, self.levels) - 1
+        mean, log_variance = self.vae.posterior(pixels)  # of normalised latents; the prior is that of raw ones
+        mean, log_variance = mean / self.vae.scale + self.vae.shift, log_variance - 2 * math.log(self.vae.scale)
+        spread = torch.full_like(x, self.log_variance)
+
+        def log_probability(z: Tensor) -> Tensor:
+            decoded = 2 * self.vae.mean(((z - self.vae.shift) * self.vae.scale).float()).double() - 1
+            return discretised(x, decoded, spread, 2 / (self.levels - 1), -1.0, 1.0)
+
+        normal = random_normals(seeds, tuple(mean.shape[1:]), torch.device("cpu"))
+        weights = log_weights(mean.double(), log_variance.double(), log_probability, lambda: normal().double(), draws)
+        one, many = (bits_per_dimension(importance_weighted(weights, k), pixels[0].numel(), 1.0) for k in (1, draws))
+        return one, many

@@ -11,7 +11,7 @@ from data.examined import Examined, Half
 from flow.path import Discrete
 from metrics.table import Row, table
 from pipeline import Pipeline
-from pipeline.likelihood import TOLERANCE, bits
+from pipeline.likelihood import DRAWS, TOLERANCE, Autoencoder, bits
 from storage.files import commit_json
 
 BATCH = 100  # pictures at a time
@@ -67,6 +67,16 @@ class Likelihood:
             progress(rows.stop - rows.start)
         kind = "bound" if isinstance(pipe.objective.path, Discrete) else "of the ODE"
         self.rows.append(self.row(name, torch.cat(found), folder=folder, likelihood=kind))
+
+    def add_autoencoder(self, name: str, folder: str, model: Autoencoder, progress: Callable[[int], object]) -> None:
+        """Measures an autoencoder: a row for each of its bounds. ValueError in one line if the pictures do not fit."""
+        found = []
+        for start in range(0, len(self.pictures), BATCH):
+            rows = slice(start, min(start + BATCH, len(self.pictures)))
+            found.append(model.bits(self.pictures[rows], range(self.seed + rows.start, self.seed + rows.stop)))
+            progress(rows.stop - rows.start)
+        for kind, each in zip(("ELBO", f"IWAE-{DRAWS}"), zip(*found, strict=True), strict=True):
+            self.rows.append(self.row(name, torch.cat(each), folder=folder, likelihood=kind))
 
     @staticmethod
     def row(name: str, bits: Tensor, **more: str) -> Row:

@@ -1,6 +1,7 @@
 """Guidance by gradients from files: a classifier and a CLIP of noisy pictures; what does not fit is refused."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,15 +53,16 @@ def test_one_step_is_the_formula(pipe: Pipeline, guidance: float) -> None:
 def test_another_path_is_read_by_the_same_classifier(pipe: Pipeline) -> None:
     """∇_z ln p(c | z) = ∇_w ln p(c | w)/(a + b)."""
     other = Pipeline(pipe.network, Objective(Cosine()), *pipe.parts[2:])
-    t, z = torch.tensor(0.5, dtype=torch.float64), torch.randn(2, 1, 8, 8)
+    t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 1, 8, 8)
+    a, b = math.cos(0.15 * math.pi), math.sin(0.15 * math.pi)
     way, prompts = replace(pipe.sampling, guidance=1.0), ["a one", "a two"]
     plain, guided = (
         each.denoiser(prompts, "", way, torch.ones(1))(z, t) for each in (other, with_classifier(other, 2.0, prompts))
     )
-    w = (z / 2**0.5).requires_grad_()
-    likely = Classifier.load(Path(CLASSIFIER))(w, torch.full((2,), 0.5)).log_softmax(1)
+    w = (z / (a + b)).requires_grad_()
+    likely = Classifier.load(Path(CLASSIFIER))(w, torch.full((2,), b / (a + b))).log_softmax(1)
     (g,) = torch.autograd.grad(likely[0, 1] + likely[1, 2], w)
-    torch.testing.assert_close(guided.noise - plain.noise, -(2**-0.5) * 2 * g / 2**0.5, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(guided.noise - plain.noise, -b * 2 * g / (a + b), atol=1e-5, rtol=1e-4)
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipe: Pipeline) -> None:

@@ -12,36 +12,22 @@ takes about ten minutes on one core. The weights are stored in half precision.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
-from tqdm import tqdm
 
 from cli import Parser
 from data import shapes
 from data.latents import VAE
 from storage.files import commit_json
 from storage.weights import write_tensors
+from training.autoencoder import Autoencoder, config, fit
 
 FOLDER = Path(__file__).parents[1] / "assets" / "shapes" / "vae"
 SCENES, UNSEEN, SEED = 20_000, 500, 1  # a seed that no store of examples uses
 STEPS, BATCH, RATE, KL = 5000, 8, 1.5e-3, 0.01
-CONFIG = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [16, 16, 32, 64],
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 8,
-    "sample_size": shapes.SIDE,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
+CONFIG = config(channels=3, latent=4, widths=(16, 16, 32, 64), layers=1, groups=8, side=shapes.SIDE)
 
 
 def pictures(first: int, count: int) -> Tensor:
@@ -66,22 +52,13 @@ def main() -> None:
     torch.set_num_threads(1)  # a sum's order, hence its last bits, depends on the number of threads
     torch.manual_seed(0)
     scenes = pictures(0, SCENES)
-    network: Any = AutoencoderKL(**CONFIG)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.05)
-    bar = tqdm(range(STEPS), desc="VAE", unit="step")
-    for step in bar:
-        x = scenes[torch.randint(SCENES, (BATCH,))] / 127.5 - 1
-        posterior = network.encode(x).latent_dist
-        error = (network.decode(posterior.sample()).sample - x).abs().sum() / BATCH
-        divergence = posterior.kl().mean()
-        optimizer.zero_grad()
-        ((error + KL * min(1, 5 * step / STEPS) * divergence) / x[0].numel()).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99:
-            bar.set_postfix(error=f"{float(error) / x[0].numel():.4f}", nats=f"{float(divergence):.0f}")
+    autoencoder = Autoencoder(CONFIG)
+
+    def batch(step: int) -> Tensor:
+        return scenes[torch.randint(SCENES, (BATCH,))] / 127.5 - 1
+
+    fit(autoencoder, batch, STEPS, RATE, lambda step: KL * min(1, 5 * step / STEPS))
+    network = autoencoder.vae
     network.eval()
     with torch.no_grad():
         latents = torch.cat([network.encode(part / 127.5 - 1).latent_dist.mean for part in scenes[:2000].split(100)])

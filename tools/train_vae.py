@@ -1,0 +1,139 @@
+"""Trains an autoencoder of your pictures, as `encode.py` and `evaluate.py --likelihood` read it.
+
+    python -m tools.train_vae --data pictures/ --side 64 --out runs/vae
+    python -m tools.train_vae --data digits --out runs/vae-digits
+
+For a folder of pictures the loss is the sum of |error| plus --kl times the divergence of the latents from N(0, I), as
+in Stable Diffusion without its perceptual and adversarial parts. For the digits, and with --levels, it is the evidence
+lower bound, and the folder also holds the decoder's variance. The latents come out normalised. The same command resumes
+a training that was interrupted.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cli import (
+    Parser,
+    add_overwrite_flag,
+    find_device,
+    finite,
+    natural,
+    one_line_errors,
+    output,
+    plain_warnings,
+    positive,
+    positives,
+    purpose_of,
+)
+from data import digits
+from data.latents import CONFIG, LIKELIHOOD, STEM
+from data.raw.pictures import load_picture
+from storage.files import commit_json, hold
+from storage.purpose import claim_folder
+from storage.weights import write_tensors
+from training.autoencoder import Autoencoder, config, fit
+
+STATE = "unfinished.pt"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MEASURED = 1000  # pictures that set shift and scale of the latents
+RISE = 5  # the weight of the divergence rises over one RISE-th of the training
+
+
+def parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", required=True, help="a folder with pictures, also in folders in it; or digits")
+    p.add_argument("--out", type=output, required=True, help="folder of the autoencoder")
+    p.add_argument("--side", type=positive, help="resize and crop pictures to this side in pixels; default: 256")
+    p.add_argument("--latent", type=positive, default=4, help="channels of the latents; default: 4")
+    p.add_argument("--widths", type=positives, default=[32, 64, 128, 128],
+                   help="channels of each level, the last at the latents' size; default: 32,64,128,128")  # fmt: skip
+    p.add_argument("--layers", type=positive, default=1, help="residual blocks of a level; default: 1")
+    p.add_argument("--groups", type=positive, default=8, help="groups of group normalisation; default: 8")
+    p.add_argument("--levels", type=positive, help="train on the evidence lower bound of pictures of so many levels")
+    p.add_argument("--kl", type=finite, help="weight of the divergence; default: 0.01, with levels 1")
+    p.add_argument("--steps", type=positive, default=5000, help="default: 5000")
+    p.add_argument("--batch-size", type=positive, default=32, help="default: 32")
+    p.add_argument("--rate", type=finite, default=1.5e-3, help="highest learning rate; default: 0.0015")
+    p.add_argument("--seed", type=natural, default=0, help="default: 0")
+    p.add_argument("--device", help="cpu, cuda, …; default: cuda if there is a GPU")
+    add_overwrite_flag(p)
+    return p
+
+
+def reader(args: argparse.Namespace) -> tuple[Callable[[int], Tensor], int, int]:
+    """Number → picture (C, side, side) in [0, 1], how many there are, and the side. Errors are those of bad input."""
+    if args.data == "digits":
+        if args.side not in (None, digits.SIDE):
+            raise ValueError(f"digits have a side of {digits.SIDE}: leave --side out")
+        pixels = digits.load("train").pixels
+        return pixels.__getitem__, len(pixels), digits.SIDE
+    side, folder = args.side or 256, Path(args.data)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: give one with pictures, or digits")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+    load_picture(files[0], 3, side, side, 1)  # fails now if it can't be read
+    return lambda i: load_picture(files[i], 3, side, side, 1)[0], len(files), side
+
+
+def check(args: argparse.Namespace, side: int) -> None:
+    """ValueError in one line if the sizes do not fit each other."""
+    factor = 2 ** (len(args.widths) - 1)
+    if side % factor:
+        raise ValueError(f"a side of {side} cannot be halved {len(args.widths) - 1} times: give fewer --widths")
+    if any(width % args.groups for width in args.widths):
+        raise ValueError(f"--widths must be multiples of --groups {args.groups}, got {args.widths}")
+    if args.levels == 1:
+        raise ValueError("--levels must be at least 2")
+    if args.rate <= 0 or (args.kl is not None and args.kl < 0):
+        raise ValueError(f"--rate must be above 0 and --kl at least 0, got {args.rate:g} and {args.kl}")
+
+
+def train(args: argparse.Namespace, picture: Callable[[int], Tensor], count: int, side: int, device: str) -> None:
+    """Trains and writes the autoencoder."""
+    torch.manual_seed(args.seed)
+    levels = args.levels or (digits.LEVELS if args.data == "digits" else None)
+    kl = (1.0 if levels else 0.01) if args.kl is None else args.kl
+    sizes = config(len(picture(0)), args.latent, args.widths, args.layers, args.groups, side)
+    autoencoder = Autoencoder(sizes, levels).to(device)
+
+    def batch(step: int) -> Tensor:
+        torch.manual_seed((args.seed << 32) + step)  # also of the posterior's noise: a resumed training is the same
+        rows = torch.randint(count, (args.batch_size,)).tolist()
+        return 2 * torch.stack([picture(row) for row in rows]).to(device) - 1
+
+    state = args.out / STATE
+    fit(autoencoder, batch, args.steps, args.rate, lambda step: kl * min(1, RISE * (step + 1) / args.steps), state)
+    vae = autoencoder.vae.eval()
+    with torch.no_grad():
+        some = [2 * picture(i)[None].to(device) - 1 for i in range(min(count, MEASURED))]
+        latents = torch.cat([vae.encode(one).latent_dist.mean for one in some])
+    moments = {"shift_factor": float(latents.mean()), "scaling_factor": float(1 / latents.std())}
+    write_tensors(vae.state_dict(), args.out / f"{STEM}.safetensors")
+    if autoencoder.log_variance is not None:
+        spread = {"levels": levels, "log_variance": float(autoencoder.log_variance)}
+        commit_json(args.out / LIKELIHOOD, spread)
+    commit_json(args.out / CONFIG, {"_class_name": "AutoencoderKL"} | sizes | moments)
+    print(f"{args.out}: an autoencoder with {args.latent} channels, factor {2 ** (len(args.widths) - 1)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    plain_warnings()
+    args = parser().parse_args(argv)
+    with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
+        picture, count, side = reader(args)
+        check(args, side)
+        device = find_device(args.device)
+        with hold(args.out):
+            purpose = purpose_of("tools.train_vae", args) | {"batch_size": args.batch_size}
+            claim_folder(args.out, purpose, [STATE, LIKELIHOOD, f"{STEM}.safetensors", CONFIG], args.overwrite)
+            train(args, picture, count, side, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Training of an autoencoder of pictures: by the evidence lower bound, or by Stable Diffusion's loss."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flow.likelihood import discretised
+from storage.files import commit_path
+
+Batch = Callable[[int], Tensor]  # step → pictures (B, C, H, W) in [−1, 1]
+DECAY, CLIP = 0.01, 1.0  # of AdamW, and the largest norm of a gradient
+KEPT = 500  # steps between two states on disk
+
+
+def config(channels: int, latent: int, widths: Sequence[int], layers: int, groups: int, side: int) -> dict[str, Any]:
+    """The config of a diffusers `AutoencoderKL`, each of whose levels but the last halves the picture.
+
+    Args:
+        channels: of a picture.
+        latent: channels of the latents.
+        widths: channels of each level, from the finest.
+        layers: residual blocks of a level.
+        groups: of group normalisation.
+        side: of the pictures, in pixels.
+    """
+    return {
+        "in_channels": channels,
+        "out_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "block_out_channels": list(widths),
+        "layers_per_block": layers,
+        "latent_channels": latent,
+        "norm_num_groups": groups,
+        "sample_size": side,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
+class Loss(NamedTuple):
+    """The two parts of an autoencoder's loss, summed over a picture, for each picture (B,)."""
+
+    error: Tensor
+    divergence: Tensor  # of the posterior from N(0, I), in nats
+
+
+class Autoencoder(nn.Module):
+    """An `AutoencoderKL` with the probability that its decoder gives to pictures.
+
+    Args:
+        config: of the network.
+        levels: how many values a number of a picture can have. The error of a picture is then −ln P(x | z) under normal
+            distributions around the decoded numbers, of one learned variance (`flow.likelihood.discretised`), and with
+            the divergence it is the evidence lower bound. None means the sum of |error| of Stable Diffusion's
+            autoencoder, without its perceptual and adversarial parts (Rombach et al. 2022, appendix G).
+    """
+
+    def __init__(self, config: dict[str, Any], levels: int | None = None) -> None:
+        super().__init__()
+        self.config, self.levels = config, levels
+        self.vae: Any = AutoencoderKL(**config)
+        self.log_variance = nn.Parameter(torch.tensor(-2.0)) if levels else None
+
+    def forward(self, x: Tensor) -> Loss:
+        """The loss of pictures x (B, C, H, W) in [−1, 1], with one draw of the latents."""
+        posterior = self.vae.encode(x).latent_dist
+        decoded = self.vae.decode(posterior.sample()).sample
+        if self.levels is None or self.log_variance is None:
+            return Loss((decoded - x).abs().flatten(1).sum(1), posterior.kl())
+        spread = self.log_variance.expand_as(x)
+        return Loss(-discretised(x, decoded, spread, 2 / (self.levels - 1), -1.0, 1.0), posterior.kl())
+
+
+def fit(
+    autoencoder: Autoencoder,
+    batch: Batch,
+    steps: int,
+    rate: float,
+    weight: Callable[[int], float],
+    state: Path | None = None,
+) -> None:
+    """Trains an autoencoder with AdamW and one cycle of the learning rate.
+
+    Args:
+        autoencoder: on its device.
+        batch: gives the pictures of a step. If it also seeds torch for the step, a resumed training is the same.
+        steps: of the training.
+        rate: the highest learning rate.
+        weight: of the divergence at a step.
+        state: a file that keeps a training that was interrupted; none keeps nothing. It is removed at the end.
+    """
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=rate, weight_decay=DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+    parts: dict[str, Any] = {"autoencoder": autoencoder, "optimizer": optimizer, "schedule": schedule}
+    first = 0
+    if state and state.exists():
+        held = torch.load(state, weights_only=True)
+        first = held["step"]
+        for name, part in parts.items():
+            part.load_state_dict(held[name])
+    bar = tqdm(range(first, steps), desc="autoencoder", unit="step", initial=first, total=steps)
+    for step in bar:
+        x = batch(step)
+        error, divergence = (part.mean() for part in autoencoder(x))
+        optimizer.zero_grad()
+        ((error + weight(step) * divergence) / x[0].numel()).backward()
+        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            bar.set_postfix(error=f"{float(error) / x[0].numel():.4f}", nats=f"{float(divergence):.1f}")
+        if state and (step + 1) % KEPT == 0:
+            content = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}
+            commit_path(state, partial(torch.save, content))
+    if state:
+        state.unlink(missing_ok=True)
