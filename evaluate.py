@@ -190,10 +190,7 @@ def measure_likelihood(args: Namespace) -> None:
         with tqdm(total=len(models) * len(measured.pictures), desc="evaluating", unit="picture") as bar:
             for (name, model), folder in zip(models.items(), args.model, strict=True):
                 with one_line_errors(ValueError):
-                    if isinstance(model, Autoencoder):
-                        measured.add_autoencoder(name, str(folder), model, bar.update)
-                    else:
-                        measured.add(name, str(folder), model, bar.update)
+                    measured.add(name, str(folder), model, bar.update)
         with one_line_errors():
             print(measured.finish())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from data.latents import LIKELIHOOD, VAE, Pixels
 from flow.likelihood import (
     bits_per_dimension,
+    continuous_bound,
     discretised,
     importance_weighted,
     log_likelihood,
@@ -53,12 +54,13 @@ def bits(
     levels: int,
     seeds: Sequence[int],
     exact_trace: bool = False,
-) -> Tensor:
-    """Bits per dimension of pictures, given their captions, (B,) float64.
+) -> dict[str, Tensor]:
+    """Bits per dimension of pictures, given their captions: what is measured → (B,) float64.
 
-    For a continuous path ln p of the ODE (`flow.likelihood.log_likelihood`), at pictures that are dequantised by
-    uniform noise; the mean over the noise is an upper bound on the bits of the levels. For a chain the variational
-    bound (`flow.likelihood.variational_bound`).
+    For a continuous path "ODE", ln p of the ODE (`flow.likelihood.log_likelihood`), and "bound", the integral over all
+    noise levels (`flow.likelihood.continuous_bound`), both at the same pictures that are dequantised by uniform noise;
+    the mean over that noise is an upper bound on the bits of the levels. For a chain "bound", all terms of it
+    (`flow.likelihood.variational_bound`).
 
     Args:
         pipe: the model.
@@ -83,10 +85,13 @@ def bits(
         ends = [pipe.codec.encode(torch.tensor(end)).item() for end in (0.0, 1.0)]
         with torch.no_grad():
             nats = variational_bound(denoise, pipe.objective.path, x0, normal, width, (ends[0], ends[1]))
-        return bits_per_dimension(-nats.sum(0), count, 1.0)
+        return {"bound": bits_per_dimension(-nats.sum(0), count, 1.0)}
     x0 = pipe.codec.dequantize(x0, normal().double(), levels)
     probe = None if exact_trace else torch.where(normal() > 0, 1.0, -1.0)
-    return bits_per_dimension(log_likelihood(denoise, pipe.objective.path, x0, probe, TOLERANCE), count, width)
+    exact = log_likelihood(denoise, pipe.objective.path, x0, probe, TOLERANCE)
+    with torch.no_grad():
+        bound = continuous_bound(denoise, pipe.objective.path, x0, normal)
+    return {"ODE": bits_per_dimension(exact, count, width), "bound": bits_per_dimension(-bound, count, width)}
 
 
 def on_levels(pixels: Tensor, levels: int) -> Tensor:
@@ -120,8 +125,8 @@ class Autoencoder(NamedTuple):
         return cls(VAE(folder), levels, log_variance)
 
     @torch.no_grad()
-    def bits(self, pixels: Tensor, seeds: Sequence[int], draws: int = DRAWS) -> tuple[Tensor, Tensor]:
-        """Two bounds on the bits per dimension of pictures, each (B,) float64: by the ELBO and by `draws` weights.
+    def bits(self, pixels: Tensor, seeds: Sequence[int], draws: int = DRAWS) -> dict[str, Tensor]:
+        """Bounds on the bits per dimension of pictures, (B,) float64: the ELBO, and that of several weighted draws.
 
         Args:
             pixels: pictures in [0, 1] whose numbers are multiples of 1/(levels − 1), (B, C, H, W).
@@ -142,5 +147,7 @@ class Autoencoder(NamedTuple):
 
         normal = random_normals(seeds, tuple(mean.shape[1:]), torch.device("cpu"))
         weights = log_weights(mean.double(), log_variance.double(), log_probability, lambda: normal().double(), draws)
-        one, many = (bits_per_dimension(importance_weighted(weights, k), pixels[0].numel(), 1.0) for k in (1, draws))
-        return one, many
+        return {
+            name: bits_per_dimension(importance_weighted(weights, k), pixels[0].numel(), 1.0)
+            for name, k in (("ELBO", 1), (f"IWAE-{draws}", draws))
+        }

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from data.examined import Examined, Half
-from flow.path import Discrete
 from metrics.table import Row, table
 from pipeline import Pipeline
-from pipeline.likelihood import DRAWS, TOLERANCE, Autoencoder, bits
+from pipeline.likelihood import TOLERANCE, Autoencoder, bits
 from storage.files import commit_json
 
 BATCH = 100  # pictures at a time
@@ -57,26 +56,21 @@ class Likelihood:
         codes = code_lengths(self.pictures, others, examined.levels)
         self.rows: list[Row] = [self.row(name, each) for name, each in codes.items()]
 
-    def add(self, name: str, folder: str, pipe: Pipeline, progress: Callable[[int], object]) -> None:
-        """Measures a model. ValueError in one line if it has no likelihood of these pictures."""
+    def add(self, name: str, folder: str, model: Pipeline | Autoencoder, progress: Callable[[int], object]) -> None:
+        """Measures a model: a row for each way. ValueError in one line if it has no likelihood of these pictures."""
         found = []
         for start in range(0, len(self.pictures), BATCH):
             rows = slice(start, min(start + BATCH, len(self.pictures)))
             seeds = range(self.seed + rows.start, self.seed + rows.stop)
-            found.append(bits(pipe, self.pictures[rows], self.captions[rows], self.examined.levels, seeds))
+            pictures, captions = self.pictures[rows], self.captions[rows]
+            if isinstance(model, Autoencoder):
+                found.append(model.bits(pictures, seeds))
+            else:
+                found.append(bits(model, pictures, captions, self.examined.levels, seeds))
             progress(rows.stop - rows.start)
-        kind = "bound" if isinstance(pipe.objective.path, Discrete) else "of the ODE"
-        self.rows.append(self.row(name, torch.cat(found), folder=folder, likelihood=kind))
-
-    def add_autoencoder(self, name: str, folder: str, model: Autoencoder, progress: Callable[[int], object]) -> None:
-        """Measures an autoencoder: a row for each of its bounds. ValueError in one line if the pictures do not fit."""
-        found = []
-        for start in range(0, len(self.pictures), BATCH):
-            rows = slice(start, min(start + BATCH, len(self.pictures)))
-            found.append(model.bits(self.pictures[rows], range(self.seed + rows.start, self.seed + rows.stop)))
-            progress(rows.stop - rows.start)
-        for kind, each in zip(("ELBO", f"IWAE-{DRAWS}"), zip(*found, strict=True), strict=True):
-            self.rows.append(self.row(name, torch.cat(each), folder=folder, likelihood=kind))
+        for kind in found[0]:
+            each = torch.cat([part[kind] for part in found])
+            self.rows.append(self.row(name, each, folder=folder, likelihood=kind))
 
     @staticmethod
     def row(name: str, bits: Tensor, **more: str) -> Row:

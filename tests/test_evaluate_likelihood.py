@@ -69,8 +69,8 @@ def test_the_bits_are_those_of_a_known_density_with_the_right_offset(objective: 
     mean, std = -0.2, 0.9
     pipe = knowing(objective, text, mean, std)
     pixels = Digits(2).real["held_out"][:4]
-    found = bits(pipe, pixels, ["a"] * 4, 17, range(4), exact_trace=True)
-    again = bits(pipe, pixels, ["a"] * 4, 17, range(4))
+    both = bits(pipe, pixels, ["a"] * 4, 17, range(4), exact_trace=True)
+    found, again = both["ODE"], bits(pipe, pixels, ["a"] * 4, 17, range(4))["ODE"]
     torch.testing.assert_close(found, again, atol=1e-3, rtol=0)  # its Jacobian is diagonal
     normal = torch.distributions.Normal(mean, std)
     noise = torch.special.ndtr(random_normals(range(4), (1, 8, 8), pixels.device)()) - 0.5
@@ -78,15 +78,18 @@ def test_the_bits_are_those_of_a_known_density_with_the_right_offset(objective: 
     x = ((pixels + noise / 16) - 0.3) * 2.66
     expected = -(normal.log_prob(x).mean((1, 2, 3)) + math.log(2.66 / 16)) / math.log(2)
     torch.testing.assert_close(found, expected.double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(both["bound"], expected.double(), atol=0.3, rtol=0)  # of one draw of the noise
+    assert both["bound"].mean() == pytest.approx(expected.mean().item(), abs=0.1)
 
 
 def test_a_picture_s_bits_do_not_depend_on_its_batch(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.likelihood.TOLERANCE", 1e-5)  # the steps are the batch's
     pixels, captions = Digits(1).real["held_out"][:3], ["a zero", "a one", "a two"]
     whole = bits(pipe, pixels, captions, 17, range(5, 8))
-    torch.testing.assert_close(bits(pipe, pixels[1:2], captions[1:2], 17, [6]), whole[1:2], atol=1e-3, rtol=0)
-    other = bits(pipe, pixels, captions[::-1], 17, range(5, 8))
-    assert (other - whole).abs()[[0, 2]].min() > 3e-3  # the caption matters
+    one, other = bits(pipe, pixels[1:2], captions[1:2], 17, [6]), bits(pipe, pixels, captions[::-1], 17, range(5, 8))
+    for kind, each in whole.items():
+        torch.testing.assert_close(one[kind], each[1:2], atol=1e-3, rtol=0)
+        assert (other[kind] - each).abs()[[0, 2]].min() > 3e-3  # the caption matters
 
 
 def test_histograms_are_counted_on_other_pictures_and_forbid_nothing() -> None:
@@ -102,11 +105,11 @@ def test_the_command_measures_every_model(text: CLIPText, tmp_path: Path, capsys
         network = stirred(plain_digits(out_channels=objective.outputs), 0.02)
         Pipeline(network, objective, Pixels(1, 0.3, 2.66), text, Sampling(4, 1.0)).save(tmp_path / name)
     flags = ["--model", str(tmp_path / "flow"), "--model", str(tmp_path / "chain"), "--samples", "3"]
-    uniform, histogram, flow, chain = measured(tmp_path, *flags)
+    uniform, histogram, flow, bound, chain = measured(tmp_path, *flags)
     assert uniform["bits_per_dim"] == pytest.approx(math.log2(17))
     assert 1 < histogram["bits_per_dim"] < uniform["bits_per_dim"]
-    assert [flow["likelihood"], chain["likelihood"]] == ["of the ODE", "bound"]
-    assert 2 < flow["bits_per_dim"] < chain["bits_per_dim"] < 2000  # their weights are random
+    assert [row["likelihood"] for row in (flow, bound, chain)] == ["ODE", "bound", "bound"]
+    assert 2 < flow["bits_per_dim"] < bound["bits_per_dim"] < chain["bits_per_dim"] < 2000  # their weights are random
     assert flow["samples"] == 3
     assert flow["bits_per_dim_error"] > 0
     assert "| bits / dim | error |" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from flow.likelihood import (
     bits_per_dimension,
+    continuous_bound,
     discretised,
     exact_trace,
     hutchinson,
@@ -46,6 +47,40 @@ def test_the_likelihood_is_the_closed_form_s(data: Mixture, path: Path) -> None:
     mistaken = Normal(0.0, (a**2 + b**2).sqrt()).log_prob(z)[:, 0] - log_density(data, z, a, b)  # 0 where a = 0
     narrow = isinstance(path, EDM) and path.std < 1  # no t in float64 has more noise than σ = 138
     torch.testing.assert_close(found, log_density(data, x) + mistaken, rtol=0, atol=2e-3 if narrow else 2e-5)
+
+
+@pytest.mark.parametrize("data", [GAUSSIAN, TWO], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize("path", CONTINUOUS, ids=name)
+def test_the_continuous_bound_of_an_exact_denoiser_is_the_likelihood(data: Mixture, path: Path) -> None:
+    """Picture by picture, in the mean over the noise."""
+    x, draws = torch.tensor([-0.5, 0.4, 0.7, 1.5], dtype=torch.float64), 4000
+    repeated = x.repeat_interleave(draws)[:, None]
+    found = continuous_bound(data.denoiser(path), path, repeated, lambda: torch.randn_like(repeated)).view(4, draws)
+    error = found.std(1) / draws**0.5
+    assert ((found.mean(1) + log_density(data, x[:, None])).abs() < 4 * error + 2e-3).all()
+    assert error.max() < 0.03
+
+
+def test_the_continuous_bound_of_another_denoiser_lies_above() -> None:
+    path, x = Cosine(), 0.7 + 0.3 * torch.randn(20_000, 1, dtype=torch.float64)
+    exact, wrong = (
+        continuous_bound(data.denoiser(path), path, x, lambda: torch.randn_like(x)) for data in (GAUSSIAN, TWO)
+    )
+    entropy = -log_density(GAUSSIAN, x).mean()
+    assert exact.mean().item() == pytest.approx(entropy.item(), abs=0.03)
+    gap = (-log_density(TWO, x)).mean() - entropy  # the divergence of the data from what the model believes
+    assert wrong.mean() - exact.mean() == pytest.approx(gap.item(), abs=0.06)
+
+
+def test_the_continuous_bound_is_that_of_a_chain_of_many_steps() -> None:
+    """The same noise levels, in a chain of 4,000 steps: but for the last term the sums agree."""
+    gammas = torch.linspace(-9.2, 9.2, 4001, dtype=torch.float64)[1:]
+    path, x = Discrete(torch.sigmoid(-gammas)), 0.7 + 0.3 * torch.randn(500, 1, dtype=torch.float64)
+    normal = lambda: torch.randn_like(x)  # noqa: E731
+    _, steps, _ = variational_bound(TWO.denoiser(path), path, x, normal, WIDTH, (-1.0, 1.0))
+    whole = continuous_bound(TWO.denoiser(Cosine()), Cosine(), x, normal, points=4000)
+    ends = (math.log(2 * math.pi * math.e) - 9.2) / 2
+    assert (whole - ends).mean().item() == pytest.approx(steps.mean().item(), abs=0.02)
 
 
 @pytest.mark.parametrize("path", [RectifiedFlow(), Cosine()], ids=name)
@@ -118,6 +153,11 @@ def test_a_target_that_does_not_determine_the_ends_is_refused(target: Target, en
     objective = Objective(RectifiedFlow(), target)
     with pytest.raises(ValueError, match=f"not give a finite picture and noise {end}"):
         log_likelihood(lambda z, t: objective.denoise(lambda z, t, c: 0.5 * z, z, t, None), objective.path, LEVELS)
+
+
+def test_a_chain_has_no_integral() -> None:
+    with pytest.raises(ValueError, match="DDPMLinear is a chain: take variational_bound"):
+        continuous_bound(GAUSSIAN.denoiser(DDPMLinear()), DDPMLinear(), LEVELS, lambda: LEVELS)
 
 
 def test_a_chain_has_no_flow_and_a_flow_no_bound() -> None:
