@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 unexport PYTHONDONTWRITEBYTECODE  # set-up compiles nothing: what is imported first is kept for the next process
 
-.PHONY: setup try app demo shapes fewstep evaluate compare compare-quick test docs lint format benchmark
+.PHONY: setup try app demo shapes fewstep bits evaluate compare compare-quick test docs lint format benchmark
 
 setup: $(READY)
 
@@ -58,6 +58,9 @@ shapes: $(READY)  ## the proving ground: scenes into a store, a model from it, j
 	$(BIN)/python encode.py --config configs/shapes.yaml
 	$(BIN)/python train.py fit --config configs/shapes.yaml
 	$(BIN)/python evaluate.py --data shapes --by category --model runs/shapes --out runs/shapes/judged
+
+bits: $(READY)  ## bits per dimension of held-out digits by every principle: hours; writes docs/likelihood.md
+	$(BIN)/python compare.py configs/studies/likelihood.yaml
 
 fewstep: $(READY)  ## teachers and their one-step students, measured: hours; writes docs/fewstep.md
 	$(BIN)/python compare.py configs/studies/fewstep.yaml

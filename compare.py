@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from cli import Parser, add_overwrite_flag, fail, one_line_errors, output, positive
 from storage.files import hold
 from storage.text import read_text, read_yaml
-from studies import document, fewstep, speed
+from studies import bits, document, fewstep, speed
 from studies.recipes import Recipes
 from studies.runner import ROOT
 from studies.steps import Steps
@@ -23,11 +23,13 @@ WRITERS: dict[str | None, Callable[[Any, Path, Path, str], Path]] = {
     "compare": document.write,
     "speed": speed.write,
     "fewstep": fewstep.write,
+    "likelihood": bits.write,
 }
 FILES = {  # document → the files that are written with it
     "compare": ("compare.md", "compare.png", "compare-sheet.png"),
     "speed": ("speed.md", "speed.png"),
     "fewstep": ("fewstep.md", "fewstep.png", "fewstep-trajectories.png", "fewstep-digits.png", "fewstep-shapes.png"),
+    "likelihood": ("likelihood.md",),
 }
 
 

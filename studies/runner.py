@@ -22,6 +22,7 @@ RESULTS = {  # command → the file that it writes last into its folder, when it
     "sample.py grid": "grid.json",
     "evaluate.py": "results.json",
     "encode.py": "report.json",
+    "-m tools.train_vae": "config.json",
 }
 POLL = 0.05  # seconds between two looks at the running commands
 

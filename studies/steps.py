@@ -34,7 +34,7 @@ class Steps:
     steps: dict[str, str]
     seeds: tuple[int, ...] = ()
     folders: dict[str, str] = field(default_factory=dict)
-    document: Literal["fewstep"] | None = None
+    document: Literal["fewstep", "likelihood"] | None = None
 
     def commands(self) -> dict[str, str]:
         """Name → command of every step; a name with {seed} gives one step for each seed.

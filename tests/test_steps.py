@@ -19,6 +19,7 @@ import evaluate
 import sample
 from studies import runner
 from studies.steps import Steps
+from tools import train_vae
 from training import experiment
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +117,8 @@ def parser_of(command: tuple[str, ...]) -> tuple[Any, list[str]]:
             return sample.pairs_parser(), list(command[2:])
         case ("sample.py", "grid"):
             return sample.grid_parser(), list(command[2:])
+        case ("-m", "tools.train_vae"):
+            return train_vae.parser(), list(command[2:])
         case ("evaluate.py", _):
             return evaluate.parser(), list(command[1:])
         case (verb, _):
