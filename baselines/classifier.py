@@ -25,6 +25,7 @@ from storage.weights import check_tensors, open_folder, write_tensors
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 TIME_FEATURES = 128
+PROBE = "a picture"
 
 
 class AttentionPool(nn.Module):
@@ -198,16 +199,21 @@ class NoisyCLIP(HalfUNet):
     Args:
         outputs: length of both embeddings.
         pooled_dim: length of the pooled vector.
-        text: `fingerprint` of the text encoder.
         **sizes: of `HalfUNet`.
     """
 
-    def __init__(self, outputs: int, pooled_dim: int, text: dict[str, Any], **sizes: Any) -> None:
+    probe: Tensor  # (pooled_dim,) the pooled vector of PROBE: another text encoder has another
+
+    def __init__(self, outputs: int, pooled_dim: int, **sizes: Any) -> None:
         super().__init__(**sizes, outputs=outputs)
-        self.text = text
-        self.settings |= {"outputs": outputs, "pooled_dim": pooled_dim, "text": text}
+        self.settings |= {"outputs": outputs, "pooled_dim": pooled_dim}
+        self.register_buffer("probe", torch.zeros(pooled_dim))
         self.words = nn.Linear(pooled_dim, outputs, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def knows(self, pooled: Tensor) -> bool:
+        """Whether the pooled vector of PROBE (pooled_dim,) is that of the text encoder that it has learned."""
+        return pooled.shape == self.probe.shape and bool((pooled - self.probe).norm() <= 0.02 * self.probe.norm())
 
     def similarity(self, w: Tensor, tau: Tensor, pooled: Tensor) -> Tensor:
         """Scaled cosines of all texts with all pictures, (texts, pictures)."""

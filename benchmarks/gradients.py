@@ -2,12 +2,15 @@
 
     python -m benchmarks.gradients digits   # the share of digits that were asked for, and the Fréchet distance
     python -m benchmarks.gradients shapes   # the share of right pictures, by category
+    python -m benchmarks.gradients agreement  # the classifier's gradient against what the network knows of the class
 
 Digits: an unconditional model with the classifier of noisy pictures; the same with the judge of clean pictures, once on
 the noisy pictures, where it fails, and once on x̂0 through the network; and the conditional model with classifier-free
 guidance. The judge also measures, so its own guidance looks better than it is. Shapes: the CLIP of noisy pictures with
 the unconditional and with the conditional model, and classifier-free guidance. Results go to runs/gradients/, and for
-the digits the curves to --plot.
+the digits the curves to --plot. Agreement: of held-out digits at each t, the change of the velocity by the gradient
+against the difference of the conditional and the unconditional network: their cosine, and the scale s that brings the
+unconditional network nearest to the true velocity.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from baselines.classifier import Classifier
 from data import digits
 from data.examined import Digits, Examined, Shapes
 from data.latents import Pixels
@@ -36,6 +40,7 @@ from studies.measure import AgainstReal, Setting, draw
 OUT = Path("runs/gradients")
 DIGITS, SHAPES = Path("assets/digits"), Path("assets/shapes")
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+TIMES = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 FREE = {"digits": (1.0, 1.5, 2.0, 3.0, 5.0, 8.0), "shapes": (1.0, 1.5, 2.0, 3.0, 5.0)}
 
 
@@ -81,6 +86,29 @@ def shapes_settings(pipe: Pipeline, prompts: Sequence[str]) -> list[Setting]:
     return found
 
 
+def agreement(pipe: Pipeline, seed: int) -> None:
+    """Prints how well the classifier's gradient agrees with the network's own knowledge of the class, by t."""
+    classifier, held = Classifier.load(DIGITS / "classifier"), digits.load("held_out")
+    x0, labels = pipe.codec.encode(held.pixels), held.labels
+    condition, null = pipe.condition(Digits.said(labels)), pipe.condition([""] * len(x0))
+    generator = torch.Generator().manual_seed(seed)
+    print(
+        "| t | cosine | best scale | error, unconditional | with s = 1 | conditional |\n|---:|---:|---:|---:|---:|---:|"
+    )
+    for t in TIMES:
+        noise, times = torch.randn(x0.shape, generator=generator), torch.full((len(x0),), t)
+        z = (1 - t) * x0 + t * noise  # rectified flow, on which w is z
+        gradient = torch.func.grad(lambda z, times=times: classifier.score(z, times, labels).sum())(z)
+        change = -t / (1 - t) * gradient
+        with torch.no_grad():
+            known, plain = pipe.network(z, times, condition), pipe.network(z, times, null)
+        true, more = noise - x0, known - plain
+        cosine = (more * change).sum() / more.norm() / change.norm()
+        best = ((true - plain) * change).sum() / change.square().sum()
+        errors = [(v - true).square().mean().item() for v in (plain, plain + change, known)]
+        print(f"| {t:g} | {cosine:.2f} | {best:.2f} | {' | '.join(f'{error:.3f}' for error in errors)} |")
+
+
 def plot(rows: Sequence[Row], file: Path) -> None:
     """The Fréchet distance against the share of digits that were asked for: a line for each way of guidance."""
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=150)
@@ -103,12 +131,15 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=FREE)
+    parser.add_argument("data", choices=[*FREE, "agreement"])
     parser.add_argument("--samples", type=int, default=1000, help="digits for each scale")
     parser.add_argument("--per-category", type=int, default=50, help="shapes of each category for each scale")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts of the shapes, and of the first picture")
     parser.add_argument("--plot", type=Path, help="a PNG file for the curves of the digits")
     args = parser.parse_args()
+    if args.data == "agreement":
+        agreement(Pipeline.load(DIGITS / "model"), args.seed)
+        return
     out = OUT / args.data
     out.mkdir(parents=True, exist_ok=True)
     measured: AgainstReal | ByCategory

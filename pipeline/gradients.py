@@ -41,7 +41,7 @@ def pulled(
         if interval:
             raise ValueError("--gradient-interval needs --classifier or --clip-guidance: give one, or leave it out")
         return pipe
-    from baselines.classifier import Classifier, NoisyCLIP  # diffusers is slow to import
+    from baselines.classifier import PROBE, Classifier, NoisyCLIP  # diffusers is slow to import
 
     asked: dict[str, tuple[str | None, type[Classifier | NoisyCLIP]]] = {
         "classifier": (classifier, Classifier),
@@ -62,7 +62,7 @@ def pulled(
         if isinstance(reader, Classifier):
             reader.labels(prompts)
             read = reader.labels
-        elif reader.text == pipe.text.fingerprint():
+        elif reader.knows(_pooled(pipe, [PROBE])[0].to(pipe.device)):
             read = partial(_pooled, pipe)
         else:
             raise ValueError(f"{path} reads other text encoders than the model's: train it with the same")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import evaluate
 import sample
-from baselines.classifier import Classifier, NoisyCLIP
+from baselines.classifier import PROBE, Classifier, NoisyCLIP
 from data.examined import Digits
 from flow.guidance import Score, of_picture
 from flow.objective import Objective
@@ -107,7 +107,8 @@ def test_evaluate_does_it(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_clip_of_noisy_pictures(drawer: Path, tmp_path: Path) -> None:
     pipe = Pipeline.load(drawer)
     sizes = SIZES | {"in_channels": 4, "sample_size": 8, "codec": pipe.codec.fingerprint()}
-    clip = NoisyCLIP(outputs=16, pooled_dim=128, text=pipe.text.fingerprint(), **sizes)
+    clip = NoisyCLIP(outputs=16, pooled_dim=128, **sizes)
+    clip.probe.copy_(pipe.text.encode([PROBE]).pooled[0])
     clip.save(tmp_path / "clip")
     prompts = ["a red circle", "two blue squares"]
     guided = pulled(pipe, None, f"{tmp_path / 'clip'}:2", None, prompts)
@@ -119,8 +120,8 @@ def test_a_clip_of_noisy_pictures(drawer: Path, tmp_path: Path) -> None:
     seeds = [0, 1]
     assert not torch.equal(guided(prompts, seeds), pipe(prompts, seeds))
 
-    other = NoisyCLIP(outputs=16, pooled_dim=128, text=pipe.text.fingerprint() | {"length": 5}, **sizes)
-    other.save(tmp_path / "other")
+    clip.probe.copy_(pipe.text.encode(["a square"]).pooled[0])
+    clip.save(tmp_path / "other")
     with pytest.raises(ValueError, match="reads other text encoders than the model's"):
         pulled(pipe, None, f"{tmp_path / 'other'}:2", None, prompts)
     with pytest.raises(ValueError, match="describes a NoisyCLIP, not a Classifier"):

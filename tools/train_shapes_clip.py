@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from baselines.classifier import NoisyCLIP
+from baselines.classifier import PROBE, NoisyCLIP
 from cli import Parser
 from data.latents import VAE
 from data.text.clip import CLIPText
@@ -59,10 +59,11 @@ def main() -> None:
     vae, text = VAE(FOLDER.parent / "vae"), CLIPText(FOLDER.parent / "text")
     latents, pooled = examples(vae, text, 0, SCENES)
     clip = NoisyCLIP(
-        outputs=64, pooled_dim=pooled.shape[-1], text=text.fingerprint(), in_channels=vae.channels,
+        outputs=64, pooled_dim=pooled.shape[-1], in_channels=vae.channels,
         sample_size=latents.shape[-1], channels=(64, 128), layers=1, head_channels=64, groups=8,
         codec=vae.fingerprint(),
     )  # fmt: skip
+    clip.probe.copy_(text.encode([PROBE]).pooled[0])
     optimizer = torch.optim.AdamW(clip.parameters(), lr=RATE, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
     bar = tqdm(range(STEPS), desc="CLIP", unit="step")
