@@ -62,10 +62,12 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
     refiner = refiner_of(args)
     _, _, times = pipe.plan(sampling, args.shift, height, width, given.get("strength", 1.0))
     pipe, hints = steered(args, pipe, times, height, width)
-    pipe = pulled(pipe, args.classifier, args.clip_guidance, args.gradient_interval, given_prompts, height, width)
+    gradients = (args.classifier, args.clip_guidance, args.gradient_interval, given_prompts, height, width)
+    pipe = pulled(pipe, *gradients)
     pipe.check_prompts(sampling, given_prompts)
     given |= hints
     if refiner:
+        refiner = refiner._replace(pipe=pulled(refiner.pipe, *gradients))
         pipe.check_refiner(refiner, sampling, times, height, width)
     models = (pipe, refiner.pipe) if refiner else (pipe,)
     if args.negative and any(model.network.guidance_embeds for model in models):

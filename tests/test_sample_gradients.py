@@ -98,6 +98,14 @@ def test_the_command_does_it_and_repeats_it(model: Path, tmp_path: Path) -> None
     assert (entry["classifier"], entry["gradient_interval"]) == (f"{CLASSIFIER}:3", [0.1, 0.95])
 
 
+def test_a_refiner_follows_the_same_gradient(model: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(model), "--prompt", PROMPT, "--guidance", "0", "--classifier", f"{CLASSIFIER}:3"]
+    sample.main([*flags, "--out", str(tmp_path / "alone")])
+    sample.main([*flags, "--refiner", str(model), "--handover", "0.6", "--out", str(tmp_path / "refined")])
+    alone, refined = (np.asarray(Image.open(tmp_path / name / "sheet.png")) for name in ("alone", "refined"))
+    assert np.array_equal(alone, refined)
+
+
 def test_evaluate_does_it(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     evaluate.main(["--model", str(model), "--steps", "2", "--samples", "70", "--guidance", "0",
                    "--classifier", f"{CLASSIFIER}:3", "--out", str(tmp_path / "out")])  # fmt: skip
