@@ -76,9 +76,11 @@ def asked_for(caption: str) -> int:
     return named[0]
 
 
-def enlarged(pixels: Tensor, side: int, channels: int) -> Tensor:
-    """Digits (N, 1, 8, 8) as (N, channels, side, side), side ≥ 8, by bicubic interpolation; unchanged for side 8."""
-    if side != SIDE:
+def resized(pixels: Tensor, side: int, channels: int) -> Tensor:
+    """Digits (N, 1, 8, 8) as (N, channels, side, side): bicubic above 8, and below, for a divisor of 8, the mean."""
+    if side < SIDE:
+        pixels = F.avg_pool2d(pixels, SIDE // side)
+    elif side > SIDE:
         pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False).clamp(0, 1)
     return pixels.expand(-1, channels, -1, -1)
 

@@ -15,7 +15,7 @@ FLAGS = (
     *("model", "parts", "lora", "dtype", "text_dtype", "max_sequence_length", "prompt", "negative", "seed", "steps"),
     *("sampler", "spacing", "guidance", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval", "shift"),
     *("height", "width", "image", "mask", "strength", "picture", "level", "control", "control_interval"),
-    *("autoguidance", "refiner", "handover", "classifier", "clip_guidance", "gradient_interval"),
+    *("autoguidance", "refiner", "handover", "classifier", "clip_guidance", "gradient_interval", "upscale"),
 )
 
 

@@ -46,7 +46,7 @@ class CaptionedDigits(Dataset[Batch]):
         templates = digits.TRAIN_TEMPLATES
         batches = tqdm(pixels.split(max(1, PIXELS // side**2)), desc="encoding pictures", disable=codec.factor == 1)
         self.latents = torch.cat(
-            [codec.encode(digits.enlarged(part, side, codec.pixel_channels)).cpu() for part in batches]
+            [codec.encode(digits.resized(part, side, codec.pixel_channels)).cpu() for part in batches]
         )
         self.labels = labels.numpy()
         self.templates = len(templates)
@@ -55,7 +55,7 @@ class CaptionedDigits(Dataset[Batch]):
         self.mask = text.mask(self.captions) if text_mask else None
         self.pictures = None
         if degrade:
-            small = degrade.smaller(digits.enlarged(pixels, side, codec.pixel_channels))
+            small = degrade.smaller(digits.resized(pixels, side, codec.pixel_channels))
             self.pictures = codec.encode(enlarged(small, side, side)).cpu()
 
     def rows(self, samples: np.ndarray, choice: np.ndarray) -> np.ndarray:
@@ -247,7 +247,7 @@ class Digits(Data):
         seed: of the order, the captions and the noise.
         batch_size: of the global batch, over all processes.
         caption_dropout: share of captions replaced by the empty caption, the null condition of guidance.
-        side: of a picture, in pixels; the digits of 8 × 8 are enlarged to it.
+        side: of a picture, in pixels; the digits of 8 × 8 are enlarged to it, or for 4 or 2 made smaller.
         workers: loader processes; 0 loads in the training process.
         text_mask: padding of the captions is masked, in training as in sampling.
         degrade: also gives the network a smaller picture of each digit, to be enlarged (super-resolution).
@@ -274,8 +274,8 @@ class Digits(Data):
         self.dequantize = dequantize
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout must be from 0 to 1, got {caption_dropout}")
-        if side < digits.SIDE or side % codec.factor:
-            raise ValueError(f"data.side must be a multiple of {codec.factor} and at least 8, got {side}")
+        if side % codec.factor or (side < digits.SIDE and digits.SIDE % max(side, 1)):
+            raise ValueError(f"data.side must be a multiple of {codec.factor} and at least 8, or 4 or 2, got {side}")
         self.caption_dropout, self.degrade = caption_dropout, degrade
         self.dropout = caption_dropout
         if degrade:
@@ -287,7 +287,7 @@ class Digits(Data):
         if not self.degrade:
             return None
         pixels, labels = (part[:count] for part in digits.load("held_out"))
-        real = digits.enlarged(pixels, self.side, self.codec.pixel_channels)
+        real = digits.resized(pixels, self.side, self.codec.pixel_channels)
         captions = [digits.captions(int(label), digits.TRAIN_TEMPLATES[:1])[0] for label in labels]
         return Examples(captions, self.degrade.smaller(real), real)
 

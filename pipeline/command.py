@@ -16,6 +16,7 @@ from data.raw.pictures import load_picture
 from mmdit.adapters import Adapter
 from mmdit.control import Controlled
 from pipeline import LoadOptions, Pipeline, Refiner
+from pipeline.cascade import upscalers
 from pipeline.drawing import Drawing, read_image
 from pipeline.folder import INDEX, learned
 from pipeline.gradients import pulled
@@ -25,15 +26,10 @@ from storage.models import find_model
 
 HANDOVER = 0.2  # SDXL's refiner learned the lowest 200 of 1,000 noise levels
 RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if they are given
-OPTIONAL = (
-    "lora",
-    "control",
-    "control_interval",
-    "autoguidance",
-    "classifier",
-    "clip_guidance",
-    "gradient_interval",
-)  # recorded as they were given
+OPTIONAL = (  # recorded as they were given
+    "lora", "control", "control_interval", "autoguidance", "classifier", "clip_guidance", "gradient_interval",
+    "upscale",
+)  # fmt: skip
 
 
 def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeline.load) -> Drawing:
@@ -78,6 +74,9 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
         if not isinstance(pipe.codec, VAE):
             raise ValueError("--vae-tiling and --vae-slicing need a model with a VAE: leave them out")
         pipe.codec.save_memory(args.vae_tiling, args.vae_slicing)
+    first_height, first_width = (side * pipe.codec.factor for side in pipe.latent_size(height, width))
+    plain = replace(options, lora=(), parts=None)
+    cascade = upscalers(args.upscale or (), plain, pipe, (first_height, first_width))
     notes: dict[str, Any] = {
         "negative": args.negative,
         **asdict(sampling),
@@ -100,7 +99,7 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
     seeds = range(args.seed, args.seed + len(prompts))
     batch_size = args.batch_size or pipe.batch_size(height, width)
     columns = args.num_images if args.num_images > 1 else min(len(prompts), 10)
-    return Drawing(pipe, prompts, seeds, given, times, batch_size, columns, notes)
+    return Drawing(pipe, prompts, seeds, given, times, batch_size, columns, notes, cascade)
 
 
 def input_pictures(args: Namespace, pipe: Pipeline) -> dict[str, Any]:

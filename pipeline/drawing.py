@@ -19,6 +19,7 @@ from data.prompts import file_stem
 from data.raw.pictures import load_masked, load_picture, save_png, sheet, to_image
 from flow.sampler import Callback
 from pipeline import Pipeline
+from pipeline.cascade import Upscaler, enlarge
 from storage.files import BusyError, commit_bytes, commit_path, hold, stage
 from storage.text import parse_json, read_text
 
@@ -102,6 +103,7 @@ class Drawing(NamedTuple):
     batch_size: int  # pictures at a time
     columns: int  # pictures in a row of the sheet
     notes: dict[str, Any]  # what is recorded of each picture besides file, prompt, seed and size: see `png_notes`
+    cascade: Sequence[Upscaler] = ()  # models that enlarge the pictures
 
 
 class Drawn(NamedTuple):
@@ -127,8 +129,8 @@ def draw_files(drawing: Drawing, out: Path, callback: Callback | None = None) ->
         BusyError: another process holds the folder for a minute.
         OSError: a file cannot be written.
     """
-    pipe, prompts, seeds, arguments, times, batch_size, columns, notes = drawing
-    steps = len(times) - 1
+    pipe, prompts, seeds, arguments, times, batch_size, columns, notes, cascade = drawing
+    steps = len(times) - 1 + sum(upscaler.pipe.sampling.steps for upscaler in cascade)
     parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
     pictures, files = [], []
     with tqdm(total=len(parts) * steps, desc="sampling", unit="step", leave=False) as bar:
@@ -145,14 +147,15 @@ def draw_files(drawing: Drawing, out: Path, callback: Callback | None = None) ->
                 encoded = max(part.stop, part.start + ENCODED)
                 pipe.text.encode(list(dict.fromkeys([arguments["negative"], *prompts[part.start : encoded]])))
                 bar.set_description("sampling")
-            batch = pipe(prompts[part], seeds[part], **arguments, callback=on_step)
+            first = pipe(prompts[part], seeds[part], **arguments, callback=on_step)
+            batch = enlarge(first, cascade, prompts[part], seeds[part], on_step)
             side = max(batch.shape[-2:])
             pictures.append(F.interpolate(batch, scale_factor=SHOWN / side, mode="area") if side > SHOWN else batch)
             with writing(out), stage(out) as new:
                 entries = entries_in(out)
                 for prompt, seed, picture in zip(prompts[part], seeds[part], batch, strict=True):
                     file = free(out, f"{file_stem(prompt)}_{seed}")
-                    shape = {"height": picture.shape[-2], "width": picture.shape[-1]}
+                    shape = {"height": first.shape[-2], "width": first.shape[-1]}
                     entry = {"file": file.name, "prompt": prompt, "seed": seed, **notes, **shape}
                     save_png(to_image(picture), new / file.name, png_notes(entry))
                     (new / file.name).rename(file)

@@ -115,11 +115,14 @@ def test_pictures_of_other_depths_and_with_holes_are_read_as_they_look(tmp_path:
 
 def test_digits_are_enlarged_for_other_codecs_and_come_back() -> None:
     pixels = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(digits.enlarged(pixels, 8, 1), pixels)
-    large = digits.enlarged(pixels, 32, 3)
+    assert torch.equal(digits.resized(pixels, 8, 1), pixels)
+    large = digits.resized(pixels, 32, 3)
     assert large.shape == (5, 3, 32, 32)
     assert torch.equal(large[:, 0], large[:, 2])
     assert (digits.reduced(large) - pixels).abs().mean() < 0.1
+    tiny = digits.resized(pixels, 4, 3)
+    assert tiny.shape == (5, 3, 4, 4)
+    torch.testing.assert_close(tiny[:, 1, 1, 2], pixels[:, 0, 2:4, 4:6].mean((1, 2)))
     torch.testing.assert_close(digits.reduced(pixels.expand(-1, 3, -1, -1)), pixels)
 
 

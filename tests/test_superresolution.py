@@ -17,7 +17,9 @@ from data.latents import Pixels
 from data.module import Digits, TrainingDigits, ValidationDigits
 from data.order import Share
 from data.text.clip import CLIPText
+from flow.density import Steps
 from flow.objective import Objective
+from flow.target import X0
 from mmdit.model import MMDiT
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
@@ -152,6 +154,20 @@ def test_it_trains_shows_and_samples(tmp_path: Path, capsys: pytest.CaptureFixtu
         sample.main(flags)
     assert end.value.code == 2
     assert capsys.readouterr().err.strip().endswith("this model works from a picture: give --picture")
+
+
+def test_the_regressor_sees_noise_alone_and_the_small_model_draws_small_digits(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two = (small(tmp_path / name) for name in ("one", "two"))
+    fit(one, *OVERLAY, "--config", str(ROOT / "configs/picture/regressor.yaml"))
+    regressor = Pipeline.load(tmp_path / "one/run/model")
+    assert type(regressor.objective.target).__name__ == "X0"
+    assert regressor.sampling.steps == 1
+    objective = Objective(target=X0(), density=Steps(1))
+    assert objective.times(torch.rand(3, 5), area=64)[0].tolist() == [1.0] * 5
+    fit(two, "--config", str(ROOT / "configs/picture/small.yaml"))
+    assert Pipeline.load(tmp_path / "two/run/model")(["a one"], [0]).shape == (1, 1, 4, 4)
 
 
 @pytest.mark.parametrize(

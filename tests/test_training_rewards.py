@@ -84,7 +84,7 @@ def test_the_digit_that_is_asked_for_has_the_judges_probability() -> None:
     captions = [digits.captions(int(label), digits.HELD_OUT_TEMPLATES)[1] for label in labels]
     wanted = Judge.load(JUDGE).logits(pixels).softmax(1)[torch.arange(50), labels]
     torch.testing.assert_close(RightDigit(JUDGE)(pixels, captions), wanted)
-    enlarged = digits.enlarged(pixels, 8, 3)
+    enlarged = digits.resized(pixels, 8, 3)
     torch.testing.assert_close(RightDigit(JUDGE)(enlarged, captions), wanted)
 
 
