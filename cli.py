@@ -200,7 +200,7 @@ def add_drawing_flags(p: Parser) -> None:
     p.add_argument("--picture", type=Path, help="input picture of a network that needs one, such as super-resolution")
     p.add_argument("--level", type=finite, default=0.0, help="noise level added to --picture, 0 to 1; default: 0")
     p.add_argument("--upscale", type=str, action="append", metavar="MODEL[:LEVEL]",
-                   help="a cascade: a model that enlarges what was drawn, with noise of that level; repeatable")  # fmt: skip
+                   help="a cascade: a model that enlarges what was drawn, noised to LEVEL; repeatable")  # fmt: skip
     p.add_argument("--control", type=str, action="append", metavar="MODEL:IMAGE[:SCALE]",
                    help="a ControlNet and the picture that it follows; repeatable")  # fmt: skip
     p.add_argument("--control-interval", type=finite, nargs=2, metavar=("FROM", "TO"),
