@@ -108,6 +108,14 @@ def test_an_interrupted_training_resumes_to_the_bit(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 100])
+def test_every_number_of_steps_can_be_trained(steps: int) -> None:
+    autoencoder = Autoencoder(config(1, 2, (4,), 1, 2, 8))
+    before = autoencoder.vae.decoder.conv_out.bias.clone()
+    fit(autoencoder, lambda step: torch.rand(2, 1, 8, 8), steps, 1e-3, lambda step: 1.0)
+    assert not torch.equal(before, autoencoder.vae.decoder.conv_out.bias)
+
+
 def test_the_command_trains_and_evaluate_measures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "vae"
     train_vae.main([*TINY, "--steps", "3", "--out", str(out)])

@@ -97,7 +97,8 @@ def fit(
         state: a file that keeps a training that was interrupted; none keeps nothing. It is removed at the end.
     """
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=rate, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+    rise = 0.05 if steps >= 100 else 0.3  # torch divides by zero where that share is one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=rise)
     parts: dict[str, Any] = {"autoencoder": autoencoder, "optimizer": optimizer, "schedule": schedule}
     first = 0
     if state and state.exists():
