@@ -127,6 +127,29 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(2 * strength * (t - s)).sqrt()", "(strength * (t - s)).sqrt()"),
         ("step / 2 * b * e", "step * b * e"),
     ],
+    ("flow/likelihood.py", "flow_likelihood training_autoencoder"): [
+        ("(last - first) / points / 2", "(last - first) / points"),
+        ("share * x0**2 - share - math", "share * x0**2 + share - math"),
+        ("(drawn**2 + log_variance - z**2) / 2", "(drawn**2 - z**2) / 2"),
+        ("(groups.logsumexp(1) - math.log(k))", "groups.logsumexp(1)"),
+    ],
+    ("pipeline/likelihood.py", "training_autoencoder"): [
+        ("log_variance - 2 * math.log(self.vae.scale)", "log_variance"),
+        ("mean / self.vae.scale + self.vae.shift", "mean / self.vae.scale"),
+    ],
+    ("training/autoencoder.py", "training_autoencoder"): [
+        ("2 / (self.levels - 1), -1.0, 1.0", "1 / (self.levels - 1), -1.0, 1.0"),
+        ("first = held[\"step\"]", "first = held[\"step\"] - 1"),
+    ],
+    ("pipeline/cascade.py", "sample_upscale"): [
+        ("picture=pictures, level=level", "picture=pictures"),
+        ("if height <= size[0] or", "if"),
+        ("size = (height, width)", "pass"),
+    ],
+    ("baselines/unet.py", "baselines_unet"): [
+        ('"resnet_time_scale_shift": "scale_shift",', ""),
+        ('"attention_head_dim": head_dim,', ""),
+    ],
     ("pipeline/likelihood.py", "evaluate_likelihood"): [
         ("pipe.codec.width(levels)", "1 / (levels - 1)"),
         ("normal().double(), levels)", "normal().double(), levels + 1)"),

@@ -119,6 +119,8 @@ def test_every_number_of_steps_can_be_trained(steps: int) -> None:
 def test_the_command_trains_and_evaluate_measures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "vae"
     train_vae.main([*TINY, "--steps", "3", "--out", str(out)])
+    train_vae.main([*TINY, "--steps", "3", "--out", str(out)])
+    assert "is trained already" in capsys.readouterr().out
     held = json.loads((out / LIKELIHOOD).read_text())
     assert held["levels"] == 17
     vae = VAE(out)

@@ -132,6 +132,9 @@ def main(argv: list[str] | None = None) -> None:
         with hold(args.out):
             purpose = purpose_of("tools.train_vae", args) | {"batch_size": args.batch_size}
             claim_folder(args.out, purpose, [STATE, LIKELIHOOD, f"{STEM}.safetensors", CONFIG], args.overwrite)
+            if (args.out / CONFIG).exists():  # written last
+                print(f"{args.out} is trained already; --overwrite only replaces one of other settings")
+                return
             train(args, picture, count, side, device)
 
 
