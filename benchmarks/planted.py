@@ -146,10 +146,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if height <= size[0] or", "if"),
         ("size = (height, width)", "pass"),
     ],
-    ("baselines/unet.py", "baselines_unet"): [
-        ('"resnet_time_scale_shift": "scale_shift",', ""),
-        ('"attention_head_dim": head_dim,', ""),
-    ],
     ("pipeline/likelihood.py", "evaluate_likelihood"): [
         ("pipe.codec.width(levels)", "1 / (levels - 1)"),
         ("normal().double(), levels)", "normal().double(), levels + 1)"),
@@ -276,6 +272,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("nn.init.zeros_(module.proj.weight)", "nn.init.xavier_uniform_(module.proj.weight)"),
     ],
     ("baselines/unet.py", "baselines_unet"): [
+        ('"resnet_time_scale_shift": "scale_shift",', ""),
+        ('"attention_head_dim": head_dim,', ""),
         ("nn.init.zeros_(self.net.conv_out.bias)", "nn.init.ones_(self.net.conv_out.bias)"),
         ("encoder_attention_mask=condition.mask", "encoder_attention_mask=None"),
     ],
