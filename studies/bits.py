@@ -8,7 +8,7 @@ from pathlib import Path
 from metrics.significance import Sample
 from storage.files import commit_bytes
 from studies.claims import METHOD, Claim, claims_table
-from studies.presentation import spread, table
+from studies.presentation import filled, spread, table
 from studies.results import Result, read, select
 from studies.steps import Steps
 
@@ -97,8 +97,5 @@ def write(study: Steps, out: Path, docs: Path, command: str) -> Path:
         "BITS": bits_table(rows),
         "CLAIMS": claims_table(claims(rows)),
     }
-    text = TEMPLATE.read_text(encoding="utf-8")
-    for name, part in parts.items():
-        text = text.replace("{" + name + "}", part.rstrip("\n"))
-    commit_bytes(docs / "likelihood.md", text.encode())
+    commit_bytes(docs / "likelihood.md", filled(TEMPLATE, parts))
     return docs / "likelihood.md"

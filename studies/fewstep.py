@@ -21,7 +21,7 @@ from pipeline.sampling import Sampling
 from storage.files import commit_bytes
 from storage.text import read_json
 from studies.claims import METHOD, Claim, claims_table
-from studies.presentation import curves, real_row, spread, table
+from studies.presentation import curves, filled, real_row, spread, table
 from studies.results import Result, read, select, unique
 from studies.steps import Steps
 
@@ -180,10 +180,7 @@ def write(study: Steps, out: Path, docs: Path, command: str) -> Path:
         "SHAPES": distances,
         "CATEGORIES": categories,
     }
-    text = TEMPLATE.read_text(encoding="utf-8")
-    for name, part in parts.items():
-        text = text.replace("{" + name + "}", part.rstrip("\n"))
-    commit_bytes(docs / "fewstep.md", text.encode())  # first, since it says whose pictures these are
+    commit_bytes(docs / "fewstep.md", filled(TEMPLATE, parts))  # first, since it says whose pictures these are
     curves(rows, floor, docs / "fewstep.png")
     trajectories(place(f"{first}/teacher"), place(f"{first}/2-rectified"), docs / "fewstep-trajectories.png")
     shutil.copyfile(place(f"{first}/measured") / "sheet.png", docs / "fewstep-digits.png")

@@ -1,7 +1,7 @@
 """How the documents show results: numbers over seeds, Markdown tables and a plot."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -28,6 +28,14 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose first column is text."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "".join(row(cells) for cells in (head, rule, *body))
+
+
+def filled(template: Path, parts: Mapping[str, str]) -> bytes:
+    """A template with each {NAME} replaced by its part."""
+    text = template.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = text.replace("{" + name + "}", part.rstrip("\n"))
+    return text.encode()
 
 
 def real_row(floor: float, columns: int) -> str:

@@ -19,7 +19,7 @@ from storage.files import commit_bytes
 from storage.text import read_text
 from studies.claims import METHOD, Claim, claims_table
 from studies.document import bold_if_least
-from studies.presentation import spread, table
+from studies.presentation import filled, spread, table
 from studies.recipes import Recipes
 from studies.results import KEY, Result, read, select, unique
 from studies.runner import Step
@@ -157,10 +157,7 @@ def write(study: Recipes, out: Path, docs: Path, command: str) -> Path:
         ),
         "MACHINE": "; ".join(f"{key} {settings[key]}" for key in ("features", "torch", "machine", "threads")),
     }  # fmt: skip
-    text = TEMPLATE.read_text(encoding="utf-8")
-    for name, part in parts.items():
-        text = text.replace("{" + name + "}", part.rstrip("\n"))
-    commit_bytes(docs / "speed.md", text.encode())  # first, since it says whose picture this is
+    commit_bytes(docs / "speed.md", filled(TEMPLATE, parts))  # first, since it says whose picture this is
     points = {
         name: (length[name], seconds[name] * length[name], values(name, KEY, walks[-1])) for name in study.recipes
     }
