@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data import digits
 from data.degrade import enlarged
 from data.examined import Digits
+from data.raw.pictures import save_png, sheet
 from metrics.distance import Measure
 from metrics.features import load_features
 from pipeline import Pipeline
@@ -32,7 +33,7 @@ from pipeline import Pipeline
 ROOT = Path("runs")
 SAMPLES = (1, 2, 4, 8, 16)
 LEVELS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
-SIDE = 4
+SIDE, SHOWN = 4, 12
 
 
 def drawn(pipe: Pipeline, prompts: Sequence[str], pictures: Tensor, first_seed: int, level: float = 0.0) -> Tensor:
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="pictures of the cascade")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sheet", type=Path, help="a PNG file: small, bicubic, regressor, three samples, real")
     args = parser.parse_args()
     upscaler, regressor, small = (Pipeline.load(path) for path in (args.upscaler, args.regressor, args.small))
     for pipe in (upscaler, small):
@@ -92,6 +94,12 @@ def main() -> None:
         dB = ["–", "–"] if name == "real" else [f"{psnr(error):.1f} dB", f"{psnr(again):.1f} dB"]
         body.append([name, *quality(each, labels), *dB])
     rows(["", "right", "FD ratio", "PSNR", "PSNR, made smaller again"], body)
+
+    if args.sheet:
+        shown = [enlarged(tiny, 8, 8), mean, *draws[:3], real]
+        nearest = tiny.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        some = torch.cat([each[:SHOWN] for each in (nearest, *shown)])
+        save_png(sheet(some, SHOWN), args.sheet)
 
     base = (mean - real).square().mean()
     body = []
