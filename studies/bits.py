@@ -19,7 +19,7 @@ NAMES = {  # step → what it trains
     "uniform": "rectified flow, uniform t",
     "levels": "rectified flow, uniform t, plain digits",
     "v-cosine": "V on the cosine path",
-    "vp": "V on the VP path",
+    "vp": "ε on the VP path",
     "ddpm": "ε, DDPM-linear, plain digits",
     "iddpm": "ε, improved cosine, learned variance, plain digits",
     "vae": "autoencoder, plain digits",
