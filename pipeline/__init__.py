@@ -129,7 +129,9 @@ class Pipeline:
         if not isinstance(self.network, MMDiT):
             kind = "one already" if isinstance(self.network, Controlled) else "no MMDiT"
             raise ValueError(f"a ControlNet steers an MMDiT, and this model has {kind}: leave the ControlNet out")
-        return Pipeline(Controlled(self.network, controls).eval(), *self.parts[1:])
+        steered = Pipeline(Controlled(self.network, controls).eval(), *self.parts[1:])
+        steered.pulls = self.pulls
+        return steered
 
     def away_from(self, weak: "Pipeline", scale: float) -> "Pipeline":
         """This pipeline with autoguidance y = y_weak + scale·(y − y_weak) by a worse model (Karras et al. 2024, eq. 3).
@@ -154,7 +156,7 @@ class Pipeline:
             raise ValueError("the weak model draws smaller pictures at most than the model: take another one")
         if self.text.fingerprint() != weak.text.fingerprint():
             raise ValueError("the weak model has other text encoders than the model: take one with the same")
-        guided = Pipeline(*self.parts)
+        guided = copy.copy(self)
         guided.weak = Weak(weak.network, scale - 1)
         return guided
 

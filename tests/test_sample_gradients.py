@@ -87,6 +87,12 @@ def test_any_reward_of_pictures_is_followed_through_the_network(pipe: Pipeline) 
     assert guided.mean() > plain.mean() + 0.02
 
 
+def test_autoguidance_keeps_the_gradients(pipe: Pipeline) -> None:
+    both = with_classifier(pipe).away_from(pipe, 2.0)  # moves away from itself: nothing
+    torch.testing.assert_close(both([PROMPT], [0]), with_classifier(pipe)([PROMPT], [0]), atol=1e-5, rtol=0)
+    assert pipe.weak is None
+
+
 def test_the_command_does_it_and_repeats_it(model: Path, tmp_path: Path) -> None:
     flags = ["--model", str(model), "--prompt", PROMPT, "--steps", "3", "--guidance", "0"]
     more = ["--classifier", f"{CLASSIFIER}:3", "--gradient-interval", "0.1", "0.95"]
