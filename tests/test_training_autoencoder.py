@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+from torchvision.models import vgg16
 
 import evaluate
 from data import digits
@@ -15,7 +17,7 @@ from data.raw.pictures import save_png, to_image
 from flow.likelihood import bits_per_dimension, importance_weighted, log_weights
 from pipeline.likelihood import Autoencoder as Judged
 from tools import train_vae
-from training.autoencoder import Autoencoder, config, fit
+from training.autoencoder import VGG, Autoencoder, config, fit, perceptual_network
 
 W, S = torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)  # x = W·z + S·noise
 TINY = ["--data", "digits", "--widths", "8,8", "--latent", "2", "--groups", "4", "--batch-size", "4"]
@@ -82,6 +84,33 @@ def test_its_loss_is_the_bound_in_parts() -> None:
     torch.manual_seed(2)
     decoded = plain.vae.decode(plain.vae.encode(x).latent_dist.sample()).sample
     torch.testing.assert_close(error, (decoded - x).abs().flatten(1).sum(1))
+
+
+def test_lpips_is_added_to_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random weights in the place of torchvision's, which are not here."""
+    features = vgg16(weights=None).features
+    monkeypatch.setattr("torchmetrics.functional.image.lpips._get_tv_model_features", lambda net, pretrained: features)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"needs torchvision's weights of VGG16 at .*vgg16-397923af.pth"):
+        Autoencoder(config(3, 2, (8, 8), 1, 4, 32), perceptual=0.5)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / VGG).touch()
+    plain, more = (Autoencoder(config(3, 2, (8, 8), 1, 4, 32), perceptual=weight) for weight in (0.0, 0.5))
+    more.vae.load_state_dict(plain.vae.state_dict())
+    assert {name for name, _ in more.named_parameters()} == {name for name, _ in plain.named_parameters()}
+    x = 2 * torch.rand(2, 3, 32, 32) - 1
+    errors = []
+    for autoencoder in (plain, more):
+        torch.manual_seed(2)
+        errors.append(autoencoder(x).error)
+    torch.manual_seed(2)
+    decoded = plain.vae.decode(plain.vae.encode(x).latent_dist.sample()).sample
+    network, inside = perceptual_network(), decoded.clamp(-1, 1)
+    known = learned_perceptual_image_patch_similarity(inside, x, net_type="vgg", reduction="none")
+    torch.testing.assert_close(network(inside, x).flatten(), known.flatten())
+    lpips = network(decoded, x).flatten()
+    assert lpips.min() > 1e-4
+    torch.testing.assert_close(errors[1] - errors[0], 0.5 * 3 * 32 * 32 * lpips, rtol=1e-3, atol=0)
 
 
 def test_an_interrupted_training_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +196,7 @@ def test_it_trains_on_a_folder_of_pictures(tmp_path: Path) -> None:
         (["--side", "16"], "digits have a side of 8: leave --side out"),
         (["--widths", "8,8,8,8,8"], "a side of 8 cannot be halved 4 times: give fewer --widths"),
         (["--widths", "8,9"], "--widths must be multiples of --groups 4"),
+        (["--perceptual", "1"], "does not go with --levels nor with digits"),
         (["--levels", "1"], "--levels must be at least 2"),
         (["--rate", "0"], "--rate must be above 0"),
         (["--kl", "-1"], "--kl at least 0"),

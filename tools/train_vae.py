@@ -3,10 +3,10 @@
     python -m tools.train_vae --data pictures/ --side 64 --out runs/vae
     python -m tools.train_vae --data digits --out runs/vae-digits
 
-For a folder of pictures the loss is the sum of |error| plus --kl times the divergence of the latents from N(0, I), as
-in Stable Diffusion without its perceptual and adversarial parts. For the digits, and with --levels, it is the evidence
-lower bound, and the folder also holds the decoder's variance. The latents come out normalised. The same command resumes
-a training that was interrupted.
+For a folder of pictures the loss is the sum of |error| plus --kl times the divergence of the latents from N(0, I), and
+with --perceptual also LPIPS, as in Stable Diffusion without its adversarial part. For the digits, and with --levels, it
+is the evidence lower bound, and the folder also holds the decoder's variance. The latents come out normalised. The same
+command resumes a training that was interrupted.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from data.raw.pictures import load_picture
 from storage.files import commit_json, hold
 from storage.purpose import claim_folder
 from storage.weights import write_tensors
-from training.autoencoder import Autoencoder, config, fit
+from training.autoencoder import Autoencoder, config, fit, perceptual_network
 
 STATE = "unfinished.pt"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -55,6 +55,8 @@ def parser() -> Parser:
     p.add_argument("--groups", type=positive, default=8, help="groups of group normalisation; default: 8")
     p.add_argument("--levels", type=positive, help="train on the evidence lower bound of pictures of so many levels")
     p.add_argument("--kl", type=finite, help="weight of the divergence; default: 0.01, with levels 1")
+    p.add_argument("--perceptual", type=finite, default=0.0,
+                   help="weight of LPIPS, whose VGG16 must be in torch's cache; default: 0")  # fmt: skip
     p.add_argument("--steps", type=positive, default=5000, help="default: 5000")
     p.add_argument("--batch-size", type=positive, default=32, help="default: 32")
     p.add_argument("--rate", type=finite, default=1.5e-3, help="highest learning rate; default: 0.0015")
@@ -88,6 +90,8 @@ def check(args: argparse.Namespace, side: int) -> None:
         raise ValueError(f"a side of {side} cannot be halved {len(args.widths) - 1} times: give fewer --widths")
     if any(width % args.groups for width in args.widths):
         raise ValueError(f"--widths must be multiples of --groups {args.groups}, got {args.widths}")
+    if args.perceptual < 0 or (args.perceptual and (args.levels or args.data == "digits")):
+        raise ValueError("--perceptual must be at least 0, and does not go with --levels nor with digits")
     if args.levels == 1:
         raise ValueError("--levels must be at least 2")
     if args.rate <= 0 or (args.kl is not None and args.kl < 0):
@@ -100,7 +104,7 @@ def train(args: argparse.Namespace, picture: Callable[[int], Tensor], count: int
     levels = args.levels or (digits.LEVELS if args.data == "digits" else None)
     kl = (1.0 if levels else 0.01) if args.kl is None else args.kl
     sizes = config(len(picture(0)), args.latent, args.widths, args.layers, args.groups, side)
-    autoencoder = Autoencoder(sizes, levels).to(device)
+    autoencoder = Autoencoder(sizes, levels, args.perceptual).to(device)
 
     def batch(step: int) -> Tensor:
         torch.manual_seed((args.seed << 32) + step)  # also of the posterior's noise: a resumed training is the same
@@ -129,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
         picture, count, side = reader(args)
         check(args, side)
         device = find_device(args.device)
+        if args.perceptual:
+            perceptual_network()  # fails now if it is not there
         with hold(args.out):
             purpose = purpose_of("tools.train_vae", args) | {"batch_size": args.batch_size}
             claim_folder(args.out, purpose, [STATE, LIKELIHOOD, f"{STEM}.safetensors", CONFIG], args.overwrite)

@@ -15,6 +15,7 @@ from storage.files import commit_path
 
 Batch = Callable[[int], Tensor]  # step → pictures (B, C, H, W) in [−1, 1]
 DECAY, CLIP = 0.01, 1.0  # of AdamW, and the largest norm of a gradient
+VGG = "vgg16-397923af.pth"
 KEPT = 500  # steps between two states on disk
 
 
@@ -51,6 +52,20 @@ class Loss(NamedTuple):
     divergence: Tensor  # of the posterior from N(0, I), in nats
 
 
+def perceptual_network() -> nn.Module:
+    """LPIPS on VGG16: pictures (B, 3, H, W) in [−1, 1], twice, to distances (B, 1, 1, 1).
+
+    Raises:
+        FileNotFoundError: torchvision's weights of VGG16 are not in torch's cache. Nothing is downloaded.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / VGG
+    if not file.is_file():
+        raise FileNotFoundError(f"the perceptual loss needs torchvision's weights of VGG16 at {file}: put them there")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    return LearnedPerceptualImagePatchSimilarity(net_type="vgg").net.requires_grad_(False)
+
+
 class Autoencoder(nn.Module):
     """An `AutoencoderKL` with the probability that its decoder gives to pictures.
 
@@ -59,12 +74,17 @@ class Autoencoder(nn.Module):
         levels: how many values a number of a picture can have. The error of a picture is then −ln P(x | z) under normal
             distributions around the decoded numbers, of one learned variance (`flow.likelihood.discretised`), and with
             the divergence it is the evidence lower bound. None means the sum of |error| of Stable Diffusion's
-            autoencoder, without its perceptual and adversarial parts (Rombach et al. 2022, appendix G).
+            autoencoder, without its adversarial part (Rombach et al. 2022, appendix G).
+        perceptual: weight of LPIPS (Zhang et al. 2018), which is added to the |error| of every number.
+
+    Raises:
+        FileNotFoundError: the weights that LPIPS needs are not on this machine.
     """
 
-    def __init__(self, config: dict[str, Any], levels: int | None = None) -> None:
+    def __init__(self, config: dict[str, Any], levels: int | None = None, perceptual: float = 0.0) -> None:
         super().__init__()
-        self.config, self.levels = config, levels
+        self.config, self.levels, self.perceptual = config, levels, perceptual
+        self.lpips = [perceptual_network()] if perceptual else []  # a list: it is neither trained nor kept
         self.vae: Any = AutoencoderKL(**config)
         self.log_variance = nn.Parameter(torch.tensor(-2.0)) if levels else None
 
@@ -73,7 +93,10 @@ class Autoencoder(nn.Module):
         posterior = self.vae.encode(x).latent_dist
         decoded = self.vae.decode(posterior.sample()).sample
         if self.levels is None or self.log_variance is None:
-            return Loss((decoded - x).abs().flatten(1).sum(1), posterior.kl())
+            error = (decoded - x).abs().flatten(1).sum(1)
+            for network in self.lpips:
+                error = error + self.perceptual * x[0].numel() * network.to(x.device)(decoded, x).flatten()
+            return Loss(error, posterior.kl())
         spread = self.log_variance.expand_as(x)
         return Loss(-discretised(x, decoded, spread, 2 / (self.levels - 1), -1.0, 1.0), posterior.kl())
 
