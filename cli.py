@@ -172,7 +172,7 @@ def add_gradient_flags(parser: Parser) -> None:
     )  # fmt: skip
     p.add_argument("--clip-guidance", metavar="MODEL:SCALE", help="guidance by a CLIP of noisy pictures")
     p.add_argument("--gradient-interval", type=finite, nargs=2, metavar=("FROM", "TO"),
-                   help="use these gradients only at these t; default: 0 0.98")  # fmt: skip
+                   help="use these gradients only at these t; default: up to 98 %% noise")  # fmt: skip
 
 
 def add_drawing_flags(p: Parser) -> None:

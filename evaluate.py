@@ -168,7 +168,9 @@ def measure_likelihood(args: Namespace) -> None:
             check_flags(args)
             options = LoadOptions(**load_options_of(args))
             models: dict[str, Pipeline | Autoencoder] = {
-                name: Autoencoder.load(path) if Autoencoder.is_at(path) else Pipeline.load(find_model(path), options)
+                name: Autoencoder.load(path, options.device)
+                if Autoencoder.is_at(path)
+                else Pipeline.load(find_model(path), options)
                 for name, path in zip(short_names(args.model), args.model, strict=True)
             }
             examined = DATA[args.data].held_out(10)

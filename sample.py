@@ -38,6 +38,7 @@ from storage.purpose import KEY, check_result
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
 PROMPTS = "a text file with one prompt a line, or a store: its captions are the prompts"
+REPEATABLE = ("lora", "control", "upscale")  # flags that would be added to the defaults of --like
 
 
 def parser() -> Parser:
@@ -152,12 +153,12 @@ def parse(argv: list[str]) -> Namespace:
     if args.like:
         with one_line_errors(*USER_ERRORS):
             flags = recorded(args.like)
-        texts = {name: value for name, value in flags.items() if name not in ("prompt", "lora", "control")}
+        texts = {name: value for name, value in flags.items() if name not in ("prompt", *REPEATABLE)}
         p = parser()
         p.set_defaults(**texts)
         args = p.parse_args(argv)
         args.prompt = args.prompt or ([] if args.prompts else [flags["prompt"]])
-        for name in ("lora", "control"):
+        for name in REPEATABLE:
             setattr(args, name, getattr(args, name) or flags.get(name))
     if args.model is None:
         fail("the following arguments are required: --model, or --like PICTURE")

@@ -171,13 +171,14 @@ class Classifier(HalfUNet):
         super().__init__(**sizes, outputs=len(classes))
         self.classes = [list(words) for words in classes]
         self.settings["classes"] = self.classes
+        joined = ("|".join(re.escape(words.lower()) for words in names) for names in self.classes)
+        self.patterns = [re.compile(rf"\b({names})\b") for names in joined]
 
     def labels(self, prompts: Sequence[str]) -> Tensor:
         """The class that each prompt names, (B,). ValueError unless it names exactly one."""
         found = []
         for prompt in prompts:
-            words = set(re.findall(r"\w+", prompt.lower()))
-            named = [label for label, names in enumerate(self.classes) if words & set(names)]
+            named = [label for label, pattern in enumerate(self.patterns) if pattern.search(prompt.lower())]
             if len(named) != 1:
                 known = ", ".join(names[0] for names in self.classes)
                 raise ValueError(f"the prompt {prompt!r} names {len(named)} of the classifier's classes, "

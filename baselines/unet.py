@@ -74,10 +74,8 @@ class UNet(Network):
         if not channels or min(sizes) < 1:
             raise ValueError(f"channels must not be empty and sizes must be at least 1, got {min(sizes)}")
         head_dim = channels[0] // heads
-        if any(
-            c % (head_dim if adm and head_dim else heads) or c % norm_num_groups or c == norm_num_groups
-            for c in channels
-        ):
+        unit = head_dim if adm and head_dim else heads
+        if channels[0] % heads or any(c % unit or c % norm_num_groups or c == norm_num_groups for c in channels):
             raise ValueError(
                 "channels must be multiples of heads and of norm_num_groups, two or more times the latter, "
                 f"got {tuple(channels)}, {heads} heads and {norm_num_groups} groups"

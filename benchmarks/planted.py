@@ -463,6 +463,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("lambda z: score(z, t).sum()", "lambda z: score(z, t).mean()"),
         ("reward(denoise(z, t).x0)", "reward(denoise(z.detach(), t).x0)"),
         ("tensor(interval[1], dtype=torch.float64))[0] == 0", "tensor(interval[0], dtype=torch.float64))[0] == 0"),
+        ("b / (a + b) <= BEFORE_NOISE", "t <= BEFORE_NOISE"),
     ],
     ("pipeline/gradients.py", "sample_gradients"): [
         ("float(b / (a + b))", "float(t)"),
@@ -475,7 +476,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("guided.pulls = (*self.pulls, *pulls)", "guided.pulls = self.pulls"),
     ],
     ("baselines/classifier.py", "sample_gradients"): [
-        ("if words & set(names)", "if set(prompt.split()) & set(names)"),
+        ("pattern.search(prompt.lower())", "pattern.match(prompt.lower())"),
         ("self.time(timestep_features(tau, TIME_FEATURES))", "self.time(timestep_features(0 * tau, TIME_FEATURES))"),
         (".log_softmax(1).gather(1, asked[:, None])", ".gather(1, asked[:, None])"),
     ],

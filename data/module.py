@@ -274,7 +274,7 @@ class Digits(Data):
         self.dequantize = dequantize
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout must be from 0 to 1, got {caption_dropout}")
-        if side % codec.factor or (side < digits.SIDE and digits.SIDE % max(side, 1)):
+        if side % codec.factor or (side < digits.SIDE and side not in (4, 2)):
             raise ValueError(f"data.side must be a multiple of {codec.factor} and at least 8, or 4 or 2, got {side}")
         self.caption_dropout, self.degrade = caption_dropout, degrade
         self.dropout = caption_dropout

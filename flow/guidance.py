@@ -12,7 +12,7 @@ from flow.path import Path
 from flow.sampler import Denoiser
 
 ALWAYS, NEVER = (0.0, 1.0), (2.0, 2.0)
-BEFORE_NOISE = (0.0, 0.98)
+BEFORE_NOISE = 0.98  # the largest share of noise, b/(a + b), at which a gradient guides
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (z (B, …), t ()) → ln p of what is asked for at z, (B,)
 
@@ -118,7 +118,7 @@ def inpaint(denoise: Denoiser, x0: Tensor, noise: Tensor, mask: Tensor) -> Denoi
 
 
 def uphill(
-    denoise: Denoiser, path: Path, score: Score, scale: float, interval: tuple[float, float] = BEFORE_NOISE
+    denoise: Denoiser, path: Path, score: Score, scale: float, interval: tuple[float, float] | None = None
 ) -> Denoiser:
     """A denoiser guided by a gradient g = ∇_z score: x̂0 + (b²/a)·s·g and ε̂ − b·s·g.
 
@@ -131,7 +131,8 @@ def uphill(
         path: of the model.
         score: differentiable by z; each number may depend on its own picture alone.
         scale: s.
-        interval: guidance is on where interval[0] ≤ t ≤ interval[1]; elsewhere it costs nothing.
+        interval: guidance is on where interval[0] ≤ t ≤ interval[1]; none means where b/(a + b) ≤ 0.98. Elsewhere it
+            costs nothing.
 
     Raises:
         ValueError: the interval contains a time without any picture, a = 0, where the step would be infinite.
@@ -147,13 +148,14 @@ def uphill(
         >>> uphill(denoise, RectifiedFlow(), lambda z, t: -(2 - z[:, 0]) ** 2 / 2 / (1 + 0.5), scale=1.0)(z, t).x0
         tensor([[1.]])
     """
-    check_interval(path, interval)
+    if interval:
+        check_interval(path, interval)
 
     def guided(z: Tensor, t: Tensor, *end: Tensor) -> Estimate:
         estimate = denoise(z, t, *end)
-        if not _within(interval, t):
-            return estimate
         a, b = path(t)
+        if not (_within(interval, t) if interval else b / (a + b) <= BEFORE_NOISE):
+            return estimate
         step = scale * torch.func.grad(lambda z: score(z, t).sum())(z)
         return estimate._replace(x0=estimate.x0 + (b**2 / a) * step, noise=estimate.noise - b * step)
 

@@ -19,7 +19,6 @@ from data.sizes import SIZE_FEATURES, size_features
 from data.text.encoder import TextEncoder
 from flow.guidance import (
     ALWAYS,
-    BEFORE_NOISE,
     NEVER,
     ClassifierFree,
     Score,
@@ -54,7 +53,7 @@ class Pull(NamedTuple):
 
     score: Callable[[Sequence[str], Denoiser], Score]  # from the prompts and the denoiser without the gradient
     scale: float
-    interval: tuple[float, float] = BEFORE_NOISE  # the times (from, to) at which it is used
+    interval: tuple[float, float] | None = None  # the times (from, to) at which it is used; none as for `uphill`
 
 
 class Pipeline:
@@ -174,6 +173,8 @@ class Pipeline:
         for pull in pulls:
             if not math.isfinite(pull.scale) or pull.scale == 0:
                 raise ValueError(f"a gradient needs a finite scale other than 0, which is none, got {pull.scale:g}")
+            if pull.interval is None:
+                continue
             if not 0 <= pull.interval[0] <= pull.interval[1] <= 1:
                 raise ValueError("the interval of a gradient must be two times, 0 <= from <= to <= 1, "
                                  f"got {pull.interval[0]:g} and {pull.interval[1]:g}")  # fmt: skip
@@ -183,9 +184,17 @@ class Pipeline:
         return guided
 
     def check_prompts(self, sampling: Sampling, prompts: Sequence[str]) -> None:
-        """ValueError if there is a prompt, but nothing would follow it."""
+        """ValueError if guidance is 0 and there is a prompt: nothing would follow it, or not only the gradients."""
         if not self.pulls:
             sampling.check_prompts(prompts)
+        elif sampling.guidance == 0 and any(prompts) and not self._one_branch(sampling):
+            raise ValueError("guidance 0 with a gradient makes the network unconditional: leave out interval, rescale, "
+                             "skip_layers and autoguidance, and take a network without guidance_embeds")  # fmt: skip
+
+    def _one_branch(self, sampling: Sampling) -> bool:
+        """Whether guidance 0 leaves nothing of the prompt, so that the null branch is enough."""
+        more = sampling.rescale or sampling.skip_layers or self.weak or self.network.guidance_embeds
+        return sampling.guidance == 0 and sampling.interval == ALWAYS and not more
 
     def refuse_picture(self) -> None:
         """ValueError if the network works from a picture, for commands that have none."""
@@ -420,9 +429,7 @@ class Pipeline:
                 its guidance.
         """
         self.check_prompts(sampling, prompts)
-        unconditional = sampling.guidance == 0 and sampling.interval == ALWAYS
-        unconditional &= not (sampling.rescale or sampling.skip_layers or self.weak or self.network.guidance_embeds)
-        if unconditional:  # one branch is enough
+        if unconditional := self._one_branch(sampling):
             sampling = replace(sampling, guidance=1.0)
         read = [negative] * len(prompts) if unconditional else prompts
         condition = self.condition(read, height, width)._replace(**(extra or {}))

@@ -19,7 +19,9 @@ class Upscaler(NamedTuple):
     level: float = 0.0
 
 
-def upscalers(texts: Sequence[str], options: LoadOptions, base: Pipeline, size: tuple[int, int]) -> list[Upscaler]:
+def upscalers(
+    texts: Sequence[str], options: LoadOptions, base: Pipeline, size: tuple[int, int], prompts: Sequence[str]
+) -> list[Upscaler]:
     """The models of a cascade, each MODEL or MODEL:LEVEL.
 
     Args:
@@ -27,6 +29,7 @@ def upscalers(texts: Sequence[str], options: LoadOptions, base: Pipeline, size: 
         options: how they are loaded.
         base: the model that draws the first pictures.
         size: height and width of these, in pixels.
+        prompts: what will be drawn.
 
     Raises:
         FileNotFoundError, ValueError: in one line, if a model is missing or does not fit the one before.
@@ -46,6 +49,8 @@ def upscalers(texts: Sequence[str], options: LoadOptions, base: Pipeline, size: 
         height, width = (side * pipe.codec.factor for side in pipe.latent_size(None, None))
         if height <= size[0] or height * size[1] != width * size[0]:
             raise ValueError(f"{path} draws {height}×{width} pixels, which does not enlarge {size[0]}×{size[1]}")
+        pipe.plan(pipe.sampling)
+        pipe.check_prompts(pipe.sampling, prompts)
         found.append(Upscaler(pipe, level))
         size = (height, width)
     return found

@@ -70,13 +70,15 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
         raise ValueError("--negative has no effect on a network that has learned its guidance: leave it out")
     if args.negative and sampling.guidance == 1:
         raise ValueError("--negative needs guidance, which is 1 (off): give another --guidance")
-    if args.vae_tiling or args.vae_slicing:
-        if not isinstance(pipe.codec, VAE):
-            raise ValueError("--vae-tiling and --vae-slicing need a model with a VAE: leave them out")
-        pipe.codec.save_memory(args.vae_tiling, args.vae_slicing)
     first_height, first_width = (side * pipe.codec.factor for side in pipe.latent_size(height, width))
     plain = replace(options, lora=(), parts=None)
-    cascade = upscalers(args.upscale or (), plain, pipe, (first_height, first_width))
+    cascade = upscalers(args.upscale or (), plain, pipe, (first_height, first_width), given_prompts)
+    if args.vae_tiling or args.vae_slicing:
+        codecs = [each.codec for each in (pipe, *(upscaler.pipe for upscaler in cascade))]
+        if not (vaes := [codec for codec in codecs if isinstance(codec, VAE)]):
+            raise ValueError("--vae-tiling and --vae-slicing need a model with a VAE: leave them out")
+        for vae in vaes:
+            vae.save_memory(args.vae_tiling, args.vae_slicing)
     notes: dict[str, Any] = {
         "negative": args.negative,
         **asdict(sampling),
@@ -97,7 +99,8 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
         "width": width,
     }
     seeds = range(args.seed, args.seed + len(prompts))
-    batch_size = args.batch_size or pipe.batch_size(height, width)
+    sizes = [pipe.batch_size(height, width), *(upscaler.pipe.batch_size() for upscaler in cascade)]
+    batch_size = args.batch_size or min(sizes)
     columns = args.num_images if args.num_images > 1 else min(len(prompts), 10)
     return Drawing(pipe, prompts, seeds, given, times, batch_size, columns, notes, cascade)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flow.guidance import BEFORE_NOISE, Score
+from flow.guidance import Score
 from flow.sampler import Denoiser
 from pipeline import Pipeline, Pull
 from pipeline.steering import model_and_scale
@@ -28,7 +28,7 @@ def pulled(
         pipe: the model.
         classifier: folder and scale of a `baselines.classifier.Classifier`.
         clip: folder and scale of a `baselines.classifier.NoisyCLIP`.
-        interval: the times (from, to) at which they work; none means the default.
+        interval: the times (from, to) at which they work; none means as for `flow.guidance.uphill`.
         prompts: all that will be drawn.
         height: of the pictures to draw, in pixels; none means the training's.
         width: the same for the width.
@@ -66,7 +66,7 @@ def pulled(
             read = partial(_pooled, pipe)
         else:
             raise ValueError(f"{path} reads other text encoders than the model's: train it with the same")
-        pulls.append(Pull(partial(_score, pipe, reader, read), scale, interval or BEFORE_NOISE))
+        pulls.append(Pull(partial(_score, pipe, reader, read), scale, interval))
     return pipe.pulled(pulls)
 
 
@@ -77,7 +77,7 @@ def _alike(codec: dict[str, Any], own: dict[str, Any]) -> bool:
 
 
 def _pooled(pipe: Pipeline, prompts: Sequence[str]) -> Tensor:
-    return pipe.text.encode(prompts).pooled
+    return pipe.text.encode(prompts).pooled.float()
 
 
 def _score(

@@ -34,7 +34,7 @@ def refuse(pipe: Pipeline, guidance: float) -> None:
     if not isinstance(pipe.codec, Pixels):
         raise ValueError("it works in an autoencoder's latents, whose likelihood is not that of pictures: "
                          "take a model of pixels")  # fmt: skip
-    if guidance != 1 or pipe.network.guidance_embeds or pipe.weak:
+    if guidance != 1 or pipe.network.guidance_embeds or pipe.weak or pipe.pulls:
         raise ValueError("guidance changes the field, and then its pictures have no known likelihood: "
                          "take a model without, and --guidance 1")  # fmt: skip
     if pipe.network.two_times:
@@ -115,14 +115,14 @@ class Autoencoder(NamedTuple):
         return (folder / LIKELIHOOD).is_file()
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Loads one. FileNotFoundError or ValueError in one line if a file is missing or damaged."""
+    def load(cls, folder: Path, device: str = "cpu") -> Self:
+        """Loads one onto a device. FileNotFoundError or ValueError in one line if a file is missing or damaged."""
         held = read_json(folder / LIKELIHOOD)
         try:
             levels, log_variance = int(held["levels"]), float(held["log_variance"])
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{folder / LIKELIHOOD} must hold levels and log_variance, two numbers") from None
-        return cls(VAE(folder), levels, log_variance)
+        return cls(VAE(folder).to(device), levels, log_variance)
 
     @torch.no_grad()
     def bits(self, pixels: Tensor, seeds: Sequence[int], draws: int = DRAWS) -> dict[str, Tensor]:
@@ -136,7 +136,8 @@ class Autoencoder(NamedTuple):
         Raises:
             ValueError: the pixels are not on the levels, or their sides no multiples of the autoencoder's factor.
         """
-        x = 2 * on_levels(pixels, self.levels) - 1
+        device = self.vae.vae.device
+        x = 2 * on_levels(pixels, self.levels).to(device) - 1
         mean, log_variance = self.vae.posterior(pixels)  # of normalised latents; the prior is that of raw ones
         mean, log_variance = mean / self.vae.scale + self.vae.shift, log_variance - 2 * math.log(self.vae.scale)
         spread = torch.full_like(x, self.log_variance)
@@ -145,9 +146,9 @@ class Autoencoder(NamedTuple):
             decoded = 2 * self.vae.mean(((z - self.vae.shift) * self.vae.scale).float()).double() - 1
             return discretised(x, decoded, spread, 2 / (self.levels - 1), -1.0, 1.0)
 
-        normal = random_normals(seeds, tuple(mean.shape[1:]), torch.device("cpu"))
+        normal = random_normals(seeds, tuple(mean.shape[1:]), device)
         weights = log_weights(mean.double(), log_variance.double(), log_probability, lambda: normal().double(), draws)
         return {
-            name: bits_per_dimension(importance_weighted(weights, k), pixels[0].numel(), 1.0)
+            name: bits_per_dimension(importance_weighted(weights, k), pixels[0].numel(), 1.0).cpu()
             for name, k in (("ELBO", 1), (f"IWAE-{draws}", draws))
         }

@@ -167,6 +167,7 @@ def test_a_size_that_does_not_halve_is_refused(size: tuple[int, int]) -> None:
         ({"norm_num_groups": 0}, "at least 1"),
         ({"channels": (8, 14)}, "multiples of heads and of norm_num_groups"),
         ({"heads": 3}, "multiples of heads"),
+        ({"heads": 3, "adm": True}, "multiples of heads"),
         ({"channels": (4, 8)}, "two or more times the latter"),
         ({"sample_size": 7}, "multiple of 2 with 2 levels"),
     ],

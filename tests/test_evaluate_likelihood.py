@@ -20,7 +20,7 @@ from flow.path import Path as FlowPath
 from flow.target import Epsilon, Target, V, Velocity
 from flow.variance import LearnedVariance
 from mmdit.model import MMDiT
-from pipeline import Pipeline
+from pipeline import Pipeline, Pull
 from pipeline.likelihood import bits
 from pipeline.sampling import Sampling, random_normals
 from studies.likelihood import code_lengths
@@ -189,6 +189,12 @@ def test_pixels_between_the_levels_are_refused(pipe: Pipeline) -> None:
         bits(pipe, Digits(1).real["train"][:1], ["a"], 256, [0])
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         bits(pipe, Digits(1).real["train"][:1] * 2, ["a"], 17, [0])
+
+
+def test_a_model_guided_by_a_gradient_has_none(pipe: Pipeline) -> None:
+    guided = pipe.pulled([Pull(lambda prompts, denoise: lambda z, t: z.flatten(1).sum(1), 1.0)])
+    with pytest.raises(ValueError, match="guidance changes the field"):
+        bits(guided, Digits(1).real["train"][:1], ["a"], 17, [0])
 
 
 def test_every_real_picture_has_a_caption(text: CLIPText) -> None:

@@ -85,7 +85,7 @@ def test_of_ddim_it_is_the_papers_algorithm() -> None:
         (a, b), (a_next, b_next) = path(t), path(s)
         noise = denoise(expected, t).noise - b * 3.0 * gradient(score, expected, t)
         expected = a_next * (expected - b * noise) / a + b_next * noise
-    found = ddim(uphill(denoise, path, score, 3.0), path, z, times, lambda: torch.zeros_like(z), eta=0.0)
+    found = ddim(uphill(denoise, path, score, 3.0, (0.0, 0.9)), path, z, times, lambda: torch.zeros_like(z), eta=0.0)
     torch.testing.assert_close(found, expected)
 
 
@@ -103,6 +103,17 @@ def test_outside_the_interval_it_does_nothing_and_computes_nothing() -> None:
         same = torch.equal(guided(z, time).x0, denoise(z, time).x0)
         assert same is not inside
     assert asked == [0.2, 0.6]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name)
+def test_by_default_it_begins_where_two_percent_are_picture(path: Path) -> None:
+    for t in torch.linspace(0.001, 1, 1000, dtype=torch.float64):
+        a, b = path(t)
+        z = ALL.start(path, t)
+        same = torch.equal(
+            uphill(ALL.denoiser(path), path, posterior(path, 0), 2.0)(z, t).x0, ALL.denoiser(path)(z, t).x0
+        )
+        assert same == bool(b / (a + b) > 0.98)
 
 
 def test_it_keeps_the_variance_and_passes_the_end() -> None:

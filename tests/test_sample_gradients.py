@@ -157,6 +157,10 @@ def test_a_clip_of_noisy_pictures(drawer: Path, tmp_path: Path) -> None:
         (["--classifier", f"{CLASSIFIER}:2", "--height", "16"], "reads 1 × 8 × 8 numbers, and the model draws 1 × 16"),
         (["--gradient-interval", "0", "0.9"], "--gradient-interval needs --classifier or --clip-guidance"),
         (["--guidance", "0"], "guidance 0 would ignore the prompt"),
+        (
+            ["--classifier", f"{CLASSIFIER}:2", "--guidance", "0", "--interval", "0", "0.5"],
+            "guidance 0 with a gradient makes the network unconditional: leave out interval",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -182,6 +186,8 @@ def test_other_latents_and_average_velocities_are_refused(pipe: Pipeline, tmp_pa
 def test_the_classifier_reads_noise_and_says_so_of_its_sizes() -> None:
     loaded = Classifier.load(Path(CLASSIFIER))
     assert loaded.labels(["Seven.", "3, written by hand"]).tolist() == [7, 3]
+    phrases = Classifier([["Fire truck", "engine"], ["truck stop"]], **SIZES, codec={})
+    assert phrases.labels(["a red fire truck", "an engine", "the Truck stop"]).tolist() == [0, 0, 1]
     w: Tensor = torch.randn(3, 1, 8, 8)
     same = torch.full((3,), 0.2)
     one = loaded(w[1:2], same[:1])

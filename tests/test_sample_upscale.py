@@ -1,6 +1,7 @@
 """Cascades: a second model enlarges what the first has drawn; what does not fit is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,9 @@ def test_a_picture_of_a_cascade_is_drawn_again(base: Pipeline, upscaler: Pipelin
     sample.main(flags(tmp_path, "--upscale", str(tmp_path / "large"), "--out", str(tmp_path / "out")))
     first = tmp_path / "out" / "a-handwritten-seven_2.png"
     sample.main(["--like", str(first), "--out", str(tmp_path / "again")])
+    other = ["--upscale", f"{tmp_path / 'large'}:0.5", "--out", str(tmp_path / "other")]
+    sample.main(["--like", str(first), *other])
+    assert json.loads((tmp_path / "other" / "samples.json").read_text())[0]["upscale"] == [other[1]]
     one, again = (np.asarray(Image.open(file)) for file in (first, tmp_path / "again" / first.name))
     assert one.shape == (8, 8)
     assert np.array_equal(one, again)
@@ -83,4 +87,7 @@ def test_what_does_not_enlarge_is_refused(
         assert words in refused(capsys, *flags(tmp_path, "--upscale", given, "--out", str(tmp_path / "out")))
     twice = ["--upscale", str(tmp_path / "large")] * 2
     assert "which does not enlarge 8×8" in refused(capsys, *flags(tmp_path, *twice, "--out", str(tmp_path / "out")))
+    Pipeline(*upscaler.parts[:-1], replace(upscaler.sampling, guidance=0.0)).save(tmp_path / "mute")
+    mute = ["--upscale", str(tmp_path / "mute"), "--out", str(tmp_path / "out")]
+    assert "guidance 0 would ignore the prompt" in refused(capsys, *flags(tmp_path, *mute))
     assert not (tmp_path / "out").exists()

@@ -164,6 +164,7 @@ def test_a_run_may_be_moved(config: Path, capsys: pytest.CaptureFixture) -> None
         (["--network.patch_size", "3", "--network.sample_size", "9"], "height must be a multiple of 3"),
         (["--codec.channels", "3"], "in_channels is 1, but codec, text and objective need 3"),
         (["--data.side", "7"], "data.side must be a multiple of 1 and at least 8"),
+        (["--data.side", "0"], "data.side must be a multiple of 1 and at least 8"),
         (["--lora.rank", "4"], "network.class_path must be mmdit.checkpoint.load"),
         (["--grid.columns", "0"], "grid.columns"),
         (["--objective.path", "DDPMLinear"], "is discrete and has no rate"),

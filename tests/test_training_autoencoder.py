@@ -134,7 +134,9 @@ def test_an_interrupted_training_resumes_to_the_bit(tmp_path: Path, monkeypatch:
         trained(tmp_path / "part", 5)
     resumed = trained(tmp_path / "part", 9)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "part").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="part is damaged: remove it"):
+        trained(tmp_path / "part", 9)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 100])
@@ -147,8 +149,9 @@ def test_every_number_of_steps_can_be_trained(steps: int) -> None:
 
 def test_the_command_trains_and_evaluate_measures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "vae"
-    train_vae.main([*TINY, "--steps", "3", "--out", str(out)])
-    train_vae.main([*TINY, "--steps", "3", "--out", str(out)])
+    train_vae.main([*TINY, "--steps", "3", "--seed", str(2**40), "--out", str(out)])
+    assert not (out / train_vae.STATE).exists()
+    train_vae.main([*TINY, "--steps", "3", "--seed", str(2**40), "--out", str(out)])
     assert "is trained already" in capsys.readouterr().out
     held = json.loads((out / LIKELIHOOD).read_text())
     assert held["levels"] == 17
@@ -197,6 +200,7 @@ def test_it_trains_on_a_folder_of_pictures(tmp_path: Path) -> None:
         (["--widths", "8,8,8,8,8"], "a side of 8 cannot be halved 4 times: give fewer --widths"),
         (["--widths", "8,9"], "--widths must be multiples of --groups 4"),
         (["--perceptual", "1"], "does not go with --levels nor with digits"),
+        (["--levels", "16"], "so 16 levels are wrong"),
         (["--levels", "1"], "--levels must be at least 2"),
         (["--rate", "0"], "--rate must be above 0"),
         (["--kl", "-1"], "--kl at least 0"),
@@ -215,13 +219,12 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_an_autoencoder_of_other_pictures_has_no_bits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    train_vae.main([*TINY, "--steps", "1", "--levels", "16", "--out", str(tmp_path / "vae")])
-    for damage, words in (
-        (None, "has learned pictures of 16 levels, and these have 17"),
+    train_vae.main([*TINY, "--steps", "1", "--out", str(tmp_path / "vae")])
+    for held, words in (
+        ('{"levels": 16, "log_variance": -1}', "has learned pictures of 16 levels, and these have 17"),
         ("{}", "must hold levels and log_variance"),
     ):
-        if damage:
-            (tmp_path / "vae" / LIKELIHOOD).write_text(damage)
+        (tmp_path / "vae" / LIKELIHOOD).write_text(held)
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             evaluate.main(["--likelihood", "--model", str(tmp_path / "vae"), "--out", str(tmp_path / "bits")])

@@ -207,9 +207,11 @@ def test_what_is_painted_over_is_drawn_anew(visitor: Visitor, server: Server, tm
     image.save(tmp_path / "start.png")
     visitor.fill("prompt", "a large red circle")
     visitor.fill("strength", "")  # opens the panels
-    visitor.page.locator("#painted input[type=file]").first.set_input_files(tmp_path / "start.png")
     canvas = visitor.page.locator("#painted canvas").first
-    visitor.page.wait_for_timeout(1500)
+    canvas.wait_for(state="visible")
+    visitor.page.wait_for_timeout(3000)  # before its layers are there Gradio's editor takes no picture
+    visitor.page.locator("#painted input[type=file]").first.set_input_files(tmp_path / "start.png")
+    visitor.page.wait_for_timeout(3000)
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     assert box

@@ -32,6 +32,7 @@ from cli import (
 from data import digits
 from data.latents import CONFIG, LIKELIHOOD, STEM
 from data.raw.pictures import load_picture
+from pipeline.likelihood import on_levels
 from storage.files import commit_json, hold
 from storage.purpose import claim_folder
 from storage.weights import write_tensors
@@ -83,7 +84,7 @@ def reader(args: argparse.Namespace) -> tuple[Callable[[int], Tensor], int, int]
     return lambda i: load_picture(files[i], 3, side, side, 1)[0], len(files), side
 
 
-def check(args: argparse.Namespace, side: int) -> None:
+def check(args: argparse.Namespace, side: int, picture: Tensor) -> None:
     """ValueError in one line if the sizes do not fit each other."""
     factor = 2 ** (len(args.widths) - 1)
     if side % factor:
@@ -92,8 +93,12 @@ def check(args: argparse.Namespace, side: int) -> None:
         raise ValueError(f"--widths must be multiples of --groups {args.groups}, got {args.widths}")
     if args.perceptual < 0 or (args.perceptual and (args.levels or args.data == "digits")):
         raise ValueError("--perceptual must be at least 0, and does not go with --levels nor with digits")
+    if args.perceptual and side < 16:
+        raise ValueError(f"LPIPS halves pictures four times: give a --side of at least 16, not {side}")
     if args.levels == 1:
         raise ValueError("--levels must be at least 2")
+    if args.levels:
+        on_levels(picture, args.levels)
     if args.rate <= 0 or (args.kl is not None and args.kl < 0):
         raise ValueError(f"--rate must be above 0 and --kl at least 0, got {args.rate:g} and {args.kl}")
 
@@ -107,7 +112,9 @@ def train(args: argparse.Namespace, picture: Callable[[int], Tensor], count: int
     autoencoder = Autoencoder(sizes, levels, args.perceptual).to(device)
 
     def batch(step: int) -> Tensor:
-        torch.manual_seed((args.seed << 32) + step)  # also of the posterior's noise: a resumed training is the same
+        torch.manual_seed(
+            ((args.seed << 32) + step) % 2**63
+        )  # also of the posterior's noise: a resumed training is the same
         rows = torch.randint(count, (args.batch_size,)).tolist()
         return 2 * torch.stack([picture(row) for row in rows]).to(device) - 1
 
@@ -123,6 +130,7 @@ def train(args: argparse.Namespace, picture: Callable[[int], Tensor], count: int
         spread = {"levels": levels, "log_variance": float(autoencoder.log_variance)}
         commit_json(args.out / LIKELIHOOD, spread)
     commit_json(args.out / CONFIG, {"_class_name": "AutoencoderKL"} | sizes | moments)
+    (args.out / STATE).unlink(missing_ok=True)
     print(f"{args.out}: an autoencoder with {args.latent} channels, factor {2 ** (len(args.widths) - 1)}")
 
 
@@ -131,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
         picture, count, side = reader(args)
-        check(args, side)
+        check(args, side, picture(0))
         device = find_device(args.device)
         if args.perceptual:
             perceptual_network()  # fails now if it is not there

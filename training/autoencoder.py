@@ -117,7 +117,10 @@ def fit(
         steps: of the training.
         rate: the highest learning rate.
         weight: of the divergence at a step.
-        state: a file that keeps a training that was interrupted; none keeps nothing. It is removed at the end.
+        state: a file that keeps the training every 500 steps and at its end; none keeps nothing.
+
+    Raises:
+        ValueError: the state is damaged.
     """
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=rate, weight_decay=DECAY)
     rise = 0.05 if steps >= 100 else 0.3  # torch divides by zero where that share is one step
@@ -125,7 +128,7 @@ def fit(
     parts: dict[str, Any] = {"autoencoder": autoencoder, "optimizer": optimizer, "schedule": schedule}
     first = 0
     if state and state.exists():
-        held = torch.load(state, weights_only=True)
+        held = _read(state)
         first = held["step"]
         for name, part in parts.items():
             part.load_state_dict(held[name])
@@ -140,8 +143,15 @@ def fit(
         schedule.step()
         if (step + 1) % 100 == 0:
             bar.set_postfix(error=f"{float(error) / x[0].numel():.4f}", nats=f"{float(divergence):.1f}")
-        if state and (step + 1) % KEPT == 0:
+        if state and ((step + 1) % KEPT == 0 or step + 1 == steps):
             content = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}
             commit_path(state, partial(torch.save, content))
-    if state:
-        state.unlink(missing_ok=True)
+
+
+def _read(state: Path) -> dict[str, Any]:
+    """What `fit` has kept. ValueError in one line if the file is damaged."""
+    try:
+        return torch.load(state, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises any class
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{state} is damaged: remove it, and the training begins anew ({reason})") from None
