@@ -135,7 +135,8 @@ def prepare(args: Namespace) -> tuple[list[Setting], AgainstReal | ByCategory]:
     if args.autoguidance:
         names = [f"{name} away from {args.autoguidance}" for name in names]
     if args.classifier or args.clip_guidance:
-        names = [f"{name} guided by {args.classifier or args.clip_guidance}" for name in names]
+        guides = " and ".join(filter(None, (args.classifier, args.clip_guidance)))
+        names = [f"{name} guided by {guides}" for name in names]
     loaded = (Pipeline.load(find_model(path), options) for path in args.model)
     pipes = {name: autoguided(pipe, args.autoguidance, options) for name, pipe in zip(names, loaded, strict=True)}
     for name, pipe in pipes.items():

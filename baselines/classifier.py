@@ -193,7 +193,7 @@ class Classifier(HalfUNet):
 
 @final
 class NoisyCLIP(HalfUNet):
-    """CLIP's two towers, of which that of the pictures reads noisy ones (GLIDE, Nichol et al. 2022, §2.3).
+    """CLIP's two towers, of which that of the pictures reads noisy ones (GLIDE, Nichol et al. 2022).
 
     The tower of texts is one linear layer on the frozen pooled vector of a text encoder.
 

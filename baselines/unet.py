@@ -26,7 +26,7 @@ class UNet(Network):
     starts at y = 0 as the transformer does; all else starts as in diffusers. The default sizes are those of Stable
     Diffusion 1, which has no attention at its lowest level and no pooled vector.
 
-    With `adm` the blocks are those of ADM and GLIDE (Dhariwal & Nichol 2021, §3; Nichol et al. 2022, §4.1): the time
+    With `adm` the blocks are those of ADM and GLIDE (Dhariwal & Nichol 2021, §3; Nichol et al. 2022): the time
     scales and shifts behind group normalisation (AdaGN), halving and doubling happen inside residual blocks as in
     BigGAN, and one attention layer reads image and text tokens together.
 

@@ -11,7 +11,7 @@
 Three tables. Held-out digits made smaller and enlarged again: the judge's accuracy, the Fréchet distance over that of
 real digits, the PSNR, and the error of the result made smaller again. The perception–distortion curve: the mean of N
 samples, whose square error over the regressor's is 1 + 1/N if the samples are those of the posterior (Whang et al.
-2022, §3). And the cascade: what the small model draws, enlarged with noise of several levels added.
+2022). And the cascade: what the small model draws, enlarged with noise of several levels added.
 """
 
 import argparse

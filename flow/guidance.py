@@ -170,7 +170,7 @@ def check_interval(path: Path, interval: tuple[float, float]) -> None:
 
 
 def of_picture(denoise: Denoiser, reward: Callable[[Tensor], Tensor]) -> Score:
-    """The score of a reward of pictures at z: that of x̂0, through the denoiser (Bansal et al. 2023, §3.1).
+    """The score of a reward of pictures at z: that of x̂0, through the denoiser (Bansal et al. 2023).
 
     Args:
         denoise: estimates picture and noise, differentiable by z.

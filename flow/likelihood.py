@@ -193,7 +193,7 @@ def continuous_bound(
     log_variances: tuple[float, float] = (-9.2, 9.2),
     points: int = 128,
 ) -> Tensor:
-    """The bound on −ln p(x0) of a continuous path, in nats, (B,) float64 (VDM, Kingma et al. 2021, eqs. 11 and 18).
+    """The bound on −ln p(x0) of a continuous path, in nats, (B,) float64 (VDM, Kingma et al. 2021).
 
     With γ = ln(b²/a²) it is ½·∫ E‖ε − ε̂‖² dγ, whatever the path, plus the divergence of z from N(0, I) at the upper
     end, plus the entropy of the noise at the lower end. For an exact denoiser it is −ln p(x0) itself.
@@ -251,7 +251,7 @@ def log_weights(
 
 
 def importance_weighted(log_weights: Tensor, k: int) -> Tensor:
-    """The importance-weighted bound of k draws (Burda et al. 2016, eq. 8), in nats, (B,): the mean over groups of k.
+    """The importance-weighted bound of k draws (IWAE, Burda et al. 2016), in nats, (B,): the mean over groups of k.
 
     1 gives the ELBO. It never falls when groups are joined.
 

@@ -43,7 +43,7 @@ def upscalers(
             raise ValueError(f"{path} does not work from one picture: "
                              "train one with configs/picture/superresolution.yaml")  # fmt: skip
         if level and not pipe.network.level_embeds:
-            raise ValueError(f"{path} knows no noise level of its picture: leave :{level:g} out")
+            raise ValueError(f"{path} takes no noise level for its picture: leave :{level:g} out")
         if pipe.codec.pixel_channels != channels:
             raise ValueError(f"{path} reads pictures of {pipe.codec.pixel_channels} channels, not of {channels}")
         height, width = (side * pipe.codec.factor for side in pipe.latent_size(None, None))

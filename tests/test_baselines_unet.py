@@ -283,3 +283,5 @@ def test_overlays_match_the_transformer(overlay: str, measure, within: float) ->
     for key in ("in_channels", "out_channels", "text_dim", "pooled_dim", "sample_size"):
         assert getattr(network, key) == getattr(transformer, key), key
     assert measure(network) == pytest.approx(measure(transformer), rel=within)
+    if overlay == "adm":
+        assert parameters(network) == 238_769  # as its YAML file says

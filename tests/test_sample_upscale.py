@@ -72,7 +72,7 @@ def test_a_picture_of_a_cascade_is_drawn_again(base: Pipeline, upscaler: Pipelin
 def test_what_does_not_enlarge_is_refused(
     pipe: Pipeline, base: Pipeline, upscaler: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    saved(pipe, tmp_path / "deaf", 8, picture_channels=1)
+    saved(pipe, tmp_path / "plain", 8, picture_channels=1)
     saved(pipe, tmp_path / "same", 4, picture_channels=1)
     for text, words in (
         ("nowhere", "nowhere"),
@@ -80,14 +80,14 @@ def test_what_does_not_enlarge_is_refused(
         ("FOLDER/large:1.5", "with a level from 0 to 1"),
         ("FOLDER/large:much", "is not MODEL or MODEL:LEVEL"),
         (":0.1", "is not MODEL or MODEL:LEVEL"),
-        ("FOLDER/deaf:0.1", "deaf knows no noise level of its picture: leave :0.1 out"),
+        ("FOLDER/plain:0.1", "plain takes no noise level for its picture: leave :0.1 out"),
         ("FOLDER/same", "same draws 4×4 pixels, which does not enlarge 4×4"),
     ):
         given = text.replace("FOLDER", str(tmp_path))
         assert words in refused(capsys, *flags(tmp_path, "--upscale", given, "--out", str(tmp_path / "out")))
     twice = ["--upscale", str(tmp_path / "large")] * 2
     assert "which does not enlarge 8×8" in refused(capsys, *flags(tmp_path, *twice, "--out", str(tmp_path / "out")))
-    Pipeline(*upscaler.parts[:-1], replace(upscaler.sampling, guidance=0.0)).save(tmp_path / "mute")
-    mute = ["--upscale", str(tmp_path / "mute"), "--out", str(tmp_path / "out")]
-    assert "guidance 0 would ignore the prompt" in refused(capsys, *flags(tmp_path, *mute))
+    Pipeline(*upscaler.parts[:-1], replace(upscaler.sampling, guidance=0.0)).save(tmp_path / "unconditional")
+    wrong = ["--upscale", str(tmp_path / "unconditional"), "--out", str(tmp_path / "out")]
+    assert "guidance 0 would ignore the prompt" in refused(capsys, *flags(tmp_path, *wrong))
     assert not (tmp_path / "out").exists()

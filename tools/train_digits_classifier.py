@@ -4,7 +4,7 @@
 
 It learns the training split, shifted, rotated, scaled and sheared a little at random, at all noise levels alike
 (Dhariwal & Nichol 2021, §4). At the end it prints how many held-out digits it recognises at each noise level; much
-noise leaves little to recognise. It takes about three minutes on one core. The weights are stored in half precision.
+noise leaves little to recognise. It takes about four minutes on one core. The weights are stored in half precision.
 """
 
 from pathlib import Path

@@ -3,7 +3,7 @@
     python -m tools.train_shapes_clip
 
 It learns which caption belongs to which noisy latent of the shapes' VAE, at all noise levels alike, by CLIP's loss
-(Radford et al. 2021, figure 3; noised as in GLIDE, Nichol et al. 2022, §2.3). The captions come through the frozen text
+(Radford et al. 2021, figure 3; noised as in GLIDE, Nichol et al. 2022). The captions come through the frozen text
 towers of the shapes. At the end it prints how often a full caption leads to its own scene among 256 unseen ones, at
 each noise level. It takes about ten minutes on one core. The weights are stored in half precision.
 """

@@ -112,9 +112,8 @@ def train(args: argparse.Namespace, picture: Callable[[int], Tensor], count: int
     autoencoder = Autoencoder(sizes, levels, args.perceptual).to(device)
 
     def batch(step: int) -> Tensor:
-        torch.manual_seed(
-            ((args.seed << 32) + step) % 2**63
-        )  # also of the posterior's noise: a resumed training is the same
+        # The seed of the step is also that of the posterior's noise, so that a resumed training is the same.
+        torch.manual_seed(((args.seed << 32) + step) % 2**63)
         rows = torch.randint(count, (args.batch_size,)).tolist()
         return 2 * torch.stack([picture(row) for row in rows]).to(device) - 1
 
