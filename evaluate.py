@@ -58,7 +58,11 @@ def parser() -> Parser:
     p.add_argument("--data", choices=DATA, default="digits", help="what the models draw; default: digits")
     p.add_argument("--by", choices=["category"], help="measure the share of right pictures for each category instead")
     p.add_argument("--likelihood", action="store_true", help="measure the bits per dimension of real pictures instead")
-    p.add_argument("--steps", type=positives, help="sampling steps: 1,2,4; default: 1,2,4,5,8,10,25,50; by category 20")
+    p.add_argument(
+        "--steps",
+        type=positives,
+        help="sampling steps: 1,2,4; default: 1,2,4,5,8,10,25,50; by category 20; of codes their number",
+    )
     add_sampling_flags(p, repeatable=True)
     add_autoguidance_flag(p)
     add_gradient_flags(p)
@@ -102,7 +106,8 @@ def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
     found = []
     for (name, pipe), folder in zip(pipes.items(), args.model, strict=True):
         for sampler in args.sampler or [pipe.sampling.sampler]:
-            for steps in args.steps or (STEPS_BY_CATEGORY if args.by else STEPS):
+            usual = STEPS_BY_CATEGORY if args.by else STEPS
+            for steps in args.steps or ((pipe.sampling.steps,) if pipe.objective.discrete else usual):
                 try:
                     sampling = sampling_of(args, pipe.sampling, sampler=sampler, steps=steps)
                     pipe.check_prompts(sampling, ["a caption"])

@@ -19,11 +19,8 @@ from torch.nn.functional import normalize
 
 from mmdit.embed import VectorEmbedding, timestep_features
 from mmdit.layers import scaled_dot_product
-from storage.files import commit_json
-from storage.text import read_json
-from storage.weights import check_tensors, open_folder, write_tensors
+from storage.modules import read_module, write_module
 
-CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 TIME_FEATURES = 128
 PROBE = "a picture"
 
@@ -131,31 +128,12 @@ class HalfUNet(nn.Module, ABC):
 
     def save(self, folder: Path) -> None:
         """Writes config and weights. OSError on failure."""
-        commit_json(folder / CONFIG, {"_class_name": type(self).__name__} | self.settings)
-        write_tensors(self.state_dict(), folder / f"{STEM}.safetensors")
+        write_module(self, self.settings, folder)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Reads what `save` wrote.
-
-        Returns:
-            The network in evaluation mode, float32, without gradients of its weights.
-
-        Raises:
-            FileNotFoundError, ValueError: in one line, if a file is missing, damaged or of another kind.
-        """
-        config = read_json(folder / CONFIG)
-        if (kind := config.pop("_class_name", None)) != cls.__name__:
-            other = f"a {kind}" if kind else "something else"
-            raise ValueError(f"{folder / CONFIG} describes {other}, not a {cls.__name__}")
-        try:
-            network = cls(**config)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder / CONFIG} is no whole config of a {cls.__name__}: {error}") from None
-        weights = open_folder(folder, STEM)
-        check_tensors(weights, {name: tuple(x.shape) for name, x in network.state_dict().items()}, "this config")
-        network.load_state_dict({name: weights[name].float() for name in weights})
-        return network.eval().requires_grad_(False)
+        """Reads what `save` wrote, without gradients of the weights; errors as `read_module`."""
+        return read_module(cls, folder).requires_grad_(False)
 
 
 @final

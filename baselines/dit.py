@@ -1,6 +1,5 @@
 """The classical transformers: DiT with text in context, and DiT with cross attention (Esser et al. 2024, §5.2.2)."""
 
-import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self, final
@@ -14,11 +13,7 @@ from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, times
 from mmdit.layers import DiTBlock, FinalLayer, Stream, modulate, scaled_dot_product, sub_layers
 from mmdit.model import TIME_FEATURES
 from mmdit.network import Condition, Network
-from storage.files import commit_json
-from storage.text import read_json
-from storage.weights import check_tensors, open_folder, shorten, write_tensors
-
-CONFIG, STEM = "config.json", "diffusion_pytorch_model"
+from storage.modules import read_module, write_module
 
 
 class DiffusionTransformer(Network, ABC):
@@ -168,41 +163,12 @@ class DiffusionTransformer(Network, ABC):
 
     def save(self, folder: Path) -> None:
         """Writes config and weights. OSError on failure."""
-        commit_json(folder / CONFIG, {"_class_name": type(self).__name__} | self.settings)
-        write_tensors(self.state_dict(), folder / f"{STEM}.safetensors")
+        write_module(self, self.settings, folder)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Reads what `save` wrote of a network of this class.
-
-        Returns:
-            The network in evaluation mode, float32.
-
-        Raises:
-            FileNotFoundError, ValueError: a file is missing, truncated or of another kind, or names or shapes do not
-                fit. The network is loaded whole or not at all.
-        """
-        network = cls(**cls._arguments(folder / CONFIG))
-        weights = open_folder(folder, STEM)
-        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        check_tensors(weights, wanted, f"this {cls.__name__}'s config")
-        network.load_state_dict(dict(weights))
-        return network.eval()
-
-    @classmethod
-    def _arguments(cls, file: Path) -> dict[str, Any]:
-        """The constructor's arguments in the file, all of them and nothing else."""
-        config = read_json(file)
-        kind = config.pop("_class_name", None)
-        if kind != cls.__name__:
-            raise ValueError(f"{file} describes a {kind}, not a {cls.__name__}")
-        names = inspect.signature(cls).parameters.keys()
-        if wrong := sorted(config.keys() ^ names):
-            raise ValueError(f"{file} must have the keys {', '.join(names)} and no others; fix {shorten(wrong)}")
-        wrong = [name for name, value in config.items() if type(value) is not (bool if name == "qk_norm" else int)]
-        if wrong:
-            raise ValueError(f"{file} has a value of the wrong type: {shorten(wrong)}")
-        return config
+        """Reads what `save` wrote of a network of this class; errors as `read_module`."""
+        return read_module(cls, folder)
 
 
 @final

@@ -32,7 +32,8 @@ Shape = tuple[int, ...]
 class Codec(ABC):
     """Pixels in [0, 1], (B, pixel_channels, H, W), to latents (B, channels, H/factor, W/factor) and back.
 
-    Latents come out normalised, (raw − shift)·scale, close to zero mean and unit variance; `decode` undoes it.
+    Latents come out normalised, (raw − shift)·scale, close to zero mean and unit variance; `decode` undoes it. Those of
+    a codec with a vocabulary are codes, whole numbers from 0 to vocabulary − 1.
     """
 
     channels: int
@@ -40,6 +41,7 @@ class Codec(ABC):
     factor: int
     shift: float
     scale: float
+    vocabulary: int = 0
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:

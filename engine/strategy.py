@@ -118,8 +118,8 @@ class Strategy:
 def checkpointed(forward: Callable[..., Any], context: Callable[[], Any]) -> Callable[..., Any]:
     """A block's forward pass whose activations are recomputed. A plain function: `compile` skips other callables."""
 
-    def recomputed(*inputs: Any) -> Any:
-        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=context)
+    def recomputed(*inputs: Any, **named: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=context, **named)
 
     return recomputed
 

@@ -62,6 +62,7 @@ class Objective:
     Attributes:
         outputs: channels of the network's output per channel of the latent.
         two_times: whether the network also takes the time at which a step ends.
+        discrete: whether latents are codes, and the network's output is their logits.
         extra_passes: forward passes of the network per picture, in addition to the usual one.
 
     Example:
@@ -79,6 +80,7 @@ class Objective:
 
     outputs: ClassVar[int] = 1
     two_times: ClassVar[bool] = False
+    discrete: ClassVar[bool] = False
     extra_passes: float = 0.0
 
     def __init__(

@@ -30,6 +30,7 @@ from flow.guidance import (
 )  # fmt: skip
 from flow.objective import Estimate, Model, Objective
 from flow.sampler import Callback, Denoiser, Noise
+from flow.variance import LearnedVariance
 from mmdit.control import Control, Controlled
 from mmdit.model import MMDiT
 from mmdit.network import Condition, Network
@@ -96,6 +97,11 @@ class Pipeline:
             given = getattr(network, key, None)
             if given != needed:
                 raise ValueError(f"the network's {key} is {given}, but codec, text and objective need {needed}")
+        if codec.vocabulary != (objective.outputs if objective.discrete else 0):
+            kinds = [
+                f"{n} codes" if n else "numbers" for n in (codec.vocabulary, objective.discrete * objective.outputs)
+            ]
+            raise ValueError(f"the codec's latents are {kinds[0]}, and the objective learns {kinds[1]}: make them fit")
         if objective.two_times and not network.two_times:
             raise ValueError(f"{type(objective).__name__} needs a network of two times: set network.two_times")
         if network.picture_channels % codec.channels:
@@ -293,6 +299,8 @@ class Pipeline:
             height, width = height or image.shape[-2], width or image.shape[-1]
         elif mask is not None:
             raise ValueError("a mask needs an image: give one, or leave the mask out")
+        if image is not None and self.objective.discrete:
+            raise ValueError("a model of codes writes a picture from its beginning: leave the image out")
         latent, walk, times = self.plan(sampling, shift, height, width, 1.0 if image is None else strength)
         draw = random_normals(seeds, (self.network.in_channels, *latent), self.device)
         noise = draw()
@@ -316,7 +324,7 @@ class Pipeline:
                 raise ValueError(f"the mask must have the picture's size, got {tuple(mask.shape[-2:])}")
             denoise = inpaint(estimate, x0, noise, covered)
         if callback:
-            callback(0, z, z)
+            callback(0, z, torch.zeros_like(z) if self.objective.discrete else z)
         z = walk(denoise, z, draw, callback)
         if not z.isfinite().all():  # it would give a black picture
             dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
@@ -463,7 +471,7 @@ class Pipeline:
             sampling.guidance,
             sampling.rescale,
             sampling.interval if free else NEVER,
-            None if self.objective.outputs == 1 else self.codec.channels,
+            self.codec.channels if isinstance(self.objective, LearnedVariance) else None,
             weak,
         ).at
 
@@ -489,6 +497,8 @@ class Pipeline:
             ValueError: in one line, if the size is impossible, or the sampling does not fit objective or network.
         """
         latent = self.latent_size(height, width)
+        if self.objective.discrete and sampling.steps != (count := self.codec.channels * latent[0] * latent[1]):
+            raise ValueError(f"this model writes {count} codes, one a step: give {count} steps, not {sampling.steps}")
         if not set(sampling.skip_layers) <= set(range(self.network.skippable)):
             raise ValueError(f"skip_layers must be blocks of an MMDiT, of which this network has "
                              f"{self.network.skippable}, got {sampling.skip_layers}")  # fmt: skip

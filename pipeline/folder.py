@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from data.latents import PREFIX as VAE_PREFIX
-from data.latents import VAE, Codec, load_codec
+from data.latents import VAE, Codec
+from data.latents import load_codec as load_continuous
 from data.sizes import SIZE_FEATURES
 from data.text.clip import CLIPText
 from data.text.encoder import TextEncoder
 from data.text.sd3 import SD3Text
+from data.text.words import Words
 from flow import path as paths
 from flow.describe import restore
 from flow.objective import Objective
@@ -30,8 +32,11 @@ from pipeline.networks import parts_of
 from pipeline.sampling import Sampling
 from storage.checksums import verify, write_checksums
 from storage.files import commit_json, replace_folder
+from storage.modules import CONFIG
 from storage.text import parse_json, read_json
 from storage.weights import DType, open_file
+from tokens import codec as codes
+from tokens.process import NextCode
 
 INDEX = "model_index.json"
 SIZED = "size_conditioning"  # in the index, if the network's pooled vector also holds sizes
@@ -151,8 +156,16 @@ def _read_folder(folder: Path, options: LoadOptions) -> Parts:
             raise ValueError(
                 f"{folder} has no encoders of Stable Diffusion 3: leave out text dtype, cache and sequence length"
             )
-        text = CLIPText(folder).to(options.text_device or options.device)
+        kind = CLIPText if "text_encoder" in index else Words
+        text = kind(folder).to(options.text_device or options.device)
     return Parts(network, objective, codec, text, sampling)
+
+
+def load_codec(folder: Path, dtype: DType | None = "float32") -> Codec:
+    """The codec of a folder: of codes (`tokens.codec.load`), or another (`data.latents.load_codec`)."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"no codec config at {folder / CONFIG}")
+    return codes.load(folder) or load_continuous(folder, dtype)
 
 
 def read_network(folder: Path, options: LoadOptions) -> tuple[Network, Objective, Codec]:
@@ -238,6 +251,8 @@ def _restored(config: Any, file: Path) -> tuple[Objective, Sampling]:
     if missing := sorted(OURS - config.keys()):
         raise ValueError(f"{file} lacks {', '.join(missing)}: another program or version wrote it; export it anew")
     try:
+        if vocabulary := config.get("vocabulary"):
+            return NextCode(vocabulary), Sampling(**config["sampling"])
         path, target = restore(paths.Path, config["path"]), restore(Target, config["target"])
         shifts = {"shift": config["shift"], "shift_area": config.get("shift_area")}
         for name, value in shifts.items():

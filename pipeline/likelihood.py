@@ -1,4 +1,4 @@
-"""Bits per dimension of pictures under a model: exact for a flow, a bound for a chain and for an autoencoder."""
+"""Bits per dimension of pictures: exact for codes, solved for a flow, a bound for a chain and for an autoencoder."""
 
 import math
 from collections.abc import Sequence
@@ -24,6 +24,8 @@ from flow.target import determinant
 from pipeline import Pipeline
 from pipeline.sampling import random_normals
 from storage.text import read_json
+from tokens.codec import Levels
+from tokens.process import NextCode
 
 TOLERANCE = 1e-4  # of a step of the solver; 1e-6 gives 0.002 bits more for digits and takes twelve times as long
 DRAWS = 64  # of latents, for the importance-weighted bound
@@ -31,7 +33,7 @@ DRAWS = 64  # of latents, for the importance-weighted bound
 
 def refuse(pipe: Pipeline, guidance: float) -> None:
     """ValueError, in one line, if a model has no likelihood of pictures."""
-    if not isinstance(pipe.codec, Pixels):
+    if not isinstance(pipe.codec, Pixels | Levels):
         raise ValueError("it works in an autoencoder's latents, whose likelihood is not that of pictures: "
                          "take a model of pixels")  # fmt: skip
     if guidance != 1 or pipe.network.guidance_embeds or pipe.weak or pipe.pulls:
@@ -40,7 +42,8 @@ def refuse(pipe: Pipeline, guidance: float) -> None:
     if pipe.network.two_times:
         raise ValueError("it has learned average velocities: take a model of velocities")
     path, target = pipe.objective.path, pipe.objective.target
-    for t in () if isinstance(path, Discrete) else torch.tensor([0.0, 1.0], dtype=torch.float64):
+    exact = isinstance(path, Discrete) or pipe.objective.discrete
+    for t in () if exact else torch.tensor([0.0, 1.0], dtype=torch.float64):
         if not 1e-9 < determinant(path, target, t).abs() < math.inf:
             raise ValueError(f"at t = {t:g} {type(target).__name__} does not determine picture and noise on its path: "
                              "train on V, or on rectified flow Velocity")  # fmt: skip
@@ -60,7 +63,7 @@ def bits(
     For a continuous path "ODE", ln p of the ODE (`flow.likelihood.log_likelihood`), and "bound", the integral over all
     noise levels (`flow.likelihood.continuous_bound`), both at the same pictures that are dequantised by uniform noise;
     the mean over that noise is an upper bound on the bits of the levels. For a chain "bound", all terms of it
-    (`flow.likelihood.variational_bound`).
+    (`flow.likelihood.variational_bound`). For a model of codes "exact", the sum of −ln p of its codes.
 
     Args:
         pipe: the model.
@@ -76,6 +79,11 @@ def bits(
     """
     refuse(pipe, 1.0)
     steps = on_levels(pixels, levels)
+    if isinstance(pipe.objective, NextCode):
+        codes, condition = pipe.codec.encode(steps).float().to(pipe.device), pipe.condition(captions)
+        with torch.no_grad():
+            nats = pipe.objective.nats(pipe.network(codes, codes.new_zeros(len(codes)), condition), codes)
+        return {"exact": bits_per_dimension(-nats.double().flatten(1).sum(1), pixels[0].numel(), 1.0)}
     assert isinstance(pipe.codec, Pixels)
     width, count = pipe.codec.width(levels), pixels[0].numel()
     denoise = pipe.denoiser(captions, "", replace(pipe.sampling, guidance=1.0, skip_layers=()), torch.ones(1))

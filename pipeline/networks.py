@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from baselines.dit import KINDS as TRANSFORMERS
+from baselines.dit import KINDS, CrossDiT, DiT
 from mmdit import checkpoint, control
 from mmdit.control import Control, Controlled
 from mmdit.model import MMDiT
 from mmdit.network import Network
 from storage.text import read_json
 from storage.weights import DType, dtype_of, open_folder
+from tokens.dalle import DALLE
+
+TRANSFORMERS: dict[str, type[DiT] | type[CrossDiT] | type[DALLE]] = {**KINDS, "DALLE": DALLE}  # by class name
 
 
 class Part(NamedTuple):
@@ -51,7 +54,7 @@ def parts_of(network: Network) -> dict[str, Part]:
     own: Any = network
     if type(network).__name__ == "UNet":
         return {"unet": Part(own.save, ["diffusers", "UNet2DConditionModel"])}
-    return {"transformer": Part(own.save, ["baselines.dit", type(network).__name__])}
+    return {"transformer": Part(own.save, [type(network).__module__, type(network).__name__])}
 
 
 def load(folder: Path, device: str, dtype: Callable[[torch.dtype], DType]) -> tuple[Network, DType]:

@@ -14,12 +14,15 @@ from flow import grid, sampler
 from flow.objective import Estimate, Objective
 from flow.reference import reference
 from flow.target import determinant
+from flow.variance import LearnedVariance
+from tokens.process import autoregressive
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
         sampler.euler, sampler.heun, sampler.midpoint, sampler.dpmpp_2m, reference,
         sampler.ddim, sampler.sde, sampler.pc, sampler.ddpm, sampler.edm, sampler.langevin, sampler.meanflow,
+        autoregressive,
     )
 }  # fmt: skip
 GRIDS: dict[str, Callable[..., Tensor]] = {
@@ -38,7 +41,8 @@ class Sampling:
         guidance: scale s of classifier-free guidance, y = y_null + s·(y_cond − y_null). 1 turns guidance off and halves
             the cost. Between 0 and 1 the prompt has less effect, and 0, the unconditional model, takes no prompt.
         sampler: euler, meanflow (for a network of two times), heun, midpoint, dpmpp_2m, reference, ddim, sde, pc, ddpm,
-            edm or langevin, with options after a colon, such as ddim:eta=1 or ddpm:variance=large.
+            edm, langevin or autoregressive (for a model of codes), with options after a colon, such as ddim:eta=1,
+            ddpm:variance=large or autoregressive:top_p=0.9.
         spacing: the time grid: trailing, flow_match (the released models'), leading, linspace, karras with options
             such as karras:sigma_max=80, or given with one time for each step: given:times=1/0.83/0.4.
         rescale: guidance rescale φ, 0 to 1.
@@ -117,6 +121,11 @@ class Sampling:
         """
         method = parse_choice(SAMPLERS, "sampler", self.sampler)
         grid = parse_choice(GRIDS, "spacing", self.spacing)
+        if objective.discrete != (self.method == autoregressive.__name__):
+            kind = (
+                "a model of codes, which sampler autoregressive writes" if objective.discrete else "no model of codes"
+            )
+            raise ValueError(f"sampler {self.sampler} does not fit: this is {kind}")
         if not 0 < strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
         times = grid(objective.path, self.steps, objective.shift if shift is None else shift)
@@ -140,7 +149,7 @@ class Sampling:
         def probe(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
             if not 1e-9 < determinant(objective.path, objective.target, t).abs() < math.inf:  # or NaN
                 raise ValueError(f"at t = {t:g} {target} does not determine picture and noise; train on V, say")
-            return Estimate(z, z, z if objective.outputs == 2 else None)
+            return Estimate(z, z, z if isinstance(objective, LearnedVariance) else None)
 
         try:  # a dry run on one pixel without a network finds everything that does not fit
             walk(probe, pixel, lambda: pixel)

@@ -11,7 +11,7 @@ from networks import inputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from baselines.dit import CONFIG, KINDS, STEM, DiffusionTransformer, DiT
+from baselines.dit import KINDS, DiffusionTransformer, DiT
 from data.text.clip import CLIPText
 from data.text.sd3 import SD3Text
 from flow.objective import Objective
@@ -19,6 +19,7 @@ from pipeline import LoadOptions, Pipeline
 from pipeline.export import as_folder
 from pipeline.folder import single_file
 from pipeline.sampling import Sampling
+from storage.modules import CONFIG, STEM
 
 WEIGHTS = f"{STEM}.safetensors"
 
@@ -55,7 +56,7 @@ def spoil_shape(folder: Path) -> None:
         (lambda folder: (folder / CONFIG).unlink(), "there is no .*config.json"),
         (lambda folder: (folder / CONFIG).write_text("{"), "is no JSON"),
         (lambda folder: change_config(folder, _class_name="CrossDiT"), "describes a CrossDiT, not a DiT"),
-        (lambda folder: change_config(folder, _class_name="gone"), "describes a None, not a DiT"),
+        (lambda folder: change_config(folder, _class_name="gone"), "describes something else, not a DiT"),
         (lambda folder: change_config(folder, depth=4), r"the weights do not fit this DiT's config: .* missing"),
         (lambda folder: change_config(folder, depth=2), "do not fit this DiT's config: .* left over"),
         (lambda folder: change_config(folder, depth="3"), "value of the wrong type: depth"),

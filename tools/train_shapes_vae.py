@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cli import Parser
 from data import shapes
-from data.latents import VAE
+from data.latents import VAE, Codec
 from storage.files import commit_json
 from storage.weights import write_tensors
 from training.autoencoder import Autoencoder, config, fit
@@ -36,9 +36,9 @@ def pictures(first: int, count: int) -> Tensor:
     return torch.from_numpy(np.stack(list(drawn))).movedim(-1, 1).contiguous()
 
 
-def report(vae: VAE, unseen: Tensor) -> None:
+def report(codec: Codec, unseen: Tensor) -> None:
     """Prints the error of decoded scenes, and the share in which the judge finds what was drawn."""
-    back = torch.cat([vae.decode(vae.encode(part / 255)) for part in unseen.split(100)])
+    back = torch.cat([codec.decode(codec.encode(part / 255)) for part in unseen.split(100)])
     error = (back - unseen / 255).square().mean((1, 2, 3))
     right = [
         shapes.fulfils(shapes.read(picture.movedim(0, -1).double().numpy()), shapes.scene(SEED, SCENES + i).request)

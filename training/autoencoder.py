@@ -1,4 +1,4 @@
-"""Training of an autoencoder of pictures: by the evidence lower bound, or by Stable Diffusion's loss."""
+"""Training of an autoencoder of pictures: by the evidence lower bound, Stable Diffusion's loss, or into codes."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,9 +12,11 @@ from tqdm import tqdm
 
 from flow.likelihood import discretised
 from storage.files import commit_path
+from tokens.vqvae import VQVAE
 
 Batch = Callable[[int], Tensor]  # step → pictures (B, C, H, W) in [−1, 1]
 DECAY, CLIP = 0.01, 1.0  # of AdamW, and the largest norm of a gradient
+COMMITMENT = 0.25  # β, the weight of the commitment to codes (van den Oord et al. 2017, §3.2)
 VGG = "vgg16-397923af.pth"
 KEPT = 500  # steps between two states on disk
 
@@ -49,7 +51,7 @@ class Loss(NamedTuple):
     """The two parts of an autoencoder's loss, summed over a picture, for each picture (B,)."""
 
     error: Tensor
-    divergence: Tensor  # of the posterior from N(0, I), in nats
+    penalty: Tensor  # divergence of the posterior from N(0, I), in nats; for codes the commitment
 
 
 def perceptual_network() -> nn.Module:
@@ -101,8 +103,26 @@ class Autoencoder(nn.Module):
         return Loss(-discretised(x, decoded, spread, 2 / (self.levels - 1), -1.0, 1.0), posterior.kl())
 
 
+class CodedAutoencoder(nn.Module):
+    """A `VQVAE` with its loss: the square error, and the commitment of its features to their codes.
+
+    Args:
+        vqvae: the network.
+    """
+
+    def __init__(self, vqvae: VQVAE) -> None:
+        super().__init__()
+        self.vqvae = vqvae
+
+    def forward(self, x: Tensor) -> Loss:
+        """The loss of pictures x (B, C, H, W) in [−1, 1] (van den Oord et al. 2017, eq. 3, without its second term)."""
+        made = self.vqvae(x)
+        # Both are means in the paper; a loss is summed over a picture here.
+        return Loss((made.pictures - x).square().flatten(1).sum(1), made.commitment * x[0].numel())
+
+
 def fit(
-    autoencoder: Autoencoder,
+    autoencoder: nn.Module,
     batch: Batch,
     steps: int,
     rate: float,
@@ -112,11 +132,11 @@ def fit(
     """Trains an autoencoder with AdamW and one cycle of the learning rate.
 
     Args:
-        autoencoder: on its device.
+        autoencoder: gives the `Loss` of pictures; on its device.
         batch: gives the pictures of a step. If it also seeds torch for the step, a resumed training is the same.
         steps: of the training.
         rate: the highest learning rate.
-        weight: of the divergence at a step.
+        weight: of the penalty at a step.
         state: a file that keeps the training every 500 steps and at its end; none keeps nothing.
 
     Raises:
@@ -135,14 +155,14 @@ def fit(
     bar = tqdm(range(first, steps), desc="autoencoder", unit="step", initial=first, total=steps)
     for step in bar:
         x = batch(step)
-        error, divergence = (part.mean() for part in autoencoder(x))
+        error, penalty = (part.mean() for part in autoencoder(x))
         optimizer.zero_grad()
-        ((error + weight(step) * divergence) / x[0].numel()).backward()
+        ((error + weight(step) * penalty) / x[0].numel()).backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), CLIP)
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0:
-            bar.set_postfix(error=f"{float(error) / x[0].numel():.4f}", nats=f"{float(divergence):.1f}")
+            bar.set_postfix(error=f"{float(error) / x[0].numel():.4f}", penalty=f"{float(penalty):.1f}")
         if state and ((step + 1) % KEPT == 0 or step + 1 == steps):
             content = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}
             commit_path(state, partial(torch.save, content))

@@ -1,0 +1,1 @@
+"""Pictures as codes: quantised autoencoders, and transformers that write one code after the other."""
