@@ -97,10 +97,9 @@ class Pipeline:
             given = getattr(network, key, None)
             if given != needed:
                 raise ValueError(f"the network's {key} is {given}, but codec, text and objective need {needed}")
-        if codec.vocabulary != (objective.outputs if objective.discrete else 0):
-            kinds = [
-                f"{n} codes" if n else "numbers" for n in (codec.vocabulary, objective.discrete * objective.outputs)
-            ]
+        learned = objective.outputs if objective.discrete else 0
+        if codec.vocabulary != learned:
+            kinds = [f"{count} codes" if count else "numbers" for count in (codec.vocabulary, learned)]
             raise ValueError(f"the codec's latents are {kinds[0]}, and the objective learns {kinds[1]}: make them fit")
         if objective.two_times and not network.two_times:
             raise ValueError(f"{type(objective).__name__} needs a network of two times: set network.two_times")

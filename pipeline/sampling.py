@@ -122,9 +122,7 @@ class Sampling:
         method = parse_choice(SAMPLERS, "sampler", self.sampler)
         grid = parse_choice(GRIDS, "spacing", self.spacing)
         if objective.discrete != (self.method == autoregressive.__name__):
-            kind = (
-                "a model of codes, which sampler autoregressive writes" if objective.discrete else "no model of codes"
-            )
+            kind = "a model of codes: take autoregressive" if objective.discrete else "no model of codes"
             raise ValueError(f"sampler {self.sampler} does not fit: this is {kind}")
         if not 0 < strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
