@@ -103,7 +103,7 @@ class Quantizer(nn.Module):
             commitment = torch.stack(errors).mean(0).reshape(batch, -1).mean(1)
             through = rows + (total - rows).detach()
             if self.training:
-                self._follow(torch.cat(inputs), torch.cat(codes))
+                self._follow(torch.stack(inputs, 1).flatten(0, 1), torch.stack(codes, 1).flatten())
         shape = {"b": batch, "h": height, "w": width}
         return Quantized(
             rearrange(through, "(b h w) d -> b d h w", **shape),
