@@ -62,6 +62,8 @@ class Network(nn.Module):
         picture_channels: channels of `Condition.picture`; 0 means that it takes no picture.
         level_embeds: whether it takes `Condition.level`.
         text_mask: whether it takes `Condition.mask`.
+        words: for a network that reads token numbers, how many there are; 0 for one that reads vectors.
+        text_length: tokens of every caption; 0 means any number.
     """
 
     in_channels: int
@@ -79,6 +81,8 @@ class Network(nn.Module):
     picture_channels: int = 0
     level_embeds: bool = False
     text_mask: bool = False
+    words: int = 0
+    text_length: int = 0
 
     CONDITION_FIELDS: ClassVar[dict[str, str]] = {
         "guidance": "guidance_embeds", "picture": "picture_channels", "level": "level_embeds", "mask": "text_mask",

@@ -93,8 +93,10 @@ class Pipeline:
             ("out_channels", codec.channels * objective.outputs),
             ("text_dim", text.tokens_dim),
             ("pooled_dim", text.pooled_dim + (SIZE_FEATURES if self.sized else 0)),
+            ("words", text.vocabulary),
+            ("text_length", text.length if getattr(network, "text_length", 0) else 0),
         ):
-            given = getattr(network, key, None)
+            given = getattr(network, key, None if needed else 0)
             if given != needed:
                 raise ValueError(f"the network's {key} is {given}, but codec, text and objective need {needed}")
         learned = objective.outputs if objective.discrete else 0

@@ -149,7 +149,8 @@ class DALLE(Network):
     def _next(self, codes: Tensor, condition: Condition) -> Tensor:
         """The logits of the code after these (B, n), at its place."""
         assert condition.mask is not None
-        count, version = codes.shape[1], self.head.weight._version
+        weight = self.head.weight
+        count, version = codes.shape[1], 0 if weight.is_inference() else weight._version
         given = condition.text, condition.mask, codes, version
         memory, self.memory = self.memory, None
         if memory and memory.begins(*given):
@@ -160,7 +161,7 @@ class DALLE(Network):
         hidden = self._run(inputs, cache)
         if count + 1 < self.length and not self.training:
             self.memory = Memory(*given, cache)
-        logits = nn.functional.linear(hidden[:, -1], self.head.weight[self.words :])
+        logits = nn.functional.linear(hidden[:, -1], weight[self.words :])
         place, depth = divmod(count, self.in_channels)
         side = self.sample_size
         result = logits.new_zeros(len(codes), self.in_channels, self.codes, side, side)

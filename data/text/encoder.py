@@ -44,11 +44,15 @@ class TextEncoder(ABC):
         tokens_dim: D, length of a token's vector.
         pooled_dim: P, length of a caption's pooled vector.
         slots: the place of each encoder's results; everything outside of them is zero.
+        vocabulary: for tokens that are numbers (D = 1), how many there are; 0 for vectors.
+        length: N; 0 where captions of one call decide it.
     """
 
     tokens_dim: int
     pooled_dim: int
     slots: tuple[Slot, ...]
+    vocabulary: int = 0
+    length: int = 0
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> Text:
