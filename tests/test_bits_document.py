@@ -31,8 +31,9 @@ def results(study: Steps, out: Path, bound: float) -> None:
         for name, value in BITS.items():
             for kind in KINDS.get(name, ["ODE", "bound"]):
                 more = 0.1 * (kind == "ELBO") + bound * (kind == "bound") + 0.0001 * seed * len(name)
-                rows["exact" if kind == "exact" else "bits"].append({"model": name, "folder": str(out / f"digits/{seed}/{name}"), "likelihood": kind,
-                             "bits_per_dim": value + more * (1 + 0.1 * seed), **same})  # fmt: skip
+                own = rows["exact" if kind == "exact" else "bits"]
+                own.append({"model": name, "folder": str(out / f"digits/{seed}/{name}"), "likelihood": kind,
+                            "bits_per_dim": value + more * (1 + 0.1 * seed), **same})  # fmt: skip
         for step, own in rows.items():
             folder = study.folder(f"digits/{seed}/{step}", out)
             folder.mkdir(parents=True)
@@ -49,7 +50,7 @@ def test_the_document_shows_every_model_and_asks_its_questions(study: Steps, tmp
         "| uniform code | – | 2.400 | 0.020 |",
         "| rectified flow, uniform t | ODE | 1.871 ± 0.001 | 0.020 |",
         "| autoencoder, plain digits | IWAE-64 | 2.100 ± 0.000 | 0.020 |",
-        "| levels one after the other, plain digits | exact | 1.700 ± 0.000 | 0.020 |",
+        "| levels one after the other, plain digits | exact | 1.701 ± 0.001 | 0.020 |",
     ):
         assert line in text
     table = text.split("| claim |")[1]
