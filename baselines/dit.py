@@ -1,9 +1,7 @@
 """The classical transformers: DiT with text in context, and DiT with cross attention (Esser et al. 2024, §5.2.2)."""
 
-import inspect
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import Any, Self, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +11,11 @@ from torch import Tensor, nn
 from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, timestep_features, unpatchify
 from mmdit.layers import DiTBlock, FinalLayer, Stream, modulate, scaled_dot_product, sub_layers
 from mmdit.model import TIME_FEATURES
-from mmdit.network import Condition, Network
-from storage.files import commit_json
-from storage.text import read_json
-from storage.weights import check_tensors, open_folder, shorten, write_tensors
-
-CONFIG, STEM = "config.json", "diffusion_pytorch_model"
+from mmdit.network import Condition
+from mmdit.stored import Stored
 
 
-class DiffusionTransformer(Network, ABC):
+class DiffusionTransformer(Stored, ABC):
     """The parts that both DiTs share with MMDiT: model(z, t, condition) → y, embeddings, positions, last layer.
 
     Args:
@@ -82,7 +76,7 @@ class DiffusionTransformer(Network, ABC):
                 f"sample_size must be a multiple of patch_size that fits the table of {pos_embed_max_size} patches, "
                 f"got sample_size {sample_size} and patch_size {patch_size}"
             )
-        self.settings: dict[str, Any] = sizes | {"qk_norm": qk_norm}
+        self.settings = sizes | {"qk_norm": qk_norm}
         self.in_channels, self.out_channels, self.text_dim, self.pooled_dim = (
             in_channels, out_channels, text_dim, pooled_dim,
         )  # fmt: skip
@@ -165,44 +159,6 @@ class DiffusionTransformer(Network, ABC):
         vector = F.silu(self.time(features) + self.pooled(condition.pooled.to(dtype)))  # b width
         image = self.run_blocks(text, image, vector, condition.mask)
         return unpatchify(self.final(image, vector), height, width, self.patch_size)  # b c h w
-
-    def save(self, folder: Path) -> None:
-        """Writes config and weights. OSError on failure."""
-        commit_json(folder / CONFIG, {"_class_name": type(self).__name__} | self.settings)
-        write_tensors(self.state_dict(), folder / f"{STEM}.safetensors")
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads what `save` wrote of a network of this class.
-
-        Returns:
-            The network in evaluation mode, float32.
-
-        Raises:
-            FileNotFoundError, ValueError: a file is missing, truncated or of another kind, or names or shapes do not
-                fit. The network is loaded whole or not at all.
-        """
-        network = cls(**cls._arguments(folder / CONFIG))
-        weights = open_folder(folder, STEM)
-        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        check_tensors(weights, wanted, f"this {cls.__name__}'s config")
-        network.load_state_dict(dict(weights))
-        return network.eval()
-
-    @classmethod
-    def _arguments(cls, file: Path) -> dict[str, Any]:
-        """The constructor's arguments in the file, all of them and nothing else."""
-        config = read_json(file)
-        kind = config.pop("_class_name", None)
-        if kind != cls.__name__:
-            raise ValueError(f"{file} describes a {kind}, not a {cls.__name__}")
-        names = inspect.signature(cls).parameters.keys()
-        if wrong := sorted(config.keys() ^ names):
-            raise ValueError(f"{file} must have the keys {', '.join(names)} and no others; fix {shorten(wrong)}")
-        wrong = [name for name, value in config.items() if type(value) is not (bool if name == "qk_norm" else int)]
-        if wrong:
-            raise ValueError(f"{file} has a value of the wrong type: {shorten(wrong)}")
-        return config
 
 
 @final

@@ -7,13 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from baselines.dit import KINDS as TRANSFORMERS
+from baselines.dit import CrossDiT, DiT
 from mmdit import checkpoint, control
 from mmdit.control import Control, Controlled
 from mmdit.model import MMDiT
 from mmdit.network import Network
+from mmdit.prior import Prior
+from mmdit.stored import Stored
 from storage.text import read_json
 from storage.weights import DType, dtype_of, open_folder
+
+STORED: dict[str, type[Stored]] = {kind.__name__: kind for kind in (DiT, CrossDiT, Prior)}  # by the name in config.json
 
 
 class Part(NamedTuple):
@@ -51,7 +55,7 @@ def parts_of(network: Network) -> dict[str, Part]:
     own: Any = network
     if type(network).__name__ == "UNet":
         return {"unet": Part(own.save, ["diffusers", "UNet2DConditionModel"])}
-    return {"transformer": Part(own.save, ["baselines.dit", type(network).__name__])}
+    return {"transformer": Part(own.save, [type(network).__module__, type(network).__name__])}
 
 
 def load(folder: Path, device: str, dtype: Callable[[torch.dtype], DType]) -> tuple[Network, DType]:
@@ -74,8 +78,8 @@ def load(folder: Path, device: str, dtype: Callable[[torch.dtype], DType]) -> tu
     place = folder / "transformer"
     held = dtype(open_folder(place, checkpoint.STEM).dtype)
     kind = read_json(place / checkpoint.CONFIG).get("_class_name")
-    if isinstance(kind, str) and kind in TRANSFORMERS:
-        return TRANSFORMERS[kind].load(place).to(device, dtype_of(held)), held
+    if isinstance(kind, str) and kind in STORED:
+        return STORED[kind].load(place).to(device, dtype_of(held)), held
     network = checkpoint.load(place, held, device)
     if (folder / control.FOLDER).is_dir():
         return Controlled(network, [Control(control.load(folder / control.FOLDER, held, device))]).eval(), held

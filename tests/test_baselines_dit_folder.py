@@ -11,10 +11,11 @@ from networks import inputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from baselines.dit import CONFIG, KINDS, STEM, DiffusionTransformer, DiT
+from baselines.dit import KINDS, DiffusionTransformer, DiT
 from data.text.clip import CLIPText
 from data.text.sd3 import SD3Text
 from flow.objective import Objective
+from mmdit.stored import CONFIG, STEM
 from pipeline import LoadOptions, Pipeline
 from pipeline.export import as_folder
 from pipeline.folder import single_file
