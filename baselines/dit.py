@@ -12,10 +12,10 @@ from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, times
 from mmdit.layers import DiTBlock, FinalLayer, Stream, modulate, scaled_dot_product, sub_layers
 from mmdit.model import TIME_FEATURES
 from mmdit.network import Condition
-from mmdit.stored import Stored
+from mmdit.saved import SavedNetwork
 
 
-class DiffusionTransformer(Stored, ABC):
+class DiffusionTransformer(SavedNetwork, ABC):
     """The parts that both DiTs share with MMDiT: model(z, t, condition) → y, embeddings, positions, last layer.
 
     Args:
@@ -250,6 +250,3 @@ class CrossDiT(DiffusionTransformer):
         for block in self.blocks:
             image = block(image, text, vector, mask)
         return image
-
-
-KINDS: dict[str, type[DiT] | type[CrossDiT]] = {"DiT": DiT, "CrossDiT": CrossDiT}  # by the class name in config.json

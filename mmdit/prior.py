@@ -8,7 +8,7 @@ from mmdit.embed import VectorEmbedding, timestep_features
 from mmdit.layers import Stream, scaled_dot_product
 from mmdit.model import TIME_FEATURES
 from mmdit.network import Condition
-from mmdit.stored import Stored
+from mmdit.saved import SavedNetwork
 
 ADDED = 4  # tokens behind the text: pooled vector, time, noised embedding, query
 
@@ -42,7 +42,7 @@ class CausalBlock(Stream):
         return x + self.mlp(self.norm_mlp(x))
 
 
-class Prior(Stored):
+class Prior(SavedNetwork):
     """model(z, t, condition) → y on embeddings, latents of 1 × 1, as `data.clip.CLIPImage` makes them.
 
     The sequence is [text tokens, pooled vector, time, noised embedding, query]. Each token attends to those before it

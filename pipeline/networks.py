@@ -13,11 +13,11 @@ from mmdit.control import Control, Controlled
 from mmdit.model import MMDiT
 from mmdit.network import Network
 from mmdit.prior import Prior
-from mmdit.stored import Stored
+from mmdit.saved import SavedNetwork
 from storage.text import read_json
 from storage.weights import DType, dtype_of, open_folder
 
-STORED: dict[str, type[Stored]] = {kind.__name__: kind for kind in (DiT, CrossDiT, Prior)}  # by the name in config.json
+SAVED: dict[str, type[SavedNetwork]] = {kind.__name__: kind for kind in (DiT, CrossDiT, Prior)}  # by name in its config
 
 
 class Part(NamedTuple):
@@ -78,8 +78,8 @@ def load(folder: Path, device: str, dtype: Callable[[torch.dtype], DType]) -> tu
     place = folder / "transformer"
     held = dtype(open_folder(place, checkpoint.STEM).dtype)
     kind = read_json(place / checkpoint.CONFIG).get("_class_name")
-    if isinstance(kind, str) and kind in STORED:
-        return STORED[kind].load(place).to(device, dtype_of(held)), held
+    if isinstance(kind, str) and kind in SAVED:
+        return SAVED[kind].load(place).to(device, dtype_of(held)), held
     network = checkpoint.load(place, held, device)
     if (folder / control.FOLDER).is_dir():
         return Controlled(network, [Control(control.load(folder / control.FOLDER, held, device))]).eval(), held

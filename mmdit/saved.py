@@ -12,7 +12,7 @@ from storage.weights import check_tensors, open_folder, shorten, write_tensors
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 
 
-class Stored(Network):
+class SavedNetwork(Network):
     """A network that is made anew from numbers: its class, the arguments of its constructor and its weights.
 
     An argument is a bool if its default is one, and otherwise an int.
