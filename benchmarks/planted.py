@@ -486,7 +486,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/prior.py", "pipeline_prior"): [
         ("(drawn * text).sum(-1).argmax(0)", "(drawn * text).sum(-1).argmin(0)"),
         ("(drawn * text).sum(-1).argmax(0)", "(drawn * text).sum(-1).mean(1).argmax().expand(len(text))"),
-        ("first * noise(), noise, None) / last", "first * noise(), noise, None) * 0.5 + 0.5 * noise()"),
+        ("first * noise(), noise, None) / last", "first * noise(), noise, None) / last + noise()"),
         ("latent, walk, times = pipe.plan(sampling)", "latent, walk, times = pipe.plan(pipe.sampling)"),
         ("pooled[:, slot.pooled].float()", "pooled[:, -wanted:].float()"),
     ],

@@ -11,42 +11,43 @@ from pipeline import Pipeline
 from pipeline.sampling import Sampling, random_normals
 
 
-@torch.inference_mode()
 def draw(
-    pipe: Pipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    candidates: int = 2,
-    sampling: Sampling | None = None,
+    pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], count: int = 2, sampling: Sampling | None = None
 ) -> Tensor:
-    """Draws an image embedding for each prompt, the best of several.
+    """Draws an image embedding for each prompt, the best of `count`: unit vectors (B, D). The rest as `candidates`."""
+    return best(candidates(pipe, prompts, seeds, count, sampling), text_embeddings(pipe, prompts))
+
+
+@torch.inference_mode()
+def candidates(
+    pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], count: int, sampling: Sampling | None = None
+) -> Tensor:
+    """Draws several image embeddings for each prompt.
 
     Args:
         pipe: a model whose codec is a `data.clip.CLIPImage`.
         prompts: B texts; an empty one is unconditional.
-        seeds: B seeds. The candidates of a prompt start one after the other from its generator, so that the first is
-            the one of `candidates=1`.
-        candidates: how many are drawn for each prompt.
+        seeds: B seeds. All draws of a prompt take their noise from one generator, one after the other, so that the
+            first is that of `count=1`.
+        count: draws for each prompt.
         sampling: sampler, steps and guidance; none means the model's own.
 
     Returns:
-        Unit vectors (B, D), on the network's device.
+        Unit vectors (count, B, D), on the network's device.
 
     Raises:
-        ValueError: in one line, if the model draws no embeddings, no text tower fits them, or there is no candidate.
+        ValueError: in one line, if the model draws no embeddings, or the count is below 1.
     """
     codec, sampling = pipe.codec, sampling or pipe.sampling
     if not isinstance(codec, CLIPImage):
         raise ValueError(f"this model draws latents of {type(codec).__name__}, not image embeddings of CLIPImage")
-    if candidates < 1:
-        raise ValueError(f"there must be at least 1 candidate for each prompt, got {candidates}")
-    text = text_embeddings(pipe, prompts)
+    if count < 1:
+        raise ValueError(f"there must be at least 1 draw for each prompt, got {count}")
     latent, walk, times = pipe.plan(sampling)
     estimate = pipe.denoiser(prompts, "", sampling, times)
     noise = random_normals(seeds, (codec.channels, *latent), pipe.device)
     first, last = (pipe.scale_at(t) for t in (times[0], times[-1]))
-    drawn = [codec.embedding(walk(estimate, first * noise(), noise, None) / last) for _ in range(candidates)]
-    return best(torch.stack(drawn), text)
+    return torch.stack([codec.embedding(walk(estimate, first * noise(), noise, None) / last) for _ in range(count)])
 
 
 def best(drawn: Tensor, text: Tensor) -> Tensor:
@@ -64,5 +65,7 @@ def text_embeddings(pipe: Pipeline, prompts: Sequence[str]) -> Tensor:
     wanted = pipe.codec.channels
     for slot in pipe.text.slots:
         if slot.pooled.stop - slot.pooled.start == wanted:
-            return normalize(pipe.text.encode(prompts).pooled[:, slot.pooled].float(), dim=-1).to(pipe.device)
+            with torch.inference_mode():
+                pooled = pipe.text.encode(prompts).pooled
+            return normalize(pooled[:, slot.pooled].float(), dim=-1).to(pipe.device)
     raise ValueError(f"no text tower has embeddings of {wanted} numbers, as the images have: take a CLIP's both towers")
