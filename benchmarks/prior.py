@@ -144,8 +144,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.tensor([row[0] for row in table[f"prior, guidance {scale:g}, {name}"]], dtype=torch.float64)
             for name in ("first draw", "best of two")
         )
-        gain, above = two - first, [int((part > text).sum()) for part in (first, two)]
-        print(f"guidance {scale:g}: best of two gains {gain.mean():+.4f} ± {gain.std():.4f}; "
+        gain, spread = two - first, (two - first).std(correction=int(len(pipes) > 1))
+        above = [int((part > text).sum()) for part in (first, two)]
+        print(f"guidance {scale:g}: best of two gains {gain.mean():+.4f} ± {spread:.4f}; "
               f"above the text in {above[0]} and {above[1]} of {len(pipes)} trainings")  # fmt: skip
 
 
