@@ -1,8 +1,7 @@
 """The classical transformers: DiT with text in context, and DiT with cross attention (Esser et al. 2024, §5.2.2)."""
 
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import Any, Self, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from mmdit.embed import VectorEmbedding, crop_centre, patchify, sincos_2d, timestep_features, unpatchify
 from mmdit.layers import DiTBlock, FinalLayer, Stream, modulate, scaled_dot_product, sub_layers
 from mmdit.model import TIME_FEATURES
-from mmdit.network import Condition, Network
-from storage.modules import read_module, write_module
+from mmdit.network import Condition
+from mmdit.saved import SavedNetwork
 
 
-class DiffusionTransformer(Network, ABC):
+class DiffusionTransformer(SavedNetwork, ABC):
     """The parts that both DiTs share with MMDiT: model(z, t, condition) → y, embeddings, positions, last layer.
 
     Args:
@@ -77,7 +76,7 @@ class DiffusionTransformer(Network, ABC):
                 f"sample_size must be a multiple of patch_size that fits the table of {pos_embed_max_size} patches, "
                 f"got sample_size {sample_size} and patch_size {patch_size}"
             )
-        self.settings: dict[str, Any] = sizes | {"qk_norm": qk_norm}
+        self.settings = sizes | {"qk_norm": qk_norm}
         self.in_channels, self.out_channels, self.text_dim, self.pooled_dim = (
             in_channels, out_channels, text_dim, pooled_dim,
         )  # fmt: skip
@@ -160,15 +159,6 @@ class DiffusionTransformer(Network, ABC):
         vector = F.silu(self.time(features) + self.pooled(condition.pooled.to(dtype)))  # b width
         image = self.run_blocks(text, image, vector, condition.mask)
         return unpatchify(self.final(image, vector), height, width, self.patch_size)  # b c h w
-
-    def save(self, folder: Path) -> None:
-        """Writes config and weights. OSError on failure."""
-        write_module(self, self.settings, folder)
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads what `save` wrote of a network of this class; errors as `read_module`."""
-        return read_module(cls, folder)
 
 
 @final
@@ -260,6 +250,3 @@ class CrossDiT(DiffusionTransformer):
         for block in self.blocks:
             image = block(image, text, vector, mask)
         return image
-
-
-KINDS: dict[str, type[DiT] | type[CrossDiT]] = {"DiT": DiT, "CrossDiT": CrossDiT}  # by the class name in config.json

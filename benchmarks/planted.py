@@ -263,6 +263,15 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("mmdit/lora.py", "mmdit_lora"): [
         ('up = up * layer.scaling["default"]', "up = up * 1.0"),
     ],
+    ("mmdit/prior.py", "mmdit_prior"): [
+        ("q[:, -kept:], k, v, mask[:, :, -kept:]", "q[:, -kept:], k, v, mask[:, :, :kept]"),
+        ("own.new_ones(length, length).tril()", "own.new_ones(length, length)"),
+        ("real[:, None, None]).logical_or(own)", "real[:, None, None])"),
+        ("F.pad(condition.mask, (0, ADDED), value=True)", "F.pad(condition.mask, (ADDED, 0), value=True)"),
+        ("self.mlp(self.norm_mlp(x))", "self.mlp(self.norm_attention(x))"),
+        ("nn.init.zeros_(self.out.weight)", "pass"),
+        ("self.largest = 1", "self.largest = 2"),
+    ],
     ("mmdit/checkpoint.py", "mmdit_checkpoint"): [
         ('"heads": width // norm[0]', '"heads": width // 64'),
         ("min(128, table * size)", "min(128, table)"),
@@ -286,6 +295,15 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/latents.py", "data_latents"): [
         ("q.logvar + 2 * math.log(self.scale)", "q.logvar + math.log(self.scale)"),
         ("(q.mean - self.shift) * self.scale", "q.mean * self.scale - self.shift"),
+    ],
+    ("data/clip.py", "data_clip"): [
+        ("pixels.to(self.mean)) - self.mean) / self.std", "pixels.to(self.mean)) - self.mean) * self.std"),
+        ("* self.std + self.mean, dim=-1)", "* self.std, dim=-1)"),
+        ("return (pixels - mean) / std", "return pixels - mean"),
+        ("tower(centred(pixels)).image_embeds, dim=-1", "tower(centred(pixels)).image_embeds, dim=0"),
+        ("found.std(0).float()", "found.std().float().expand(found.shape[1]).contiguous()"),
+        ('| {"mean": self.mean, "std": self.std}', ""),
+        ("autocast(pixels.device.type, enabled=False)", "autocast(pixels.device.type, enabled=True)"),
     ],
     ("data/store/samples.py", "data_stored data_stages data_sizes"): [
         ("np.searchsorted(ends, u * ends[-1]", "np.searchsorted(ends, u"),
@@ -464,6 +482,13 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("reward(denoise(z, t).x0)", "reward(denoise(z.detach(), t).x0)"),
         ("tensor(interval[1], dtype=torch.float64))[0] == 0", "tensor(interval[0], dtype=torch.float64))[0] == 0"),
         ("b / (a + b) <= BEFORE_NOISE", "t <= BEFORE_NOISE"),
+    ],
+    ("pipeline/prior.py", "pipeline_prior"): [
+        ("(drawn * text).sum(-1).argmax(0)", "(drawn * text).sum(-1).argmin(0)"),
+        ("(drawn * text).sum(-1).argmax(0)", "(drawn * text).sum(-1).mean(1).argmax().expand(len(text))"),
+        ("first * noise(), noise, None) / last", "first * noise(), noise, None) / last + noise()"),
+        ("latent, walk, times = pipe.plan(sampling)", "latent, walk, times = pipe.plan(pipe.sampling)"),
+        ("pooled[:, slot.pooled].float()", "pooled[:, -wanted:].float()"),
     ],
     ("pipeline/gradients.py", "sample_gradients"): [
         ("float(b / (a + b))", "float(t)"),

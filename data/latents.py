@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from data.codec import Codec as Codec
 from storage import configs, weights
 from storage.configs import described
 from storage.files import commit_json
@@ -27,53 +27,6 @@ NUMBERS = (  # of a VAE's config that building it does not check: key, type, and
 TILE = 1024  # pixels; the sample_size of SD3's VAE, which a single file does not contain
 
 Shape = tuple[int, ...]
-
-
-class Codec(ABC):
-    """Pixels in [0, 1], (B, pixel_channels, H, W), to latents (B, channels, H/factor, W/factor) and back.
-
-    Latents come out normalised, (raw − shift)·scale, close to zero mean and unit variance; `decode` undoes it. Those of
-    a codec with a vocabulary are codes, whole numbers from 0 to vocabulary − 1.
-    """
-
-    channels: int
-    pixel_channels: int
-    factor: int
-    shift: float
-    scale: float
-    vocabulary: int = 0
-
-    @abstractmethod
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Latents of pixels."""
-
-    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents of pixels; ValueError if the codec is deterministic."""
-        raise ValueError(f"{type(self).__name__} has no posterior to draw latents from: take their mean")
-
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels of latents, clamped to [0, 1]."""
-
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes the files that `load_codec` reads."""
-
-    @abstractmethod
-    def index(self) -> list[str]:
-        """Library and class, as in diffusers' `model_index.json`."""
-
-    def original_state(self) -> dict[str, Tensor]:
-        """Its tensors as released single files name them; none for a codec that these cannot hold."""
-        return {}
-
-    @abstractmethod
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that the latents depend on except the pixels, as JSON."""
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the weights, if any, to a device, on which it then computes and returns its results."""
-        return self
 
 
 class Pixels(Codec):
@@ -368,5 +321,10 @@ def load_codec(folder: Path, dtype: weights.DType | None = "float32") -> Codec:
                 return Pixels(config["channels"], config["shift_factor"], config["scaling_factor"])
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{folder / CONFIG} is no whole config of Pixels: {error}") from None
+        case "CLIPImage":
+            from data.clip import CLIPImage  # transformers is slow to import
+
+            return CLIPImage(folder)
         case other:
-            raise ValueError(f"{folder / CONFIG} describes a {other}, no codec of this project: AutoencoderKL, Pixels")
+            known = "AutoencoderKL, Pixels, CLIPImage"
+            raise ValueError(f"{folder / CONFIG} describes a {other}, no codec of this project: {known}")

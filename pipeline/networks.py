@@ -7,16 +7,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from baselines.dit import KINDS, CrossDiT, DiT
+from baselines.dit import CrossDiT, DiT
 from mmdit import checkpoint, control
 from mmdit.control import Control, Controlled
 from mmdit.model import MMDiT
 from mmdit.network import Network
+from mmdit.prior import Prior
+from mmdit.saved import SavedNetwork
 from storage.text import read_json
 from storage.weights import DType, dtype_of, open_folder
 from tokens.dalle import DALLE
 
-TRANSFORMERS: dict[str, type[DiT] | type[CrossDiT] | type[DALLE]] = {**KINDS, "DALLE": DALLE}  # by class name
+SAVED: dict[str, type[SavedNetwork]] = {kind.__name__: kind for kind in (DiT, CrossDiT, Prior, DALLE)}
+    kind.__name__: kind for kind in (DiT, CrossDiT, Prior, DALLE)
+}  # by name in its config
 
 
 class Part(NamedTuple):
@@ -77,8 +81,8 @@ def load(folder: Path, device: str, dtype: Callable[[torch.dtype], DType]) -> tu
     place = folder / "transformer"
     held = dtype(open_folder(place, checkpoint.STEM).dtype)
     kind = read_json(place / checkpoint.CONFIG).get("_class_name")
-    if isinstance(kind, str) and kind in TRANSFORMERS:
-        return TRANSFORMERS[kind].load(place).to(device, dtype_of(held)), held
+    if isinstance(kind, str) and kind in SAVED:
+        return SAVED[kind].load(place).to(device, dtype_of(held)), held
     network = checkpoint.load(place, held, device)
     if (folder / control.FOLDER).is_dir():
         return Controlled(network, [Control(control.load(folder / control.FOLDER, held, device))]).eval(), held

@@ -11,13 +11,14 @@ from networks import inputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from baselines.dit import KINDS, DiffusionTransformer, DiT
+from baselines.dit import DiffusionTransformer, DiT
 from data.text.clip import CLIPText
 from data.text.sd3 import SD3Text
 from flow.objective import Objective
 from pipeline import LoadOptions, Pipeline
 from pipeline.export import as_folder
 from pipeline.folder import single_file
+from pipeline.networks import SAVED
 from pipeline.sampling import Sampling
 from storage.modules import CONFIG, STEM
 
@@ -102,7 +103,7 @@ def test_it_is_saved_in_a_model_folder(kind, text: CLIPText, pipe: Pipeline, tmp
     index = json.loads((tmp_path / "model/model_index.json").read_text())
     assert (index["_class_name"], index["transformer"]) == ("Pipeline", ["baselines.dit", kind.__name__])
     back = Pipeline.load(tmp_path / "model")
-    assert type(back.network) is KINDS[kind.__name__] is kind
+    assert type(back.network) is SAVED[kind.__name__] is kind
     prompts = ["a handwritten seven", ""]
     assert torch.equal(back(prompts, [0, 1], height=10), ours(prompts, [0, 1], height=10))
     half = Pipeline.load(tmp_path / "model", LoadOptions(dtype="bfloat16"))

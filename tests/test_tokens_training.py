@@ -21,7 +21,7 @@ from tokens.codec import Levels
 from tokens.dalle import DALLE
 from tokens.process import NextCode
 
-OVERLAYS = ("digits", "shapes")
+OVERLAYS = ("digits", "shapes", "prior")
 DIGITS = ("--config", str(ROOT / "configs/tokens/digits.yaml"), "--text.folder", str(ROOT / "assets/digits/text"))
 SMALL = (*DIGITS, "--network.depth", "1", "--network.width", "16", "--network.heads", "1")
 

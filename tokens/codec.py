@@ -7,7 +7,8 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
-from data.latents import CONFIG, Codec
+from data.codec import Codec
+from data.latents import CONFIG
 from storage.files import commit_json
 from storage.modules import read_module, write_module
 from storage.text import read_json

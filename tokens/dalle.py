@@ -1,16 +1,15 @@
 """DALL·E 1: one stream of caption tokens and picture codes through a causal transformer (Ramesh et al. 2021, §2.2)."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self, final
+from typing import final
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from mmdit.network import Condition, Network
-from storage.modules import read_module, write_module
+from mmdit.network import Condition
+from mmdit.saved import SavedNetwork
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Memory:
 
 
 @final
-class DALLE(Network):
+class DALLE(SavedNetwork):
     """model(codes, t, condition) → logits of each code, given the caption and the codes before it.
 
     The stream is [N caption tokens | codes], row by row, the stack of a place in order. Each position predicts what
@@ -73,7 +72,7 @@ class DALLE(Network):
         heads: int = 2,
     ) -> None:
         super().__init__()
-        self.settings: dict[str, Any] = {
+        self.settings = {
             "stack": stack, "codes": codes, "sample_size": sample_size, "words": words, "text_length": text_length,
             "depth": depth, "width": width, "heads": heads,
         }  # fmt: skip
@@ -187,12 +186,3 @@ class DALLE(Network):
         """Embeddings (B, n, width) of codes, the first of which is number `first` of the picture."""
         where = (self.rows + self.columns + self.depths).flatten(0, 2)[first : first + codes.shape[1]]
         return self.transformer.embed_tokens(codes + self.words) + where
-
-    def save(self, folder: Path) -> None:
-        """Writes config and weights. OSError on failure."""
-        write_module(self, self.settings, folder)
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads what `save` wrote; errors as `read_module`."""
-        return read_module(cls, folder)
