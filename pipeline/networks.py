@@ -19,8 +19,6 @@ from storage.weights import DType, dtype_of, open_folder
 from tokens.dalle import DALLE
 
 SAVED: dict[str, type[SavedNetwork]] = {kind.__name__: kind for kind in (DiT, CrossDiT, Prior, DALLE)}
-    kind.__name__: kind for kind in (DiT, CrossDiT, Prior, DALLE)
-}  # by name in its config
 
 
 class Part(NamedTuple):
