@@ -43,7 +43,7 @@ class CLIPImage(Codec):
         FileNotFoundError, ValueError: in one line, if a file is missing, damaged or of another kind.
     """
 
-    pixel_channels = 3
+    pixel_channels, decodes = 3, False
     shift, scale = 0.0, 1.0  # mean and std are in their place
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

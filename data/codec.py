@@ -21,6 +21,7 @@ class Codec(ABC):
     shift: float
     scale: float
     vocabulary: int = 0
+    decodes: bool = True  # whether latents have pixels
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:

@@ -296,6 +296,8 @@ class Pipeline:
                 another kind, or an overflow.
         """
         sampling = sampling or self.sampling
+        if not self.codec.decodes:
+            raise ValueError("this model draws image embeddings, which have no pixels: see pipeline.prior.draw")
         if image is not None:
             height, width = height or image.shape[-2], width or image.shape[-1]
         elif mask is not None:

@@ -79,7 +79,7 @@ def test_what_draws_no_embeddings_is_refused_in_one_line(prior: Pipeline, pipe: 
         (lambda: draw(pipe, ["7"], [0]), "draws latents of Pixels, not image embeddings"),
         (lambda: text_embeddings(pipe, ["7"]), "no text tower has embeddings of 1 numbers"),
         (lambda: draw(prior, PROMPTS, range(3), 0), "at least 1 draw"),
-        (lambda: prior(PROMPTS, [0, 1, 2]), "an image embedding has no pixels"),
+        (lambda: prior(PROMPTS, [0, 1, 2]), "draws image embeddings, which have no pixels"),
         (lambda: prior.latent_size(2 * SIDE, None), "height must be at most 64"),
         (lambda: Pipeline(pipe.network, pipe.objective, *prior.parts[2:]), "in_channels is 1, but codec, text"),
     ]

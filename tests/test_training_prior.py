@@ -7,7 +7,7 @@ import torch
 import yaml
 from encoded import run
 from image_towers import written
-from trials import ROOT, assert_goes_on_to_the_bit, fit, lines, refused
+from trials import ROOT, assert_goes_on_to_the_bit, assert_two_learn_as_one, fit, lines, refused
 
 from data.clip import CLIPImage
 from data.store.reader import Store
@@ -62,9 +62,15 @@ def test_a_stopped_run_goes_on_to_the_bit(config: Path) -> None:
     assert_goes_on_to_the_bit(config, stopped=4)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_learn_as_one(config: Path, kind: str) -> None:
+    assert_two_learn_as_one(config, kind=kind)
+
+
 def test_what_does_not_fit_is_refused_in_one_line(config: Path, capsys: pytest.CaptureFixture) -> None:
     for flags, message in (
         (["--network.text_mask", "false"], "network.text_mask is False, but the data need True"),
+        (["--grid.prompts", "[a circle]"], "latents have no pixels to show: leave out grid.prompts"),
         (["--network.in_channels", "32"], "in_channels is 32, but codec, text and objective need 64"),
         (["--objective", "flow.variance.LearnedVariance", "--objective.path", "ImprovedCosine"], "out_channels is 64"),
     ):

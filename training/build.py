@@ -97,6 +97,8 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
         needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)
         how = "with" if data.sized else "without"
         raise ValueError(f"network.pooled_dim must be {needed} {how} data.size_conditioning, got {network.pooled_dim}")
+    if config.grid.prompts and not codec.decodes:
+        raise ValueError("this codec's latents have no pixels to show: leave out grid.prompts")
     for height, width in {(data.side, data.side), *data.sizes}:  # fails now if a size does not fit the patch size
         pipeline.plan(config.sampling, None, height, width)
     generator = Generator(
