@@ -82,6 +82,17 @@ def test_padding_is_learned_and_its_number_has_no_effect() -> None:
 
 
 @torch.no_grad()
+def test_codes_and_words_have_embeddings_of_their_own() -> None:
+    model, z = network(), codes()
+    condition = caption()._replace(mask=torch.zeros(2, 4).bool())  # no word is read
+    plain = model(z, torch.zeros(2), condition)
+    model.transformer.embed_tokens.weight[:7] += 1.0
+    assert torch.equal(model(z, torch.zeros(2), condition), plain)
+    model.transformer.embed_tokens.weight[7:] += torch.randn(5, 16)
+    assert not torch.equal(model(z, torch.zeros(2), condition), plain)
+
+
+@torch.no_grad()
 def test_step_by_step_the_logits_are_those_of_one_pass() -> None:
     model, condition, z = network(), caption(), codes()
     whole = in_order(model(z, torch.zeros(2), condition), 5)

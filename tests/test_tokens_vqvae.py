@@ -110,6 +110,7 @@ def test_a_flow_gets_normalised_vectors_and_decoding_moves_them_to_codes(tmp_pat
     torch.testing.assert_close(latents, (codec.vqvae.vectors(2 * x - 1) - 0.1) * 2.0)
     one = VQ(written("one", tmp_path / "one"), vectors=True)
     latents = one.encode(x)
+    torch.testing.assert_close(one.decode(latents), (one.vqvae(2 * x - 1).pictures / 2 + 0.5).clamp(0, 1))
     torch.testing.assert_close(one.decode(latents + 1e-4 * torch.randn_like(latents)), one.decode(latents))
     codec.save(tmp_path / "again")
     assert load_codec(tmp_path / "again").channels == 4

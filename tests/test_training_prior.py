@@ -62,9 +62,8 @@ def test_a_stopped_run_goes_on_to_the_bit(config: Path) -> None:
     assert_goes_on_to_the_bit(config, stopped=4)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_learn_as_one(config: Path, kind: str) -> None:
-    assert_two_learn_as_one(config, kind=kind)
+def test_two_processes_learn_as_one(config: Path) -> None:
+    assert_two_learn_as_one(config, "--run.precision", "32-true", kind="ddp")
 
 
 def test_what_does_not_fit_is_refused_in_one_line(config: Path, capsys: pytest.CaptureFixture) -> None:
