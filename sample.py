@@ -3,12 +3,14 @@
 `python sample.py pairs --model runs/digits --prompts FILE --num 12800 --out stores/pairs` writes pairs of noise and
 picture to train from. `python sample.py grid --model runs/digits --prompts FILE --steps 4` searches the best times for
 a few steps of Euler's method. `python sample.py prefer samples --rewards '[{class_path: RightShapes}]'` judges drawn
-pictures and writes choices between them to learn from.
+pictures and writes choices between them to learn from; `rerank` keeps the best of each prompt.
 """
 
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from cli import (
@@ -135,14 +137,14 @@ def search_grid(argv: list[str]) -> None:
             commit_json(args.out, {KEY: purpose, **settings, "found": found})
 
 
-def prefer_pictures(argv: list[str]) -> None:
-    """The command `prefer`."""
+def judge_pictures(name: str, argv: list[str]) -> None:
+    """The command `prefer` or `rerank`."""
+    from training import prefer
     from training.experiment import short_cause
-    from training.prefer import prefer
 
     with one_line_errors(*USER_ERRORS):
         try:
-            prefer(argv)
+            {"prefer": prefer.prefer, "rerank": prefer.rerank}[name](argv)
         except ValueError as error:
             raise ValueError(short_cause(str(error))) from None
 
@@ -185,7 +187,12 @@ def draw(argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"pairs": write_pairs, "grid": search_grid, "prefer": prefer_pictures}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "pairs": write_pairs,
+        "grid": search_grid,
+        "prefer": partial(judge_pictures, "prefer"),
+        "rerank": partial(judge_pictures, "rerank"),
+    }
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:

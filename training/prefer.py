@@ -1,4 +1,4 @@
-"""Choices between drawn pictures by rewards: `python sample.py prefer`."""
+"""Drawn pictures by their rewards: choices between them (`sample.py prefer`), the best of them (`sample.py rerank`)."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import Namespace
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data.raw.pictures import load_picture
+from data.raw.pictures import load_picture, save_png, sheet
 from flow.preference import DPO
 from pipeline.drawing import entries_in
-from storage.files import commit_bytes
+from storage.files import commit_bytes, commit_path
 from training.experiment import Parser
 from training.rewards import Reward, total
 
@@ -21,6 +21,11 @@ DESCRIPTION = """Judges the pictures of a folder by rewards and writes choices b
 
 The best picture is preferred to the worst, the second best to the second worst. Equally good ones are left out.
 encode.py makes a store of the choices, from which `judgement.loss: DPO` learns."""
+
+
+RERANKED = """Keeps the best pictures of each prompt by rewards, as DALL·E does by CLIP (Ramesh et al. 2021, §2.6).
+
+They are copied into another folder, with their settings and a sheet, one prompt a row and the best first."""
 
 
 class Rated(NamedTuple):
@@ -31,15 +36,13 @@ class Rated(NamedTuple):
     rewards: torch.Tensor  # (n,)
 
 
-def parsed(argv: list[str]) -> Namespace:
-    """The flags of the command, with the rewards built."""
-    p = Parser(prog="sample.py prefer", description=DESCRIPTION)
+def parser(name: str, description: str) -> Parser:
+    """What both commands are told: a folder, and the rewards."""
+    p = Parser(prog=f"sample.py {name}", description=description)
     p.add_argument("folder", type=Path, help="a folder that sample.py drew into, several pictures for each prompt")
     p.add_argument("--rewards", type=list[Reward], required=True,
                    help="as in judgement.rewards: '[{class_path: RightShapes}]'; several are added")  # fmt: skip
-    p.add_argument("--out", type=Path, help="the file of choices; default: FOLDER/choices.jsonl")
-    p.add_argument("--overwrite", action="store_true", help="replace the file")
-    return p.instantiate(p.parse_args(argv))
+    return p
 
 
 def groups(folder: Path) -> dict[str, list[str]]:
@@ -85,7 +88,10 @@ def choices(one: Rated) -> list[dict[str, Any]]:
 
 def prefer(argv: list[str]) -> None:
     """The command `prefer`."""
-    args = parsed(argv)
+    p = parser("prefer", DESCRIPTION)
+    p.add_argument("--out", type=Path, help="the file of choices; default: FOLDER/choices.jsonl")
+    p.add_argument("--overwrite", action="store_true", help="replace the file")
+    args = p.instantiate(p.parse_args(argv))
     out = args.out or args.folder / "choices.jsonl"
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out} exists: give --overwrite, or another --out")
@@ -98,3 +104,35 @@ def prefer(argv: list[str]) -> None:
     commit_bytes(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     mean = torch.cat([one.rewards for one in found]).mean()
     print(f"{len(rows)} choices from {len(found)} prompts are in {out}; the mean reward is {mean:.3f}")
+
+
+def rerank(argv: list[str]) -> None:
+    """The command `rerank`."""
+    p = parser("rerank", RERANKED)
+    p.add_argument("--keep", type=int, default=1, help="pictures of each prompt; default: 1")
+    p.add_argument("--out", type=Path, help="a folder that is not there yet; default: FOLDER/best")
+    args = p.instantiate(p.parse_args(argv))
+    out = args.out or args.folder / "best"
+    if args.keep < 1:
+        raise ValueError(f"--keep must be at least 1, got {args.keep}")
+    if out.exists():
+        raise FileExistsError(f"{out} exists: remove it, or give another --out")
+    few = {caption: len(files) for caption, files in groups(args.folder).items() if len(files) < args.keep}
+    if few:
+        caption, count = next(iter(few.items()))
+        raise ValueError(f"there are {count} pictures of {caption!r}: give --keep up to that")
+    found = list(judged(args.folder, args.rewards))
+    kept = [(one, one.rewards.argsort(descending=True, stable=True)[: args.keep].tolist()) for one in found]
+    files = [one.files[number] for one, numbers in kept for number in numbers]
+    out.mkdir(parents=True)
+    for file in files:
+        commit_bytes(out / file, (args.folder / file).read_bytes())
+    entries = {entry["file"]: entry for entry in entries_in(args.folder)}
+    text = json.dumps([entries[file] for file in files], indent=2, ensure_ascii=False) + "\n"
+    commit_bytes(out / "samples.json", text.encode())
+    first, *others = [load_picture(out / file, 3, None, None, 1) for file in files]
+    pictures = [first, *(F.interpolate(other, size=first.shape[-2:], mode="area") for other in others)]
+    commit_path(out / "sheet.png", lambda part: save_png(sheet(torch.cat(pictures), args.keep), part))
+    best = torch.cat([one.rewards[numbers] for one, numbers in kept]).mean()
+    print(f"{len(files)} of {sum(len(one.files) for one in found)} pictures are in {out}, their mean reward is "
+          f"{best:.3f}, that of all {torch.cat([one.rewards for one in found]).mean():.3f}")  # fmt: skip
