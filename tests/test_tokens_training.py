@@ -1,15 +1,22 @@
 """Models of codes through every door: training, model folder, samples, evaluation, likelihood; and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from trials import ROOT, assert_goes_on_to_the_bit, assert_two_learn_as_one, fit, refused, small
 
+import encode
 import evaluate
 import sample
+import train
 from data import digits
 from data.latents import Pixels
+from data.shapes import Shapes
+from data.store.encoding import Encoding, StoreEncoder
+from data.store.reader import Store
 from data.text.encoder import CutCaptions
 from data.text.words import Words
 from flow.objective import Objective
@@ -17,9 +24,10 @@ from mmdit.network import Condition
 from pipeline import Pipeline
 from pipeline.likelihood import bits
 from pipeline.sampling import Sampling
-from tokens.codec import Levels
+from tokens.codec import VQ, Levels, write_vqvae
 from tokens.dalle import DALLE
 from tokens.process import NextCode
+from tokens.vqvae import VQVAE
 
 OVERLAYS = ("digits", "shapes", "prior")
 DIGITS = ("--config", str(ROOT / "configs/tokens/digits.yaml"), "--text.folder", str(ROOT / "assets/digits/text"))
@@ -174,3 +182,38 @@ def test_words_are_token_numbers_with_their_mask_and_long_captions_are_named(tmp
     with pytest.raises(FileNotFoundError, match="is missing"):
         Words(tmp_path / "nowhere")
     assert Condition(tokens, pooled).text is tokens
+
+
+def test_the_shapes_train_from_a_store_of_codes_that_holds_them_exactly(tmp_path: Path) -> None:
+    content = yaml.safe_load((ROOT / "configs/tokens/shapes.yaml").read_text())
+    base = yaml.safe_load((ROOT / "configs/shapes.yaml").read_text())
+    content["encode"] |= {"store": str(tmp_path / "store"), "device": "cpu"}
+    content["encode"]["source"]["init_args"]["count"] = 30
+    content["data"]["init_args"] |= {"store": str(tmp_path / "store"), "batch_size": 8, "held_out": 6}
+    content["network"]["init_args"] |= {"depth": 1, "width": 16, "heads": 1}
+    content["text"]["init_args"]["folder"] = str(ROOT / "assets/shapes/text")
+    content["codec"]["init_args"]["path"] = str(ROOT / "assets/shapes/vq")
+    content["run"] |= {"folder": str(tmp_path / "run"), "steps": 4, "validate_every": 2, "checkpoint_every": 2}
+    base["optimization"]["warmup"], base["grid"], base["ema"] = 2, {"prompts": ["a large red circle"], "columns": 1}, {}
+    base["strategy"]["compile"] = False
+    for name, part in (("base", base), ("codes", content)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(part))
+    flags = ["--config", str(tmp_path / "base.yaml"), "--config", str(tmp_path / "codes.yaml")]
+    encode.main(flags)
+    store, codec = Store(tmp_path / "store"), VQ(ROOT / "assets/shapes/vq")
+    latents = store.latents(list(range(30))).float()
+    assert latents.max() > 100
+    assert torch.equal(latents, latents.round())
+    assert codec.decode(latents[:2]).shape == (2, 3, 64, 64)
+    train.main(["fit", *flags])
+    assert Pipeline.load(tmp_path / "run")(["a large red circle"], [0]).shape == (1, 3, 64, 64)
+
+
+def test_what_bfloat16_cannot_hold_is_not_stored(tmp_path: Path) -> None:
+    settings = Encoding(Shapes(count=4), tmp_path / "store", side=64, step=64)
+    words = Words(ROOT / "assets/shapes/text")
+    with pytest.raises(ValueError, match="token numbers below 257, and this tokenizer has 649"):
+        StoreEncoder(settings, VQ(ROOT / "assets/shapes/vq"), words)
+    write_vqvae(VQVAE(widths=(8,), codes=512), tmp_path / "vq", 0.0, 1.0)
+    with pytest.raises(ValueError, match="exact for codes below 257, and this codec has 512"):
+        StoreEncoder(replace(settings, text="captions"), VQ(tmp_path / "vq"), words)

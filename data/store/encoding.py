@@ -30,6 +30,7 @@ from data.store.samples import CHOICE, HINT
 from data.text.encoder import CutCaptions, Text, TextEncoder
 
 VERSION = 1  # of the plan
+EXACT = 257  # whole numbers from 0 that bfloat16 can hold, one after the other
 AHEAD = 4  # batches of pictures that are decoded in advance
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -106,7 +107,8 @@ class StoreEncoder:
         text: encodes captions.
 
     Raises:
-        ValueError: sizes do not fit the codec, or the folder holds a store of another plan.
+        ValueError: sizes do not fit the codec, codes or token numbers are too many for bfloat16, or the folder holds a
+            store of another plan.
     """
 
     def __init__(self, settings: Encoding, codec: Codec, text: TextEncoder) -> None:
@@ -117,6 +119,12 @@ class StoreEncoder:
             raise ValueError(
                 f"encode.step must be a multiple of {codec.factor}, the codec's factor, got {settings.step}"
             )
+        if codec.vocabulary > EXACT:
+            raise ValueError(f"a store is exact for codes below {EXACT}, and this codec has {codec.vocabulary}: take a "
+                             "smaller codebook, with more depth")  # fmt: skip
+        if settings.text == "encoded" and text.vocabulary > EXACT:
+            raise ValueError(f"a store is exact for token numbers below {EXACT}, and this tokenizer has "
+                             f"{text.vocabulary}: set encode.text to captions")  # fmt: skip
         if self.source.choices and settings.hint:
             raise ValueError("a choice between two pictures has no hint: leave encode.hint out")
         self.two = CHOICE if self.source.choices else HINT if settings.hint else None  # what two pictures are
