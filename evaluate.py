@@ -112,6 +112,7 @@ def settings_of(args: Namespace, pipes: dict[str, Pipeline]) -> list[Setting]:
                     sampling = sampling_of(args, pipe.sampling, sampler=sampler, steps=steps)
                     pipe.check_prompts(sampling, ["a caption"])
                     pipe.refuse_picture()
+                    pipe.check_drawn(False)
                     pipe.plan(sampling)
                 except ValueError as error:
                     raise ValueError(f"{name} cannot be sampled by {sampler} in {steps} steps: {error}") from None

@@ -6,10 +6,9 @@
 `codes` trains RQ-VAEs of four depths from scratch: with restarts of codes that are hardly used, without, and without
 but from a codebook that k-means made of the first features. For unseen scenes it prints the PSNR of the first depths,
 how many a judge still reads as drawn, the perplexity of the codes and their share in use. `rerank` draws several
-pictures for each prompt of every category,
-keeps the one whose CLIP embedding lies nearest to that of the prompt, as DALL·E does (Ramesh et al. 2021, §2.6), and
-prints the share of right ones; beside it the share of prompts of which any picture is right, the most that a reranking
-can reach.
+pictures for each prompt of every category and keeps the one whose CLIP embedding lies nearest to that of the prompt, as
+DALL·E does (Ramesh et al. 2021, §2.6). It prints the share of right ones, and that of prompts of which any picture is
+right, the most that a reranking can reach.
 """
 
 import argparse

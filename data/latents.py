@@ -326,5 +326,5 @@ def load_codec(folder: Path, dtype: weights.DType | None = "float32") -> Codec:
 
             return CLIPImage(folder)
         case other:
-            known = "AutoencoderKL, Pixels, CLIPImage"
+            known = "AutoencoderKL, Pixels, CLIPImage, VQVAE, Levels"
             raise ValueError(f"{folder / CONFIG} describes a {other}, no codec of this project: {known}")

@@ -88,6 +88,9 @@ class Network(nn.Module):
         "guidance": "guidance_embeds", "picture": "picture_channels", "level": "level_embeds", "mask": "text_mask",
     }  # fmt: skip
 
+    def forget(self) -> None:
+        """Drops what the network keeps between the calls of one drawing, if anything."""
+
     def check_condition(self, condition: Condition) -> None:
         """ValueError unless the condition has the fields that this network takes, and no others except a mask."""
         for field, name in self.CONDITION_FIELDS.items():

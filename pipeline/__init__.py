@@ -208,6 +208,18 @@ class Pipeline:
         if self.network.picture_channels:
             raise ValueError("this model works from a picture, and this command has none: use sample.py --picture")
 
+    def refuse_codes(self) -> None:
+        """ValueError if the model writes codes, for commands that need a path."""
+        if self.objective.discrete:
+            raise ValueError("this model writes codes, and this command walks a path: take another model")
+
+    def check_drawn(self, image: bool) -> None:
+        """ValueError if the model draws no pictures, or has an image to start from and cannot."""
+        if not self.codec.decodes:
+            raise ValueError("this model draws image embeddings, which have no pixels: see pipeline.prior.draw")
+        if image and self.objective.discrete:
+            raise ValueError("a model of codes writes a picture from its beginning: leave the image out")
+
     def check_alike(self, other: "Pipeline", name: str) -> None:
         """ValueError, in one line with the other's name, if a second model has another path or other latents."""
         for what, own, theirs in (
@@ -296,14 +308,11 @@ class Pipeline:
                 another kind, or an overflow.
         """
         sampling = sampling or self.sampling
-        if not self.codec.decodes:
-            raise ValueError("this model draws image embeddings, which have no pixels: see pipeline.prior.draw")
+        self.check_drawn(image is not None)
         if image is not None:
             height, width = height or image.shape[-2], width or image.shape[-1]
         elif mask is not None:
             raise ValueError("a mask needs an image: give one, or leave the mask out")
-        if image is not None and self.objective.discrete:
-            raise ValueError("a model of codes writes a picture from its beginning: leave the image out")
         latent, walk, times = self.plan(sampling, shift, height, width, 1.0 if image is None else strength)
         draw = random_normals(seeds, (self.network.in_channels, *latent), self.device)
         noise = draw()
@@ -328,7 +337,10 @@ class Pipeline:
             denoise = inpaint(estimate, x0, noise, covered)
         if callback:
             callback(0, z, torch.zeros_like(z) if self.objective.discrete else z)
-        z = walk(denoise, z, draw, callback)
+        try:
+            z = walk(denoise, z, draw, callback)
+        finally:
+            self.network.forget()
         if not z.isfinite().all():  # it would give a black picture
             dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
             raise ValueError(f"the network overflowed in {dtype}: take bfloat16 or float32, or less guidance")
@@ -502,6 +514,8 @@ class Pipeline:
         latent = self.latent_size(height, width)
         if self.objective.discrete and sampling.steps != (count := self.codec.channels * latent[0] * latent[1]):
             raise ValueError(f"this model writes {count} codes, one a step: give {count} steps, not {sampling.steps}")
+        if self.objective.discrete and (sampling.rescale or shift not in (None, 1.0)):
+            raise ValueError("rescale and shift do nothing for codes: leave them out")
         if not set(sampling.skip_layers) <= set(range(self.network.skippable)):
             raise ValueError(f"skip_layers must be blocks of an MMDiT, of which this network has "
                              f"{self.network.skippable}, got {sampling.skip_layers}")  # fmt: skip

@@ -53,6 +53,7 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
     given = input_pictures(args, pipe)
     sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
     height, width = given["image"].shape[-2:] if "image" in given else (args.height, args.width)
+    pipe.check_drawn("image" in given)
     warn_of_learned(args, path, sampling)
     pipe = autoguided(pipe, args.autoguidance, options)
     refiner = refiner_of(args)

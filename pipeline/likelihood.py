@@ -80,6 +80,8 @@ def bits(
     refuse(pipe, 1.0)
     steps = on_levels(pixels, levels)
     if isinstance(pipe.objective, NextCode):
+        if pipe.codec.vocabulary != levels:
+            raise ValueError(f"this model writes {pipe.codec.vocabulary} levels, and these pictures have {levels}")
         codes, condition = pipe.codec.encode(steps).float().to(pipe.device), pipe.condition(captions)
         with torch.no_grad():
             nats = pipe.objective.nats(pipe.network(codes, codes.new_zeros(len(codes)), condition), codes)

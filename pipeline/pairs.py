@@ -128,6 +128,7 @@ class PairMaker:
         if how.inverted:
             captions.check_invertible((height, width), pipe.codec.fingerprint())
             how.sampling.walk(pipe.objective, pipe.shift(), backward=True)
+        pipe.refuse_codes()
         plan = {
             "version": VERSION,
             "codec": pipe.codec.fingerprint(),

@@ -78,6 +78,7 @@ class GridSearch:
     """
 
     def __init__(self, pipe: Pipeline, captions: Captions, request: Request) -> None:
+        pipe.refuse_codes()
         self.pipe, self.captions, self.request = pipe, captions, request
         self.path = pipe.objective.path
         self.latent, _, self.times = pipe.plan(request.spaced(request.fine))

@@ -16,9 +16,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def write_module(module: nn.Module, settings: dict[str, Any], folder: Path) -> None:
-    """Writes a module's class, arguments and tensors. OSError on failure."""
-    commit_json(folder / CONFIG, {"_class_name": type(module).__name__} | settings)
+    """Writes a module's tensors, then its class and arguments. OSError on failure."""
     write_tensors(module.state_dict(), folder / f"{STEM}.safetensors")
+    commit_json(folder / CONFIG, {"_class_name": type(module).__name__} | settings)
 
 
 def read_module(kind: type[M], folder: Path) -> M:
@@ -42,8 +42,9 @@ def read_module(kind: type[M], folder: Path) -> M:
         raise ValueError(f"{file} has a value of the wrong type: {shorten(wrong)}")
     try:
         module = kind(**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no whole config of a {kind.__name__}: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # the last for sizes beyond all memory
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} is no whole config of a {kind.__name__}: {reason}") from None
     weights = open_folder(folder, STEM)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_tensors(weights, wanted, f"this {kind.__name__}'s config")

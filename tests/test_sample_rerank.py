@@ -32,11 +32,22 @@ def rerank(*flags: object) -> None:
 
 
 def test_the_best_of_each_prompt_come_first_as_they_were(drawn: Path, capsys: pytest.CaptureFixture) -> None:
+    (drawn / "two_1.png").write_bytes((drawn / "two_0.png").read_bytes())
+    entries = json.loads((drawn / "samples.json").read_text())
+    entries.append({"file": "two_1.png", "prompt": "two", "seed": 1})
+    (drawn / "samples.json").write_text(json.dumps(entries))
     rerank(drawn, *INK, "--keep", 2)
     best = drawn / "best"
     entries = json.loads((best / "samples.json").read_text())
-    assert [entry["file"] for entry in entries] == ["zero_1.png", "zero_3.png", "one_0.png", "one_1.png"]
-    assert [entry["seed"] for entry in entries] == [1, 3, 0, 1]
+    assert [entry["file"] for entry in entries] == [
+        "zero_1.png",
+        "zero_3.png",
+        "one_0.png",
+        "one_1.png",
+        "two_0.png",
+        "two_1.png",
+    ]
+    assert [entry["seed"] for entry in entries] == [1, 3, 0, 1, 0, 1]
     assert sorted(file.name for file in best.iterdir()) == sorted(
         ["samples.json", "sheet.png", *(entry["file"] for entry in entries)]
     )
@@ -45,19 +56,19 @@ def test_the_best_of_each_prompt_come_first_as_they_were(drawn: Path, capsys: py
     with Image.open(best / "sheet.png") as image:
         levels = set(np.unique(np.asarray(image.convert("L"))).tolist())
     assert {204, 153, 90, 80} <= levels
-    assert "4 of 6 pictures" in capsys.readouterr().out
+    assert "6 of 8 pictures" in capsys.readouterr().out
 
 
 def test_one_is_kept_by_default_and_the_folder_can_be_named(drawn: Path, tmp_path: Path) -> None:
     rerank(drawn, "--rewards", '[{"class_path": "Ink", "init_args": {"weight": -1}}]', "--out", tmp_path / "few")
-    assert {file.name for file in (tmp_path / "few").glob("*_*.png")} == {"zero_0.png", "one_1.png"}
+    assert {file.name for file in (tmp_path / "few").glob("*_*.png")} == {"zero_0.png", "one_1.png", "two_0.png"}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--keep", "0"], "--keep must be at least 1, got 0"),
-        (["--keep", "3"], "there are 2 pictures of 'one': give --keep up to that"),
+        (["--keep", "2"], "there are 1 pictures of 'two': give --keep up to that"),
         (["--out", "."], "exists: remove it, or give another --out"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.strategy import Strategy
 from mmdit.network import Condition
-from tokens.dalle import DALLE
+from tokens.dalle import DALLE, rotary
 from tokens.process import NextCode
 
 SIZES = {"stack": 2, "codes": 5, "sample_size": 2, "words": 7, "text_length": 4, "depth": 2, "width": 16, "heads": 2}
@@ -127,7 +127,7 @@ def test_the_memory_is_used_and_only_for_the_same_beginning_and_weights() -> Non
     assert runs[-1] == 4 + 4
     condition = caption()
     ask(4, other, condition)
-    model.head.weight.mul_(2)
+    model.blocks[0].mlp.up_proj.weight.mul_(2)
     found = ask(5, other, condition)
     assert runs[-1] == 4 + 5
     torch.testing.assert_close(found, in_order(model(other, torch.zeros(2), condition), 5)[:, 5], atol=1e-5, rtol=1e-5)
@@ -141,6 +141,15 @@ def test_the_probabilities_of_all_pictures_add_up_to_one() -> None:
     nats = objective.nats(model(pictures, torch.zeros(16), condition), pictures).flatten(1).sum(1)
     torch.testing.assert_close((-nats).exp().sum(), torch.tensor(1.0))
     assert nats.std() > 0
+
+
+def test_positions_turn_as_llama_s_and_in_float32_whatever_the_weights() -> None:
+    model, positions = network(), torch.arange(500)[None]
+    for ours, theirs in zip(rotary(positions, 8, torch.float32), model.transformer.rotary_emb(torch.ones(1), positions),
+                            strict=True):  # fmt: skip
+        torch.testing.assert_close(ours, theirs)
+    for half, whole in zip(rotary(positions, 8, torch.bfloat16), rotary(positions, 8, torch.float32), strict=True):
+        assert torch.equal(half, whole.bfloat16())
 
 
 def test_checkpointing_recomputes_the_same_gradient() -> None:

@@ -94,6 +94,8 @@ def test_its_likelihood_is_the_exact_code_length(writer: Path) -> None:
     shares = pipe.network(codes.float(), torch.zeros(4), pipe.condition(captions)).log_softmax(1)
     each = -shares.gather(1, codes).flatten(1).sum(1) / torch.tensor(2.0).log() / 64
     torch.testing.assert_close(found.float(), each)
+    with pytest.raises(ValueError, match="writes 17 levels, and these pictures have 9"):
+        bits(pipe, pixels.round(), captions, 9, range(4))
 
 
 def test_evaluation_takes_as_many_steps_as_there_are_codes(writer: Path, tmp_path: Path, capsys) -> None:
@@ -111,6 +113,10 @@ def test_evaluation_takes_as_many_steps_as_there_are_codes(writer: Path, tmp_pat
         (["--steps", "8"], "writes 64 codes, one a step: give 64 steps, not 8"),
         (["--size", "16"], "must be a multiple of 8"),
         (["--sampler", "autoregressive:top_p=2"], "top_p must be above 0 and at most 1"),
+        (["--spacing", "karras"], "codes are written from t = 1 to t = 0: take spacing trailing"),
+        (["--rescale", "0.5"], "rescale and shift do nothing for codes"),
+        (["--shift", "3"], "rescale and shift do nothing for codes"),
+        (["--image", str(ROOT / "docs/digits.png")], "writes a picture from its beginning: leave the image out"),
     ],
 )
 def test_settings_that_do_not_fit_end_in_one_line(
@@ -123,6 +129,41 @@ def test_settings_that_do_not_fit_end_in_one_line(
     error = capsys.readouterr().err
     assert (end.value.code, error.count("\n")) == (2, 1)
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["pairs", "--num", "4", "--out"], "writes codes, and this command walks a path"),
+        (["grid", "--steps", "4", "--num", "8", "--out"], "writes codes, and this command walks a path"),
+    ],
+)
+def test_commands_that_walk_a_path_are_refused(
+    writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command: list[str], message: str
+) -> None:
+    (tmp_path / "prompts.txt").write_text("zero\none\n")
+    with pytest.raises(SystemExit) as end:
+        sample.main(
+            [*command, str(tmp_path / "out"), "--model", str(writer), "--prompts", str(tmp_path / "prompts.txt")]
+        )
+    error = capsys.readouterr().err
+    assert (end.value.code, error.count("\n")) == (2, 1)
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_drawing_leaves_no_memory(writer: Path) -> None:
+    pipe = Pipeline.load(writer)
+    assert isinstance(pipe.network, DALLE)
+
+    def stop(done: int, z: torch.Tensor, x0: torch.Tensor) -> None:
+        if done == 3:
+            assert pipe.network.memory is not None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe(["a seven"], [0], callback=stop)
+    assert pipe.network.memory is None
 
 
 def test_a_picture_to_start_from_is_refused(writer: Path) -> None:
@@ -212,7 +253,7 @@ def test_the_shapes_train_from_a_store_of_codes_that_holds_them_exactly(tmp_path
 def test_what_bfloat16_cannot_hold_is_not_stored(tmp_path: Path) -> None:
     settings = Encoding(Shapes(count=4), tmp_path / "store", side=64, step=64)
     words = Words(ROOT / "assets/shapes/text")
-    with pytest.raises(ValueError, match="token numbers below 257, and this tokenizer has 649"):
+    with pytest.raises(ValueError, match="a store holds no token numbers"):
         StoreEncoder(settings, VQ(ROOT / "assets/shapes/vq"), words)
     write_vqvae(VQVAE(widths=(8,), codes=512), tmp_path / "vq", 0.0, 1.0)
     with pytest.raises(ValueError, match="exact for codes below 257, and this codec has 512"):

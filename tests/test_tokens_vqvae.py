@@ -115,8 +115,24 @@ def test_a_flow_gets_normalised_vectors_and_decoding_moves_them_to_codes(tmp_pat
     codec.save(tmp_path / "again")
     assert load_codec(tmp_path / "again").channels == 4
     assert load_codec(tmp_path / "again").fingerprint() != VQ(tmp_path).fingerprint()
+    write_vqvae(codec.vqvae, tmp_path / "other", 0.1, 3.0, True)
+    assert load_codec(tmp_path / "other").fingerprint() != codec.fingerprint()
+    with pytest.raises(ValueError, match="sides must be multiples of 4"):
+        codec.encode(torch.rand(1, 1, 9, 8))
     with pytest.raises(ValueError, match="has two levels, whose vectors have two sizes"):
         VQ(written("two", tmp_path / "two"), vectors=True)
+
+
+def change(folder: Path, **settings: int) -> None:
+    held = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(held | settings))
+
+
+def test_the_config_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.modules.write_tensors", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        written("one", tmp_path)
+    assert not (tmp_path / CONFIG).exists()
 
 
 @pytest.mark.parametrize(
@@ -124,6 +140,14 @@ def test_a_flow_gets_normalised_vectors_and_decoding_moves_them_to_codes(tmp_pat
     [
         (lambda folder: (folder / LATENTS).unlink(), "there is no .*latents.json"),
         (lambda folder: (folder / LATENTS).write_text('{"vectors": false}'), "must hold shift_factor, scaling_factor"),
+        (
+            lambda folder: (folder / LATENTS).write_text(
+                json.dumps({"vectors": "false", "shift_factor": 0, "scaling_factor": 1})
+            ),
+            "must hold shift_factor",
+        ),
+        (lambda folder: change(folder, codes=10**13), "no whole config of a VQVAE"),
+        (lambda folder: change(folder, codes=1), "a codebook needs at least 2 codes, got 1"),
         (lambda folder: (folder / CONFIG).unlink(), "no codec config at"),
         (lambda folder: (folder / CONFIG).write_text('{"_class_name": "VQGAN"}'), "describes a VQGAN, no codec"),
         (lambda folder: (folder / f"{STEM}.safetensors").write_bytes(b"short"), "truncated or no safetensors"),

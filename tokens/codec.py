@@ -40,7 +40,7 @@ class Levels(Codec):
     shift, scale = 0.0, 1.0
 
     def __init__(self, levels: int = 256, channels: int = 3) -> None:
-        if channels not in (1, 3) or not 2 <= levels <= 256:
+        if channels not in (1, 3) or type(levels) is not int or not 2 <= levels <= 256:
             raise ValueError(f"the codec needs 1 or 3 channels and 2 to 256 levels, got {channels} and {levels}")
         self.channels = self.pixel_channels = channels
         self.vocabulary = levels
@@ -124,6 +124,8 @@ class VQ(Codec):
 
     def fingerprint(self) -> dict[str, Any]:
         config = {"vectors": self.given, **self.vqvae.settings}
+        if self.given:
+            config |= {"shift_factor": self.shift, "scaling_factor": self.scale}
         return {"class": "VQ", "weights": digest(self.vqvae.state_dict()), "config": config}
 
 
@@ -145,7 +147,9 @@ def read_latents(folder: Path) -> tuple[float, float, bool]:
     """Shift, scale and `vectors` as `write_vqvae` was given them; ValueError in one line if they are damaged."""
     held = read_json(folder / LATENTS)
     try:
-        return float(held["shift_factor"]), float(held["scaling_factor"]), bool(held["vectors"])
+        if type(held["vectors"]) is not bool:
+            raise ValueError
+        return float(held["shift_factor"]), float(held["scaling_factor"]), held["vectors"]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{folder / LATENTS} must hold shift_factor, scaling_factor and vectors") from None
 

@@ -1,7 +1,7 @@
 """DALL·E 1: one stream of caption tokens and picture codes through a causal transformer (Ramesh et al. 2021, §2.2)."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from einops import rearrange
@@ -81,22 +81,19 @@ class DALLE(SavedNetwork):
                              f"heads, got {self.settings}")  # fmt: skip
         self.in_channels, self.out_channels = stack, stack * codes
         self.sample_size = self.unit = self.largest = sample_size
-        self.depth, self.width = depth, width
+        self.depth, self.width, self.heads = depth, width, heads
         self.codes, self.words, self.text_length = codes, words, text_length
         self.length = stack * sample_size**2
-        self.transformer = LlamaModel(
-            LlamaConfig(
-                vocab_size=words + codes,
-                hidden_size=width,
-                intermediate_size=4 * width * 2 // 3 // 8 * 8,  # as many weights as two matrices of 4·width
-                num_hidden_layers=depth,
-                num_attention_heads=heads,
-                max_position_embeddings=text_length + self.length,
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=None,
-            )
-        )
+        llama: dict[str, Any] = {
+            "vocab_size": words + codes,
+            "hidden_size": width,
+            "intermediate_size": 4 * width * 2 // 3 // 8 * 8,  # as many weights as two matrices of 4·width
+            "num_hidden_layers": depth,
+            "num_attention_heads": heads,
+            "max_position_embeddings": text_length + self.length,
+            "attn_implementation": "sdpa",
+        } | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        self.transformer = LlamaModel(LlamaConfig(**llama))
         self.padding = nn.Parameter(0.02 * torch.randn(text_length, width))
         self.rows = nn.Parameter(0.02 * torch.randn(sample_size, 1, 1, width))
         self.columns = nn.Parameter(0.02 * torch.randn(sample_size, 1, width))
@@ -104,6 +101,10 @@ class DALLE(SavedNetwork):
         self.head = nn.Linear(width, words + codes, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
         self.memory: Memory | None = None
+
+    def forget(self) -> None:
+        """Drops the keys and values of the picture that was written last."""
+        self.memory = None
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -148,8 +149,8 @@ class DALLE(SavedNetwork):
     def _next(self, codes: Tensor, condition: Condition) -> Tensor:
         """The logits of the code after these (B, n), at its place."""
         assert condition.mask is not None
-        weight = self.head.weight
-        count, version = codes.shape[1], 0 if weight.is_inference() else weight._version
+        weight, count = self.head.weight, codes.shape[1]
+        version = sum(0 if p.is_inference() else p._version for p in self.parameters())
         given = condition.text, condition.mask, codes, version
         memory, self.memory = self.memory, None
         if memory and memory.begins(*given):
@@ -171,8 +172,8 @@ class DALLE(SavedNetwork):
         """The blocks and the last norm on a stream (B, n, width), or with a cache on its next part."""
         first = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(first, first + stream.shape[1], device=stream.device)[None]
-        angles = self.transformer.rotary_emb(stream, positions)
-        for block in self.blocks:  # without a mask, attention is causal
+        angles = rotary(positions, self.width // self.heads, stream.dtype)
+        for block in self.blocks:  # torch's attention, which without a mask is causal here
             stream = block(stream, position_embeddings=angles, past_key_values=cache)
         return self.transformer.norm(stream)
 
@@ -186,3 +187,13 @@ class DALLE(SavedNetwork):
         """Embeddings (B, n, width) of codes, the first of which is number `first` of the picture."""
         where = (self.rows + self.columns + self.depths).flatten(0, 2)[first : first + codes.shape[1]]
         return self.transformer.embed_tokens(codes + self.words) + where
+
+
+def rotary(positions: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (1, n, dim) of rotary positions (1, n), as Llama has them (Su et al. 2021, §3.2).
+
+    The frequencies are float32 whatever the type of the weights: half precision would turn far positions.
+    """
+    frequencies = 10_000 ** (-torch.arange(0, dim, 2, device=positions.device).float() / dim)
+    angles = (positions[..., None] * frequencies).repeat(1, 1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)

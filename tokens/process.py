@@ -16,9 +16,9 @@ from flow.target import X0
 class NextCode(Objective):
     """Learns the next code from all before it, and the next token of the caption: (L_text + 7·L_picture)/8 (§2.2).
 
-    Each L is the mean over its own tokens. Time tells how much of a picture is written: at t the first 1 − t of its
-    codes are known, and noise stands in the place of the others. A causal network answers for all these times in one
-    pass over a whole picture, so training needs no times.
+    Each L is the mean over its own tokens, those of the text with their padding. Time says how much of a picture is
+    written: at t the first 1 − t of its codes are known, and noise stands in the place of the others. A causal network
+    answers for all these times in one pass over a whole picture, so training needs no times.
 
     Args:
         vocabulary: number of codes.
@@ -32,7 +32,7 @@ class NextCode(Objective):
 
     def __init__(self, vocabulary: int, text_weight: float = 0.125) -> None:
         super().__init__(target=X0())
-        if vocabulary < 2 or not 0 <= text_weight < 1:
+        if type(vocabulary) is not int or vocabulary < 2 or not 0 <= text_weight < 1:
             raise ValueError("NextCode needs a vocabulary of at least 2 and a text_weight from 0 to below 1, got "
                              f"{vocabulary} and {text_weight}")  # fmt: skip
         self.outputs = vocabulary  # type: ignore[misc]  # the other objectives have it as a class
@@ -124,11 +124,13 @@ def autoregressive(
         temperature: divides the logits.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or the times do not run from 1 to 0.
     """
     if not 0 < top_p <= 1 or not temperature > 0:
         raise ValueError(f"top_p must be above 0 and at most 1, and temperature above 0, got {top_p:g} and "
                          f"{temperature:g}")  # fmt: skip
+    if times[0] != 1 or times[-1] != 0:
+        raise ValueError("codes are written from t = 1 to t = 0: take spacing trailing")
     z, written = z.clone(), torch.zeros_like(z)
     stack = z.shape[1]
     flat, shown = (one.reshape(len(z), stack, -1) for one in (z, written))  # views

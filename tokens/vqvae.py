@@ -89,6 +89,8 @@ class VQVAE(nn.Module):
             "channels": channels, "widths": list(widths), "blocks": blocks, "codes": codes, "dim": dim, "depth": depth,
             "levels": levels, "restart": restart,
         }  # fmt: skip
+        if codes < 2:
+            raise ValueError(f"a codebook needs at least 2 codes, got {codes}")
         if min(channels, blocks, *widths, 1) < 1 or not widths or any(width % 8 for width in widths):
             raise ValueError(f"widths must be multiples of 8, and channels and blocks at least 1, got {list(widths)}, "
                              f"{channels} and {blocks}")  # fmt: skip
@@ -114,9 +116,7 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: a side is no multiple of the factor.
         """
-        if pictures.shape[-2] % self.factor or pictures.shape[-1] % self.factor:
-            raise ValueError(f"a picture's sides must be multiples of {self.factor}, got {tuple(pictures.shape[-2:])}")
-        features = self.encoder(pictures)
+        features = self._features(pictures)
         if self.levels == 1:
             vectors, codes, commitment = self.quantizer(self.project(features))
             return Reconstruction(self.decoder(vectors), codes, commitment)
@@ -126,6 +126,11 @@ class VQVAE(nn.Module):
         vectors, fine, second = self.quantizer_fine(told)
         packed = torch.cat([coarse, rearrange(fine, "b 1 (h p) (w q) -> b (p q) h w", p=2, q=2)], dim=1)
         return Reconstruction(self.decoder(torch.cat([enlarged, vectors], dim=1)), packed, commitment + second)
+
+    def _features(self, pictures: Tensor) -> Tensor:
+        if pictures.shape[-2] % self.factor or pictures.shape[-1] % self.factor:
+            raise ValueError(f"a picture's sides must be multiples of {self.factor}, got {tuple(pictures.shape[-2:])}")
+        return self.encoder(pictures)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Pictures (B, channels, H, W) of codes (B, stack, h, w) long. With one level, fewer depths are coarser.
@@ -143,7 +148,7 @@ class VQVAE(nn.Module):
 
     def vectors(self, pictures: Tensor) -> Tensor:
         """The quantised vectors (B, dim, h, w) of pictures, with one level; for flows in their space."""
-        return self.quantizer(self.project(self.encoder(pictures))).vectors
+        return self.quantizer(self.project(self._features(pictures))).vectors
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Pictures of vectors (B, dim, h, w), each replaced by the nearest in codes."""

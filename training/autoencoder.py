@@ -117,7 +117,7 @@ class CodedAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> Loss:
         """The loss of pictures x (B, C, H, W) in [−1, 1] (van den Oord et al. 2017, eq. 3, without its second term)."""
         made = self.vqvae(x)
-        # Both are means in the paper; a loss is summed over a picture here.
+        # Both are means over numbers; a `Loss` is summed over a picture.
         return Loss((made.pictures - x).square().flatten(1).sum(1), made.commitment * x[0].numel())
 
 

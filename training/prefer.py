@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data.raw.pictures import load_picture, save_png, sheet
 from flow.preference import DPO
 from pipeline.drawing import entries_in
-from storage.files import commit_bytes, commit_path
+from storage.files import commit_bytes, replace_folder
 from training.experiment import Parser
 from training.rewards import Reward, total
 
@@ -45,8 +45,8 @@ def parser(name: str, description: str) -> Parser:
     return p
 
 
-def groups(folder: Path) -> dict[str, list[str]]:
-    """The files of each prompt of which a folder has two pictures or more.
+def groups(folder: Path, least: int = 2) -> dict[str, list[str]]:
+    """The files of each prompt of which a folder has at least so many pictures.
 
     Raises:
         FileNotFoundError: nothing was drawn there.
@@ -57,15 +57,15 @@ def groups(folder: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for entry in entries_in(folder):
         found.setdefault(entry["prompt"], []).append(entry["file"])
-    kept = {caption: files for caption, files in found.items() if len(files) > 1}
+    kept = {caption: files for caption, files in found.items() if len(files) >= least}
     if not kept:
         raise ValueError(f"{folder} has one picture of each prompt, and choices need two: draw with --num-images 4")
     return kept
 
 
-def judged(folder: Path, rewards: Sequence[Reward]) -> Iterator[Rated]:
-    """All prompts of a folder, judged."""
-    for caption, files in tqdm(groups(folder).items(), desc="judging", unit="prompt"):
+def judged(folder: Path, rewards: Sequence[Reward], least: int = 2) -> Iterator[Rated]:
+    """All prompts of a folder with at least so many pictures, judged."""
+    for caption, files in tqdm(groups(folder, least).items(), desc="judging", unit="prompt"):
         with Image.open(folder / files[0]) as first:
             channels = 1 if first.mode == "L" else 3
         pictures = [load_picture(folder / file, channels, None, None, 1) for file in files]
@@ -117,22 +117,25 @@ def rerank(argv: list[str]) -> None:
         raise ValueError(f"--keep must be at least 1, got {args.keep}")
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it, or give another --out")
-    few = {caption: len(files) for caption, files in groups(args.folder).items() if len(files) < args.keep}
+    few = {caption: len(files) for caption, files in groups(args.folder, 1).items() if len(files) < args.keep}
     if few:
         caption, count = next(iter(few.items()))
         raise ValueError(f"there are {count} pictures of {caption!r}: give --keep up to that")
-    found = list(judged(args.folder, args.rewards))
+    found = list(judged(args.folder, args.rewards, 1))
     kept = [(one, one.rewards.argsort(descending=True, stable=True)[: args.keep].tolist()) for one in found]
     files = [one.files[number] for one, numbers in kept for number in numbers]
-    out.mkdir(parents=True)
-    for file in files:
-        commit_bytes(out / file, (args.folder / file).read_bytes())
     entries = {entry["file"]: entry for entry in entries_in(args.folder)}
     text = json.dumps([entries[file] for file in files], indent=2, ensure_ascii=False) + "\n"
-    commit_bytes(out / "samples.json", text.encode())
-    first, *others = [load_picture(out / file, 3, None, None, 1) for file in files]
+    first, *others = [load_picture(args.folder / file, 3, None, None, 1) for file in files]
     pictures = [first, *(F.interpolate(other, size=first.shape[-2:], mode="area") for other in others)]
-    commit_path(out / "sheet.png", lambda part: save_png(sheet(torch.cat(pictures), args.keep), part))
+
+    def fill(new: Path) -> None:
+        for file in files:
+            commit_bytes(new / file, (args.folder / file).read_bytes())
+        commit_bytes(new / "samples.json", text.encode())
+        save_png(sheet(torch.cat(pictures), args.keep), new / "sheet.png")
+
+    replace_folder(out, fill)
     best = torch.cat([one.rewards[numbers] for one, numbers in kept]).mean()
     print(f"{len(files)} of {sum(len(one.files) for one in found)} pictures are in {out}, their mean reward is "
           f"{best:.3f}, that of all {torch.cat([one.rewards for one in found]).mean():.3f}")  # fmt: skip

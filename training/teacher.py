@@ -147,6 +147,8 @@ class Teacher:
                     f"{named} learned another {name}: {theirs['class']}, not {ours['class']}: "
                     f"set objective.{name} to the teacher's"
                 )
+        if process.discrete:
+            raise ValueError(f"{named} writes codes, from which nothing here learns: choose a flow")
         if process.outputs > 1:
             raise ValueError(f"{named} has learned a variance: choose a teacher without")
         for name in ("picture_channels", "level_embeds", "text_mask"):

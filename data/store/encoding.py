@@ -107,8 +107,8 @@ class StoreEncoder:
         text: encodes captions.
 
     Raises:
-        ValueError: sizes do not fit the codec, codes or token numbers are too many for bfloat16, or the folder holds a
-            store of another plan.
+        ValueError: sizes do not fit the codec, the store cannot hold its codes or the text's token numbers, or the
+            folder holds a store of another plan.
     """
 
     def __init__(self, settings: Encoding, codec: Codec, text: TextEncoder) -> None:
@@ -122,9 +122,8 @@ class StoreEncoder:
         if codec.vocabulary > EXACT:
             raise ValueError(f"a store is exact for codes below {EXACT}, and this codec has {codec.vocabulary}: take a "
                              "smaller codebook, with more depth")  # fmt: skip
-        if settings.text == "encoded" and text.vocabulary > EXACT:
-            raise ValueError(f"a store is exact for token numbers below {EXACT}, and this tokenizer has "
-                             f"{text.vocabulary}: set encode.text to captions")  # fmt: skip
+        if settings.text == "encoded" and text.vocabulary:
+            raise ValueError("a store holds no token numbers: set encode.text to captions")
         if self.source.choices and settings.hint:
             raise ValueError("a choice between two pictures has no hint: leave encode.hint out")
         self.two = CHOICE if self.source.choices else HINT if settings.hint else None  # what two pictures are
