@@ -430,7 +430,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ('return values["preference"]', 'return -values["preference"]'),
     ],
     ("training/prefer.py", "training_chosen"): [
-        ("if len(files) > 1", "if files"),
+        ("if len(files) >= least", "if files"),
         ("if unequal:", "if True:"),
     ],
     ("data/raw/choices.py", "training_chosen"): [

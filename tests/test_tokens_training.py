@@ -114,7 +114,7 @@ def test_evaluation_takes_as_many_steps_as_there_are_codes(writer: Path, tmp_pat
         (["--size", "16"], "must be a multiple of 8"),
         (["--sampler", "autoregressive:top_p=2"], "top_p must be above 0 and at most 1"),
         (["--spacing", "karras"], "codes are written from t = 1 to t = 0: take spacing trailing"),
-        (["--rescale", "0.5"], "rescale and shift do nothing for codes"),
+        (["--rescale", "0.5", "--guidance", "2"], "rescale and shift do nothing for codes"),
         (["--shift", "3"], "rescale and shift do nothing for codes"),
         (["--image", str(ROOT / "docs/digits.png")], "writes a picture from its beginning: leave the image out"),
     ],

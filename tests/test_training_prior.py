@@ -9,6 +9,8 @@ from encoded import run
 from image_towers import written
 from trials import ROOT, assert_goes_on_to_the_bit, assert_two_learn_as_one, fit, lines, refused
 
+import evaluate
+import sample
 from data.clip import CLIPImage
 from data.store.reader import Store
 from pipeline import Pipeline
@@ -50,12 +52,23 @@ def test_the_store_holds_standardised_embeddings(made: Path) -> None:
     torch.testing.assert_close(codec.embedding(latents).norm(dim=-1), torch.ones(40))
 
 
-def test_a_run_writes_a_model_that_draws(config: Path) -> None:
+def test_a_run_writes_a_model_that_draws_embeddings_only(config: Path, capsys: pytest.CaptureFixture) -> None:
     fit(config)
     told = lines(config.parent / "run")
     assert any("val/loss" in line for line in told)
     drawn = draw(Pipeline.load(config.parent / "run/model"), ["a large red circle"], [0])
     assert drawn.shape == (1, 64)
+    out = config.parent / "out"
+    flags = ["--model", str(config.parent / "run"), "--out", str(out)]
+    for command in (
+        lambda: sample.main([*flags, "--prompt", "a large red circle"]),
+        lambda: evaluate.main([*flags, "--data", "shapes", "--by", "category"]),
+    ):
+        with pytest.raises(SystemExit) as end:
+            command()
+        assert end.value.code == 2
+        assert "draws image embeddings, which have no pixels" in capsys.readouterr().err.splitlines()[-1]
+        assert not out.exists()
 
 
 def test_a_stopped_run_goes_on_to_the_bit(config: Path) -> None:
