@@ -31,7 +31,8 @@ from tokens.vqvae import VQVAE
 
 OVERLAYS = ("digits", "shapes", "prior")
 DIGITS = ("--config", str(ROOT / "configs/tokens/digits.yaml"), "--text.folder", str(ROOT / "assets/digits/text"))
-SMALL = (*DIGITS, "--network.depth", "1", "--network.width", "16", "--network.heads", "1")
+STEPS = ("--run.steps", "6", "--run.validate_every", "3", "--run.checkpoint_every", "3")
+SMALL = (*DIGITS, *STEPS, "--network.depth", "1", "--network.width", "16", "--network.heads", "1")
 
 
 @pytest.fixture(scope="module")
