@@ -209,7 +209,7 @@ def test_a_damaged_classifier_is_named(pipe: Pipeline, tmp_path: Path) -> None:
     Classifier.load(Path(CLASSIFIER)).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"layers": 2}))
-    with pytest.raises(ValueError, match=r"do not fit this config"):
+    with pytest.raises(ValueError, match=r"do not fit this Classifier's config"):
         Classifier.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"layer": 2}))
     with pytest.raises(ValueError, match="is no whole config of a Classifier"):
