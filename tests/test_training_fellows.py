@@ -28,7 +28,9 @@ def config(tmp_path: Path) -> Path:
 
 def errors(told: str) -> list[str]:
     assert "Traceback" not in told, told
-    return [line for line in told.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    # An error may stand behind a progress bar that had no time to end its line.
+    found = [line.partition("error: ") for line in told.replace("\r", "\n").splitlines()]
+    return [word + rest for _, word, rest in found if word]
 
 
 def loader_dies(step: int) -> None:
