@@ -714,7 +714,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("latents / self.scale + self.shift", "latents / self.scale - self.shift"),
         ("return VQ(folder, read_latents(folder)[2])", "return VQ(folder)"),
         ("(pixels * (self.vocabulary - 1))", "(pixels * self.vocabulary)"),
-        ('{"vectors": self.given, **self.vqvae.settings}', "self.vqvae.settings"),
+        ('config |= {"shift_factor": self.shift, "scaling_factor": self.scale}', "config |= {}"),
     ],
     ("tokens/process.py", "tokens_process"): [
         ("condition.text[:, 1:, 0]", "condition.text[:, :-1, 0]"),
