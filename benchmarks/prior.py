@@ -101,7 +101,7 @@ def rows_of(pipe: Pipeline, captions: list[str], real: Tensor) -> dict[str, Row]
     return rows
 
 
-def told(rows: list[Row]) -> str:
+def averaged(rows: list[Row]) -> str:
     """Mean ± deviation of each column over the trainings."""
     columns = torch.tensor(rows, dtype=torch.float64).T
     spread = columns.std(1) if len(rows) > 1 else torch.zeros(3)
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = "short" if args.short else "full"
     print(f"{args.count} unseen scenes with {kind} captions, {len(pipes)} trainings\n")
     print("| embedding | cosine | shuffled | nearest |\n|---|---:|---:|---:|")
-    print(*(f"| {name} | {told(rows)} |" for name, rows in table.items()), sep="\n")
+    print(*(f"| {name} | {averaged(rows)} |" for name, rows in table.items()), sep="\n")
     text = table["text"][0][0]
     print()
     for scale in GUIDANCE:

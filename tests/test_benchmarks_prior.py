@@ -29,7 +29,7 @@ def test_the_columns_are_own_cosine_that_of_the_next_and_the_share_of_nearest() 
 
 
 def test_mean_and_deviation_are_those_over_the_trainings() -> None:
-    assert benchmark.told([(0.5, 0.1, 0.25), (0.7, 0.1, 0.75)]) == "0.600 ± 0.141 | 0.100 ± 0.000 | 50.0% ± 35.4%"
+    assert benchmark.averaged([(0.5, 0.1, 0.25), (0.7, 0.1, 0.75)]) == "0.600 ± 0.141 | 0.100 ± 0.000 | 50.0% ± 35.4%"
 
 
 def test_it_prints_a_row_for_each_embedding(

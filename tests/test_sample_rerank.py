@@ -76,7 +76,7 @@ def test_what_cannot_be_is_one_line(drawn: Path, capsys: pytest.CaptureFixture, 
     before = sorted(drawn.rglob("*"))
     with pytest.raises(SystemExit) as end:
         rerank(drawn, *INK, *flags)
-    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error")]
-    assert (end.value.code, len(told)) == (2, 1)
-    assert message in told[0]
+    errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error")]
+    assert (end.value.code, len(errors)) == (2, 1)
+    assert message in errors[0]
     assert sorted(drawn.rglob("*")) == before

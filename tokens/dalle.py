@@ -124,7 +124,7 @@ class DALLE(SavedNetwork):
             text: also return the logits of the caption's tokens from the second on, (B, N − 1, words).
 
         Raises:
-            ValueError: the caption or the grid has another size, or a number is no code or no token.
+            ValueError: the caption or the grid has another size, or the condition has no mask.
         """
         self.check_condition(condition)
         if z.shape[1:] != (self.in_channels, self.sample_size, self.sample_size):
