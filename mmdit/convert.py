@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmdit import lora
-from mmdit.adapters import DIALECTS, FILES, Scale, by_layer, guess
+from mmdit.adapters import DIALECTS, guess
 from mmdit.checkpoint import IN_BLOCK, OUTSIDE_BLOCKS, Naming, swap
 from storage.checksums import write_checksums
 from storage.files import commit_json, replace_folder
+from storage.updates import CONFIG, FILES, Scale, by_layer
 from storage.weights import Weights, shorten, write_tensors
 
 TARGETS = {"diffusers": "diffusers", "kohya": "kohya", "peft": "PEFT"}  # name of a flag → dialect
@@ -82,9 +82,9 @@ def write_lora(state: Mapping[str, Tensor], to: str, out: Path, notes: Mapping[s
     }  # fmt: skip
 
     def fill(folder: Path) -> None:
-        commit_json(folder / lora.CONFIG, config)
+        commit_json(folder / CONFIG, config)
         write_tensors(state, folder / FILES[1], notes)
-        write_checksums(folder, [folder / lora.CONFIG, folder / FILES[1]])
+        write_checksums(folder, [folder / CONFIG, folder / FILES[1]])
 
     replace_folder(out, fill)
 
@@ -93,7 +93,7 @@ def _read(
     weights: Weights, settings: Mapping[str, Any]
 ) -> tuple[dict[tuple[str | None, str], list[Factors | None]], set[str]]:
     """(block, our layer) → the update of each of its parts in the file, and the tensors that are no such update."""
-    scale, left = Scale(weights, settings), set(weights)
+    scale, left = Scale(weights, settings, DIALECTS["diffusers"].prefix), set(weights)
     layers: dict[tuple[str | None, str], list[Factors | None]] = {}
     for name, keys in by_layer(weights).items():
         place = _place(name)

@@ -16,9 +16,10 @@ from mmdit.checkpoint import parts, swap
 from mmdit.model import MMDiT
 from storage.checksums import write_checksums
 from storage.files import commit_json
+from storage.updates import CONFIG, FILE
 from storage.weights import shorten, write_tensors
 
-FILE, CONFIG, PREFIX = "pytorch_lora_weights.safetensors", "adapter_config.json", "transformer."
+PREFIX = "transformer."
 PROCESS = "mmdit.process"  # in the file's metadata: how a LoRA is sampled, if otherwise than its base
 
 

@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.out.exists():
                 raise ValueError(f"{args.out} exists: choose another --out")
             from mmdit import lora  # slow
-            from mmdit.adapters import opened
             from mmdit.convert import convert, write_lora
+            from storage.updates import opened
 
             weights, settings = opened(args.lora)
             state = convert(weights, args.to, settings)

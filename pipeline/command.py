@@ -13,7 +13,6 @@ from cli import check_count, load_options_of, sampling_of
 from data.latents import VAE
 from data.prompts import read_prompts, weighted
 from data.raw.pictures import load_picture
-from mmdit.adapters import Adapter
 from mmdit.control import Controlled
 from pipeline import LoadOptions, Pipeline, Refiner
 from pipeline.cascade import upscalers
@@ -23,6 +22,7 @@ from pipeline.gradients import pulled
 from pipeline.sampling import Sampling
 from pipeline.steering import Steering, autoguided, interval_of, steer
 from storage.models import find_model
+from storage.updates import Adapter
 
 HANDOVER = 0.2  # SDXL's refiner learned the lowest 200 of 1,000 noise levels
 RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if they are given

@@ -24,16 +24,17 @@ from flow.objective import Objective
 from flow.target import Target
 from flow.variance import LearnedVariance
 from mmdit import adapters, checkpoint, control, lora
-from mmdit.adapters import Adapter
 from mmdit.model import MMDiT
 from mmdit.network import Network
 from pipeline import networks
 from pipeline.networks import parts_of
 from pipeline.sampling import Sampling
+from storage import updates
 from storage.checksums import verify, write_checksums
 from storage.files import commit_json, replace_folder
 from storage.modules import CONFIG
 from storage.text import parse_json, read_json
+from storage.updates import Adapter
 from storage.weights import DType, open_file
 from tokens import codec as codes
 from tokens.process import NextCode
@@ -107,30 +108,30 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
         ValueError, FileNotFoundError: in one line, if a file is missing, truncated or of another kind.
     """
     options = options or LoadOptions()
-    updates = [Adapter.parse(text) for text in options.lora]
-    for update in updates:
-        adapters.find(update.path)  # fails before the model is read
+    given = [Adapter.parse(text) for text in options.lora]
+    for update in given:
+        updates.find(update.path)  # fails before the model is read
     if path.is_file():
         parts = _read_file(path, options)
     elif (path / INDEX).is_file():
         parts = _read_folder(path, options)
-    elif adapters.holds(path):
+    elif updates.holds(path):
         verify(path)
-        base = read_json(path / lora.CONFIG).get("base_model_name_or_path")
+        base = read_json(path / updates.CONFIG).get("base_model_name_or_path")
         if not isinstance(base, str):
-            raise ValueError(f"{path / lora.CONFIG} lacks base_model_name_or_path: give --model BASE --lora {path}")
-        if adapters.holds(Path(base)):
-            raise ValueError(f"{path / lora.CONFIG} names {base}, which is a LoRA and no model: name a whole model")
+            raise ValueError(f"{path / updates.CONFIG} lacks base_model_name_or_path: give --model BASE --lora {path}")
+        if updates.holds(Path(base)):
+            raise ValueError(f"{path / updates.CONFIG} names {base}, which is a LoRA and no model: name a whole model")
         return read(Path(base), replace(options, lora=(str(path), *options.lora)))
     else:
         raise FileNotFoundError(f"{path} is no model folder: it has no {INDEX}")
-    if updates:
+    if given:
         if not isinstance(parts.network, MMDiT):
             raise ValueError(
                 f"{path} is a {type(parts.network).__name__}, and only an MMDiT takes a LoRA: leave it out"
             )
-        adapters.merge(parts.network, updates)
-        for update in updates:
+        adapters.merge(parts.network, given)
+        for update in given:
             if told := learned(update.path):
                 parts = parts._replace(objective=told[0], sampling=told[1])
     return parts
@@ -221,7 +222,7 @@ def process_note(objective: Objective, sampling: Sampling, base: Path) -> dict[s
 
 def learned(path: Path) -> tuple[Objective, Sampling] | None:
     """How a LoRA is sampled by its own metadata; None if they do not say. ValueError if they are damaged."""
-    file = adapters.find(path)
+    file = updates.find(path)
     note = open_file(file, unwrap=False).metadata.get(lora.PROCESS)
     return None if note is None else _restored(parse_json(note, file), file)
 

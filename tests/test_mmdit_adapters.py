@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmdit import checkpoint
-from mmdit.adapters import Adapter, merge
+from mmdit.adapters import merge
 from mmdit.model import MMDiT
 from pipeline.__main__ import main
+from storage.updates import Adapter
 
 WIDTH, RANK, ALPHA = 64, 3, 2.0
 # Our layer, its name in the single files, and the names of its rows in diffusers.
@@ -301,8 +302,8 @@ def test_loha_and_lokr_are_their_formulas(base: Path, tmp_path: Path) -> None:
     [
         ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 64)}, "it looks like one of Flux"),
         ({"lora_unet_down_blocks_1_attentions_0_proj_in.alpha": ()}, "it looks like one of a UNet, such as SDXL"),
-        ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": ()}, "updates of text encoders are not supported"),
-        ({"diffusion_model.joint_blocks.0.x_block.attn.proj.diff_b": (64,)}, r"1 left over \(.*diff_b"),
+        ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": ()}, "text encoders are read if they are Stable"),
+        ({"diffusion_model.joint_blocks.0.x_block.attn.proj.diff_b": (5,)}, r"1 damaged \(.*diff_b"),
         ({"diffusion_model.joint_blocks.0.x_block.attn.proj.diff": (5, 5)}, r"1 damaged \(.*attn.proj.diff"),
         ({"lora_unet_joint_blocks_0_x_block_attn_proj.hada_w1_a": (64, 2)}, r"1 left over \(.*hada_w1_a"),
     ],

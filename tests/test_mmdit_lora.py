@@ -12,9 +12,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from mmdit import checkpoint, lora
-from mmdit.adapters import Adapter, merge
+from mmdit.adapters import merge
 from mmdit.lora import LoRA
 from mmdit.model import MMDiT
+from storage.updates import Adapter
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from mmdit.adapters import Adapter
 from pipeline import LoadOptions, Pipeline
 from storage.models import find_model
+from storage.updates import Adapter
 
 KEPT = 3  # models in memory
 
