@@ -226,7 +226,7 @@ def add_model_flags(parser: Parser) -> None:
         action="append",
         metavar="PATH[:STRENGTH]",
         help="LoRA, LoHa, LoKr or DoRA in the files of diffusers, PEFT, kohya, ComfyUI, OneTrainer or LyCORIS, "
-        "to merge into the network; repeatable",
+        "to merge into the network and SD3's text encoders; repeatable",
     )
     p.add_argument("--text-device", help="device of the text encoders; default: as --device")
     p.add_argument("--text-dtype", choices=DTYPES, help="type of SD3's text encoders; default: as --dtype")

@@ -214,6 +214,29 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("math.sqrt(rank) if", "rank if"),
         ("value.to(torch.float32, copy=True)", "value.clone()"),
         ("self._ours(found) if len(found)", "found if len(found)"),
+        ('{"up_bias": self.scale, ', '{"up_bias": 1.0, '),
+        ('self.bias() if name == "bias" else', "self.weight() if True else"),
+        ("value[update.rows] = update", "value[:] = update"),
+    ],
+    ("storage/updates.py", "data_text_adapters pipeline_adapters"): [
+        ("update.scale, strength, digest", "strength, digest"),
+        ("update.scale, strength, digest", "update.scale, digest"),
+        ("key.removeprefix(component)", 'key.rpartition(".")[2]'),
+        ("if not receiver.places", "if receiver.places"),
+        ("any(one.updates for", "any(True for"),
+        ("not place.bias or", "False or"),
+    ],
+    ("data/text/adapters.py", "data_text_adapters pipeline_adapters"): [
+        ('"text_encoders.clip_g.transformer.", "lora_te2_"', '"text_encoders.clip_g.transformer.", "lora_te1_"'),
+        ('flat=to == "kohya"', "flat=False"),
+        ('f"{layer}.bias" in shapes', "True"),
+        ("Scale(weights, {}, names.diffusers)", 'Scale(weights, {"lora_alpha": 1}, names.diffusers)'),
+    ],
+    ("data/text/tower.py", "data_text_adapters pipeline_adapters"): [
+        ("content += updates.fingerprint(self.updates)", "pass"),
+        ("if self.prefix or self.updates or", "if self.prefix or"),
+        ("torch.bfloat16 if value.dtype.itemsize == 1 else value.dtype", "value.dtype"),
+        ("value = self._updated(name, value.to(device))", "value = value.to(device)"),
     ],
     ("mmdit/layers.py", "mmdit_conv"): [
         ("i=grid[0]", "j=grid[0]"),
@@ -329,6 +352,10 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("data/text/tower.py", "data_text_clip data_text_sd3"): [
         ("output.hidden_states[-2]", "output.hidden_states[-1]"),
+    ],
+    ("data/text/sd3.py", "data_text_adapters"): [
+        ("self.kept.clear()", "pass"),
+        ("        self.rows = self._rows()\n\n    def _rows", "\n    def _rows"),
     ],
     ("data/text/sd3.py", "data_text_sd3 data_text_sd3_slots"): [
         ("rows=slice(self.length, None) if", "rows=slice(self.length - 1, -1) if"),

@@ -1,4 +1,4 @@
-"""A LoRA under the names of another tool: `python -m pipeline convert LORA --to kohya --out FILE`.
+"""A LoRA of an MMDiT under the names of another tool (`pipeline.convert`).
 
 q, k and v are one layer in some tools. To part their update, B is cut and A is repeated. To join three, B goes on the
 diagonal of blocks and A below A, which takes three times the rank; equal A are joined without that.
@@ -7,45 +7,34 @@ diagonal of blocks and A below A, which takes three times the rank; equal A are 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmdit.adapters import DIALECTS, guess
+from mmdit.adapters import DIALECTS
 from mmdit.checkpoint import IN_BLOCK, OUTSIDE_BLOCKS, Naming, swap
 from storage.checksums import write_checksums
+from storage.factors import Factors, named, read_factors
 from storage.files import commit_json, replace_folder
 from storage.updates import CONFIG, FILES, Scale, by_layer
-from storage.weights import Weights, shorten, write_tensors
+from storage.weights import Weights, write_tensors
 
 TARGETS = {"diffusers": "diffusers", "kohya": "kohya", "peft": "PEFT"}  # name of a flag → dialect
 BLOCKS = {"diffusers": "transformer_blocks", "original": "joint_blocks"}
 
 
-class Factors(NamedTuple):
-    """The update s·B·A of a layer."""
+def convert(weights: Weights, to: str, settings: Mapping[str, Any] | None = None) -> tuple[dict[str, Tensor], set[str]]:
+    """The LoRA of an MMDiT's linear layers in a file under the names of another tool, and what it came from.
 
-    down: Tensor  # A (r, inputs)
-    up: Tensor  # B (rows, r)
-    scale: float
-
-
-def convert(weights: Weights, to: str, settings: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The tensors of a LoRA under the names of another tool. No network is needed.
+    No network is needed.
 
     Args:
         weights: the file, in any of `DIALECTS`.
-        to: one of `TARGETS`. kohya's names have alpha. For the others s is put into B, unless it is 1.
+        to: one of `TARGETS`.
         settings: PEFT's settings from outside the file.
-
-    Raises:
-        ValueError: in one line, if the file holds anything but LoRA of linear layers of an MMDiT.
     """
-    layers, left = _read(weights, settings or {})
-    if left or not layers:
-        what = f"it holds {shorten(sorted(left))}" if left else "it is empty"
-        raise ValueError(f"{weights.source} is not a LoRA of an MMDiT's linear layers alone: {what}{guess(left)}")
+    layers, read = _read(weights, settings or {})
     prefix, naming, flat = DIALECTS[TARGETS[to]]
     state: dict[str, Tensor] = {}
     for (block, layer), parts in layers.items():
@@ -55,17 +44,12 @@ def convert(weights: Weights, to: str, settings: Mapping[str, Any] | None = None
                 continue
             inside = name if block is None else f"{BLOCKS[naming]}.{block}.{name}"
             full = prefix + (inside.replace(".", "_") if flat else inside)
-            up = _ordered(update, layer, naming)
-            if flat:
-                state[f"{full}.lora_down.weight"], state[f"{full}.lora_up.weight"] = update.down.clone(), up.clone()
-                state[f"{full}.alpha"] = torch.tensor(update.scale * len(update.down))
-            else:
-                state[f"{full}.lora_A.weight"], state[f"{full}.lora_B.weight"] = update.down.clone(), update.scale * up
-    return state
+            state |= named(full, update._replace(up=_ordered(update, layer, naming)), flat)
+    return state, read
 
 
 def write_lora(state: Mapping[str, Tensor], to: str, out: Path, notes: Mapping[str, str] | None = None) -> None:
-    """Writes what `convert` returns, and notes in its metadata: a file, for PEFT a folder. OSError on failure."""
+    """Writes the tensors of a LoRA, and notes in its metadata: a file, for PEFT a folder. OSError on failure."""
     if to != "peft":
         write_tensors(state, out, notes)
         return
@@ -92,24 +76,19 @@ def write_lora(state: Mapping[str, Tensor], to: str, out: Path, notes: Mapping[s
 def _read(
     weights: Weights, settings: Mapping[str, Any]
 ) -> tuple[dict[tuple[str | None, str], list[Factors | None]], set[str]]:
-    """(block, our layer) → the update of each of its parts in the file, and the tensors that are no such update."""
-    scale, left = Scale(weights, settings, DIALECTS["diffusers"].prefix), set(weights)
+    """(block, our layer) → the update of each of its parts in the file, and the tensors of all of these."""
+    scale, read = Scale(weights, settings, DIALECTS["diffusers"].prefix), set()
     layers: dict[tuple[str | None, str], list[Factors | None]] = {}
     for name, keys in by_layer(weights).items():
-        place = _place(name)
-        if place is None or set(keys) - {"alpha"} != {"down", "up"}:
+        if (place := _place(name)) is None:
             continue
         block, layer, index, dialect = place
-        _, naming, _ = DIALECTS[dialect]
-        down, up = weights[keys["down"]].float(), weights[keys["up"]].float()
-        if down.dim() != 2 or up.dim() != 2 or up.shape[1] != len(down):
-            continue
-        alpha = weights[keys["alpha"]] if "alpha" in keys else None
-        found = Factors(down, up, scale(name.removeprefix(DIALECTS[dialect].prefix), alpha, len(down)))
-        parts = layers.setdefault((block, layer), [None] * len(_names(layer, naming)))
-        parts[index] = found._replace(up=_ordered(found, layer, naming))
-        left -= set(keys.values())
-    return layers, left
+        prefix, naming, _ = DIALECTS[dialect]
+        if found := read_factors(weights, keys, name.removeprefix(prefix), scale):
+            parts = layers.setdefault((block, layer), [None] * len(_names(layer, naming)))
+            parts[index] = found._replace(up=_ordered(found, layer, naming))
+            read.update(keys.values())
+    return layers, read
 
 
 def _place(name: str) -> tuple[str | None, str, int, str] | None:

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.out.exists():
                 raise ValueError(f"{args.out} exists: choose another --out")
             from mmdit import lora  # slow
-            from mmdit.convert import convert, write_lora
+            from mmdit.convert import write_lora
+            from pipeline.convert import convert
             from storage.updates import opened
 
             weights, settings = opened(args.lora)

@@ -76,7 +76,7 @@ class LoadOptions:
             the stored type of the network.
         parts: a model folder with what a single file lacks: the tokenizers, perhaps text encoders and VAE.
         lora: LoRAs and the like of any tool (`mmdit.adapters`), files or folders, each as PATH or PATH:STRENGTH, which
-            are merged into the network in this order.
+            are merged into the network and the text encoders of Stable Diffusion 3 in this order.
         text_device: device of the text encoders; None means `device`.
         text_dtype: type of Stable Diffusion 3's text encoders; None means `dtype`.
         max_sequence_length: tokens that T5 reads, at most 512; None means as many as its tokenizer, at most 256.
@@ -130,7 +130,7 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
             raise ValueError(
                 f"{path} is a {type(parts.network).__name__}, and only an MMDiT takes a LoRA: leave it out"
             )
-        adapters.merge(parts.network, given)
+        adapters.merge(parts.network, given, parts.text.receivers())
         for update in given:
             if told := learned(update.path):
                 parts = parts._replace(objective=told[0], sampling=told[1])

@@ -137,8 +137,9 @@ def test_one_lora_is_the_same_in_every_dialect(base: Path, tmp_path: Path, diale
         LoKrConfig(r=2, alpha=3, decompose_both=True, target_modules=["ff.net.2", "attn.to_k"]),
         LoKrConfig(r=64, alpha=32, target_modules=["attn.to_v"]),
         LoraConfig(r=4, lora_alpha=2, use_dora=True, target_modules=[*THEIRS, "norm_out.linear"]),
+        LoraConfig(r=4, lora_alpha=2, lora_bias=True, target_modules=[*THEIRS, "norm_out.linear"]),
     ],
-    ids=["loha", "lokr", "lokr-both", "lokr-whole", "dora"],
+    ids=["loha", "lokr", "lokr-both", "lokr-whole", "dora", "bias"],
 )
 def test_what_peft_trains_is_merged(
     base: Path, opponent: SD3Transformer2DModel, tmp_path: Path, config: PeftConfig
@@ -266,6 +267,32 @@ def test_a_dora_of_columns_is_normed_over_the_rows(base: Path, tmp_path: Path) -
     found = merged(base, Adapter(tmp_path / "dora.safetensors", 0.4)).get_submodule("blocks.0.image.proj").weight
     assert isinstance(found, Tensor)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_biases_norms_and_the_patch_embedding_are_updated(base: Path, tmp_path: Path) -> None:
+    """As ComfyUI saves the difference of two models: of matrices and convolutions the factors, of the rest all."""
+    draw, before = torch.Generator().manual_seed(9), checkpoint.load(base)
+    original = checkpoint.export(before, "original")
+    layers = ("x_embedder.proj", "final_layer.adaLN_modulation.1", "joint_blocks.0.x_block.attn.qkv")
+    norm = "joint_blocks.1.context_block.attn.ln_q"
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw) / 9
+
+    state = {f"diffusion_model.{norm}.diff": some(*original[f"{norm}.weight"].shape)}
+    wanted = {f"{norm}.weight": state[f"diffusion_model.{norm}.diff"]}
+    for layer in layers:
+        rows, inputs, *kernel = original[f"{layer}.weight"].shape
+        down, up, bias = some(2, inputs, *kernel), some(rows, 2, *[1] * len(kernel)), some(rows)
+        keys = ("lora_down.weight", "lora_up.weight", "diff_b")
+        state |= {f"diffusion_model.{layer}.{key}": x for key, x in zip(keys, (down, up, bias), strict=True)}
+        wanted[f"{layer}.weight"] = (up.flatten(1) @ down.flatten(1)).view(rows, inputs, *kernel)
+        wanted[f"{layer}.bias"] = bias
+    save_file(state, tmp_path / "x.safetensors")
+    after = checkpoint.export(merged(base, Adapter(tmp_path / "x.safetensors", 0.3)), "original")
+    for name, tensor in original.items():
+        expected = tensor + 0.3 * wanted[name] if name in wanted else tensor
+        torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-6)
 
 
 def test_loha_and_lokr_are_their_formulas(base: Path, tmp_path: Path) -> None:

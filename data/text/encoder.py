@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from storage.updates import Receiver
+
 
 class Text(NamedTuple):
     """Encoded captions: one vector per token `(B, N, D)` and one per caption `(B, P)`."""
@@ -81,6 +83,10 @@ class TextEncoder(ABC):
     def original_state(self) -> dict[str, Tensor]:
         """The encoders' tensors as released single files name them; none for encoders that these cannot hold."""
         return {}
+
+    def receivers(self) -> list[Receiver]:
+        """Who takes updates from LoRA files, absent encoders included; nobody where no tool writes such files."""
+        return []
 
     @abstractmethod
     def mask(self, captions: Sequence[str]) -> Tensor:

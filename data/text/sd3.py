@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, final
 from uuid import uuid4
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from data.text import adapters
 from data.text.encoder import Slot, Text, TextEncoder, listed
 from data.text.tower import (
     PROJECTION,
@@ -26,6 +28,7 @@ from data.text.tower import (
     tokenize,
 )
 from storage.text import read_json
+from storage.updates import Receiver, Updates
 from storage.weights import DType, Weights, check_tensors, dtype_of, open_file, write_tensors
 
 LENGTH = 77  # tokens that stand for CLIP towers where both are absent
@@ -133,8 +136,8 @@ class SD3Text(TextEncoder):
         self.slots = tuple(
             Slot(f"text_encoder{part.kind.suffix}", part.rows, part.columns, part.pooled) for part in self.parts
         )
-        shapes = {"tokens": (self.length + self.max_sequence_length, tokens_dim), "pooled": (pooled_dim,)}
-        self.rows = Rows(shapes) if cache is None else Rows(shapes, Path(cache), json.dumps(self.fingerprint()))
+        self.cache = None if cache is None else Path(cache)
+        self.rows = self._rows()
 
     def to(self, device: torch.device | str) -> Self:
         """Sets the device of the encoders."""
@@ -212,17 +215,37 @@ class SD3Text(TextEncoder):
         """
         tensors = {}
         for part in self.parts:
-            weights = part.tower.weights()
-            for name in weights:
+            own = part.tower.tensors()
+            for name, value in own.items():
                 if part.kind is not CLIP_L or name != PROJECTION:
-                    tensors[part.kind.prefix + name] = weights[name]
-                elif not part.tower.identity and not torch.equal(weights[name].float(), torch.eye(len(weights[name]))):
+                    tensors[part.kind.prefix + name] = value
+                elif not torch.equal(value.float(), torch.eye(len(value))):
                     raise ValueError(
                         "a single file cannot hold CLIP-L's projection, which is not the identity: save a folder"
                     )
             if part.kind is T5:
-                tensors[T5.prefix + TABLE] = weights["shared.weight"]  # mapped again; diffusers needs both names
+                tensors[T5.prefix + TABLE] = own["shared.weight"].clone()  # diffusers needs both names
         return tensors
+
+    def receivers(self) -> list[Receiver]:
+        towers = {part.kind: part.tower for part in self.parts}
+        return [
+            adapters.receiver(names, towers[kind].shapes if kind in towers else {}, partial(self._take, kind))
+            for kind, names in zip((CLIP_L, CLIP_G, T5), adapters.ENCODERS, strict=True)
+        ]
+
+    def _take(self, kind: Kind, given: Updates) -> None:
+        """Adds updates to an encoder, and forgets what was read and encoded without them."""
+        (tower,) = (part.tower for part in self.parts if part.kind is kind)
+        for module, updates in given.items():
+            tower.updates.setdefault(module, []).extend(updates)
+        if self.kept:
+            self.kept.clear()
+        self.rows = self._rows()
+
+    def _rows(self) -> "Rows":
+        shapes = {"tokens": (self.length + self.max_sequence_length, self.tokens_dim), "pooled": (self.pooled_dim,)}
+        return Rows(shapes) if self.cache is None else Rows(shapes, self.cache, json.dumps(self.fingerprint()))
 
     def _length(self, kind: Kind) -> int:
         return self.max_sequence_length if kind is T5 else self.length

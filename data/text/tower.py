@@ -17,6 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from transformers.utils import logging
 
 from data.text.encoder import CutCaptions, Text
+from storage import updates
 from storage.configs import CLIP_TEXT, T5, described, tokenizer_files
 from storage.files import commit_json
 from storage.weights import DType, Weights, check_tensors, digest, open_file, open_folder, write_tensors
@@ -40,6 +41,8 @@ class Tower:
 
     Attributes:
         config: the settings as transformers' object.
+        shapes: the parameters' names and shapes.
+        updates: merged into the weights wherever these are read, except by `weights`.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -63,16 +66,17 @@ class Tower:
                 raise ValueError(f"they have the model_type {found!r} instead of {config.model_type!r}")
             with quiet():
                 self.config = config.from_dict(self.settings)
-                shapes = {name: tuple(value.shape) for name, value in self._blank().named_parameters()}
+                self.shapes = {name: tuple(value.shape) for name, value in self._blank().named_parameters()}
                 with torch.device("meta"):  # computes nothing; some values fail only in use
                     kind(config.from_dict(self.settings | ONE_LAYER))(torch.ones(1, 2, dtype=torch.long))
         except Exception as error:  # wrong settings may raise anything
             raise ValueError(f"the settings of {source} describe no {kind.__name__}: {one_line(error)}") from error
-        self.identity = identity and len(set(shapes[PROJECTION])) == 1
+        self.updates: updates.Updates = {}
+        self.identity = identity and len(set(self.shapes[PROJECTION])) == 1
+        stored = {name: shape for name, shape in self.shapes.items() if not (self.identity and name == PROJECTION)}
         if self.identity:
-            del shapes[PROJECTION]
             weights = weights.renamed(lambda name: None if name == PROJECTION else name)
-        check_tensors(weights, shapes, kind.__name__)
+        check_tensors(weights, stored, kind.__name__)
 
     def require(self, tokenizer: CLIPTokenizer | T5Tokenizer, length: int) -> None:
         """ValueError if the tower cannot read `length` tokens of this tokenizer."""
@@ -89,6 +93,23 @@ class Tower:
             open_file(self.source).under(self.prefix) if self.prefix else open_folder(self.source, "model")
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters in their stored type, mapped into memory, those with updates merged; bfloat16 for 8 bits."""
+        weights = self.weights()
+        tensors = {name: weights[name] for name in weights}
+        if self.identity:
+            tensors[PROJECTION] = torch.eye(self.config.hidden_size, dtype=weights.dtype)
+        for name, value in tensors.items():
+            if name.rpartition(".")[0] in self.updates:
+                dtype = torch.bfloat16 if value.dtype.itemsize == 1 else value.dtype
+                tensors[name] = self._updated(name, value).to(dtype)
+        return tensors
+
+    def _updated(self, name: str, value: Tensor) -> Tensor:
+        """A parameter with its updates, if there are any, in float32."""
+        module, _, kind = name.rpartition(".")
+        return updates.updated(kind, value, self.updates[module]) if module in self.updates else value
+
     def load(self, dtype: torch.dtype, device: torch.device) -> Any:
         """The module for inference, read tensor by tensor, so that memory never holds it twice."""
         weights = self.weights()
@@ -98,6 +119,7 @@ class Tower:
         state = {}
         for name, parameter in module.named_parameters():
             value = torch.eye(len(parameter)) if self.identity and name == PROJECTION else weights[name]
+            value = self._updated(name, value.to(device))
             state[name] = value.to(device, torch.float32 if wide & set(name.split(".")) else dtype, copy=True)
         module.config.dtype = dtype  # written into the config when the module is saved
         module.load_state_dict(state, strict=False, assign=True)
@@ -108,8 +130,10 @@ class Tower:
         return module.eval().requires_grad_(False)
 
     def fingerprint(self, held: Mapping[str, Tensor] | None = None) -> str:
-        """A hash of the settings and the weights, those in `held` or else those on disk."""
+        """A hash of the settings and the weights, those in `held` or else those on disk, and of updates."""
         content = json.dumps(self.settings, sort_keys=True) + digest(self.weights() if held is None else held)
+        if self.updates:
+            content += updates.fingerprint(self.updates)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -122,11 +146,9 @@ class Tower:
         named = self.named if places and self.named in get_args(DType) else str(dtype).removeprefix("torch.")
         notes = {"architectures": [self.kind.__name__], "dtype": named}
         commit_json(folder / "config.json", self.settings | notes)
-        if self.prefix or any(name != place.name for name, place in places.items()):
-            tensors = {name: value.to(dtype) if eighth else value for name, value in stored.items()}
-            if self.identity:
-                tensors[PROJECTION] = torch.eye(self.config.hidden_size).to(dtype)
-            write_tensors(tensors, whole)
+        if self.prefix or self.updates or any(name != place.name for name, place in places.items()):
+            tensors = self.tensors()
+            write_tensors({name: value.to(dtype) if eighth else value for name, value in tensors.items()}, whole)
             return
         files = {place.file for place in places.values()}
         for file in files:
