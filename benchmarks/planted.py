@@ -260,10 +260,12 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("is None else t - end", "is None else end"),
         ("(condition.guidance, TIME_FEATURES, 1.0)", "(condition.guidance, TIME_FEATURES)"),
     ],
+    ("storage/factors.py", "mmdit_adapters"): [
+        ("scale * len(down)", "scale"),
+        ("scale * up", "up"),
+    ],
     ("mmdit/convert.py", "mmdit_adapters"): [
         ("swap(update.up) if two and naming", "update.up if two and naming"),
-        ("update.scale * len(update.down)", "update.scale"),
-        ("update.scale * up", "up"),
         ("torch.block_diag(*ups)", "torch.cat([*ups], dim=1)"),
         ("whole.up.chunk(count)", "whole.up.chunk(count)[::-1]"),
     ],

@@ -77,7 +77,8 @@ def _read(
     weights: Weights, settings: Mapping[str, Any]
 ) -> tuple[dict[tuple[str | None, str], list[Factors | None]], set[str]]:
     """(block, our layer) → the update of each of its parts in the file, and the tensors of all of these."""
-    scale, read = Scale(weights, settings, DIALECTS["diffusers"].prefix), set()
+    scale = Scale(weights, settings, DIALECTS["diffusers"].prefix)
+    read: set[str] = set()
     layers: dict[tuple[str | None, str], list[Factors | None]] = {}
     for name, keys in by_layer(weights).items():
         if (place := _place(name)) is None:
