@@ -75,7 +75,7 @@ class LoadOptions:
         dtype: type of network and VAE; "stored" keeps each as it is stored. None means float32 on a CPU, and elsewhere
             the stored type of the network.
         parts: a model folder with what a single file lacks: the tokenizers, perhaps text encoders and VAE.
-        lora: LoRAs and the like of any tool (`mmdit.adapters`), files or folders, each as PATH or PATH:STRENGTH, which
+        lora: LoRAs and the like of any tool (`storage.updates`), files or folders, each as PATH or PATH:STRENGTH, which
             are merged into the network and the text encoders of Stable Diffusion 3 in this order.
         text_device: device of the text encoders; None means `device`.
         text_dtype: type of Stable Diffusion 3's text encoders; None means `dtype`.

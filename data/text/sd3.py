@@ -208,7 +208,7 @@ class SD3Text(TextEncoder):
         return {"class": "SD3Text", "dtype": str(self.dtype).removeprefix("torch."), **sizes, **encoders}
 
     def original_state(self) -> dict[str, Tensor]:
-        """The encoders' tensors, mapped into memory, under the names of SD3's original single file.
+        """The encoders' tensors under the names of SD3's original single file, mapped into memory or with updates.
 
         Raises:
             ValueError: CLIP-L's projection is not the identity, which that format assumes.

@@ -98,7 +98,7 @@ class Tower:
         weights = self.weights()
         tensors = {name: weights[name] for name in weights}
         if self.identity:
-            tensors[PROJECTION] = torch.eye(self.config.hidden_size, dtype=weights.dtype)
+            tensors[PROJECTION] = torch.eye(self.config.hidden_size).to(weights.dtype)
         for name, value in tensors.items():
             if name.rpartition(".")[0] in self.updates:
                 dtype = torch.bfloat16 if value.dtype.itemsize == 1 else value.dtype
