@@ -228,6 +228,12 @@ def add_model_flags(parser: Parser) -> None:
         help="LoRA, LoHa, LoKr or DoRA in the files of diffusers, PEFT, kohya, ComfyUI, OneTrainer or LyCORIS, "
         "to merge into the network and SD3's text encoders; repeatable",
     )
+    p.add_argument(
+        "--embedding",
+        action="append",
+        metavar="FILE[:WORD]",
+        help="a new word (textual inversion), with vectors for clip_l, clip_g or t5xxl; repeatable",
+    )
     p.add_argument("--text-device", help="device of the text encoders; default: as --device")
     p.add_argument("--text-dtype", choices=DTYPES, help="type of SD3's text encoders; default: as --dtype")
     p.add_argument(
@@ -243,6 +249,7 @@ def load_options_of(args: Namespace) -> dict[str, Any]:
     names = ("dtype", "parts", "text_dtype", "max_sequence_length", "text_cache")
     return {name: getattr(args, name) for name in names} | {
         "lora": tuple(args.lora or ()),
+        "embedding": tuple(args.embedding or ()),
         "device": find_device(args.device),
         "text_device": text_device,
     }

@@ -40,7 +40,7 @@ from storage.purpose import KEY, check_result
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
 PROMPTS = "a text file with one prompt a line, or a store: its captions are the prompts"
-REPEATABLE = ("lora", "control", "upscale")  # flags that would be added to the defaults of --like
+REPEATABLE = ("lora", "embedding", "control", "upscale")  # flags that would be added to the defaults of --like
 
 
 def parser() -> Parser:

@@ -12,10 +12,19 @@ OURS = "mmdit"  # a JSON object: an entry of samples.json
 OTHERS = "parameters"  # the text that the programs around Stable Diffusion show
 SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M", "ddim": "DDIM"}  # their names there
 FLAGS = (
-    *("model", "parts", "lora", "dtype", "text_dtype", "max_sequence_length", "prompt", "negative", "seed", "steps"),
-    *("sampler", "spacing", "guidance", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval", "shift"),
-    *("height", "width", "image", "mask", "strength", "picture", "level", "control", "control_interval"),
-    *("autoguidance", "refiner", "handover", "classifier", "clip_guidance", "gradient_interval", "upscale"),
+    *("model", "parts", "lora", "embedding", "dtype", "text_dtype", "max_sequence_length", "prompt", "negative"),
+    *("seed", "steps", "sampler", "spacing", "guidance", "rescale", "interval", "skip_layers", "skip_scale"),
+    *("skip_interval", "shift", "height", "width", "image", "mask", "strength", "picture", "level", "control"),
+    *(
+        "control_interval",
+        "autoguidance",
+        "refiner",
+        "handover",
+        "classifier",
+        "clip_guidance",
+        "gradient_interval",
+        "upscale",
+    ),
 )
 
 

@@ -215,6 +215,10 @@ class Data(L.LightningDataModule):
         """Pictures for samples to be made of; none for networks that work from noise alone."""
         return None
 
+    def mentions(self, word: str) -> bool:
+        """Whether a caption has a word in it."""
+        return False
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
@@ -373,6 +377,9 @@ class Stored(Data):
             raise ValueError(f"dropouts must be from 0 to 1, got {caption_dropout} and {encoder_dropout}")
         self.stores = [mixture(given) for given in (*(stage.store for stage in before), store)]
         for opened in self.stores:
+            if text.unread and opened.has_tokens:
+                raise ValueError(f"text encoders learn, and {opened.source} holds encoded text: encode it anew with "
+                                 "--encode.text captions")  # fmt: skip
             sections = {"text": text.fingerprint()} if opened.has_tokens else {}
             opened.expect(version=VERSION, codec=codec.fingerprint(), **sections)
         main = self.stores[-1]
@@ -427,6 +434,10 @@ class Stored(Data):
 
     def identity(self) -> dict[str, str]:
         return {store.source: store.report["index"] for opened in self.stores for store in opened.stores}
+
+    def mentions(self, word: str) -> bool:
+        stores = [store for opened in self.stores for store in opened.stores]
+        return any(word in caption for store in stores for row in range(len(store)) for caption in store.captions(row))
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._place()

@@ -4,7 +4,7 @@ One of our linear layers may be several of diffusers' layers concatenated. To sa
 these layers and A is repeated for each. Files of other tools are merged by `mmdit.adapters`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,15 @@ class LoRA:
         targets: ends of the names of the linear layers; by default those of the joint attention.
         quantize: how the frozen weights of the blocks are kept while training (QLoRA, Dettmers et al. 2023); none
             leaves them as they were loaded.
+        text_encoders: those whose attention gets updates of the same rank, such as `[text_encoder, text_encoder_2]`,
+            which are CLIP-L and CLIP-G.
     """
 
     rank: int = 16
     alpha: int | None = None
     targets: tuple[str, ...] = ("image.qkv", "image.proj", "text.qkv", "text.proj")
     quantize: Literal["none", "int8", "nf4"] = "none"
+    text_encoders: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.targets or not (self.alpha is None or self.alpha > 0):
@@ -47,18 +50,22 @@ class LoRA:
 
 def add(network: MMDiT, lora: LoRA) -> None:
     """Adds updates in float32, which start at zero, and freezes all other weights. ValueError for unknown targets."""
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
-
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     for target in lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ValueError(f"lora.targets: no linear layer's name ends in {target!r}; there are {shorten(linear)}")
     if any(name.startswith("patch") and f".{name}".endswith(f".{t}") for name in linear for t in lora.targets):
         raise ValueError("lora.targets: the patch embedding is a convolution in other tools: remove it")
+    inject(network, lora, lora.targets)
+
+
+def inject(module: nn.Module, lora: LoRA, targets: Sequence[str]) -> None:
+    """Adds updates in float32, which start at zero, to the linear layers whose names end so. Freezes all else."""
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
+
     alpha = lora.rank if lora.alpha is None else lora.alpha
-    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
-    inject_adapter_in_model(config, network)
-    for parameter in network.parameters():
+    inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(targets)), module)
+    for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small steps would round to nothing in half precision
 
@@ -98,15 +105,16 @@ def export(network: MMDiT) -> dict[str, Tensor]:
     return theirs
 
 
-def save(network: MMDiT, folder: Path, base: str, notes: Mapping[str, str] | None = None) -> None:
-    """Writes the updates so that diffusers' `load_lora_weights(folder)` reads them. OSError on failure.
+def save(tensors: Mapping[str, Tensor], folder: Path, base: str, notes: Mapping[str, str] | None = None) -> None:
+    """Writes updates so that diffusers' `load_lora_weights(folder)` reads them. OSError on failure.
 
     Args:
-        network: a network with updates.
-        folder: the output folder.
+        tensors: those of `export`, and others under diffusers' names; none writes no file of updates.
+        folder: the output folder; what it holds already is listed in its checksums, too.
         base: path or name of the model that the updates belong to, stored in the folder's config.
         notes: further metadata of the file, such as PROCESS.
     """
     commit_json(folder / CONFIG, {"peft_type": "LORA", "base_model_name_or_path": base})
-    write_tensors(export(network), folder / FILE, notes)
-    write_checksums(folder, [folder / CONFIG, folder / FILE])
+    if tensors:
+        write_tensors(tensors, folder / FILE, notes)
+    write_checksums(folder, [file for file in folder.rglob("*") if file.is_file()])

@@ -27,8 +27,8 @@ from storage.updates import Adapter
 HANDOVER = 0.2  # SDXL's refiner learned the lowest 200 of 1,000 noise levels
 RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if they are given
 OPTIONAL = (  # recorded as they were given
-    "lora", "control", "control_interval", "autoguidance", "classifier", "clip_guidance", "gradient_interval",
-    "upscale",
+    "lora", "embedding", "control", "control_interval", "autoguidance", "classifier", "clip_guidance",
+    "gradient_interval", "upscale",
 )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
     if args.negative and sampling.guidance == 1:
         raise ValueError("--negative needs guidance, which is 1 (off): give another --guidance")
     first_height, first_width = (side * pipe.codec.factor for side in pipe.latent_size(height, width))
-    plain = replace(options, lora=(), parts=None)
+    plain = replace(options, lora=(), embedding=(), parts=None)
     cascade = upscalers(args.upscale or (), plain, pipe, (first_height, first_width), given_prompts)
     if args.vae_tiling or args.vae_slicing:
         codecs = [each.codec for each in (pipe, *(upscaler.pipe for upscaler in cascade))]
@@ -134,7 +134,7 @@ def refiner_of(args: Namespace) -> Refiner | None:
         if args.handover is not None:
             raise ValueError("--handover needs a --refiner: give one, or leave it out")
         return None
-    options = replace(LoadOptions(**load_options_of(args)), lora=(), parts=None)
+    options = replace(LoadOptions(**load_options_of(args)), lora=(), embedding=(), parts=None)
     return Refiner(
         Pipeline.load(find_model(args.refiner), options), HANDOVER if args.handover is None else args.handover
     )

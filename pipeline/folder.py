@@ -16,6 +16,7 @@ from data.latents import load_codec as load_continuous
 from data.sizes import SIZE_FEATURES
 from data.text.clip import CLIPText
 from data.text.encoder import TextEncoder
+from data.text.inversion import FOLDER, NewWord
 from data.text.sd3 import SD3Text
 from data.text.words import Words
 from flow import path as paths
@@ -77,6 +78,7 @@ class LoadOptions:
         parts: a model folder with what a single file lacks: the tokenizers, perhaps text encoders and VAE.
         lora: LoRAs and the like of any tool (`storage.updates`), files or folders, each as PATH or PATH:STRENGTH, which
             are merged into the network and the text encoders of Stable Diffusion 3 in this order.
+        embedding: new words of the text encoders (`data.text.inversion`), each as FILE or FILE:WORD.
         text_device: device of the text encoders; None means `device`.
         text_dtype: type of Stable Diffusion 3's text encoders; None means `dtype`.
         max_sequence_length: tokens that T5 reads, at most 512; None means as many as its tokenizer, at most 256.
@@ -87,6 +89,7 @@ class LoadOptions:
     dtype: DType | Literal["stored"] | None = None
     parts: Path | None = None
     lora: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
     text_device: str | None = None
     text_dtype: DType | None = None
     max_sequence_length: int | None = None
@@ -108,6 +111,7 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
         ValueError, FileNotFoundError: in one line, if a file is missing, truncated or of another kind.
     """
     options = options or LoadOptions()
+    words = [NewWord.read(file) for file in options.embedding]
     given = [Adapter.parse(text) for text in options.lora]
     for update in given:
         updates.find(update.path)  # fails before the model is read
@@ -115,16 +119,23 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
         parts = _read_file(path, options)
     elif (path / INDEX).is_file():
         parts = _read_folder(path, options)
-    elif updates.holds(path):
+    elif (path / updates.CONFIG).is_file():
         verify(path)
         base = read_json(path / updates.CONFIG).get("base_model_name_or_path")
         if not isinstance(base, str):
             raise ValueError(f"{path / updates.CONFIG} lacks base_model_name_or_path: give --model BASE --lora {path}")
-        if updates.holds(Path(base)):
+        if (Path(base) / updates.CONFIG).is_file():
             raise ValueError(f"{path / updates.CONFIG} names {base}, which is a LoRA and no model: name a whole model")
-        return read(Path(base), replace(options, lora=(str(path), *options.lora)))
+        own = (str(path),) if updates.holds(path) else ()
+        learned_words = map(str, sorted((path / FOLDER).glob("*.safetensors")))
+        embedding = (*learned_words, *options.embedding)
+        return read(Path(base), replace(options, lora=(*own, *options.lora), embedding=embedding))
     else:
         raise FileNotFoundError(f"{path} is no model folder: it has no {INDEX}")
+    if words:
+        if not isinstance(parts.text, SD3Text):
+            raise ValueError(f"{path} has no text encoders of Stable Diffusion 3: leave the new words out")
+        parts = parts._replace(text=parts.text.taught(words))
     if given:
         if not isinstance(parts.network, MMDiT):
             raise ValueError(

@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusion3Pipeline
+from finetuned import FEWSTEP, FINETUNE, LORA, NFT, fit, settings
 from safetensors.torch import load_file
 from trials import assert_same, lines, state
 
 import encode
 import sample
-import train
 from flow.guidance import ClassifierFree
 from flow.objective import Estimate
 from mmdit import checkpoint, lora
@@ -26,11 +26,6 @@ from pipeline.sampling import Sampling
 from training import experiment
 from training.build import build, lora_base
 from training.generator import Generator
-
-ROOT = Path(__file__).parents[1]
-FINETUNE, LORA, FEWSTEP, NFT = (
-    ROOT / f"configs/sd3/{name}.yaml" for name in ("finetune", "lora", "fewstep-lora", "nft-lora")
-)
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +42,6 @@ def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = ["--encode.source", "data.shapes.Shapes", "--encode.source.count", "12", "--encode.side", "32"]
     encode.main([*settings(base, folder, (FINETUNE,), folder.parent, 4), *source, "--encode.step", "16"])
     return folder
-
-
-def settings(base: Path, store: Path, configs: tuple[Path, ...], folder: Path, steps: int) -> list[str]:
-    """Flags that make the shipped configs small."""
-    argv = [arg for config in configs for arg in ("--config", str(config))]
-    changes = {
-        "run.folder": folder, "run.steps": steps, "run.validate_every": 2, "run.checkpoint_every": 2,
-        "run.log_every": 1, "run.precision": "32-true", "run.accelerator": "cpu",
-        "text.init_args.folder": base, "codec.init_args.path": base, "network.init_args.path": base,
-        "text.init_args.tokens_dim": tiny.TOKENS, "text.init_args.pooled_dim": tiny.POOLED,
-        "text.init_args.dtype": "float32", "text.init_args.max_sequence_length": 8,
-        "encode.store": store, "data.store": store, "data.held_out": 3, "data.workers": 0,
-        "optimization.warmup": 1, "optimization.lr": 1e-3, "ema.decay": 0.5,
-        "sampling.steps": 2, "grid.columns": 1,
-    }  # fmt: skip
-    for name, value in changes.items():
-        argv += [f"--{name}", str(value)]
-    return argv
-
-
-def fit(
-    base: Path, store: Path, folder: Path, *flags: str, configs: tuple[Path, ...] = (FINETUNE,), steps: int = 4
-) -> None:
-    train.main(["fit", *settings(base, store, configs, folder, steps), *flags])
 
 
 def picture(pipe: Pipeline) -> torch.Tensor:

@@ -26,6 +26,7 @@ from mmdit.quantized import quantize
 from pipeline import Pipeline
 from training.cost import StepCost
 from training.generator import Generator
+from training.reader import of_network, reading
 from training.run_folder import CHECKPOINTS, Run, wandb_id
 from training.saving import ModelWriter, Snapshots
 
@@ -34,19 +35,20 @@ if TYPE_CHECKING:
 
 
 def lora_base(config: "Namespace") -> str | None:
-    """The base model of a LoRA training; None for other trainings. ValueError if there is no such model on disk."""
-    if config.lora is None:
+    """The base model of a training of a LoRA or new words; None for others. ValueError if it is not on disk."""
+    if config.lora is None and config.new_words is None:
         return None
+    kind = "lora" if config.lora else "new_words"
     if config.network.class_path != "mmdit.checkpoint.load":
-        raise ValueError("lora needs a network from disk: network.class_path must be mmdit.checkpoint.load")
+        raise ValueError(f"{kind} needs a network from disk: network.class_path must be mmdit.checkpoint.load")
     arguments = config.network.init_args
     grown = [name for name in signature(MMDiT.grow).parameters if name != "self" and arguments[name]]
     if grown:
-        raise ValueError(f"lora cannot train new parts of a network: leave out network.{', '.join(grown)}")
+        raise ValueError(f"{kind} cannot train new parts of a network: leave out network.{', '.join(grown)}")
     base = Path(config.network.init_args.path).resolve()
     base = base.parent if base.name == "transformer" and not (base / "model_index.json").exists() else base
     if base.is_dir() and not (base / "model_index.json").is_file():
-        raise ValueError(f"lora needs a whole model folder, and {base} has no model_index.json: give another path")
+        raise ValueError(f"{kind} needs a whole model folder, and {base} has no model_index.json: give another path")
     return str(base)
 
 
@@ -70,11 +72,22 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
     network, text, codec, objective = config.network.train(), config.text, config.codec, config.objective
     if config.lora:
         lora.add(network, config.lora)
+    elif config.new_words:
+        network.requires_grad_(False)
+    if config.new_words or (config.lora and config.lora.text_encoders):
+        if config.teacher or config.judgement or config.strategy.kind == "fsdp2":
+            raise ValueError(
+                "text encoders that learn exclude teacher, judgement and strategy.kind fsdp2: leave them out"
+            )
+        network, text = reading(network, text, config.lora, config.new_words)
     if any(p.requires_grad and p.dtype != torch.float32 for p in network.parameters()):
         raise ValueError("trained weights must be float32, or small steps vanish: leave out network.init_args.dtype")
     data: Data = config.data(text, codec, run.seed)
     config.strategy.check(run.world, data.batch_size)
     data.check(run.world)
+    for word in config.new_words.words if config.new_words else ():
+        if not data.mentions(word):
+            raise ValueError(f"no caption of the data has the new word {word}: write it into them")
     for name in ("text_mask", "picture_channels", "level_embeds"):
         needed = getattr(data, name)
         if getattr(network, name) != needed:
@@ -109,14 +122,17 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
     if config.lora and config.lora.quantize != "none":
         if config.strategy.kind == "fsdp2":
             raise ValueError("lora.quantize goes with strategy.kind ddp: fsdp2 shards weights that are not quantized")
-        quantize(network, config.lora.quantize)  # last: what is built above reads the shapes of the layers' weights
+        quantize(
+            of_network(network), config.lora.quantize
+        )  # last: what is built above reads the shapes of the layers' weights
     return generator, data
 
 
 def build_trainer(config: "Namespace", generator: Generator) -> L.Trainer:
     """Builds Lightning's trainer for a module."""
     run, strategy, writer = config.run, config.strategy, generator.writer
-    cost = StepCost(writer.network, generator.objective, generator.teacher, writer.base is None, generator.judge)
+    network = of_network(writer.network)
+    cost = StepCost(network, generator.objective, generator.teacher, writer.base is None, generator.judge)
     meter = Meter(run.log_every, cost, run.precision)
     checkpoints = Checkpoints(run.folder / CHECKPOINTS, strategy.sharded_checkpoint)
     callbacks: list[Callback] = [StepProgress()]

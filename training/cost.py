@@ -13,7 +13,7 @@ from training.teacher import TeacherModel
 
 
 class StepCost:
-    """cost(batch) → Cost. The backward pass counts as two forward passes, for a LoRA as one.
+    """cost(batch) → Cost, without text encoders. The backward pass counts as two forward passes, for a LoRA as one.
 
     Args:
         network: the network, on the meta device.

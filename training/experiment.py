@@ -28,6 +28,7 @@ from storage.text import parse_yaml, read_yaml
 from training.generator import Grid
 from training.judged import Judgement
 from training.optimization import Optimization
+from training.reader import NewWords
 from training.run_folder import Run
 from training.teacher import Teacher
 from training.terms import LossTerm
@@ -161,6 +162,7 @@ def parser(description: str, exit_on_error: bool = True) -> Parser:
     p.add_argument("--data", type=Callable[[TextEncoder, Codec, int], Data], required=True)
     p.add_subclass_arguments(Network, "network", required=True)
     p.add_argument("--lora", type=LoRA | None, help="train a LoRA of a network that is loaded from disk")
+    p.add_argument("--new_words", type=NewWords | None, help="learn new words for the text encoders of such a network")
     p.add_argument("--teacher", type=Teacher | None, help="learn the output of this model (distillation)")
     p.add_argument("--judgement", type=Judgement | None, help="learn from rewards of the model's own pictures")
     p.add_subclass_arguments(Objective, "objective", default={"class_path": "flow.objective.Objective"})

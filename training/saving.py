@@ -1,12 +1,15 @@
 """The models that a training writes: model folders, LoRA folders, and snapshots of averaged weights."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 from torch import Tensor
 
+from data.text.inversion import FOLDER
+from data.text.sd3 import SD3Text
 from engine.ema import EMA
 from engine.meter import Meter
 from engine.posthoc import write_snapshot
@@ -17,11 +20,12 @@ from mmdit.network import Network
 from pipeline import Pipeline
 from pipeline.folder import process_note
 from storage.files import replace_folder
+from training.reader import Reader, of_network
 from training.run_folder import MODELS
 
 
 class ModelWriter:
-    """Writes weights as a model folder, or in a LoRA training as a LoRA folder.
+    """Writes weights as a model folder, or in a training of a LoRA or new words as a folder of these.
 
     Args:
         pipeline: the model; its other parts are written with the weights.
@@ -33,6 +37,7 @@ class ModelWriter:
         self.network, self.parts, self.base = skeleton(pipeline.network), pipeline.parts, base
         self.folder = run_folder / MODELS[base is not None]
         self.notes = process_note(pipeline.objective, pipeline.sampling, Path(base)) if base else {}
+        self.words = pipeline.text.words if isinstance(pipeline.text, SD3Text) else ()
 
     def write(self, weights: Mapping[str, Tensor], folder: Path | None = None) -> None:
         """Writes these weights. The folder None means the run's model. OSError if it cannot be written."""
@@ -40,8 +45,17 @@ class ModelWriter:
         if self.base is None:
             Pipeline(network, *self.parts[1:]).save(folder)
         else:
-            updated, base = cast(MMDiT, network), self.base
-            replace_folder(folder, lambda new: lora.save(updated, new, base, self.notes))
+            replace_folder(folder, partial(self._fill, network))
+
+    def _fill(self, network: Network, folder: Path) -> None:
+        """Writes low-rank updates and new words into an empty folder."""
+        assert self.base
+        updates = lora.export(cast(MMDiT, of_network(network)))
+        if isinstance(network, Reader):
+            updates |= network.updates()
+            for word in network.new_words(self.words):
+                word.write(folder / FOLDER)
+        lora.save(updates, folder, self.base, self.notes)
 
     def network_with(self, weights: Mapping[str, Tensor]) -> Network:
         """A copy of the trained network with these weights. In a LoRA training the others have no values."""

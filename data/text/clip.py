@@ -81,7 +81,8 @@ class CLIPText(TextEncoder):
         made = []
         for tokenizer, encoder, _ in self.towers:
             ids = tokenize(tokenizer, listed(captions), self.length, "the text tower")
-            made.append(run_clip(encoder, ids.to(encoder.device)))
+            with torch.no_grad():
+                made.append(run_clip(encoder, ids.to(encoder.device)))
         return Text(*(torch.cat(parts, dim=-1) for parts in zip(*made, strict=True)))
 
     def mask(self, captions: Sequence[str]) -> Tensor:

@@ -48,6 +48,7 @@ class TextEncoder(ABC):
         slots: the place of each encoder's results; everything outside of them is zero.
         vocabulary: for tokens that are numbers (D = 1), how many there are; 0 for vectors.
         length: N; 0 where captions of one call decide it.
+        unread: encoders that a network reads by itself: their slots hold token numbers (`data.text.inversion`).
     """
 
     tokens_dim: int
@@ -55,6 +56,7 @@ class TextEncoder(ABC):
     slots: tuple[Slot, ...]
     vocabulary: int = 0
     length: int = 0
+    unread: frozenset[str] = frozenset()
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> Text:

@@ -1,5 +1,6 @@
 """Captions → text tokens and a pooled vector by SD3's three encoders, one at a time in memory."""
 
+import copy
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from data.text import adapters
 from data.text.encoder import Slot, Text, TextEncoder, listed
+from data.text.inversion import NewWord, Spelling, write_numbers
 from data.text.tower import (
     PROJECTION,
     TABLE,
@@ -29,7 +31,7 @@ from data.text.tower import (
 )
 from storage.text import read_json
 from storage.updates import Receiver, Updates
-from storage.weights import DType, Weights, check_tensors, dtype_of, open_file, write_tensors
+from storage.weights import DType, Weights, check_tensors, digest, dtype_of, open_file, write_tensors
 
 LENGTH = 77  # tokens that stand for CLIP towers where both are absent
 T5_LENGTH = 256  # tokens that T5 reads by default, at most
@@ -62,6 +64,12 @@ class Part(NamedTuple):
     rows: slice  # among the tokens
     columns: slice  # of a token's vector
     pooled: slice  # of the pooled vector
+    spelling: Spelling  # of the new words
+
+    @property
+    def name(self) -> str:
+        """Its subfolder in a model folder."""
+        return f"text_encoder{self.kind.suffix}"
 
 
 @final
@@ -136,8 +144,47 @@ class SD3Text(TextEncoder):
         self.slots = tuple(
             Slot(f"text_encoder{part.kind.suffix}", part.rows, part.columns, part.pooled) for part in self.parts
         )
+        self.words: tuple[NewWord, ...] = ()
         self.cache = None if cache is None else Path(cache)
         self.rows = self._rows()
+
+    def taught(self, words: Sequence[NewWord]) -> Self:
+        """These text encoders with new words. Encoders for which a word has no vectors spell it in pieces.
+
+        Raises:
+            ValueError: in one line, if a word exists already, is given twice, or is one of other encoders.
+        """
+        names = [word.name for word in (*self.words, *words)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the new word {twice[0]} is given twice: give each word once")
+        own = {part.name: part for part in self.parts}
+        for word in words:
+            if missing := sorted(word.vectors.keys() - own.keys()):
+                raise ValueError(f"the new word {word.name} has vectors for {missing[0]}, which this model lacks")
+            for encoder, vectors in word.vectors.items():
+                width = own[encoder].tower.config.hidden_size
+                if vectors.shape[1] != width:
+                    raise ValueError(
+                        f"the new word {word.name} has vectors of {vectors.shape[1]} numbers, and {encoder} of {width}"
+                    )
+        new = copy.copy(self)
+        new.words = (*self.words, *words)
+        new.parts = [self._taught(part, words) for part in self.parts]
+        new.kept = None if self.kept is None else {}
+        new.rows = new._rows()
+        return new
+
+    def numbered(self, encoders: Sequence[str]) -> Self:
+        """These text encoders, of which some are left to a network that learns them: their slots hold token numbers."""
+        new = copy.copy(self)
+        new.unread = frozenset(encoders)
+        new.rows = new._rows()
+        return new
+
+    def encoder(self, name: str) -> Any:
+        """The module of an encoder, frozen, with its new words."""
+        (part,) = (part for part in self.parts if part.name == name)
+        return part.tower.load(self.dtype, self.device)
 
     def to(self, device: torch.device | str) -> Self:
         """Sets the device of the encoders."""
@@ -158,7 +205,10 @@ class SD3Text(TextEncoder):
         unique = [*dict.fromkeys(captions)]
         fresh = [caption for caption in unique if caption not in self.rows.memory]  # warned of once if too long
         parts = self.parts if fresh else ()
-        ids = [tokenize(part.tokenizer, fresh, self._length(part.kind), part.kind.title) for part in parts]
+        ids = [
+            tokenize(part.tokenizer, [*map(part.spelling, fresh)], self._length(part.kind), part.kind.title)
+            for part in parts
+        ]
         # Results in memory may be used in training later, so they must not be inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             rows = {caption: row for caption in unique if (row := self.rows.get(caption))}
@@ -172,7 +222,8 @@ class SD3Text(TextEncoder):
     def mask(self, captions: Sequence[str]) -> Tensor:
         masks = torch.zeros(len(captions), self.length + self.max_sequence_length, dtype=torch.bool)
         for part in self.parts:
-            masks[:, part.rows] |= real_tokens(part.tokenizer, listed(captions), self._length(part.kind))
+            spelled = [*map(part.spelling, listed(captions))]
+            masks[:, part.rows] |= real_tokens(part.tokenizer, spelled, self._length(part.kind))
         return masks
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -181,6 +232,7 @@ class SD3Text(TextEncoder):
         If the disk allows it, weights are hard links to the files they were read from. They take no space, but writing
         into one of the two files changes both.
         """
+        self._refuse_words()
         for part in self.parts:
             part.tower.save(Path(folder) / f"text_encoder{part.kind.suffix}")
             tokenizer = Path(folder) / f"tokenizer{part.kind.suffix}"
@@ -199,20 +251,24 @@ class SD3Text(TextEncoder):
     def fingerprint(self) -> dict[str, Any]:
         encoders = {}
         for slot, part in zip(self.slots, self.parts, strict=True):
-            digest = hashlib.sha256()
+            content = hashlib.sha256()
             for file in part.vocabulary:
-                digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-            encoders[slot.name] = {"weights": part.tower.fingerprint(), "tokenizer": digest.hexdigest()}
+                content.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+            encoders[slot.name] = {"weights": part.tower.fingerprint(), "tokenizer": content.hexdigest()}
         sizes = {"tokens_dim": self.tokens_dim, "pooled_dim": self.pooled_dim, "length": self.length}
         sizes["max_sequence_length"] = self.max_sequence_length
-        return {"class": "SD3Text", "dtype": str(self.dtype).removeprefix("torch."), **sizes, **encoders}
+        more: dict[str, Any] = {"unread": sorted(self.unread)} if self.unread else {}
+        if self.words:
+            more["words"] = {word.name: digest(word.vectors) for word in self.words}
+        return {"class": "SD3Text", "dtype": str(self.dtype).removeprefix("torch."), **sizes, **encoders, **more}
 
     def original_state(self) -> dict[str, Tensor]:
         """The encoders' tensors under the names of SD3's original single file, mapped into memory or with updates.
 
         Raises:
-            ValueError: CLIP-L's projection is not the identity, which that format assumes.
+            ValueError: CLIP-L's projection is not the identity, which that format assumes, or there are new words.
         """
+        self._refuse_words()
         tensors = {}
         for part in self.parts:
             own = part.tower.tensors()
@@ -243,9 +299,26 @@ class SD3Text(TextEncoder):
             self.kept.clear()
         self.rows = self._rows()
 
+    def _refuse_words(self) -> None:
+        """ValueError if there are new words, which no model folder holds."""
+        if self.words:
+            raise ValueError(f"a model holds no new words, such as {self.words[0].name}: keep their files beside it")
+
+    def _taught(self, part: Part, words: Sequence[NewWord]) -> Part:
+        """An encoder with new words. ValueError if one exists already."""
+        fresh = [word for word in words if part.name in word.vectors]
+        if not fresh:
+            return part
+        tokenizer = copy.deepcopy(part.tokenizer)
+        Spelling(fresh, part.name).teach(tokenizer)
+        rows = torch.cat([part.tower.rows, *(word.vectors[part.name] for word in fresh)])
+        tower = part.tower.grown(rows, tokenizer)
+        return part._replace(tokenizer=tokenizer, tower=tower, spelling=Spelling([*self.words, *words], part.name))
+
     def _rows(self) -> "Rows":
+        """The cache of encoded captions."""
         shapes = {"tokens": (self.length + self.max_sequence_length, self.tokens_dim), "pooled": (self.pooled_dim,)}
-        return Rows(shapes) if self.cache is None else Rows(shapes, self.cache, json.dumps(self.fingerprint()))
+        return Rows(shapes, self.cache, json.dumps(self.fingerprint()) if self.cache else "")
 
     def _length(self, kind: Kind) -> int:
         return self.max_sequence_length if kind is T5 else self.length
@@ -279,6 +352,7 @@ class SD3Text(TextEncoder):
                 rows=slice(self.length, None) if kind is T5 else slice(self.length),
                 columns=slice(first, last),
                 pooled=slice(self.pooled_dim - pooled[kind], None) if kind is CLIP_G else slice(pooled.get(kind, 0)),
+                spelling=Spelling((), ""),
             )
             tower.require(part.tokenizer, self._length(kind))
             parts.append(part)
@@ -295,6 +369,9 @@ class SD3Text(TextEncoder):
 
     def _fill(self, part: Part, ids: Tensor, tokens: Tensor, pooled: Tensor) -> None:
         """Writes one encoder's results for `ids (B, N)` into `tokens (B, N, width)` and `pooled (B, projection)`."""
+        if part.name in self.unread:
+            write_numbers(ids, tokens)
+            return
         encoder = (self.kept or {}).get(part.kind) or part.tower.load(self.dtype, self.device)
         if self.kept is not None:
             self.kept[part.kind] = encoder
@@ -357,7 +434,7 @@ class Rows:
 
 def run_t5(encoder: T5EncoderModel, ids: Tensor) -> Text:
     """T5's final states for token numbers `(B, N)`, and pooled vectors of length 0."""
-    with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+    with torch.autocast(ids.device.type, enabled=False):
         states = encoder(ids).last_hidden_state
     return Text(tokens=states, pooled=states.new_zeros(len(ids), 0))
 

@@ -1,5 +1,6 @@
 """A text encoder on disk, and its tokenizer: checked first, then read tensor by tensor."""
 
+import copy
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from transformers.utils import logging
 
 from data.text.encoder import CutCaptions, Text
+from data.text.inversion import Vocabulary
 from storage import updates
 from storage.configs import CLIP_TEXT, T5, described, tokenizer_files
 from storage.files import commit_json
@@ -43,6 +45,7 @@ class Tower:
         config: the settings as transformers' object.
         shapes: the parameters' names and shapes.
         updates: merged into the weights wherever these are read, except by `weights`.
+        rows: the vectors of new tokens, (n, width).
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -58,6 +61,7 @@ class Tower:
         identity: bool = False,
     ) -> None:
         self.kind, self.source, self.prefix = kind, source, prefix
+        self.rows, self.first, self.end = torch.empty(0), 0, 0
         self.named = settings.get("dtype", settings.get("torch_dtype"))
         weights = self.weights()
         try:
@@ -77,6 +81,13 @@ class Tower:
         if self.identity:
             weights = weights.renamed(lambda name: None if name == PROJECTION else name)
         check_tensors(weights, stored, kind.__name__)
+
+    def grown(self, rows: Tensor, tokenizer: CLIPTokenizer | T5Tokenizer) -> Self:
+        """This encoder with the vectors (n, width) of all new tokens, which are the last of a tokenizer."""
+        new = copy.copy(self)
+        new.updates = dict(self.updates)
+        new.rows, new.first, new.end = rows, len(tokenizer) - len(rows), cast(int, tokenizer.eos_token_id)
+        return new
 
     def require(self, tokenizer: CLIPTokenizer | T5Tokenizer, length: int) -> None:
         """ValueError if the tower cannot read `length` tokens of this tokenizer."""
@@ -127,6 +138,10 @@ class Tower:
         if isinstance(module, CLIPTextModelWithProjection):
             positions = torch.arange(self.config.max_position_embeddings, device=device)
             module.text_model.embeddings.position_ids = positions[None]  # (1, N); in no file
+        if len(self.rows):
+            module.set_input_embeddings(Vocabulary(module.get_input_embeddings(), self.rows.to(device), self.first))
+            if isinstance(module, CLIPTextModelWithProjection):  # the end is not the highest number any more
+                module.text_model.eos_token_id = self.end
         return module.eval().requires_grad_(False)
 
     def fingerprint(self, held: Mapping[str, Tensor] | None = None) -> str:
@@ -188,7 +203,7 @@ def put(file: Path, target: Path, link: bool = False) -> None:
 
 def run_clip(encoder: CLIPTextModelWithProjection, ids: Tensor) -> Text:
     """SD3's two outputs of a CLIP tower, for token numbers `(B, N)`."""
-    with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+    with torch.autocast(ids.device.type, enabled=False):
         output = encoder(ids, output_hidden_states=True)
     return Text(tokens=output.hidden_states[-2], pooled=output.text_embeds)
 
