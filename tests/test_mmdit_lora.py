@@ -57,7 +57,7 @@ def test_updates_made_here_are_diffusers_s(
     ours = output(network)
     assert not close(ours, plain)
 
-    lora.save(network, tmp_path / "lora", "a model")
+    lora.save(lora.export(network), tmp_path / "lora", "a model")
     opponent.load_lora_adapter(StableDiffusion3Pipeline.lora_state_dict(tmp_path / "lora"), prefix="transformer")
     assert close(output(opponent), ours)
 
@@ -95,7 +95,7 @@ def test_updates_made_by_diffusers_are_ours(
 def test_a_merge_into_half_precision_rounds_once(network: MMDiT, tmp_path: Path) -> None:
     lora.add(network, LoRA(4))
     shaken(network)
-    lora.save(network, tmp_path / "lora", "base")
+    lora.save(lora.export(network), tmp_path / "lora", "base")
     exact, half = (checkpoint.load(tmp_path / "transformer", "bfloat16") for _ in range(2))
     for other in (exact.float(), half):
         merge(other, [Adapter(tmp_path / "lora"), Adapter(tmp_path / "lora", 0.7)])
@@ -137,7 +137,7 @@ def test_files_that_do_not_fit_are_named_and_change_nothing(network: MMDiT, tmp_
     plain = output(network)
     trained = checkpoint.load(tmp_path / "transformer")
     lora.add(trained, LoRA(4))
-    lora.save(trained, tmp_path / "lora", "a model")
+    lora.save(lora.export(trained), tmp_path / "lora", "a model")
     state = load_file(tmp_path / "lora" / lora.FILE)
     key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
     for changed, message in (

@@ -148,7 +148,7 @@ def test_a_lora_s_folder_is_merged_into_what_it_belongs_to(tmp_path: Path) -> No
     for name, parameter in network.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    lora.save(network, tmp_path / "run/lora", str(tmp_path / "base"))
+    lora.save(lora.export(network), tmp_path / "run/lora", str(tmp_path / "base"))
     main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "whole")])
     merged = Pipeline.load(tmp_path / "base", LoadOptions(lora=(str(tmp_path / "run"),)))
     whole = Pipeline.load(tmp_path / "whole")

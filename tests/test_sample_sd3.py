@@ -31,7 +31,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, parameter in pipe.network.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    lora.save(pipe.network, place / "run/lora", str(place / "base"))
+    lora.save(lora.export(pipe.network), place / "run/lora", str(place / "base"))
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (80, 72, 3), generator=draw, dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(place / "picture.png")

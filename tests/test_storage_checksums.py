@@ -60,7 +60,7 @@ def test_a_lora_is_checked_too(pipe: Pipeline, model: Path, tmp_path: Path) -> N
 
     network = load(model)
     lora.add(network, lora.LoRA(2))
-    lora.save(network, tmp_path / "lora", str(model))
+    lora.save(lora.export(network), tmp_path / "lora", str(model))
     verify(tmp_path / "lora")
     file = tmp_path / "lora" / lora.FILE
     content = bytearray(file.read_bytes())

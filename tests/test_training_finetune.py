@@ -231,7 +231,7 @@ def test_a_damaged_note_on_sampling_ends_in_one_line(base: Path, tmp_path: Path)
     network = Pipeline.load(base).network
     lora.add(network, lora.LoRA(2))
     for i, note in enumerate(('{"shift": 1}', "[]", "no JSON", '{"shift": "x", "path": {}, "target": {}}')):
-        lora.save(network, tmp_path / str(i), str(base), {lora.PROCESS: note})
+        lora.save(lora.export(network), tmp_path / str(i), str(base), {lora.PROCESS: note})
         with pytest.raises(ValueError, match="pytorch_lora_weights") as fault:
             Pipeline.load(tmp_path / str(i))
         assert "\n" not in str(fault.value)

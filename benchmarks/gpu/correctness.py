@@ -277,6 +277,7 @@ def experiment(folder: Path, device: torch.device, workers: int = 0) -> tuple[L.
         ema=Averages(0.9),
         grid=Grid(),
         lora=None,
+        new_words=None,
         teacher=None,
         judgement=None,
         terms=(),
