@@ -238,6 +238,20 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("torch.bfloat16 if value.dtype.itemsize == 1 else value.dtype", "value.dtype"),
         ("value = self._updated(name, value.to(device))", "value = value.to(device)"),
     ],
+    ("data/text/inversion.py", "training_words"): [
+        ("lstrip=True, rstrip=True", "lstrip=False, rstrip=False"),
+        ("ids // BASE, ids % BASE", "ids % BASE, ids // BASE"),
+        ("key=len, reverse=True", "key=len"),
+        ("(ids - self.first).clamp(min=0)", "(ids - self.first - 1).clamp(min=0)"),
+    ],
+    ("data/text/tower.py", "training_words"): [
+        ("module.text_model.eos_token_id = self.end", "pass"),
+        ("len(tokenizer) - len(rows)", "len(rows)"),
+    ],
+    ("training/reader.py", "training_words"): [
+        ("* layer.scaling[\"default\"]", ""),
+        ("made.pooled.to(pooled.dtype)", "pooled[:, slot.pooled]"),
+    ],
     ("mmdit/layers.py", "mmdit_conv"): [
         ("i=grid[0]", "j=grid[0]"),
         ("self.conv2(F.silu(self.conv1(places)))", "self.conv1(F.silu(self.conv2(places)))"),
@@ -357,7 +371,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("data/text/sd3.py", "data_text_adapters"): [
         ("self.kept.clear()", "pass"),
-        ("        self.rows = self._rows()\n\n    def _rows", "\n    def _rows"),
+        ("        self.rows = self._rows()\n\n    def _refuse", "\n    def _refuse"),
     ],
     ("data/text/sd3.py", "data_text_sd3 data_text_sd3_slots"): [
         ("rows=slice(self.length, None) if", "rows=slice(self.length - 1, -1) if"),
