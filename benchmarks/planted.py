@@ -813,6 +813,16 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("min(rates, key=lambda rate: rates[rate])", "max(rates, key=lambda rate: rates[rate])"),
         ("math.inf if found is None else found", "0.0 if found is None else found"),
     ],
+    ("storage/weights.py", "storage_weights storage_float8"): [
+        ("return stored.float() * (", "return stored.float() / ("),
+        ("scale.reshape(()) if scale.numel() == 1 else scale)", "scale.reshape(-1))"),
+        ("_unwrapped(_decoded(whole))", "_unwrapped(whole)"),
+    ],
+    ("storage/float8.py", "storage_float8"): [
+        ("dtype in EIGHT and name not in of and", "dtype in EIGHT[:0] and name not in of and"),
+        ("layer for layer, kind in formats.items() if kind not in FORMATS", "layer for layer in ()"),
+        ("(*UNUSED, FORMAT)", "UNUSED"),
+    ],
 }  # fmt: skip
 
 

@@ -112,7 +112,7 @@ class VAE(Codec):
         shapes = {name: tuple(tensor.shape) for name, tensor in self.vae.state_dict().items()}
         layout = original_layout(shapes) if single else {name: (name, shape) for name, shape in shapes.items()}
         weights.check_tensors(stored, dict(layout.values()), "this VAE's config")
-        kept = stored.dtype if dtype is None else weights.dtype_of(dtype)
+        kept = stored.kept if dtype is None else weights.dtype_of(dtype)
         self.vae.load_state_dict(
             {name: stored[there].reshape(shapes[name]).to(kept, copy=True) for name, (there, _) in layout.items()},
             assign=True,

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from storage import float8
 from storage.files import commit_path
 from storage.seal import BLANK, seal
 from storage.text import read_json
@@ -40,17 +41,30 @@ SAMPLE = 1024  # numbers at each of three places of a tensor that a digest reads
 
 
 class Place(NamedTuple):
-    """Where a tensor is stored."""
+    """Where a tensor is stored, and the scale by which its values are multiplied, if it has one."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scale: "Place | None" = None
+
+    def read(self) -> Tensor:
+        """The tensor. With a scale it is decoded: value × scale, in float32. ValueError if the scale is not finite."""
+        with safe_open(self.file, framework="pt") as file:
+            stored = file.get_tensor(self.name)
+        if self.scale is None:
+            return stored
+        scale = self.scale.read().float()
+        if not scale.isfinite().all():
+            raise ValueError(f"{self.scale.file} is damaged: {self.scale.name} is not finite; download it again")
+        return stored.float() * (scale.reshape(()) if scale.numel() == 1 else scale)
 
 
 class Weights(Mapping[str, Tensor]):
     """Names → tensors of one or more safetensors files. Each access maps the tensor into memory again, so that a tensor
-    that was copied and released takes no memory.
+    that was copied and released takes no memory. Scales of weights in 8 bits (`storage.float8`) have no names here: the
+    weights come decoded.
 
     Attributes:
         source: the file or folder, for messages.
@@ -62,9 +76,7 @@ class Weights(Mapping[str, Tensor]):
         self.source, self.places, self.metadata = source, places, metadata or {}
 
     def __getitem__(self, name: str) -> Tensor:
-        place = self.places[name]
-        with safe_open(place.file, framework="pt") as file:
-            return file.get_tensor(place.name)
+        return self.places[name].read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -83,6 +95,11 @@ class Weights(Mapping[str, Tensor]):
         for place in self.places.values():
             sizes[place.dtype] = sizes.get(place.dtype, 0) + math.prod(place.shape)
         return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def kept(self) -> torch.dtype:
+        """`dtype`, or bfloat16 for 8 bits, in which nothing is computed."""
+        return torch.bfloat16 if self.dtype in float8.EIGHT else self.dtype
 
     def under(self, prefix: str) -> "Weights":
         """The tensors whose names start with a prefix, under the rest of their names."""
@@ -113,7 +130,8 @@ def open_file(file: Path, unwrap: bool = True) -> Weights:
         FileNotFoundError: there is no such file.
         ValueError: in one line, for a pickle, a truncated file or another file that is not safetensors.
     """
-    return _unwrapped(_open(file)) if unwrap else _open(file)
+    weights = _decoded(_open(file))
+    return _unwrapped(weights) if unwrap else weights
 
 
 def _open(file: Path) -> Weights:
@@ -133,7 +151,23 @@ def _open(file: Path) -> Weights:
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
     except KeyError as error:
-        raise ValueError(f"{file} holds tensors of type {error}, which is not one of {', '.join(STORED)}") from None
+        known = f"which is not one of {', '.join(STORED)}: {float8.CURE}"
+        raise ValueError(f"{file} holds tensors of type {error}, {known}") from None
+
+
+def _decoded(weights: Weights) -> Weights:
+    """The tensors without the scales of weights in 8 bits, which become part of the weights' places."""
+    stored = {name: float8.Stored(place.shape, place.dtype) for name, place in weights.places.items()}
+    try:
+        scales = float8.find(stored, lambda name: weights[name].numpy().tobytes(), weights.metadata.get(float8.HEADER))
+    except ValueError as error:
+        raise ValueError(f"{weights.source} {error}") from None
+    places = {
+        name: place._replace(scale=weights.places[scales.of[name]]) if name in scales.of else place
+        for name, place in weights.places.items()
+        if name not in scales.beside
+    }
+    return Weights(weights.source, places, weights.metadata)
 
 
 def _unwrapped(weights: Weights) -> Weights:
@@ -196,7 +230,8 @@ def _open_shards(index: Path) -> Weights:
     absent = [name for name, shard in table.items() if name not in shards[shard]]
     if absent:
         raise ValueError(f"{index} promises {len(absent)} tensors that its files lack ({shorten(absent)})")
-    return _unwrapped(Weights(index.parent, {name: shards[shard].places[name] for name, shard in table.items()}))
+    whole = Weights(index.parent, {name: shards[shard].places[name] for name, shard in table.items()})
+    return _unwrapped(_decoded(whole))
 
 
 def check_tensors(weights: Weights, expected: Mapping[str, tuple[int, ...]], owner: str) -> None:

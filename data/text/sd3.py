@@ -265,6 +265,8 @@ class SD3Text(TextEncoder):
     def original_state(self) -> dict[str, Tensor]:
         """The encoders' tensors under the names of SD3's original single file, mapped into memory or with updates.
 
+        Those that are stored with a scale come decoded (`storage.float8`), in bfloat16 where that is most of them.
+
         Raises:
             ValueError: CLIP-L's projection is not the identity, which that format assumes, or there are new words.
         """

@@ -105,9 +105,13 @@ class Tower:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters in their stored type, mapped into memory, those with updates merged; bfloat16 for 8 bits."""
+        """The parameters in their stored type, mapped into memory, those with updates merged.
+
+        Decoded or merged ones that are stored in 8 bits come in bfloat16.
+        """
         weights = self.weights()
-        tensors = {name: weights[name] for name in weights}
+        scaled = {name for name, place in weights.places.items() if place.scale}
+        tensors = {name: weights[name].to(weights.kept) if name in scaled else weights[name] for name in weights}
         if self.identity:
             tensors[PROJECTION] = torch.eye(self.config.hidden_size).to(weights.dtype)
         for name, value in tensors.items():
@@ -154,16 +158,17 @@ class Tower:
     def save(self, folder: Path) -> None:
         """Writes `config.json` and the weights in their stored type; weights of a folder as hard links if possible."""
         whole, stored = folder / "model.safetensors", self.weights()
-        eighth = stored.dtype.itemsize == 1  # 8 bits, which other tools do not read
-        dtype = torch.bfloat16 if eighth else stored.dtype
+        dtype = stored.kept  # other tools do not read 8 bits
         places = {} if self.prefix else open_folder(self.source, "model").places
         # The type that other tools read a folder's weights in, which need not be the stored one.
         named = self.named if places and self.named in get_args(DType) else str(dtype).removeprefix("torch.")
         notes = {"architectures": [self.kind.__name__], "dtype": named}
         commit_json(folder / "config.json", self.settings | notes)
-        if self.prefix or self.updates or any(name != place.name for name, place in places.items()):
+        if self.prefix or self.updates or any(name != place.name or place.scale for name, place in places.items()):
             tensors = self.tensors()
-            write_tensors({name: value.to(dtype) if eighth else value for name, value in tensors.items()}, whole)
+            write_tensors(
+                {name: value.to(dtype) if dtype != stored.dtype else value for name, value in tensors.items()}, whole
+            )
             return
         files = {place.file for place in places.values()}
         for file in files:
