@@ -51,7 +51,7 @@ def first_step(pipe: Pipeline, kind: str, prompts: list[str], x0: Tensor, rank: 
 
 @torch.no_grad()
 def round_blocks(network: MMDiT, scaled: bool) -> None:
-    """Rounds the weights of the blocks' linear layers to float8_e4m3fn, after a division by the layer's scale or by 1."""
+    """Rounds the weights of the blocks' linear layers to float8_e4m3fn, divided by a scale of the layer if `scaled`."""
     for module in network.blocks.modules():
         if isinstance(module, nn.Linear):
             peak = module.weight.abs().max() / torch.finfo(torch.float8_e4m3fn).max

@@ -823,6 +823,14 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("layer for layer, kind in formats.items() if kind not in FORMATS", "layer for layer in ()"),
         ("(*UNUSED, FORMAT)", "UNUSED"),
     ],
+    ("pipeline/comfy.py", "pipeline_comfy"): [
+        ('return "normal"', 'return "sgm_uniform"'),
+        ("TIMES % sampling.steps == 0", "TIMES % sampling.steps >= 0"),
+        ("1 - times / (shift - (shift - 1) * times)", "1 - times"),
+        ("(inside[0], inside[-1] + 1)", "(inside[0], inside[-1])"),
+        ('"strength_model": update.strength', '"strength_model": 1.0'),
+        ("None if image else scheduler(", "scheduler("),
+    ],
 }  # fmt: skip
 
 

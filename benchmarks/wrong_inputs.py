@@ -186,6 +186,8 @@ def calls(config: dict[str, Any], folder: Path) -> list[Call]:
     exports = of_parser("", export.choices["export"], exported)  # type: ignore[index]
     found += [Call("-m pipeline", ["export", "run", *call.argv]) for call in exports if "--push" not in str(call)]
     found += [Call("-m pipeline", ["export", name, *exported]) for name in (*CONTENTS, "", "missing", "pictures")]
+    shown = ["--out", "shown.json"]
+    found += [Call("-m pipeline", ["workflow", name, *shown]) for name in (*CONTENTS, "", "missing", "pictures")]
     for name in CONTENTS:
         found += [Call("train.py", ["fit", "--config", name]), Call("encode.py", ["--config", name])]
         found += [Call("train.py", ["fit", "--config", "config.yaml", "--config", name])]

@@ -1,12 +1,14 @@
-"""Models and LoRAs for other tools.
+"""Models, LoRAs and pictures' settings for other tools.
 
 python -m pipeline export runs/digits --format diffusers
 python -m pipeline convert lora.safetensors --to kohya --out kohya.safetensors
+python -m pipeline workflow samples/a-lighthouse_0.png --out lighthouse.json
 """
 
 from pathlib import Path
 
 from cli import DTYPES, Parser, one_line_errors, output, plain_warnings
+from storage.files import commit_json
 from storage.models import find_model
 
 
@@ -32,6 +34,9 @@ def parser() -> Parser:
         metavar="NAME",
         help="also upload it to this Hugging Face repository; an export that exists is uploaded as it is",
     )
+    workflow = commands.add_parser("workflow", help="write a workflow of ComfyUI that draws a picture again")
+    workflow.add_argument("picture", type=Path, help="a PNG that sample.py drew with a model of a released one's shape")
+    workflow.add_argument("--out", type=output, required=True, help="a new JSON file, to be opened in ComfyUI")
     return p
 
 
@@ -39,9 +44,17 @@ def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     args = parser().parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
+        if args.command in ("convert", "workflow") and args.out.exists():
+            raise ValueError(f"{args.out} exists: choose another --out")
+        if args.command == "workflow":
+            from pipeline.comfy import workflow  # slow
+
+            made = workflow(args.picture)
+            commit_json(args.out, made.nodes)
+            print(f"{args.out}: open it in ComfyUI, whose folder needs")
+            print(*(f"  {place}: {source}" for place, source in made.files.items()), sep="\n")
+            return
         if args.command == "convert":
-            if args.out.exists():
-                raise ValueError(f"{args.out} exists: choose another --out")
             from mmdit import lora  # slow
             from mmdit.convert import write_lora
             from pipeline.convert import convert

@@ -121,15 +121,9 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
         parts = _read_folder(path, options)
     elif (path / updates.CONFIG).is_file():
         verify(path)
-        base = read_json(path / updates.CONFIG).get("base_model_name_or_path")
-        if not isinstance(base, str):
-            raise ValueError(f"{path / updates.CONFIG} lacks base_model_name_or_path: give --model BASE --lora {path}")
-        if (Path(base) / updates.CONFIG).is_file():
-            raise ValueError(f"{path / updates.CONFIG} names {base}, which is a LoRA and no model: name a whole model")
         own = (str(path),) if updates.holds(path) else ()
-        learned_words = map(str, sorted((path / FOLDER).glob("*.safetensors")))
-        embedding = (*learned_words, *options.embedding)
-        return read(Path(base), replace(options, lora=(*own, *options.lora), embedding=embedding))
+        embedding = (*map(str, sorted((path / FOLDER).glob("*.safetensors"))), *options.embedding)
+        return read(base_of(path), replace(options, lora=(*own, *options.lora), embedding=embedding))
     else:
         raise FileNotFoundError(f"{path} is no model folder: it has no {INDEX}")
     if words:
@@ -146,6 +140,16 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
             if told := learned(update.path):
                 parts = parts._replace(objective=told[0], sampling=told[1])
     return parts
+
+
+def base_of(folder: Path) -> Path:
+    """The model that a LoRA's folder names. ValueError if it names none, or another LoRA."""
+    base = read_json(folder / updates.CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ValueError(f"{folder / updates.CONFIG} lacks base_model_name_or_path: give --model BASE --lora {folder}")
+    if (Path(base) / updates.CONFIG).is_file():
+        raise ValueError(f"{folder / updates.CONFIG} names {base}, which is a LoRA and no model: name a whole model")
+    return Path(base)
 
 
 def _read_folder(folder: Path, options: LoadOptions) -> Parts:

@@ -444,12 +444,17 @@ def run_t5(encoder: T5EncoderModel, ids: Tensor) -> Text:
 def find(kind: Kind, folder: Path, single: Path | None) -> Tower | None:
     """The encoder in the single file, or else in the model folder; None if it is in neither."""
     source = folder / f"text_encoder{kind.suffix}"
-    config, index = source / "config.json", folder / "model_index.json"
+    config = source / "config.json"
     if single and (weights := open_file(single).under(kind.prefix)):
         settings = read_json(config) if config.is_file() else config_from_shapes(kind, own_names(weights))
         return Tower(kind.tower, settings, single, kind.prefix, identity=kind is CLIP_L)
-    named = read_json(index).get(source.name) not in (None, [None, None]) if index.is_file() else source.is_dir()
-    return Tower(kind.tower, read_json(config), source) if named else None
+    return Tower(kind.tower, read_json(config), source) if named(kind, folder) else None
+
+
+def named(kind: Kind, folder: Path) -> bool:
+    """Whether a model folder has an encoder: its `model_index.json` names it, or without one its folder exists."""
+    index, name = folder / "model_index.json", f"text_encoder{kind.suffix}"
+    return read_json(index).get(name) not in (None, [None, None]) if index.is_file() else (folder / name).is_dir()
 
 
 def config_from_shapes(kind: Kind, weights: Weights) -> dict[str, Any]:
