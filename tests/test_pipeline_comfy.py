@@ -1,4 +1,4 @@
-"""A picture as a workflow of ComfyUI: nodes as they are there, the same picture, and what cannot be said in one line."""
+"""A picture as a workflow of ComfyUI: its nodes, the same picture, and in one line what cannot be said there."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sample
-from data.drawn import png_notes
+from data.drawn import OURS
 from data.raw.pictures import save_png
 from flow import grid
 from flow.path import RectifiedFlow
@@ -179,8 +179,7 @@ def single(file: Path, *parts: str, **more: object) -> Path:
 def picture(file: Path, **changes: object) -> Path:
     """A grey picture that says that it was drawn so; None leaves a key out."""
     entry = {name: value for name, value in (ENTRY | changes).items() if value is not None}
-    texts = {"mmdit": json.dumps(entry)} if "model" not in entry else png_notes({**ENTRY, **entry})
-    save_png(Image.new("L", (8, 8)), file, texts)
+    save_png(Image.new("L", (8, 8)), file, {OURS: json.dumps(entry)})
     return file
 
 
@@ -257,6 +256,8 @@ def refused(shown: Path, capsys: pytest.CaptureFixture) -> str:
         ({"shift": 101.0}, "ComfyUI's shift is at most 100"),
         ({"lora": [["a"]]}, "['a'] is not a LoRA"),
         ({"interval": "x"}, "says wrongly how it was drawn"),
+        ({"shift": None}, "says wrongly how it was drawn, 'shift'"),
+        ({"model": None}, "says wrongly how it was drawn, 'model'"),
         ({"steps": "x"}, "says wrongly how it was drawn"),
         ({"shift": "x"}, "says wrongly how it was drawn"),
         ({"prompt": "a {red|blue} sea"}, "ComfyUI does not read '{' in a prompt as text"),
