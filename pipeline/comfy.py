@@ -102,7 +102,7 @@ def workflow(picture: Path) -> Workflow:
         raise ValueError(f"{picture}: its times begin at {times[0]:g}, where ComfyUI would begin with less noise")
 
     made = Workflow({}, {})
-    source = f"{model.path}"
+    source = str(model.path)
     if model.path.is_dir():
         source = f"python -m pipeline export {model.path} --format single-file --out FOLDER"
     loader = made.add("CheckpointLoaderSimple", ckpt_name=made.needs("models/checkpoints", model.path, source))
@@ -240,7 +240,8 @@ def check_update(update: Adapter) -> None:
     weights, settings = adapters.opened(update.path)
     scale = adapters.Scale(weights, settings)
     for name, tensors in adapters.by_layer(weights).items():
-        plain = "down" not in tensors or "alpha" in tensors or scale(name, None, weights.shape(tensors["down"])[0]) == 1
+        rank = weights.shape(tensors["down"])[0] if "down" in tensors else None
+        plain = "alpha" in tensors or scale(name, None, rank) == 1
         if not plain or tensors.get("magnitude", "dora_scale").rpartition(".")[2] != "dora_scale":
             raise ValueError(
                 f"ComfyUI does not read the scale of {update.path}, which is in its settings: "
@@ -296,4 +297,5 @@ def decimal(number: Tensor) -> str:
 def title(path: Path) -> str:
     """A name for a file in ComfyUI's folders, of what it or the folders above it are called."""
     stem = path.stem if path.suffix == ".safetensors" else path.name
-    return title(path.resolve().parent) if stem in GENERIC else stem
+    above = path.resolve().parent
+    return title(above) if stem in GENERIC and above.name else stem

@@ -98,12 +98,13 @@ def _without(tensors: Mapping[str, Stored], of: Mapping[str, str], formats: Mapp
 def _formats(names: Mapping[str, object], read: Callable[[str], bytes], header: str | None) -> dict[str, object]:
     """Layer → format, as the file says it. ValueError if that is no JSON of this kind."""
     try:
-        told = {layer: entry["format"] for layer, entry in json.loads(header or '{"layers": {}}')["layers"].items()}
+        listed = {layer: entry["format"] for layer, entry in json.loads(header or '{"layers": {}}')["layers"].items()}
         beside = [name for name in names if name.endswith(FORMAT)]
-        return told | {name.removesuffix(FORMAT): json.loads(read(name))["format"] for name in beside}
+        return listed | {name.removesuffix(FORMAT): json.loads(read(name))["format"] for name in beside}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"is damaged: {HEADER} or a {FORMAT[1:]} names no format; download it again") from None
 
 
 def _pattern(name: str) -> str:
-    return re.sub(r"\d+", "{}", name)
+    """A name without the number of its block."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1)

@@ -367,6 +367,16 @@ def test_a_lora_that_comfyui_would_add_otherwise_is_refused(
         main(["workflow", str(shown), "--out", str(tmp_path / "a.json")])
 
 
+def test_a_picture_of_a_run_with_a_lora_needs_both(tmp_path: Path) -> None:
+    """It records the LoRA's folder, which names the base."""
+    base, own = configs(tmp_path / "sd3.5"), tmp_path / "runs/ink/lora"
+    own.mkdir(parents=True)
+    lora(own, network()).rename(own / "pytorch_lora_weights.safetensors")
+    (own / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    made = workflow(picture(tmp_path / "a.png", model=str(own)))
+    assert made.files.keys() == {"models/checkpoints/sd3.5.safetensors", "models/loras/ink.safetensors"}
+
+
 def test_no_file_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "a.json").write_text("mine")
     shown = picture(tmp_path / "a.png", model=str(configs(tmp_path / "model")))

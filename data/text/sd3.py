@@ -265,7 +265,7 @@ class SD3Text(TextEncoder):
     def original_state(self) -> dict[str, Tensor]:
         """The encoders' tensors under the names of SD3's original single file, mapped into memory or with updates.
 
-        Those that are stored with a scale come decoded (`storage.float8`), in bfloat16 where that is most of them.
+        Those with a scale (`storage.float8`) come decoded, in bfloat16 if most of the encoder has 8 bits.
 
         Raises:
             ValueError: CLIP-L's projection is not the identity, which that format assumes, or there are new words.
