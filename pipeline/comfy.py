@@ -15,19 +15,22 @@ from torch import Tensor
 from data.drawn import recorded
 from data.latents import PREFIX as VAE_PREFIX
 from data.raw.pictures import PictureError, size_of
+from data.text.adapters import ENCODERS as TEXT
 from data.text.sd3 import CLIP_G, CLIP_L, T5, T5_LENGTH, Kind, named
 from flow.objective import Objective
-from mmdit import adapters, checkpoint
-from mmdit.adapters import Adapter
+from mmdit import checkpoint
+from mmdit.lora import PREFIX
 from pipeline.folder import FLOW_MATCH, INDEX, base_of, describe_process, learned, process_of
 from pipeline.sampling import SAMPLERS, Sampling, parse_choice
+from storage import updates
 from storage.models import find_model
 from storage.text import read_json
+from storage.updates import Adapter
 from storage.weights import open_file
 
 Link = list[str | int]
 OTHER_FLAGS = (  # of `sample.py`, for which no core node does the same
-    "mask", "picture", "control", "autoguidance", "refiner", "classifier", "clip_guidance", "upscale",
+    "mask", "picture", "control", "autoguidance", "refiner", "classifier", "clip_guidance", "upscale", "embedding",
 )  # fmt: skip
 SIZES = {"in_channels": 16, "patch_size": 2, "text_dim": 4096, "pooled_dim": 2048}  # that ComfyUI's SD3 has
 VAE = {  # likewise of its VAE
@@ -108,7 +111,7 @@ def workflow(picture: Path) -> Workflow:
     loader = made.add("CheckpointLoaderSimple", ckpt_name=made.needs("models/checkpoints", model.path, source))
     network: Link = [loader, 0]
     for update in model.updates:
-        file = adapters.find(update.path)
+        file = updates.find(update.path)
         added = {"lora_name": made.needs("models/loras", file, str(file)), "strength_model": update.strength}
         network = [made.add("LoraLoaderModelOnly", model=network, **added), 0]
     network = [made.add("ModelSamplingSD3", model=network, shift=shift), 0]
@@ -194,10 +197,10 @@ def model_of(path: Path, loras: Sequence[str], parts: Path) -> Model:
         FileNotFoundError: a file is not there.
         ValueError: ComfyUI does not read one of them.
     """
-    updates, path = [Adapter.parse(text) for text in loras], find_model(path)
+    given, path = [Adapter.parse(text) for text in loras], find_model(path)
     if path.is_dir() and not (path / INDEX).is_file():
-        updates, path = [Adapter(path), *updates], find_model(base_of(path))
-    for update in updates:
+        given, path = [Adapter(path), *given], find_model(base_of(path))
+    for update in given:
         check_update(update)
     inside: Collection[Kind] = ()
     if path.is_file():
@@ -222,7 +225,7 @@ def model_of(path: Path, loras: Sequence[str], parts: Path) -> Model:
     if not whole:
         cure = f"python -m pipeline export {path} --parts {parts} --format single-file --out FOLDER"
         raise ValueError(f"{path} is no checkpoint of ComfyUI, as it has no VAE: {cure}, and draw with that")
-    return Model(path, updates, path.is_dir() or len(inside) == len(ENCODERS))
+    return Model(path, given, path.is_dir() or len(inside) == len(ENCODERS))
 
 
 def objective_of(model: Model, parts: Path) -> Objective:
@@ -237,9 +240,12 @@ def objective_of(model: Model, parts: Path) -> Objective:
 
 def check_update(update: Adapter) -> None:
     """ValueError if ComfyUI would add another update, as it knows no scale but that in a file's own tensors."""
-    weights, settings = adapters.opened(update.path)
-    scale = adapters.Scale(weights, settings)
-    for name, tensors in adapters.by_layer(weights).items():
+    weights, settings = updates.opened(update.path)
+    prefixes = tuple(prefix for names in TEXT for prefix in (names.diffusers, names.single, names.kohya))
+    if any(name.startswith(prefixes) for name in weights):
+        raise ValueError(f"{update.path} updates text encoders, and a workflow loads updates of the network alone")
+    scale = updates.Scale(weights, settings, PREFIX)
+    for name, tensors in updates.by_layer(weights).items():
         rank = weights.shape(tensors["down"])[0] if "down" in tensors else None
         plain = "alpha" in tensors or scale(name, None, rank) == 1
         if not plain or tensors.get("magnitude", "dora_scale").rpartition(".")[2] != "dora_scale":

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from data.raw.pictures import load_picture
 from mmdit import adapters
-from mmdit.adapters import Adapter
 from pipeline import Pipeline
+from storage.updates import Adapter
 
 NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {  # class → (required input → type, types of the outputs)
     "CheckpointLoaderSimple": ({"ckpt_name": "STRING"}, ("MODEL", "CLIP", "VAE")),

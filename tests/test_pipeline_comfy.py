@@ -16,12 +16,13 @@ from data.drawn import OURS
 from data.raw.pictures import save_png
 from flow import grid
 from flow.path import RectifiedFlow
-from mmdit import adapters, checkpoint
+from mmdit import checkpoint
 from mmdit.model import MMDiT
 from pipeline import Pipeline, comfy
 from pipeline.__main__ import main
 from pipeline.comfy import Model, decimal, escaped, scheduler, workflow
 from pipeline.sampling import Sampling, random_normals
+from storage.updates import Adapter
 from storage.weights import METADATA
 
 SHIFTS = [0.5, 1.0, 1.5, 3.0, 4.69, 10.0]
@@ -38,7 +39,7 @@ def any_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of any shape pass, so that small ones draw."""
 
     def model_of(path: Path, loras: list[str], parts: Path) -> Model:
-        return Model(path, [adapters.Adapter.parse(text) for text in loras], True)
+        return Model(path, [Adapter.parse(text) for text in loras], True)
 
     monkeypatch.setattr(comfy, "model_of", model_of)
 
@@ -244,6 +245,7 @@ def refused(shown: Path, capsys: pytest.CaptureFixture) -> str:
         ({"autoguidance": "w:2"}, "with --autoguidance"),
         ({"refiner": "r", "handover": 0.2}, "with --refiner"),
         ({"picture": "p.png"}, "with --picture"),
+        ({"embedding": ["toy.safetensors"]}, "with --embedding"),
         ({"interval": [0.2, 0.8]}, r"with --interval (0.2, 0.8)"),
         ({"rescale": 0.5}, "with --rescale 0.5"),
         ({"sampler": "dpmpp_2m"}, "by the sampler dpmpp_2m, and ComfyUI's samplers differ from it"),
@@ -289,6 +291,13 @@ def no_t5(folder: Path) -> None:
 def other_path(folder: Path) -> None:
     ours = {"path": {"class": "Cosine"}, "target": {"class": "V"}, "variance": None, "sampling": {}}
     changed(folder / "scheduler/scheduler_config.json", _class_name="Objective", **ours)
+
+
+def test_updates_of_text_encoders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    layer = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    save_file({f"{layer}.lora_{side}.weight": torch.ones(1, 1) for side in ("up", "down")}, tmp_path / "a.safetensors")
+    shown = picture(tmp_path / "a.png", model=str(configs(tmp_path / "model")), lora=[str(tmp_path / "a.safetensors")])
+    assert "updates text encoders, and a workflow loads updates of the network alone" in refused(shown, capsys)
 
 
 @pytest.mark.parametrize(
