@@ -489,6 +489,26 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/store/samples.py", "data_hints"): [
         ("picture=second[HINT]", "picture=x0"),
     ],
+    ("data/raw/beside.py", "data_masks"): [
+        ("ImageOps.mirror(found) if raw.mirrored", "ImageOps.flip(found) if raw.mirrored"),
+        ("if (own := size_of(file)) != size:", "if sorted(own := size_of(file)) != sorted(size):"),
+    ],
+    ("data/store/encoding.py", "data_masks"): [
+        ("levels(cover(masks(found, size), *self.buckets.sizes[bucket])[0])",
+         "levels(masks(found, size).resize(self.buckets.sizes[bucket][::-1]))"),
+    ],
+    ("data/store/samples.py", "data_masks"): [
+        ("shown + self.mask_floor * (1 - shown)", "shown + self.mask_floor"),
+    ],
+    ("training/generator.py", "data_masks"): [
+        ("lesson.loss_mask = batch.loss_mask", "lesson.loss_mask = None"),
+    ],
+    ("flow/objective.py", "flow_loss_mask"): [
+        ("y, t, loss_mask)\n\n    def point", "y, t)\n\n    def point"),
+    ],
+    ("flow/variance.py", "flow_loss_mask"): [
+        ("v, t, loss_mask)", "v, t)"),
+    ],
     ("data/raw/hints.py", "data_hints"): [
         ("self.sigma, self.low, self.high, mode", "self.sigma, self.low / 50, self.high / 50, mode"),
         ("GaussianBlur(self.radius)", "GaussianBlur(self.radius / 2)"),

@@ -49,6 +49,7 @@ def info(store: "Store") -> str:
         ("dropped", str(sum(report["dropped"].values()))),
         *((f"  {reason}", str(count)) for reason, count in report["dropped"].items()),
         ("latents", f"{store.plan.get('latents')}, {store.plan['channels']} channels, factor {store.plan['factor']}"),
+        ("masks of loss", "the last channel" if store.has_masks else "none"),
         *((section, json.dumps(store.plan.get(section), ensure_ascii=False)) for section in ("codec", "text")),
         ("encoded text", " and ".join(["pooled"] * store.has_pooled + ["tokens"] * store.has_tokens) or "none"),
         ("bytes", f"{store.size():,}"),

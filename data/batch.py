@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     picture: Tensor | None = None  # (b, C', H, W), the latents of a picture to work from
     level: Tensor | None = None  # (b,), how much noise it was given
     worse: Tensor | None = None  # (b, C, H, W), latents of pictures to which x0 was preferred
+    loss_mask: Tensor | None = None  # (b, 1, H, W), the weight of each place in the loss; none: 1
     prompts: list[str] | None = None  # the captions in words; from a store only if `Data.judged`
 
     def to(self, device: torch.device) -> "Batch":

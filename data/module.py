@@ -164,6 +164,7 @@ class Data(L.LightningDataModule):
         level_embeds: these have noise of different levels.
         paired: each picture was made from its noise.
         choices: each picture was preferred to another one.
+        masked: some pictures have masks of the loss.
         judged: set it to have the captions in words in all batches.
         dropout: the largest share of captions that are dropped, for any encoder.
     """
@@ -172,6 +173,7 @@ class Data(L.LightningDataModule):
     level_embeds: bool = False
     paired: bool = False
     choices: bool = False
+    masked: bool = False
     judged: bool = False
     dropout: float = 0.0
 
@@ -351,6 +353,8 @@ class Stored(Data):
             network is then larger by 1,536.
         workers: loader processes; 0 loads in the training process.
         text_mask: padding of the captions is masked, in training as in sampling.
+        mask_floor: for stores with masks of the loss: the weight, 0 to 1, of places that a mask leaves out. A place
+            counts mask + mask_floor·(1 − mask) times, in training and in validation.
 
     Raises:
         ValueError: a store is damaged, or was written with another codec or text encoder.
@@ -372,7 +376,10 @@ class Stored(Data):
         size_conditioning: bool = False,
         workers: int = 0,
         text_mask: bool = False,
+        mask_floor: float = 0.0,
     ) -> None:
+        if not 0 <= mask_floor <= 1:
+            raise ValueError(f"data.mask_floor must be from 0 to 1, got {mask_floor}")
         if not (0 <= caption_dropout <= 1 and 0 <= encoder_dropout <= 1):
             raise ValueError(f"dropouts must be from 0 to 1, got {caption_dropout} and {encoder_dropout}")
         self.stores = [mixture(given) for given in (*(stage.store for stage in before), store)]
@@ -394,6 +401,9 @@ class Stored(Data):
             raise ValueError("some of the stores hold choices or hints and others not: train on one kind")
         self.choices = kinds == {stored.CHOICE}
         self.picture_channels = codec.channels if kinds == {stored.HINT} else 0
+        self.masked, self.mask_floor = any(opened.has_masks for opened in self.stores), mask_floor
+        if mask_floor and not self.masked:
+            raise ValueError("data.mask_floor needs a store with masks (encode.masks): leave it out")
         side = main.plan["buckets"]["side"]
         super().__init__(text, codec, seed, batch_size, side, workers, size_conditioning, text_mask)
         first = main.stores[0]
@@ -443,7 +453,7 @@ class Stored(Data):
         rank, world = self._place()
         data = stored.TrainingSamples(
             self.stores, len(self.text.slots), self.sized, self._mask(), self.seed, self.batch_size,
-            self.caption_dropout, self.encoder_dropout, self.judged,
+            self.caption_dropout, self.encoder_dropout, self.judged, self.mask_floor,
         )  # fmt: skip
         lengths = [*(stage.steps for stage in self.before), None]
         batches = [GlobalBatches(pool, self.batch_size, self.seed, 0, rank, world) for pool in self.pools]
@@ -452,7 +462,9 @@ class Stored(Data):
     def val_dataloader(self) -> DataLoader:
         """The held-out samples of the main store, once each."""
         rank, world = self._place()
-        data = stored.ValidationSamples(self.stores[-1:], len(self.text.slots), self.sized, self._mask(), self.judged)
+        data = stored.ValidationSamples(
+            self.stores[-1:], len(self.text.slots), self.sized, self._mask(), self.judged, self.mask_floor
+        )
         return self._loader(data, Stripes(self.stores[-1].pools(self.apart, True), VALIDATED, rank, world))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -65,13 +65,14 @@ class MeanFlow(Objective):
         condition: Any,
         interval: Interval | None = None,
         field: Field | None = None,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:
         """As `Objective.loss`, for the average velocity from t to the interval's end; none means the velocity at t."""
         z, u = self.point_and_target(x0, noise, t, condition, field)
         if interval is None:
-            return self.error(output(model, z, t, condition), u, t)
+            return self.error(output(model, z, t, condition), u, t, loss_mask)
         u = average_velocity(model, z, t, interval, u, condition)
-        return self.error(output(model, z, t, condition, interval.end), u, t)
+        return self.error(output(model, z, t, condition, interval.end), u, t, loss_mask)
 
 
 @torch.no_grad()

@@ -131,8 +131,9 @@ class Objective:
         condition: Any,
         interval: Interval | None = None,
         field: Field | None = None,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:
-        """w(t)·ρ(mean((model(z_t, t) − y)²)) for each picture, with z_t = a·x0 + b·ε and y = p·x0 + q·ε.
+        """w(t)·ρ(mean(m·(model(z_t, t) − y)²)) for each picture, with z_t = a·x0 + b·ε and y = p·x0 + q·ε.
 
         Everything outside the network is float32 under any autocast, because bfloat16 would round t by up to 4/1000.
 
@@ -144,12 +145,14 @@ class Objective:
             condition: passed to the model unchanged.
             interval: the intervals that end at t; none for a model that takes only t.
             field: computes y instead of p·x0 + q·ε, such as a teacher; no gradient flows through it.
+            loss_mask: m, the weight of each place in the mean, (B, 1, H, W); none means 1. The mean is over all places,
+                so that a small mask makes a small loss.
 
         Returns:
             (B,) float32.
         """
         z, y = self.point_and_target(x0, noise, t, condition, field)
-        return self.error(output(model, z, t, condition, interval.end if interval else None), y, t)
+        return self.error(output(model, z, t, condition, interval.end if interval else None), y, t, loss_mask)
 
     def point_and_target(
         self, x0: Tensor, noise: Tensor, t: Tensor, condition: Any, field: Field | None
@@ -165,9 +168,9 @@ class Objective:
                 y = field(z, t, condition, y).float()
         return z, y
 
-    def error(self, output: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        """w(t)·ρ(mean((output − y)²)), (B,)."""
-        loss = (output - y).square().flatten(1).mean(1)
+    def error(self, output: Tensor, y: Tensor, t: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+        """w(t)·ρ(mean(m·(output − y)²)), (B,)."""
+        loss = mean_of_places((output - y).square(), loss_mask)
         if self.penalty:
             loss = self.penalty(loss, t)
         if self.weight is not None:
@@ -192,6 +195,11 @@ class Objective:
             "target": describe(self.target),
             "variance": None,
         }
+
+
+def mean_of_places(losses: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """The mean of each picture's losses (B, …), (B,), each loss times the weight of its place, if there are weights."""
+    return (losses if loss_mask is None else losses * loss_mask).flatten(1).mean(1)
 
 
 def output(model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Tensor:

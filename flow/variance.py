@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flow.density import Density
-from flow.objective import Estimate, Field, Interval, Model, Objective, output, output_at
+from flow.objective import Estimate, Field, Interval, Model, Objective, mean_of_places, output, output_at
 from flow.path import Discrete, Path, expand_as
 from flow.penalty import Penalty
 from flow.target import Target, solve
@@ -119,12 +119,13 @@ class LearnedVariance(Objective):
         condition: Any,
         interval: Interval | None = None,
         field: Field | None = None,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:
         """As `Objective.loss`, plus λ·L_vlb."""
         z, target = self.point_and_target(x0, noise, t, condition, field)
         y, v = output(model, z, t, condition, interval.end if interval else None).chunk(2, dim=1)
         estimate, _ = solve(self.path, self.target, z, y, t)
-        return self.error(y, target, t) + self.bound(x0.float(), estimate, v, t)
+        return self.error(y, target, t, loss_mask) + self.bound(x0.float(), estimate, v, t, loss_mask)
 
     def denoise(self, model: Model, z: Tensor, t: Tensor, condition: Any, end: Tensor | None = None) -> Estimate:
         """As `Objective.denoise`, with the output for the variance."""
@@ -135,7 +136,7 @@ class LearnedVariance(Objective):
         """As `Objective.describe`, with the variance."""
         return super().describe() | {"variance": {"class": "LearnedVariance", "weight": self.vlb_weight}}
 
-    def bound(self, x0: Tensor, estimate: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    def bound(self, x0: Tensor, estimate: Tensor, v: Tensor, t: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         """λ·T times the term of step n in the bound: KL of the posteriors, or −ln N(x0; x̂0, Σ) at n = 1.
 
         Args:
@@ -143,6 +144,7 @@ class LearnedVariance(Objective):
             estimate: x̂0, (B, …); no gradient flows into it.
             v: the second half of the output, (B, …).
             t: times n/T with n ≥ 1, (B,).
+            loss_mask: the weight of each place, (B, 1, H, W); none means 1.
 
         Returns:
             (B,), in bits per dimension.
@@ -155,4 +157,4 @@ class LearnedVariance(Objective):
         kl = divergence(expand_as(exact.small.log(), x0), log_variance, error)
         nll = (math.log(2 * math.pi) + log_variance + error**2 * (-log_variance).exp()) / 2
         term = torch.where(expand_as(n == 1, x0).bool(), nll, kl)
-        return self.vlb_weight * steps / math.log(2) * term.flatten(1).mean(1)
+        return self.vlb_weight * steps / math.log(2) * mean_of_places(term, loss_mask)

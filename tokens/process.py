@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flow.objective import Estimate, Field, Interval, Model, Objective, output_at
+from flow.objective import Estimate, Field, Interval, Model, Objective, mean_of_places, output_at
 from flow.path import Path
 from flow.sampler import Callback, Denoiser
 from flow.target import X0
@@ -55,6 +55,7 @@ class NextCode(Objective):
         condition: Any,
         interval: Interval | None = None,
         field: Field | None = None,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:
         """The weighted mean of −ln p of a caption's tokens and of a picture's codes, in nats, (B,) float32.
 
@@ -66,15 +67,17 @@ class NextCode(Objective):
             condition: whose `text` (B, N, 1) holds the caption's token numbers.
             interval: has no effect.
             field: none; a teacher has no codes.
+            loss_mask: as for `Objective.loss`, the weight of all codes of a place; none means 1.
         """
         if field:
             raise ValueError("a model of codes learns from no teacher: leave the teacher out")
         if not self.text_weight:
-            return self.nats(model(x0, t, condition), x0).flatten(1).mean(1)
+            return mean_of_places(self.nats(model(x0, t, condition), x0), loss_mask)
         logits, text = model(x0, t, condition, True)
         words = condition.text[:, 1:, 0].long()
         spoken = F.cross_entropy(text.float().transpose(1, 2), words, reduction="none").mean(1)
-        return self.text_weight * spoken + (1 - self.text_weight) * self.nats(logits, x0).flatten(1).mean(1)
+        written = mean_of_places(self.nats(logits, x0), loss_mask)
+        return self.text_weight * spoken + (1 - self.text_weight) * written
 
     def nats(self, logits: Tensor, x0: Tensor) -> Tensor:
         """−ln p of each code x0 (B, stack, H, W), given all before it, of the same shape, float32.

@@ -92,6 +92,9 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
         needed = getattr(data, name)
         if getattr(network, name) != needed:
             raise ValueError(f"network.{name} is {getattr(network, name)}, but the data need {needed}: make them equal")
+    if data.masked and (config.judgement or (config.teacher and (config.teacher.pairs or config.teacher.matching))):
+        raise ValueError("masks of the loss belong to the data's pictures, and here the network learns from others: "
+                         "take a store without masks")  # fmt: skip
     teacher = config.teacher and config.teacher.load(objective, codec, text, network, data.sized, base)
     if config.teacher and config.teacher.pairs:
         if data.paired:

@@ -175,8 +175,11 @@ class Generator(L.LightningModule):
         condition = Condition(**batch.condition())
         if self.teacher:
             fresh = self.fresh(batch, Use.MATCHED) if self.critic else None
-            return self.teacher.lesson(condition, batch.x0, batch.noise, u, uses, fresh)
-        return Lesson(condition, batch.x0, batch.noise)
+            lesson = self.teacher.lesson(condition, batch.x0, batch.noise, u, uses, fresh)
+        else:
+            lesson = Lesson(condition, batch.x0, batch.noise)
+        lesson.loss_mask = batch.loss_mask
+        return lesson
 
     def judged(self, batch: Batch) -> Lesson:
         """What is learned from judged pictures of a batch's captions."""

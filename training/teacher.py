@@ -190,10 +190,11 @@ class Lesson:
     x0: Tensor  # (b, C, H, W)
     noise: Tensor  # (b, C, H, W)
     field: Field | None = None
+    loss_mask: Tensor | None = None  # weights of the places, (b, 1, H, W)
 
     def loss(self, objective: Objective, model: Model, t: Tensor, interval: Interval | None = None) -> Tensor:
         """The loss of each picture, (b,)."""
-        return objective.loss(model, self.x0, self.noise, t, self.condition, interval, self.field)
+        return objective.loss(model, self.x0, self.noise, t, self.condition, interval, self.field, self.loss_mask)
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 from xxhash import xxh3_64_intdigest
 
-from data.raw.base import EXTENSIONS, Raw
+from data.raw.base import Raw
+from data.raw.beside import Beside
 from data.raw.pictures import PictureError, cover, open_picture
 
 
@@ -155,23 +156,15 @@ class Files(Hint):
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder} of hints")
-        self.folder = folder
-        files = sorted(f for f in folder.rglob("*") if f.suffix[1:].lower() in EXTENSIONS)
-        self.files = {str(f.relative_to(folder).with_suffix("")): f for f in files}
-        if len(self.files) < len(files):
-            twice = next(f for f in files if f not in self.files.values())
-            raise ValueError(f"{twice} has the name of another hint, with another ending: remove one of them")
+        self.beside = Beside(folder, "hint")
 
     def __call__(self, raw: Raw, image: Image.Image) -> Image.Image:
-        file = self.files.get(str(Path(raw.id).with_suffix("")))
+        file = self.beside.of(raw)
         if file is None:
-            raise PictureError("no hint", f"{self.folder} has no picture of this name")
+            raise PictureError("no hint", f"{self.beside.folder} has no picture of this name")
         size = (image.height, image.width)
         found = open_picture(file, 1 if image.mode == "L" else 3, needed=size)
         return cover(ImageOps.mirror(found) if raw.mirrored else found, *size)[0]
 
     def describe(self) -> dict[str, Any]:
-        sizes = {name: file.stat().st_size for name, file in self.files.items()}
-        return {"kind": "Files", "files": sizes}
+        return {"kind": "Files", "files": self.beside.describe()}

@@ -37,18 +37,17 @@ GAP = 2  # a JPEG that is decoded at reduced size stays this much larger than ne
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 PictureSource: TypeAlias = Path | bytes | Image.Image
+Reason: TypeAlias = Literal["unreadable", "animated", "too large", "empty file", "no hint", "no mask", "mask size"]
 
 
 class PictureError(ValueError):
     """A picture that cannot be used, with a one-line message.
 
     Attributes:
-        reason: why, for counting: unreadable, animated, too large, empty file or no hint.
+        reason: why, for counting.
     """
 
-    def __init__(
-        self, reason: Literal["unreadable", "animated", "too large", "empty file", "no hint"], detail: str
-    ) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 

@@ -14,18 +14,20 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
 from data.latents import Codec
 from data.order import Use, normal
 from data.raw.base import UNIT, Fault, Filters, Mirrored, Raw, Source, perceptual_hash
+from data.raw.beside import Masks
 from data.raw.buckets import Buckets
 from data.raw.choices import Choices  # noqa: F401  # so that a config finds it by its name
 from data.raw.hints import Hint
 from data.raw.pictures import PictureError, cover, open_picture, size_of
 from data.raw.profiles import BROKEN
 from data.raw.sources import Pictures  # noqa: F401  # so that a config finds it by its name
-from data.store.reader import Drop, Sample, Writer
+from data.store.reader import MASKS, Drop, Sample, Writer
 from data.store.samples import CHOICE, HINT
 from data.text.encoder import CutCaptions, Text, TextEncoder
 
@@ -54,6 +56,8 @@ class Encoding:
         duplicates: of pictures whose perceptual hashes differ in at most so many of 64 bits, 0 to 8, only the first is
             used; None keeps all.
         hint: a second picture beside each, for a network that works from pictures (`data.raw.hints`).
+        masks: how much each place of a picture counts in the loss; a latent has the mean of its pixels. A picture
+            without a mask is left out.
         mirror: encodes each picture twice, the second time with left and right exchanged. No latents are flipped, which
             would not be the same. Not for captions that name sides, writing or faces.
         batch_size: of pictures.
@@ -72,6 +76,7 @@ class Encoding:
     filters: Filters = field(default_factory=Filters)
     duplicates: int | None = None
     hint: Hint | None = None
+    masks: Masks | None = None
     mirror: bool = False
     batch_size: int = 16
     threads: int = 4
@@ -96,6 +101,7 @@ class Picture(NamedTuple):
     crop: tuple[int, int]  # top and left of the crop in the scaled picture
     phash: int
     unprofiled: bool  # its colour profile was ignored
+    mask: Tensor | None  # of the loss, (1, H, W) uint8
 
 
 class StoreEncoder:
@@ -126,6 +132,9 @@ class StoreEncoder:
             raise ValueError("a store holds no token numbers: set encode.text to captions")
         if self.source.choices and settings.hint:
             raise ValueError("a choice between two pictures has no hint: leave encode.hint out")
+        if settings.masks and (self.source.choices or not codec.decodes):
+            whole = "a choice between two pictures" if self.source.choices else "a latent of this codec"
+            raise ValueError(f"{whole} is learned as a whole and not place by place: leave encode.masks out")
         self.two = CHOICE if self.source.choices else HINT if settings.hint else None  # what two pictures are
         if self.two and settings.latents != "mean":
             raise ValueError(f"encode.latents must be mean for two pictures each, got {settings.latents}")
@@ -152,7 +161,8 @@ class StoreEncoder:
             "latents": self.two or settings.latents,
             "seed": settings.seed if settings.latents == "draw" else None,
             "factor": self.codec.factor,
-            "channels": self.codec.channels * (2 if self.two or settings.latents == "posterior" else 1),
+            "channels": self.codec.channels * (2 if self.two or settings.latents == "posterior" else 1)
+            + bool(settings.masks),
             "buckets": {
                 "side": buckets.side,
                 "step": buckets.step,
@@ -164,6 +174,7 @@ class StoreEncoder:
             "filters": filters,
             "duplicates": settings.duplicates,
             **({"hint": settings.hint.describe()} if settings.hint else {}),
+            **({MASKS: settings.masks.describe()} if settings.masks else {}),
         }
 
     def run(self, rank: int = 0, world: int = 1) -> dict[str, Any] | None:
@@ -228,6 +239,9 @@ class StoreEncoder:
 
     def prepare(self, found: Raw | Fault) -> Picture | Drop:
         """Reads, filters, scales and crops an input; or says why it is dropped."""
+        masks, mask = self.settings.masks, None
+        if masks and masks.is_mask(found.id):
+            return Drop(found.id, "mask", "it is the mask of a picture")
         if isinstance(found, Fault):
             return Drop(*found)
         try:
@@ -244,10 +258,12 @@ class StoreEncoder:
                 pixels = torch.stack([pixels, levels(cover(other, *self.buckets.sizes[bucket])[0])])
             elif self.settings.hint:
                 pixels = torch.stack([pixels, levels(self.settings.hint(found, image))])
+            if masks:
+                mask = levels(cover(masks(found, size), *self.buckets.sizes[bucket])[0])
         except PictureError as error:
             return Drop(found.id, error.reason, str(error))
         raw = self.settings.filters.trimmed(found)
-        return Picture(raw, bucket, pixels, size, (top, left), phash, BROKEN in image.info)
+        return Picture(raw, bucket, pixels, size, (top, left), phash, BROKEN in image.info, mask)
 
     def _open(self, picture: bytes | Path | Image.Image, bucket: int, mirrored: bool) -> Image.Image:
         """A picture, large enough for a bucket."""
@@ -269,6 +285,9 @@ class StoreEncoder:
                 latents = mean + (logvar / 2).exp() * noise.to(mean)
             else:
                 latents = torch.cat([mean, logvar], dim=1)
+        if self.settings.masks:
+            masks = torch.stack([picture.mask for picture in pictures if picture.mask is not None]) / 255
+            latents = torch.cat([latents, avg_pool2d(masks, self.codec.factor).to(latents)], dim=1)
         counts = [len(picture.raw.captions) for picture in pictures]
         pooled: list[Any] = [None] * len(batch)
         tokens: list[Any] = [None] * len(batch)

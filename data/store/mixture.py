@@ -39,6 +39,7 @@ class Mixture:
         plan: of the first store.
         buckets: height and width of each bucket, in pixels.
         has_tokens: whether the stores have tokens.
+        has_masks: whether any has masks of the loss.
 
     Raises:
         ValueError: there are no stores, they hold latents or texts of different kinds, or one is damaged.
@@ -54,6 +55,7 @@ class Mixture:
         self.stores, self.repeats = [Store(part.store) for part in parts], [part.repeats for part in parts]
         first = self.stores[0]
         self.plan, self.has_tokens = first.plan, first.has_tokens
+        self.has_masks = any(store.has_masks for store in self.stores)
         for other in self.stores[1:]:
             for what, own, theirs in (
                 ("latents", first.plan.get("latents"), other.plan.get("latents")),
@@ -103,7 +105,12 @@ class Mixture:
 
     def latents(self, rows: np.ndarray) -> Tensor:
         """As `Store.latents`."""
-        return self._gathered(rows, lambda store, own, _: (store.latents(own),))[0]
+        return self.latents_and_masks(rows)[0]
+
+    def latents_and_masks(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """As `Store.latents_and_masks`."""
+        latents, masks = self._gathered(rows, lambda store, own, _: store.latents_and_masks(own))
+        return latents, masks
 
     def text(self, rows: np.ndarray, choice: np.ndarray) -> Text:
         """As `Store.text`."""

@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # transformers is slow to import and not needed to look into 
     from data.text.encoder import Text
 
 __all__ = ["Drop", "Sample", "Store", "StoreError", "Writer"]
+MASKS = "masks"  # in the plan of a store whose latents have masks of the loss as their last channel
 LAZY = ("null", "_table", "_columns", "_lists", "_open")  # made again in each process
 OPEN_FILES = 128
 BLOCK = 32  # samples or captions in one read of `verify`
@@ -78,6 +79,7 @@ class Store:
         null: the null condition, tokens (N, D) and pooled (P); None if the store holds no text.
         has_pooled: whether it has pooled vectors.
         has_tokens: whether it has tokens.
+        has_masks: whether it has masks of the loss.
 
     Raises:
         FileNotFoundError: there is no store.
@@ -103,6 +105,7 @@ class Store:
         if not (self.folder / "store.json").is_file():
             raise FileNotFoundError(f"there is no store at {self.source}: it has no store.json")
         self.plan = read_json(self.folder / "store.json")
+        self.has_masks = MASKS in self.plan
         if not all((self.folder / name).is_file() for name in ("index.arrow", "report.json")):
             raise ValueError(f"the store {self.source} is not finished: run encode.py again")
         self.report = read_json(self.folder / "report.json")
@@ -162,7 +165,13 @@ class Store:
         return np.flatnonzero(self._columns["bucket"] == bucket)
 
     def latents(self, rows: np.ndarray) -> Tensor:
-        """Latents of samples of one bucket: (n, C, h, w) bfloat16.
+        """Latents of samples of one bucket: (n, C, h, w) bfloat16. Errors as `latents_and_masks`."""
+        return self.latents_and_masks(rows)[0]
+
+    def latents_and_masks(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Latents of samples of one bucket, (n, C, h, w), and masks of the loss, (n, 1, h, w), in bfloat16.
+
+        The masks of a store that has none are 1.
 
         Raises:
             StoreError: naming the file, or the unit, row and sample, that is missing or damaged.
@@ -175,7 +184,8 @@ class Store:
             raise ValueError(f"latents are read from one bucket at once, got samples of {len(buckets)}")
         bucket = int(buckets[0])
         places, checksums = self._columns["row"][rows], self._columns["checksum"][rows]
-        return self._read("", f"latents.{bucket}", rows, places, checksums, self._shapes[bucket])
+        found = self._read("", f"latents.{bucket}", rows, places, checksums, self._shapes[bucket])
+        return (found[:, :-1], found[:, -1:]) if self.has_masks else (found, found.new_ones(()).expand_as(found[:, :1]))
 
     def pooled(self, rows: np.ndarray, choice: np.ndarray) -> Tensor:
         """The pooled vector of each sample's caption number `choice`: (n, P) bfloat16. Errors as `text`."""
@@ -272,7 +282,7 @@ class Store:
         every = np.repeat(rows, counts)
         choice = np.arange(len(every)) - np.repeat(np.cumsum(counts) - counts, counts)
         buckets = self._columns["bucket"][rows]
-        groups: dict[str, list[tuple[Callable[..., Tensor], tuple[np.ndarray, ...]]]] = {
+        groups: dict[str, list[tuple[Callable[..., Any], tuple[np.ndarray, ...]]]] = {
             "": [(self._finite_latents, (rows[buckets == bucket],)) for bucket in np.unique(buckets)]
             + [(self.pooled, (every, choice))] * self.has_pooled,
             ".tokens": [(self._tokens, (every, choice))] * self.has_tokens,
@@ -297,11 +307,9 @@ class Store:
                             except ValueError as error:
                                 yield str(error)
 
-    def _finite_latents(self, rows: np.ndarray) -> Tensor:
-        latents = self.latents(rows)
-        if not latents.isfinite().all():
+    def _finite_latents(self, rows: np.ndarray) -> None:
+        if not all(part.isfinite().all() for part in self.latents_and_masks(rows)):
             raise ValueError(f"{self._where(rows[0])}: its latents are not finite")
-        return latents
 
     def _rows(self, rows: np.ndarray) -> np.ndarray:
         """The rows as an array; IndexError unless they are numbers of samples."""

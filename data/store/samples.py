@@ -27,12 +27,20 @@ class StoredSamples(Dataset[Batch]):
         sized: batches have sizes and crops.
         mask: captions → (b, N) bool, their own tokens; none: there is no mask.
         judged: batches have the captions in words.
+        mask_floor: weight in the loss of places that a store's masks leave out.
     """
 
     def __init__(
-        self, stores: Sequence[Store | Mixture], encoders: int, sized: bool, mask: Mask | None, judged: bool = False
+        self,
+        stores: Sequence[Store | Mixture],
+        encoders: int,
+        sized: bool,
+        mask: Mask | None,
+        judged: bool = False,
+        mask_floor: float = 0.0,
     ) -> None:
         self.stores, self.encoders, self.sized, self.mask, self.judged = stores, encoders, sized, mask, judged
+        self.mask_floor = mask_floor
 
     def batch(
         self, share: Share, choice: np.ndarray, kept: np.ndarray | None, draw: int | None, use: Use, seed: int
@@ -48,7 +56,9 @@ class StoredSamples(Dataset[Batch]):
             seed: of the noise.
         """
         store, rows = self.stores[share.stage], share.samples
-        x0 = store.latents(rows)
+        x0, shown = store.latents_and_masks(rows)
+        shown = shown.float()
+        loss_mask = shown + self.mask_floor * (1 - shown) if store.has_masks else None
         numbers = share.positions
         second: dict[str, torch.Tensor | None] = dict.fromkeys((PAIR, CHOICE, HINT, "posterior"))
         if (kind := store.plan["latents"]) in second:
@@ -72,7 +82,7 @@ class StoredSamples(Dataset[Batch]):
         kept_here = None if kept is None else torch.from_numpy(kept)
         return Batch(
             share.step, numbers, x0, noise, text, pooled, captions, kept_here, sizes, mask,
-            picture=second[HINT], worse=second[CHOICE], prompts=prompts,
+            picture=second[HINT], worse=second[CHOICE], loss_mask=loss_mask, prompts=prompts,
         )  # fmt: skip
 
 
@@ -90,8 +100,9 @@ class TrainingSamples(StoredSamples):
         caption_dropout: float,
         encoder_dropout: float,
         judged: bool = False,
+        mask_floor: float = 0.0,
     ) -> None:
-        super().__init__(stores, encoders, sized, mask, judged)
+        super().__init__(stores, encoders, sized, mask, judged, mask_floor)
         self.seed, self.batch_size = seed, batch_size
         self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
 
