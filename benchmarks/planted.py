@@ -329,9 +329,11 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("data/order.py", "data_order"): [
         ('["counter"][3] = sample', '["counter"][2] = sample'),
-        ("self.sizes * epoch // self.batch_size", "self.sizes // self.batch_size * epoch"),
+        ("lane.before(epoch) // self.batch_size", "lane.before(1) // self.batch_size * epoch"),
         ("self.shares.append(self.shares[-1]._replace(step=NOT_COUNTED))", "self.shares.append(self.shares[-1])"),
         ("stream(seed, Use.ORDER, epoch, bucket)", "stream(seed, Use.ORDER, epoch)"),
+        ("(number << 32) + bucket", "bucket"),
+        ("for e in (epoch, epoch + 1)]", "for e in (0, 1)]"),
     ],
     ("data/latents.py", "data_latents"): [
         ("q.logvar + 2 * math.log(self.scale)", "q.logvar + math.log(self.scale)"),
@@ -587,6 +589,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/store/mixture.py", "data_mixture"): [
         ("() if i else apart", "apart"),
         ("1 if within else self.repeats[i]", "self.repeats[0]"),
+        ("often[part] * len(own)", "often[part]"),
         ("choice[where]", "choice[: len(own)]"),
         ("[torch.cat(tensors)[back]", "[torch.cat(tensors)"),
         ('side="right"', 'side="left"'),

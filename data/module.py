@@ -339,8 +339,8 @@ class Stored(Data):
         text: the text encoders that the store was written with.
         codec: the codec that it was written with.
         seed: of the order, the captions and the noise.
-        store: a folder, or a URL whose files are fetched as they are needed. Or several, whose samples are mixed: each
-            comes `repeats` times in an epoch.
+        store: a folder, or a URL whose files are fetched as they are needed. Or several, whose samples are mixed, by
+            weights or repeats.
         batch_size: of the global batch, over all processes.
         caption_dropout: share of captions replaced by the null condition, for all encoders together.
         encoder_dropout: share of captions replaced by the null condition for one encoder, independently for each; SD3
@@ -418,6 +418,7 @@ class Stored(Data):
                 raise ValueError(
                     f"no sample of {opened.source} is left to train on: all are held out; lower data.held_out"
                 )
+        self.lanes = [opened.lanes(pool, seed) for opened, pool in zip(self.stores, self.pools, strict=True)]
         self.sizes = tuple(
             size for opened in self.stores for bucket, size in enumerate(opened.buckets) if len(opened.members(bucket))
         )
@@ -456,7 +457,7 @@ class Stored(Data):
             self.caption_dropout, self.encoder_dropout, self.judged, self.mask_floor,
         )  # fmt: skip
         lengths = [*(stage.steps for stage in self.before), None]
-        batches = [GlobalBatches(pool, self.batch_size, self.seed, 0, rank, world) for pool in self.pools]
+        batches = [GlobalBatches(own, self.batch_size, self.seed, 0, rank, world) for own in self.lanes]
         return self._loader(data, Stages(list(zip(lengths, batches, strict=True)), *self._start()))
 
     def val_dataloader(self) -> DataLoader:

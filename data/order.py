@@ -6,8 +6,9 @@ after k batches resumes with batch k, on any number of ranks and loader workers.
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
+from fractions import Fraction
 from itertools import accumulate, count
 from typing import NamedTuple
 
@@ -108,16 +109,66 @@ class Lane:
         self.samples, self.seed, self.bucket = samples, seed, bucket
         self.latest: tuple[int, np.ndarray] | None = None  # an epoch and its order, which is slow to make
 
+    def before(self, epoch: int) -> int:
+        """The number of places before an epoch."""
+        return len(self.samples) * epoch
+
+    def members(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch, before they are shuffled, (n,)."""
+        return self.samples
+
     def at(self, places: np.ndarray) -> np.ndarray:
         """The samples at ascending places of the sequence, (b,)."""
-        epochs, inside = np.divmod(places, len(self.samples))
-        chosen = [self._order(int(epoch))[inside[epochs == epoch]] for epoch in np.unique(epochs)]
-        return self.samples[np.concatenate(chosen)]
+        found = [self.samples[:0]]
+        while len(places):
+            epoch = last_epoch(self.before, int(places[0]))
+            here = places[places < self.before(epoch + 1)]
+            found.append(self._shuffled(epoch)[here - self.before(epoch)])
+            places = places[len(here) :]
+        return np.concatenate(found)
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _shuffled(self, epoch: int) -> np.ndarray:
         if self.latest is None or self.latest[0] != epoch:
-            self.latest = epoch, order(self.seed, len(self.samples), epoch, self.bucket)
+            members = self.members(epoch)
+            self.latest = epoch, members[order(self.seed, len(members), epoch, self.bucket)]
         return self.latest[1]
+
+
+class Mixed(Lane):
+    """The endless sequence of a bucket some of whose samples come more often than others.
+
+    Each part has a sequence of its own, one permutation after another. Before epoch e it has given ⌊rate·e⌋ samples;
+    those of an epoch are shuffled with those of the other parts. So shares are exact at the end of each epoch, but for
+    a sample, and all samples of a part are seen equally often, but for one time.
+
+    Args:
+        parts: samples, (n,) each, and the rate of all of them together: how many come in an epoch.
+        seed: of the order.
+        bucket: the bucket's number.
+    """
+
+    def __init__(self, parts: Sequence[tuple[np.ndarray, Fraction]], seed: int, bucket: int) -> None:
+        super().__init__(np.concatenate([samples for samples, _ in parts]), seed, bucket)
+        self.parts = [
+            (Lane(samples, seed, (number << 32) + bucket), rate)
+            for number, (samples, rate) in enumerate(parts, start=1)
+            if rate and len(samples)
+        ]
+
+    def before(self, epoch: int) -> int:
+        return sum(rate.numerator * epoch // rate.denominator for _, rate in self.parts)
+
+    def members(self, epoch: int) -> np.ndarray:
+        ends = [[rate.numerator * e // rate.denominator for e in (epoch, epoch + 1)] for _, rate in self.parts]
+        return np.concatenate([lane.at(np.arange(*end)) for (lane, _), end in zip(self.parts, ends, strict=True)])
+
+
+def last_epoch(before: Callable[[int], int], place: int) -> int:
+    """The last epoch before which there are at most `place` places, given how many there are before each."""
+    enough = 1
+    while before(enough) <= place:
+        enough *= 2
+    return bisect_right(range(enough), place, key=before) - 1
 
 
 class Plan(NamedTuple):
@@ -134,10 +185,11 @@ class GlobalBatches(Shares):
     The permutations of a bucket, one for each epoch, form one sequence that is cut into batches. No sample is dropped:
     the rest of a bucket at the end of an epoch starts its next batch, in a later epoch. Before epoch e a bucket of n
     samples has given ⌊n·e / batch_size⌋ batches; the batches of an epoch are shuffled across buckets. So every sample
-    is seen equally often, also in a bucket smaller than a batch.
+    is seen equally often, also in a bucket smaller than a batch, unless a bucket is `Mixed`.
 
     Args:
-        buckets: the numbers of the samples of each bucket, (n,) each; may be empty. A plain data set is one bucket.
+        buckets: the numbers of the samples of each bucket, (n,) each, or a sequence of them; may be empty. A plain data
+            set is one bucket.
         batch_size: of the global batch, over all ranks; a multiple of `world` × `parts`.
         seed: of the order.
         start: number of the first batch.
@@ -147,14 +199,11 @@ class GlobalBatches(Shares):
 
     Raises:
         ValueError: there are no samples, or batch_size is not a multiple of `world` × `parts`.
-
-    Attributes:
-        sizes: number of samples of each bucket; their sum / batch_size is the mean number of batches an epoch.
     """
 
     def __init__(
         self,
-        buckets: Sequence[np.ndarray],
+        buckets: Sequence[np.ndarray | Lane],
         batch_size: int,
         seed: int,
         start: int = 0,
@@ -167,29 +216,22 @@ class GlobalBatches(Shares):
             raise ValueError(
                 f"batch_size must be a multiple of {world} processes × {parts} parts of a share, got {batch_size}"
             )
-        self.sizes = np.array([len(samples) for samples in buckets], dtype=np.int64)
-        if not self.sizes.sum():
+        self.lanes = [own if isinstance(own, Lane) else Lane(own, seed, bucket) for bucket, own in enumerate(buckets)]
+        if not any(len(lane.samples) for lane in self.lanes):
             raise ValueError(f"there are no samples in {len(buckets)} buckets: batches need at least one")
-        self.lanes = [Lane(samples, seed, bucket) for bucket, samples in enumerate(buckets)]
         self.batch_size, self.seed = batch_size, seed
         self.positions = np.arange(batch_size)[rank * (batch_size // world) : (rank + 1) * (batch_size // world)]
-        self.latest = Plan(0, self.sizes[:0], self.sizes[:0])
+        self.latest = Plan(0, self.positions[:0], self.positions[:0])
 
     def share(self, step: int) -> Share:
         if not 0 <= step - self.latest.first < len(self.latest.buckets):
-            self.latest = self._plan(self._epoch(step))
+            self.latest = self._plan(last_epoch(lambda epoch: int(self._given(epoch).sum()), step))
         bucket, place = (int(column[step - self.latest.first]) for column in self.latest[1:])
         return Share(step, self.positions, self.lanes[bucket].at(place * self.batch_size + self.positions), bucket)
 
     def _given(self, epoch: int) -> np.ndarray:
         """Number of batches that each bucket has given before an epoch, (buckets,)."""
-        return self.sizes * epoch // self.batch_size
-
-    def _epoch(self, step: int) -> int:
-        """The epoch of global batch `step`: the last epoch with at most `step` batches before it."""
-        # Σ⌊n·e / B⌋ > step once Σn·e / B > step + buckets, since each bucket holds back less than one batch.
-        enough = (step + len(self.sizes)) * self.batch_size // int(self.sizes.sum()) + 1
-        return bisect_right(range(enough + 1), step, key=lambda epoch: int(self._given(epoch).sum())) - 1
+        return np.array([lane.before(epoch) // self.batch_size for lane in self.lanes])
 
     def _plan(self, epoch: int) -> Plan:
         given = self._given(epoch)

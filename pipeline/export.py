@@ -176,7 +176,11 @@ def _data(config: dict[str, Any]) -> list[str]:
             {"store": part} if isinstance(part, str) else part.get("init_args", part) for part in several
         ]
         stores = [Path(part["store"]) for part in parts]
-        times = (f" × {part['repeats']}" if part.get("repeats", 1) > 1 else "" for part in parts)
+        times = (
+            f" × {part['repeats']}" if (part.get("repeats") or 1) > 1
+            else f" (weight {part['weight']:g})" if part.get("weight") is not None else ""
+            for part in parts
+        )  # fmt: skip
         arguments["store"] = " and ".join(f"{path}{count}" for path, count in zip(stores, times, strict=True))
     settings = ", ".join(f"{key} {value}" for key, value in arguments.items() if value not in (None, [], False))
     if config["data"]["class_path"].endswith("Digits"):

@@ -12,6 +12,7 @@ from test_training_stored import config as config_of
 from trials import assert_goes_on_to_the_bit, assert_two_learn_as_one, refused
 
 from data.module import Stage, Stored
+from data.order import GlobalBatches
 from data.store.mixture import Mixture, Part, held_out
 from data.store.reader import Store
 from data.text.clip import CLIPText
@@ -89,9 +90,41 @@ def test_each_sample_comes_as_often_as_its_store_is_repeated(stores: dict[str, s
     assert Counter(validated) == Counter(apart)
 
 
+def test_weights_are_shares_of_the_draws_whatever_the_sizes(stores: dict[str, str], text: CLIPText) -> None:
+    """Of 10,000 draws, on any number of ranks; a store's samples come equally often, whatever their buckets."""
+    weights = (3.0, 1.0, 0.5, 0.0)
+    parts = [
+        Part(stores[name], weight=w) for name, w in zip(("tokens", "small", "tokens", "small"), weights, strict=True)
+    ]
+    data = Stored(text, CODEC, 1, tuple(parts), BATCH, held_out=HELD_OUT)
+    ends = data.stores[0].starts
+    sizes = np.diff(ends) - [HELD_OUT, 0, 0, 0]
+    ranks = [GlobalBatches(data.lanes[0], BATCH, 1, 0, rank, 2) for rank in range(2)]
+    whole = GlobalBatches(data.lanes[0], BATCH, 1)
+    drawn = np.concatenate([whole.share(step).samples for step in range(10_000 // BATCH)])
+    for step in (0, 7, 1000):
+        halves = [rank.share(step).samples for rank in ranks]
+        assert np.array_equal(np.concatenate(halves), drawn[BATCH * step : BATCH * (step + 1)])
+    times = np.bincount(drawn, minlength=ends[-1])
+    epoch = sizes.sum()  # in which the order is random
+    for number, (weight, size) in enumerate(zip(weights, sizes, strict=True)):
+        own = times[ends[number] : ends[number + 1]]
+        share = weight / sum(weights)
+        assert abs(own.sum() - share * len(drawn)) <= epoch * share * (1 - share), number
+        if weight:
+            assert (own > 0).sum() == size
+            assert np.ptp(own[own > 0]) <= 2 + share * epoch / size
+    both = [
+        len({int(part) for part in np.searchsorted(ends, batch, side="right")}) for batch in drawn.reshape(-1, BATCH)
+    ]
+    assert max(both) == 2  # stores of one bucket are mixed within a batch
+    with pytest.raises(ValueError, match="is left to train on"):
+        Mixture(parts).lanes([np.zeros(0, dtype=int)], 0)
+
+
 def test_batches_of_two_stores_go_on_in_the_middle(stores: dict[str, str], text: CLIPText) -> None:
     def data() -> Stored:
-        parts = (Part(stores["tokens"]), Part(stores["tokens"], 2))
+        parts = (Part(stores["tokens"], weight=1.5), Part(stores["tokens"], weight=1.0))
         stage = Stage((Part(stores["small"], 2), Part(stores["tokens"])), 3)
         return Stored(text, CODEC, 1, parts, BATCH, held_out=HELD_OUT, encoder_dropout=0.3, before=(stage,))
 
@@ -102,24 +135,29 @@ def test_batches_of_two_stores_go_on_in_the_middle(stores: dict[str, str], text:
 
 
 def test_a_run_goes_on_to_the_bit(config: Path, stores: dict[str, str]) -> None:
-    parts = json.dumps([{"store": stores["tokens"]}, {"store": stores["small"], "repeats": 2}])
+    parts = json.dumps([{"store": stores["tokens"], "weight": 3}, {"store": stores["small"], "weight": 0.5}])
     assert_goes_on_to_the_bit(config, "--data.store", parts, stopped=2)
+    assert f"store {stores['tokens']} (weight 3) and {stores['small']} (weight 0.5), batch_size 8" in card(config)
+
+
+def card(config: Path) -> str:
+    """What an exported model says of itself."""
     export(["export", str(config.parent / "run")])
-    card = (config.parent / "run/export/diffusers/README.md").read_text()
-    assert f"(Painted, Painted); store {stores['tokens']} and {stores['small']} × 2, batch_size 8" in card
+    return (config.parent / "run/export/diffusers/README.md").read_text()
 
 
 def test_two_processes_learn_as_one(config: Path, stores: dict[str, str]) -> None:
     """Also with three buckets, of which one process validates two and the other one, and another not counted."""
     parts = json.dumps([{"store": stores["tokens"]}, {"store": stores["small"], "repeats": 2}])
     assert_two_learn_as_one(config, "--data.store", parts, kind="ddp", relative=1e-5)
+    assert f"(Painted, Painted); store {stores['tokens']} and {stores['small']} × 2, batch_size 8" in card(config)
 
 
 def test_dreambooth_is_a_mixture() -> None:
     files = [f"--config={ROOT}/configs/sd3/{name}.yaml" for name in ("finetune", "lora", "dreambooth")]
     config = parser("").parse_args(files)
     parts = [part.init_args for part in config.data.init_args.store]
-    assert [(part.store, part.repeats) for part in parts] == [("stores/class", 1), ("stores/thing", 40)]
+    assert [(part.store, part.weight) for part in parts] == [("stores/class", 1), ("stores/thing", 1)]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +165,16 @@ def test_dreambooth_is_a_mixture() -> None:
     [
         ([], "data.store is an empty list: name at least one store"),
         ([{"store": "tokens", "repeats": 0}], "must be at least 1, got 0"),
+        (
+            [{"store": "tokens", "weight": -1}, {"store": "small", "weight": 1}],
+            "at least 0, and finite, got -1",
+        ),
+        ([{"store": "tokens", "weight": 0}, {"store": "small", "weight": 0}], "the weights of data.store are all 0"),
+        (
+            [{"store": "tokens", "weight": 1}, {"store": "small", "repeats": 2}],
+            "none repeats, or none a weight",
+        ),
+        ([{"store": "tokens", "weight": 1}, {"store": "small"}], "give each store of data.store"),
         ([{"store": "tokens"}, {"store": "captions"}], "cannot be mixed: tokens True and False"),
         ([{"store": "tokens"}, {"store": "nowhere"}], "there is no store at nowhere"),
         ([{"store": "captions"}, {"store": "posterior"}], "cannot be mixed: latents mean and posterior"),

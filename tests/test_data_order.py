@@ -1,12 +1,13 @@
 """Which samples make up a batch: pure in its number, from one bucket, each sample as often as any other."""
 
 import copy
+from fractions import Fraction
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from data.order import NOT_COUNTED, GlobalBatches, Share, Shares, Stages, Stripes, Use, normal, order, stream
+from data.order import NOT_COUNTED, GlobalBatches, Mixed, Share, Shares, Stages, Stripes, Use, normal, order, stream
 
 BATCH = 4
 UNEVEN = [10, 7, 0, 3, 1, 26]  # samples of the buckets: an empty one, and two that are smaller than a batch
@@ -167,11 +168,54 @@ def curriculum(start: int = 0) -> Stages:
     return Stages(list(zip((11, 9, None), parts, strict=True)), start)
 
 
-@pytest.mark.parametrize("kind", ["one stage", "stages"])
+RATES = Fraction(7, 3), Fraction(1, 5), Fraction(0)  # how often a sample of each part comes in an epoch
+
+
+def mixed(sizes: list[int], seed: int = 7) -> list[Mixed]:
+    """Three parts in each bucket, as sequences by their rates."""
+    thirds = [np.array_split(bucket, 3) for bucket in split(sizes)]
+    return [
+        Mixed([(own, rate * len(own)) for own, rate in zip(parts, RATES, strict=True)], seed, bucket)
+        for bucket, parts in enumerate(thirds)
+    ]
+
+
+def test_the_samples_of_each_part_come_at_its_rate() -> None:
+    """Each part's samples equally often but for one time, and of all a bucket's draws in whole epochs its share."""
+    sizes = [60, 31, 0, 2]
+    thirds = [np.array_split(bucket, 3) for bucket in split(sizes)]
+    for bucket, (lane, parts) in enumerate(zip(mixed(sizes), thirds, strict=True)):
+        for epochs in (1, 4, 15):
+            drawn = lane.at(np.arange(lane.before(epochs)))
+            for own, rate in zip(parts, RATES, strict=True):
+                times = [int((drawn == sample).sum()) for sample in own]
+                assert sum(times) == int(rate * len(own) * epochs), bucket
+                assert max(times, default=0) - min(times, default=0) <= 1
+
+
+def test_the_parts_of_a_bucket_are_shuffled_among_each_other() -> None:
+    """Any stretch of an epoch has samples of both, and epochs have different orders and different samples."""
+    first, second = np.arange(300), np.arange(300, 600)
+    lane = Mixed([(first, Fraction(100)), (second, Fraction(100))], 3, 0)
+    epochs = np.split(lane.at(np.arange(600)), 3)
+    for drawn in epochs:
+        assert (drawn < 300).sum() == 100
+        assert all(0.25 < (part < 300).mean() < 0.75 for part in np.split(drawn, 4))
+    assert len(set(np.concatenate(epochs).tolist())) == 600  # one permutation of each part
+    again = np.split(lane.at(np.arange(600, 1200)), 3)
+    assert len(set(epochs[0].tolist()) & set(again[0].tolist())) < 120  # another permutation, so other company
+    assert not np.array_equal(epochs[0] % 300, epochs[1] % 300)
+    sides = [drawn[drawn < 300], drawn[drawn >= 300] - 300]  # of the last epoch
+    assert set(sides[0].tolist()) != set(sides[1].tolist())  # each part has an order of its own
+
+
+@pytest.mark.parametrize("kind", ["one stage", "stages", "mixed"])
 def test_a_share_depends_on_its_number_alone(kind: str) -> None:
     """Whatever was asked for before, and wherever the run started."""
 
     def fresh(start: int = 0) -> Shares:
+        if kind == "mixed":
+            return GlobalBatches(mixed(UNEVEN), BATCH, 7, start)
         return curriculum(start) if kind == "stages" else GlobalBatches(split(UNEVEN), BATCH, 7, start)
 
     straight = list(islice(fresh(), 200))

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from data.order import Lane, Mixed
 from data.raw.base import original
 from data.store.reader import Store
 from data.text.encoder import Text
@@ -21,11 +24,14 @@ class Part:
 
     Args:
         store: a folder or a URL.
-        repeats: how often each of its samples comes in an epoch.
+        repeats: how often each of its samples comes in an epoch; none means once.
+        weight: the store's share of all draws, next to the weights of the others, whatever the sizes. In a list of
+            stores all have weights, or none.
     """
 
     store: str
-    repeats: int = 1
+    repeats: int | None = None
+    weight: float | None = None
 
 
 class Mixture:
@@ -50,9 +56,17 @@ class Mixture:
         if not parts:
             raise ValueError("data.store is an empty list: name at least one store")
         for part in parts:
-            if part.repeats < 1:
+            if part.repeats is not None and part.repeats < 1:
                 raise ValueError(f"the repeats of {part.store} must be at least 1, got {part.repeats}")
-        self.stores, self.repeats = [Store(part.store) for part in parts], [part.repeats for part in parts]
+            if part.weight is not None and not 0 <= part.weight < inf:
+                raise ValueError(f"the weight of {part.store} must be at least 0, and finite, got {part.weight}")
+        weights = [part.weight for part in parts if part.weight is not None]
+        if weights and (len(weights) < len(parts) or any(part.repeats is not None for part in parts)):
+            raise ValueError("give each store of data.store a weight and none repeats, or none a weight")
+        if weights and not any(weights):
+            raise ValueError("the weights of data.store are all 0: give one store a weight above 0")
+        self.shares = [Fraction(weight) for weight in weights]
+        self.stores, self.repeats = [Store(part.store) for part in parts], [part.repeats or 1 for part in parts]
         first = self.stores[0]
         self.plan, self.has_tokens = first.plan, first.has_tokens
         self.has_masks = any(store.has_masks for store in self.stores)
@@ -91,6 +105,29 @@ class Mixture:
             for size, rows in zip(store.buckets, divided(store, () if i else apart, within), strict=True):
                 found[size].append(np.tile(self.starts[i] + rows, 1 if within else self.repeats[i]))
         return [np.concatenate(rows or [np.zeros(0, dtype=np.int64)]) for rows in found.values()]
+
+    def lanes(self, pools: Sequence[np.ndarray], seed: int) -> Sequence[np.ndarray | Lane]:
+        """The buckets of `pools` as `GlobalBatches` takes them: with weights, as sequences that keep these.
+
+        A store's samples come equally often, whatever their buckets. An epoch has as many draws as there are samples.
+
+        Raises:
+            ValueError: a store with a weight has no sample in the pools.
+        """
+        if not self.shares:
+            return pools
+        parts = range(len(self.stores))
+        split = [[pool[self._parts(pool) == part] for part in parts] for pool in pools]
+        counts = [sum(len(rows[part]) for rows in split) for part in parts]
+        for store, weight, count in zip(self.stores, self.shares, counts, strict=True):
+            if weight and not count:
+                raise ValueError(f"no sample of {store.source} is left to train on: lower data.held_out")
+        draws = sum(counts) / sum(self.shares, Fraction())  # in an epoch, for a weight of 1
+        often = [draws * weight / max(count, 1) for weight, count in zip(self.shares, counts, strict=True)]
+        return [
+            Mixed([(own, often[part] * len(own)) for part, own in enumerate(rows)], seed, bucket)
+            for bucket, rows in enumerate(split)
+        ]
 
     def members(self, bucket: int) -> np.ndarray:
         """The numbers of the samples in a bucket, ascending."""
