@@ -292,7 +292,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("data/raw/base.py", "encode_mirrored"): [
         ("self.source.read(own, start)", "self.source.read(own)"),
-        ("return name.removesuffix(MIRRORED)", "return name"),
+        ('re.sub(f"({CROPPED}[0-9]+)?({MIRRORED})?$", "", name)', "name"),
     ],
     ("data/store/encoding.py", "encode_mirrored"): [
         ("ImageOps.mirror(image) if mirrored", "ImageOps.flip(image) if mirrored"),
@@ -365,7 +365,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("data/raw/pictures.py", "data_raw_pictures"): [
         ("(levels.astype(np.uint32) + 128) // 257", "levels.astype(np.uint32) // 256"),
-        ("(round(image.width * scale) - width) // 2", "(image.width - width) // 2"),
+        ("round(size[1] * scale) - width", "size[1] - width"),
         ("image.size if _sideways(image) else (image.height, image.width)", "(image.height, image.width)"),
     ],
     ("data/text/tower.py", "data_text_clip data_text_sd3"): [
@@ -491,12 +491,26 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/store/samples.py", "data_hints"): [
         ("picture=second[HINT]", "picture=x0"),
     ],
+    ("data/raw/base.py", "encode_crops"): [
+        ("found.id + self.mark(number)", "found.id"),
+        ("(number - 1 + u) / (self.crops - 1)", "(number + u) / self.crops"),
+    ],
+    ("data/store/encoding.py", "encode_crops"): [
+        ("cover(image, *self.buckets.sizes[bucket], found.crop)", "cover(image, *self.buckets.sizes[bucket])"),
+    ],
+    ("data/text/tags.py", "data_tags"): [
+        ("if chances[i] >= self.dropout", "if places[i] >= self.dropout"),
+        ("(rest[i] for i in order", "(rest[i] for i in range(len(rest))"),
+    ],
+    ("data/store/samples.py", "data_tags"): [
+        ("Use.TAGS, share.step, place)", "Use.TAGS, share.step)"),
+    ],
     ("data/raw/beside.py", "data_masks"): [
         ("ImageOps.mirror(found) if raw.mirrored", "ImageOps.flip(found) if raw.mirrored"),
         ("if (own := size_of(file)) != size:", "if sorted(own := size_of(file)) != sorted(size):"),
     ],
     ("data/store/encoding.py", "data_masks"): [
-        ("levels(cover(masks(found, size), *self.buckets.sizes[bucket])[0])",
+        ("levels(cover(masks(found, size), *self.buckets.sizes[bucket], found.crop)[0])",
          "levels(masks(found, size).resize(self.buckets.sizes[bucket][::-1]))"),
     ],
     ("data/store/samples.py", "data_masks"): [

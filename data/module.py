@@ -23,6 +23,7 @@ from data.store.encoding import VERSION
 from data.store.mixture import Mixture, Part
 from data.store.mixture import held_out as held_out_ids
 from data.text.encoder import Text, TextEncoder
+from data.text.tags import Tags
 from storage.models import find_model, fingerprint
 
 PIXELS = 2**20  # encoded in one batch
@@ -355,6 +356,7 @@ class Stored(Data):
         text_mask: padding of the captions is masked, in training as in sampling.
         mask_floor: for stores with masks of the loss: the weight, 0 to 1, of places that a mask leaves out. A place
             counts mask + mask_floor·(1 − mask) times, in training and in validation.
+        tags: for captions that are lists of tags, in stores without encoded text: shuffles and drops tags in training.
 
     Raises:
         ValueError: a store is damaged, or was written with another codec or text encoder.
@@ -377,6 +379,7 @@ class Stored(Data):
         workers: int = 0,
         text_mask: bool = False,
         mask_floor: float = 0.0,
+        tags: Tags | None = None,
     ) -> None:
         if not 0 <= mask_floor <= 1:
             raise ValueError(f"data.mask_floor must be from 0 to 1, got {mask_floor}")
@@ -402,6 +405,10 @@ class Stored(Data):
         self.choices = kinds == {stored.CHOICE}
         self.picture_channels = codec.channels if kinds == {stored.HINT} else 0
         self.masked, self.mask_floor = any(opened.has_masks for opened in self.stores), mask_floor
+        self.tags = tags
+        if tags and (encoded := [opened.source for opened in self.stores if opened.has_tokens]):
+            raise ValueError("data.tags needs captions that training encodes (encode.text: captions), and "
+                             f"{encoded[0]} holds encoded text: leave it out")  # fmt: skip
         if mask_floor and not self.masked:
             raise ValueError("data.mask_floor needs a store with masks (encode.masks): leave it out")
         side = main.plan["buckets"]["side"]
@@ -454,7 +461,7 @@ class Stored(Data):
         rank, world = self._place()
         data = stored.TrainingSamples(
             self.stores, len(self.text.slots), self.sized, self._mask(), self.seed, self.batch_size,
-            self.caption_dropout, self.encoder_dropout, self.judged, self.mask_floor,
+            self.caption_dropout, self.encoder_dropout, self.judged, self.mask_floor, self.tags,
         )  # fmt: skip
         lengths = [*(stage.steps for stage in self.before), None]
         batches = [GlobalBatches(own, self.batch_size, self.seed, 0, rank, world) for own in self.lanes]

@@ -35,6 +35,8 @@ class Use(IntEnum):
     JUDGED = 12
     MATCHED = 13
     DEQUANTIZE = 14
+    TAGS = 15
+    CROP = 16
 
 
 def stream(seed: int, use: Use, step: int = 0, sample: int = 0) -> np.random.Generator:

@@ -1,5 +1,6 @@
 """Captioned pictures before encoding: an input, a source of inputs, and filters."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, final
 
 from PIL import Image
+from xxhash import xxh3_64_intdigest
+
+from data.order import Use, stream
 
 UNIT = 1024  # inputs in a shard of a source with numbered rows
-MIRRORED = "#mirrored"
+MIRRORED, CROPPED = "#mirrored", "#crop"
 LARGEST_FILE = 2**30  # bytes of a picture
 LARGEST_CAPTION = 2**20  # bytes of a caption
 NAMES = ("text", "caption", "captions", "prompt", "txt")  # of caption columns, the most likely first
@@ -33,6 +37,7 @@ class Raw(NamedTuple):
     captions: tuple[str, ...]  # stripped, none empty
     weights: tuple[float, ...]  # of the captions
     mirrored: bool = False  # left and right are to be exchanged
+    crop: float | None = None  # place of what is cut out, from left or top at 0 to right or bottom at 1; none: centre
     worse: bytes | Path | None = None  # a picture to which the other one was preferred
 
 
@@ -75,32 +80,89 @@ class Source(ABC):
         """A description of the data, as JSON. It changes if names, sizes or number of the files change."""
 
 
+class Variants(Source):
+    """A source and, in further shards, the same again: each time its pictures are taken in another way.
+
+    Args:
+        source: the inputs.
+        times: how often each comes.
+    """
+
+    def __init__(self, source: Source, times: int) -> None:
+        self.source, self.shards, self.choices = source, times * source.shards, source.choices
+
+    @abstractmethod
+    def mark(self, number: int) -> str:
+        """The end of the ids of variant `number`, from 1 on."""
+
+    @abstractmethod
+    def vary(self, raw: Raw, number: int) -> Raw:
+        """An input as variant `number`, from 1 on."""
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Input]:
+        if not 0 <= shard < self.shards:
+            raise ValueError(f"there are shards 0 to {self.shards - 1}, not {shard}")
+        number, own = divmod(shard, self.source.shards)
+        for found in self.source.read(own, start):
+            if not number:
+                yield found
+            else:
+                other = self.vary(found, number) if isinstance(found, Raw) else found
+                yield other._replace(id=found.id + self.mark(number))
+
+
 @final
-class Mirrored(Source):
-    """A source and, in further shards, the same again with left and right exchanged.
+class Mirrored(Variants):
+    """A source and the same again with left and right exchanged.
 
     Args:
         source: the inputs. The mirrored ones have ids that end in MIRRORED.
     """
 
     def __init__(self, source: Source) -> None:
-        self.source, self.shards, self.choices = source, 2 * source.shards, source.choices
+        super().__init__(source, 2)
 
-    def read(self, shard: int, start: int = 0) -> Iterator[Input]:
-        if not 0 <= shard < self.shards:
-            raise ValueError(f"there are shards 0 to {self.shards - 1}, not {shard}")
-        second, own = divmod(shard, self.source.shards)
-        for found in self.source.read(own, start):
-            other = found._replace(id=found.id + MIRRORED) if second else found
-            yield other._replace(mirrored=True) if second and isinstance(other, Raw) else other
+    def mark(self, number: int) -> str:
+        return MIRRORED
+
+    def vary(self, raw: Raw, number: int) -> Raw:
+        return raw._replace(mirrored=True)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "Mirrored", "source": self.source.describe()}
 
 
+@final
+class Cropped(Variants):
+    """A source and the same again with other parts of the pictures cut out than their centres.
+
+    The first variant lies in the first of equal parts of the room that a picture leaves to its bucket, the next one in
+    the next part, each at a place drawn from (seed, id).
+
+    Args:
+        source: the inputs. The other crops have ids that end in CROPPED and a number.
+        crops: of each picture, with the centre.
+        seed: of the places.
+    """
+
+    def __init__(self, source: Source, crops: int, seed: int) -> None:
+        super().__init__(source, crops)
+        self.crops, self.seed = crops, seed
+
+    def mark(self, number: int) -> str:
+        return f"{CROPPED}{number}"
+
+    def vary(self, raw: Raw, number: int) -> Raw:
+        u = stream(self.seed, Use.CROP, number, xxh3_64_intdigest(raw.id.encode())).random()
+        return raw._replace(crop=(number - 1 + u) / (self.crops - 1))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "Cropped", "crops": self.crops, "seed": self.seed, "source": self.source.describe()}
+
+
 def original(name: str) -> str:
-    """The id of the picture of which this is the id, or that of its mirrored twin."""
-    return name.removesuffix(MIRRORED)
+    """The id of the picture of which this is the id, or that of a variant."""
+    return re.sub(f"({CROPPED}[0-9]+)?({MIRRORED})?$", "", name)
 
 
 @dataclass(frozen=True)

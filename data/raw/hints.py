@@ -164,7 +164,7 @@ class Files(Hint):
             raise PictureError("no hint", f"{self.beside.folder} has no picture of this name")
         size = (image.height, image.width)
         found = open_picture(file, 1 if image.mode == "L" else 3, needed=size)
-        return cover(ImageOps.mirror(found) if raw.mirrored else found, *size)[0]
+        return cover(ImageOps.mirror(found) if raw.mirrored else found, *size, raw.crop)[0]
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "Files", "files": self.beside.describe()}

@@ -37,7 +37,9 @@ GAP = 2  # a JPEG that is decoded at reduced size stays this much larger than ne
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 PictureSource: TypeAlias = Path | bytes | Image.Image
-Reason: TypeAlias = Literal["unreadable", "animated", "too large", "empty file", "no hint", "no mask", "mask size"]
+Reason: TypeAlias = Literal[
+    "unreadable", "animated", "too large", "empty file", "no hint", "no mask", "mask size", "same crop"
+]
 
 
 class PictureError(ValueError):
@@ -177,8 +179,14 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def cover(image: Image.Image, height: int, width: int) -> tuple[Image.Image, int, int]:
-    """The centre of a picture, scaled by one factor so that it just covers height × width.
+def room(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """By how many pixels a picture of this height and width is higher and wider than height × width, once scaled."""
+    scale = max(height / size[0], width / size[1])
+    return round(size[0] * scale) - height, round(size[1] * scale) - width
+
+
+def cover(image: Image.Image, height: int, width: int, crop: float | None = None) -> tuple[Image.Image, int, int]:
+    """A part of a picture, scaled by one factor so that it just covers height × width.
 
     The factor is the same in both directions to floating-point precision: the box that is taken from the original may
     end between pixels.
@@ -187,12 +195,14 @@ def cover(image: Image.Image, height: int, width: int) -> tuple[Image.Image, int
         image: "L" or "RGB", of any size; enlarged if it is smaller.
         height: of the result, in pixels.
         width: likewise.
+        crop: place of the part, from left or top at 0 to right or bottom at 1; none is the centre.
 
     Returns:
         The picture, and top and left of the crop in the scaled picture, in whole pixels.
     """
     scale = max(height / image.height, width / image.width)
-    top, left = (round(image.height * scale) - height) // 2, (round(image.width * scale) - width) // 2
+    rooms = room((image.height, image.width), height, width)
+    top, left = (free // 2 if crop is None else round(crop * free) for free in rooms)
     right, bottom = min((left + width) / scale, image.width), min((top + height) / scale, image.height)
     box = (left / scale, top / scale, right, bottom)
     # From three times the size on, Pillow first averages blocks of pixels.

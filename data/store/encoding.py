@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from data.latents import Codec
 from data.order import Use, normal
-from data.raw.base import UNIT, Fault, Filters, Mirrored, Raw, Source, perceptual_hash
+from data.raw.base import UNIT, Cropped, Fault, Filters, Mirrored, Raw, Source, perceptual_hash
 from data.raw.beside import Masks
 from data.raw.buckets import Buckets
 from data.raw.choices import Choices  # noqa: F401  # so that a config finds it by its name
 from data.raw.hints import Hint
-from data.raw.pictures import PictureError, cover, open_picture, size_of
+from data.raw.pictures import PictureError, cover, open_picture, room, size_of
 from data.raw.profiles import BROKEN
 from data.raw.sources import Pictures  # noqa: F401  # so that a config finds it by its name
 from data.store.reader import MASKS, Drop, Sample, Writer
@@ -33,6 +33,7 @@ from data.text.encoder import CutCaptions, Text, TextEncoder
 
 VERSION = 1  # of the plan
 EXACT = 257  # whole numbers from 0 that bfloat16 can hold, one after the other
+MOST_CROPS = 1024
 AHEAD = 4  # batches of pictures that are decoded in advance
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -60,9 +61,11 @@ class Encoding:
             without a mask is left out.
         mirror: encodes each picture twice, the second time with left and right exchanged. No latents are flipped, which
             would not be the same. Not for captions that name sides, writing or faces.
+        crops: encodes each picture so many times: its centre and other parts, each as large as its bucket. A picture
+            that has the shape of its bucket has no other part.
         batch_size: of pictures.
         threads: that read and decode pictures.
-        seed: of the draws.
+        seed: of the draws, and of the places of crops.
         device: of codec and text encoders; None is a GPU if there is one.
     """
 
@@ -78,6 +81,7 @@ class Encoding:
     hint: Hint | None = None
     masks: Masks | None = None
     mirror: bool = False
+    crops: int = 1
     batch_size: int = 16
     threads: int = 4
     seed: int = 0
@@ -88,6 +92,10 @@ class Encoding:
             raise ValueError(f"batch_size and threads must be at least 1, got {self.batch_size} and {self.threads}")
         if self.duplicates is not None and not 0 <= self.duplicates <= 8:
             raise ValueError(f"duplicates must be from 0 to 8 bits, got {self.duplicates}")
+        if not 1 <= self.crops <= MOST_CROPS:
+            raise ValueError(f"crops must be from 1 to {MOST_CROPS}, got {self.crops}")
+        if self.crops > 1 and self.duplicates is not None:
+            raise ValueError("crops of a picture are near-duplicates: leave encode.duplicates or encode.crops out")
         Buckets(self.side, self.step, self.max_aspect)
 
 
@@ -119,7 +127,11 @@ class StoreEncoder:
 
     def __init__(self, settings: Encoding, codec: Codec, text: TextEncoder) -> None:
         self.settings, self.codec, self.text = settings, codec, text
-        self.source = Mirrored(settings.source) if settings.mirror else settings.source
+        self.source = settings.source
+        if settings.crops > 1:
+            self.source = Cropped(self.source, settings.crops, settings.seed)
+        if settings.mirror:
+            self.source = Mirrored(self.source)
         self.buckets = Buckets(settings.side, settings.step, settings.max_aspect)
         if settings.step % codec.factor:
             raise ValueError(
@@ -249,17 +261,19 @@ class StoreEncoder:
             if reason := self.settings.filters.reason(size, found.captions):
                 return Drop(found.id, *reason)
             bucket = self.buckets.of(*size)
+            if found.crop is not None and not any(room(size, *self.buckets.sizes[bucket])):
+                raise PictureError("same crop", "the picture has the shape of its bucket: its centre is all of it")
             image = self._open(found.picture, bucket, found.mirrored)
             phash = perceptual_hash(image) if self.settings.duplicates is not None else 0
-            image, top, left = cover(image, *self.buckets.sizes[bucket])
+            image, top, left = cover(image, *self.buckets.sizes[bucket], found.crop)
             pixels = levels(image)
             if found.worse is not None:
                 other = self._open(found.worse, bucket, found.mirrored)
-                pixels = torch.stack([pixels, levels(cover(other, *self.buckets.sizes[bucket])[0])])
+                pixels = torch.stack([pixels, levels(cover(other, *self.buckets.sizes[bucket], found.crop)[0])])
             elif self.settings.hint:
                 pixels = torch.stack([pixels, levels(self.settings.hint(found, image))])
             if masks:
-                mask = levels(cover(masks(found, size), *self.buckets.sizes[bucket])[0])
+                mask = levels(cover(masks(found, size), *self.buckets.sizes[bucket], found.crop)[0])
         except PictureError as error:
             return Drop(found.id, error.reason, str(error))
         raw = self.settings.filters.trimmed(found)

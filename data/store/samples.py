@@ -10,6 +10,7 @@ from data.batch import Batch
 from data.order import Share, Use, normal, stream
 from data.store.mixture import Mixture
 from data.store.reader import Store
+from data.text.tags import Tags
 
 Mask = Callable[[Sequence[str]], torch.Tensor]
 # The plan's words for latents of twice the channels.
@@ -67,7 +68,7 @@ class StoredSamples(Dataset[Batch]):
             x0 = x0 + (logvar / 2).exp() * normal(draw, Use.POSTERIOR, share.step, numbers, tuple(x0.shape[1:]))
         captions, mask, text, pooled = None, None, torch.empty(0), torch.empty(0)
         if self.mask or self.judged or not store.has_tokens:
-            captions = [store.captions(int(row))[i] for row, i in zip(rows, choice, strict=True)]
+            captions = self.worded([store.captions(int(row))[i] for row, i in zip(rows, choice, strict=True)], share)
         if self.mask and captions:
             mask = self.mask(captions)
         prompts = captions if self.judged else None
@@ -85,9 +86,13 @@ class StoredSamples(Dataset[Batch]):
             picture=second[HINT], worse=second[CHOICE], loss_mask=loss_mask, prompts=prompts,
         )  # fmt: skip
 
+    def worded(self, captions: list[str], share: Share) -> list[str]:
+        """The captions in words, as they are given to the text encoders."""
+        return captions
+
 
 class TrainingSamples(StoredSamples):
-    """Random captions by weight, dropped captions and encoders, fresh noise: functions of (seed, step)."""
+    """Random captions by weight, dropped captions and encoders, tags, fresh noise: functions of (seed, step)."""
 
     def __init__(
         self,
@@ -101,9 +106,10 @@ class TrainingSamples(StoredSamples):
         encoder_dropout: float,
         judged: bool = False,
         mask_floor: float = 0.0,
+        tags: Tags | None = None,
     ) -> None:
         super().__init__(stores, encoders, sized, mask, judged, mask_floor)
-        self.seed, self.batch_size = seed, batch_size
+        self.seed, self.batch_size, self.tags = seed, batch_size, tags
         self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
 
     def __getitem__(self, share: Share) -> Batch:
@@ -115,6 +121,12 @@ class TrainingSamples(StoredSamples):
         )
         kept = (drawn[:, 1:2] >= self.caption_dropout) & (drawn[:, 2:] >= self.encoder_dropout)
         return self.batch(share, choice, kept, self.seed, Use.NOISE, self.seed)
+
+    def worded(self, captions: list[str], share: Share) -> list[str]:
+        if not self.tags:
+            return captions
+        draws = (stream(self.seed, Use.TAGS, share.step, place) for place in share.positions.tolist())
+        return [self.tags(caption, draw) for caption, draw in zip(captions, draws, strict=True)]
 
 
 class ValidationSamples(StoredSamples):
