@@ -59,8 +59,9 @@ def test_other_separators_and_nothing_left() -> None:
     draw = np.random.default_rng(0)
     assert sorted(Tags(keep=0, separator=";")("a, b; c", draw).split("; ")) == ["a, b", "c"]
     assert Tags(keep=0, dropout=1.0)(CAPTION, draw) == ""
+    assert Tags(keep=9, separator=" ")("one  two", draw) == "one two"
     assert Tags(keep=9)(CAPTION, draw) == "one, two, three, four, five"
-    for wrong in ({"keep": -1}, {"dropout": 1.5}, {"separator": " "}, {"shuffle": False}):
+    for wrong in ({"keep": -1}, {"dropout": 1.5}, {"separator": ""}, {"shuffle": False}):
         with pytest.raises(ValueError, match=r"data\.tags ne"):
             Tags(**wrong)  # type: ignore[arg-type]
 

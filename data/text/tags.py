@@ -15,7 +15,7 @@ class Tags:
         shuffle: puts them in a random order.
         keep: the first so many are neither moved nor dropped, such as a trigger word.
         dropout: the probability with which each of the others is left out.
-        separator: of the tags.
+        separator: of the tags. They are joined again with it and a space.
 
     Raises:
         ValueError: an argument is out of its range, or nothing would change.
@@ -31,7 +31,7 @@ class Tags:
     separator: str = ","
 
     def __post_init__(self) -> None:
-        if self.keep < 0 or not 0 <= self.dropout <= 1 or not self.separator.strip():
+        if self.keep < 0 or not 0 <= self.dropout <= 1 or not self.separator:
             raise ValueError("data.tags needs keep of at least 0, dropout from 0 to 1 and a separator, got "
                              f"{self.keep}, {self.dropout} and {self.separator!r}")  # fmt: skip
         if not self.shuffle and not self.dropout:
@@ -43,4 +43,4 @@ class Tags:
         first, rest = tags[: self.keep], tags[self.keep :]
         places, chances = draw.random((2, len(rest)))
         order = np.argsort(places, kind="stable") if self.shuffle else np.arange(len(rest))
-        return f"{self.separator} ".join([*first, *(rest[i] for i in order if chances[i] >= self.dropout)])
+        return f"{self.separator.strip()} ".join([*first, *(rest[i] for i in order if chances[i] >= self.dropout)])
