@@ -72,7 +72,11 @@ def main(argv: list[str] | None = None) -> None:
             trainer, generator, data = build(config, base)
             model = generator.writer.folder
             shapes = {name: tensor.shape for name, tensor in generator.network_state().items()}
-            others = [config.teacher and config.teacher.model, config.judgement and config.judgement.reference]
+            others = [
+                config.teacher and config.teacher.model,
+                config.judgement and config.judgement.reference,
+                config.residual and config.residual.regressor,
+            ]
             teachers = {str(model): fingerprint(find_model(model)) for model in others if model}
             newest = Checkpoints(run.folder / CHECKPOINTS).newest()
             if command != "fit" and newest is None:

@@ -382,6 +382,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("data/degrade.py", "superresolution"): [
         ("(1 - level) * latents + level * noise", "latents + level * noise"),
         ("align_corners=False", "align_corners=True"),
+        ("** 2) / (2 * std**2)", "** 2) / std**2"),
+        ('mode="reflect"', 'mode="replicate"'),
     ],
     ("data/batch.py", "data_stored text_mask"): [
         ("mask[:, slot.rows] |= torch", "mask[:, slot.rows] = torch"),
@@ -547,6 +549,24 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("mmdit/model.py", "mmdit_control"): [
         ("image + residual.to(image.dtype)", "image - residual.to(image.dtype)"),
+    ],
+    ("pipeline/residual.py", "pipeline_residual"): [
+        ("(x0 - self.mean) * self.scale", "(x0 - self.mean) / self.scale"),
+        ("torch.zeros(size, device=device), torch.ones", "torch.randn(size, device=device), torch.ones"),
+        ("self.mean + residual / self.scale", "self.mean + residual"),
+        ("enabled=False", "enabled=True"),
+    ],
+    ("pipeline/__init__.py", "pipeline_residual"): [
+        ("x0 = residual.of(self._encode(image, noise))", "x0 = self._encode(image, noise)"),
+        ("report(0, z,", "callback(0, z,"),
+        ("callback(done, z, residual.whole(x0))", "callback(done, z, x0)"),
+    ],
+    ("training/residual.py", "pipeline_residual training_residual"): [
+        ("(count / squares) ** 0.5", "(squares / count) ** 0.5"),
+        ("pictures += len(left)", "pictures += 1"),
+    ],
+    ("training/generator.py", "training_residual"): [
+        ("residual.of(batch.x0), batch.noise)", "batch.x0, batch.noise)"),
     ],
     ("pipeline/__init__.py", "sample_control"): [
         ("self.codec.shift * self.codec.scale", "self.codec.shift"),

@@ -36,6 +36,7 @@ from mmdit.model import MMDiT
 from mmdit.network import Condition, Network
 from pipeline import folder as disk
 from pipeline.folder import LoadOptions, Parts
+from pipeline.residual import Regressor, Residual
 from pipeline.sampling import Sampling, Walk, random_normals
 from storage.models import find_model
 
@@ -66,10 +67,11 @@ class Pipeline:
         codec: turns latents into pixels.
         text: turns prompts into conditions.
         sampling: the default sampler, steps and guidance.
+        regressor: gives the mean of the latents, if the network draws the residual.
 
     Raises:
-        ValueError: the sizes of network, codec, text and objective do not fit together, or `sampling` does not fit the
-            objective.
+        ValueError: the sizes of network, codec, text, objective and regressor do not fit together, or `sampling` does
+            not fit the objective.
 
     Example:
         The text encoder of the digits with an untrained network:
@@ -85,9 +87,16 @@ class Pipeline:
     """
 
     def __init__(
-        self, network: Network, objective: Objective, codec: Codec, text: TextEncoder, sampling: Sampling | None = None
+        self,
+        network: Network,
+        objective: Objective,
+        codec: Codec,
+        text: TextEncoder,
+        sampling: Sampling | None = None,
+        regressor: Regressor | None = None,
     ) -> None:
         self.network, self.objective, self.codec, self.text = network, objective, codec, text
+        self.regressor = regressor
         for key, needed in (
             ("in_channels", codec.channels),
             ("out_channels", codec.channels * objective.outputs),
@@ -108,6 +117,8 @@ class Pipeline:
         if network.picture_channels % codec.channels:
             raise ValueError(f"the network's picture_channels are {network.picture_channels}, and a picture has "
                              f"{codec.channels} channels of latents")  # fmt: skip
+        if regressor:
+            regressor.check(network)
         self.sampling = sampling or Sampling()
         self.sampling.walk(objective)
         self.weak: Weak | None = None
@@ -177,6 +188,9 @@ class Pipeline:
         """
         if self.network.two_times:
             raise ValueError("a gradient guides no average velocities: take a model of velocities")
+        if self.regressor:
+            raise ValueError("a gradient reads noisy pictures, and this model draws the residual of a regressor: leave "
+                             "the gradient out")  # fmt: skip
         for pull in pulls:
             if not math.isfinite(pull.scale) or pull.scale == 0:
                 raise ValueError(f"a gradient needs a finite scale other than 0, which is none, got {pull.scale:g}")
@@ -225,6 +239,7 @@ class Pipeline:
         for what, own, theirs in (
             ("path", self.objective.describe()["path"], other.objective.describe()["path"]),
             ("codec", *({**p.codec.fingerprint(), "dtype": None} for p in (self, other))),
+            ("regressor", *(p.regressor and p.regressor.fingerprint() for p in (self, other))),
         ):
             if own != theirs:
                 raise ValueError(f"the {name} has another {what} than the model: take one of the same {what}")
@@ -298,7 +313,8 @@ class Pipeline:
             level: how much noise is added to that picture, 0 to 1, for a network with level_embeds.
             refiner: a second model for the late times. It has its own prompt's condition and target, and the same
                 guidance.
-            callback: called with (steps done, z, x̂0): first with (0, z, z), then after each step.
+            callback: called with (steps done, z, x̂0): first with (0, z, z), then after each step. A residual's x̂0 comes
+                with the regressor's mean added, its z without.
 
         Returns:
             Pixels in [0, 1], (B, C, height, width), on the CPU.
@@ -318,6 +334,10 @@ class Pipeline:
         noise = draw()
         extra = self._picture_condition(len(prompts), latent, picture, level, draw)
         estimate = self.denoiser(prompts, negative, sampling, times, height, width, extra)
+        residual = Residual()
+        if self.regressor:
+            condition = self.condition(prompts, height, width)._replace(**extra)
+            residual = self.regressor.residual(condition, noise.shape)
         if refiner:
             self.check_refiner(refiner, sampling, times, height, width)
             late = refiner.pipe.denoiser(prompts, negative, sampling, times, height, width)
@@ -327,7 +347,7 @@ class Pipeline:
             x0 = torch.zeros_like(noise)
             z = self.scale_at(times[0]) * noise
         else:
-            x0 = self._encode(image, noise)
+            x0 = residual.of(self._encode(image, noise))
             z = a * x0 + b * noise
         denoise = estimate
         if mask is not None:
@@ -335,16 +355,17 @@ class Pipeline:
             if covered.shape[-2:] != latent:
                 raise ValueError(f"the mask must have the picture's size, got {tuple(mask.shape[-2:])}")
             denoise = inpaint(estimate, x0, noise, covered)
-        if callback:
-            callback(0, z, torch.zeros_like(z) if self.objective.discrete else z)
+        report = callback and (lambda done, z, x0: callback(done, z, residual.whole(x0)))
+        if report:
+            report(0, z, torch.zeros_like(z) if self.objective.discrete else z)
         try:
-            z = walk(denoise, z, draw, callback)
+            z = walk(denoise, z, draw, report)
         finally:
             self.network.forget()
         if not z.isfinite().all():  # it would give a black picture
             dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
             raise ValueError(f"the network overflowed in {dtype}: take bfloat16 or float32, or less guidance")
-        return self.codec.decode(z / self.scale_at(times[-1])).cpu()
+        return self.codec.decode(residual.whole(z / self.scale_at(times[-1]))).cpu()
 
     @torch.inference_mode()
     def integrate(
@@ -523,6 +544,9 @@ class Pipeline:
             raise ValueError("sampler meanflow needs a network of two times, and this one has only one: use euler")
         if sampling.skip_layers and self.weak:
             raise ValueError("skip-layer guidance and autoguidance exclude each other: leave one of them out")
+        if self.regressor and sampling.guidance != 1:
+            raise ValueError("guidance would mix two prompts, and this model draws the residual of a mean under one: "
+                             f"give guidance 1, not {sampling.guidance:g}")  # fmt: skip
         if self.network.guidance_embeds and (sampling.rescale or sampling.skip_layers or sampling.interval != (0, 1)):
             raise ValueError("this network has learned its guidance: leave out rescale, interval and skip_layers")
         shift = self.shift(height, width) if shift is None else shift
@@ -558,8 +582,8 @@ class Pipeline:
 
     @property
     def parts(self) -> Parts:
-        """The five parts of the pipeline."""
-        return Parts(self.network, self.objective, self.codec, self.text, self.sampling)
+        """The parts of the pipeline."""
+        return Parts(self.network, self.objective, self.codec, self.text, self.sampling, self.regressor)
 
     def save(self, folder: Path) -> None:
         """Writes a model folder (`pipeline.folder.write`)."""

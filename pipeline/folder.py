@@ -29,6 +29,7 @@ from mmdit.model import MMDiT
 from mmdit.network import Network
 from pipeline import networks
 from pipeline.networks import parts_of
+from pipeline.residual import Regressor
 from pipeline.sampling import Sampling
 from storage import updates
 from storage.checksums import verify, write_checksums
@@ -43,6 +44,7 @@ from tokens.process import NextCode
 INDEX = "model_index.json"
 SIZED = "size_conditioning"  # in the index, if the network's pooled vector also holds sizes
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
+REGRESSOR = "regressor"  # the subfolder of a regressor: its network as in a model folder, and the residual's scale
 OURS = {"shift", "path", "target", "variance", "sampling"}  # keys of a scheduler config that this project wrote
 OTHER_GRIDS = (
     "use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
@@ -60,6 +62,7 @@ class Parts(NamedTuple):
     codec: Codec
     text: TextEncoder
     sampling: Sampling
+    regressor: Regressor | None = None
 
     @property
     def sized(self) -> bool:
@@ -162,6 +165,7 @@ def _read_folder(folder: Path, options: LoadOptions) -> Parts:
         raise ValueError(f"--parts is for single files, and {folder} is a model folder: leave it out")
     objective, sampling = read_process(folder / SCHEDULER)
     network, dtype = networks.load(folder, options.device, options.dtype_of)
+    regressor = _read_regressor(folder / REGRESSOR, options) if (folder / REGRESSOR).is_dir() else None
     codec = load_codec(folder / "vae", None if options.dtype == "stored" else dtype).to(options.device)
     text: TextEncoder
     if "text_encoder_3" in index:  # null if T5 is absent; a model with two CLIPs and no such key is no SD3
@@ -174,7 +178,14 @@ def _read_folder(folder: Path, options: LoadOptions) -> Parts:
             )
         kind = CLIPText if "text_encoder" in index else Words
         text = kind(folder).to(options.text_device or options.device)
-    return Parts(network, objective, codec, text, sampling)
+    return Parts(network, objective, codec, text, sampling, regressor)
+
+
+def _read_regressor(folder: Path, options: LoadOptions) -> Regressor:
+    scale = read_json(folder / CONFIG).get("scale")
+    if not isinstance(scale, int | float):
+        raise ValueError(f"{folder / CONFIG} lacks a number scale: save the model again")
+    return Regressor(networks.load(folder, options.device, options.dtype_of)[0], scale)
 
 
 def load_codec(folder: Path, dtype: DType | None = "float32") -> Codec:
@@ -188,6 +199,8 @@ def read_network(folder: Path, options: LoadOptions) -> tuple[Network, Objective
     """Loads network, objective and codec of a model folder, without its text encoders. Errors are those of `read`."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is no model folder: it has no {INDEX}")
+    if (folder / REGRESSOR).is_dir():
+        raise ValueError(f"{folder} draws the residual of its regressor, and a model of whole pictures is needed")
     verify(folder, "transformer", control.FOLDER, "unet", "scheduler", "vae")
     objective, _ = read_process(folder / SCHEDULER)
     return networks.load(folder, options.device, options.dtype_of)[0], objective, load_codec(folder / "vae")
@@ -313,6 +326,11 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
         }
         if parts.sized:
             index[SIZED] = True
+        if parts.regressor:
+            for subfolder, part in parts_of(parts.regressor.network).items():
+                part.save(new / REGRESSOR / subfolder)
+            commit_json(new / REGRESSOR / CONFIG, {"scale": parts.regressor.scale})
+            index[REGRESSOR] = ["pipeline.residual", "Regressor"]
         whole = opens_in_diffusers(parts)
         if whole:
             index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}  # diffusers requires them
@@ -338,6 +356,7 @@ def opens_in_diffusers(parts: Parts) -> bool:
         and parts.codec.index()[0] == "diffusers"
         and "text_encoder_3" in parts.text.index()
         and not parts.sized
+        and parts.regressor is None
     )
 
 
@@ -357,9 +376,11 @@ def single_file(parts: Parts) -> dict[str, Tensor]:
     """The model's tensors, named as in the released single files: the network, and VAE and text encoders of SD3.
 
     Raises:
-        ValueError: the single-file format cannot describe the network or the VAE.
+        ValueError: the single-file format cannot describe the network or the VAE, or there is a regressor.
     """
     network = parts.network
+    if parts.regressor:
+        raise ValueError("the single-file format holds no regressor: write a folder")
     if not isinstance(network, MMDiT):
         raise ValueError(f"the single-file format holds an MMDiT, not a {type(network).__name__}: write a folder")
     return checkpoint.single_file(network) | parts.codec.original_state() | parts.text.original_state()

@@ -1,5 +1,6 @@
 """Pictures as conditions: a smaller picture to enlarge, from the data to the sample."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from trials import ROOT, fit, refused, small
 
 import sample
 from data import digits
-from data.degrade import Degrade, enlarged, noised
+from data.degrade import Degrade, blurred, enlarged, noised
 from data.latents import Pixels
 from data.module import Digits, TrainingDigits, ValidationDigits
 from data.order import Share
@@ -54,6 +55,27 @@ def test_noise_is_the_straight_line_from_picture_to_noise() -> None:
     picture, noise = torch.ones(3, 1, 2, 2), torch.zeros(3, 1, 2, 2)
     assert noised(picture, noise, torch.tensor([0.0, 0.25, 1.0]))[:, 0, 0, 0].tolist() == [1.0, 0.75, 0.0]
     assert torch.equal(noised(picture, noise, 0.5), noised(picture, noise, torch.full((3,), 0.5)))
+
+
+def test_a_blur_is_gaussian_and_mirrored_and_has_the_levels_of_a_file() -> None:
+    flat, point, edge = torch.full((2, 3, 8, 8), 0.4), torch.zeros(1, 1, 25, 25), torch.zeros(1, 1, 25, 25)
+    torch.testing.assert_close(blurred(flat, 1.5), flat)
+    point[..., 12, 12] = 1
+    across = torch.arange(25.0) - 12
+    gauss = torch.exp(-(across[:, None] ** 2 + across**2) / (2 * 1.5**2)) / (2 * torch.pi * 1.5**2)
+    torch.testing.assert_close(blurred(point, 1.5)[0, 0], gauss, rtol=0, atol=0.6 / 255)
+    assert torch.equal((255 * blurred(point, 1.5)).round() / 255, blurred(point, 1.5))
+    edge[..., 12, 1] = 1  # one pixel from the edge: its mirror image lies one pixel outside of it
+    assert blurred(edge, 1.5)[0, 0, 12, 0].item() == pytest.approx(
+        2 * blurred(point, 1.5)[0, 0, 12, 11].item(), abs=0.006
+    )
+    smaller = Degrade(2, blur=1.0).smaller(point[..., :24, :24])
+    assert torch.equal(smaller, F.avg_pool2d(blurred(point[..., :24, :24], 1.0), 2))
+    with pytest.raises(ValueError, match=r"at most 2\.33 pixels for a side of 8, got 2\.5"):
+        Degrade(1, blur=2.5).smaller(torch.zeros(1, 1, 8, 8))
+    for blur in (-1.0, math.inf):
+        with pytest.raises(ValueError, match=r"degrade\.blur must be a number of pixels of at least 0"):
+            Degrade(1, blur=blur)
 
 
 @pytest.mark.parametrize(("factor", "noise"), [(0, 0.0), (2, -0.1), (2, 1.1)])
@@ -176,6 +198,7 @@ def test_the_regressor_sees_noise_alone_and_the_small_model_draws_small_digits(t
         (["--network.picture_channels", "0"], "network.picture_channels is 0, but the data need 1"),
         (["--network.level_embeds", "false"], "network.level_embeds is False, but the data need True"),
         (["--data.degrade.factor", "3"], "degrade.factor must divide the 8×8 pixels"),
+        (["--data.degrade.blur", "3"], "a blur must be at most 2.33 pixels for a side of 8, got 3"),
         (["--data.degrade", "null"], "network.picture_channels is 1, but the data need 0"),
     ],
 )

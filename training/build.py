@@ -24,6 +24,7 @@ from mmdit import lora
 from mmdit.model import MMDiT
 from mmdit.quantized import quantize
 from pipeline import Pipeline
+from pipeline.folder import REGRESSOR
 from training.cost import StepCost
 from training.generator import Generator
 from training.reader import of_network, reading
@@ -49,6 +50,10 @@ def lora_base(config: "Namespace") -> str | None:
     base = base.parent if base.name == "transformer" and not (base / "model_index.json").exists() else base
     if base.is_dir() and not (base / "model_index.json").is_file():
         raise ValueError(f"{kind} needs a whole model folder, and {base} has no model_index.json: give another path")
+    if (base / REGRESSOR).is_dir():
+        raise ValueError(
+            f"{kind} trains whole pictures, and {base} draws the residual of a regressor: give another path"
+        )
     return str(base)
 
 
@@ -63,7 +68,10 @@ def build(config: "Namespace", base: str | None) -> tuple[L.Trainer, Generator, 
         ValueError: the sections do not fit together.
     """
     generator, data = build_generator(config, base)
-    return build_trainer(config, generator), generator, data
+    trainer = build_trainer(config, generator)
+    if config.residual and generator.pipeline.regressor:
+        config.residual.measure(generator.pipeline.regressor, data, trainer.strategy.root_device)
+    return trainer, generator, data
 
 
 def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, Data]:
@@ -108,7 +116,12 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
             raise ValueError("judgement and teacher exclude each other: leave one of them out")
         shares = run.world * config.strategy.accumulate_grad_batches
         judge = config.judgement.load(objective, codec, text, network, data, shares, base)
-    pipeline = Pipeline(network, objective, codec, text, config.sampling)
+    regressor = None
+    if config.residual:
+        if config.teacher or judge or base:
+            raise ValueError("residual goes with no teacher, judgement or lora: leave them out")
+        regressor = config.residual.load(codec, text, network)
+    pipeline = Pipeline(network, objective, codec, text, config.sampling, regressor)
     if data.sized != pipeline.sized:
         needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)
         how = "with" if data.sized else "without"
@@ -134,8 +147,10 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
 def build_trainer(config: "Namespace", generator: Generator) -> L.Trainer:
     """Builds Lightning's trainer for a module."""
     run, strategy, writer = config.run, config.strategy, generator.writer
-    network = of_network(writer.network)
-    cost = StepCost(network, generator.objective, generator.teacher, writer.base is None, generator.judge)
+    cost = StepCost(
+        of_network(writer.network), generator.objective, generator.teacher, writer.base is None, generator.judge,
+        generator.pipeline.regressor,
+    )  # fmt: skip
     meter = Meter(run.log_every, cost, run.precision)
     checkpoints = Checkpoints(run.folder / CHECKPOINTS, strategy.sharded_checkpoint)
     callbacks: list[Callback] = [StepProgress()]

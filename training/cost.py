@@ -8,6 +8,7 @@ from engine.flops import forward_flops
 from engine.meter import Cost
 from flow.objective import Objective
 from mmdit.network import Condition, Network
+from pipeline.residual import Regressor
 from training.chosen import JudgeModel
 from training.teacher import TeacherModel
 
@@ -21,6 +22,7 @@ class StepCost:
         teacher: the model that it learns from.
         whole: whether all weights are trained, and not only a LoRA.
         judge: judges the pictures that it draws.
+        regressor: gives the mean, of which the network learns the residual.
     """
 
     def __init__(
@@ -30,8 +32,10 @@ class StepCost:
         teacher: TeacherModel | None,
         whole: bool,
         judge: JudgeModel | None = None,
+        regressor: Regressor | None = None,
     ) -> None:
         self.network, self.objective, self.teacher, self.judge = network, objective, teacher, judge
+        self.regressor = regressor
         self.passes = (3 if whole else 2) + objective.extra_passes
         self.known: dict[tuple[tuple[int, ...], ...], Cost] = {}  # by the shapes of latents and text
 
@@ -49,6 +53,8 @@ class StepCost:
         flops = round(self.passes * branches * forward_flops(self.network, x0, number, given))
         if self.teacher:
             flops += round(self.teacher.flops(x0, number, condition))
+        if self.regressor:
+            flops += forward_flops(self.regressor.network, x0, number, condition)
         if self.judge:
             flops += round(self.judge.flops(self.network, x0, number, condition))
         tokens = height * width // self.network.unit**2 + condition.text.shape[1]

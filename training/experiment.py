@@ -29,6 +29,7 @@ from training.generator import Grid
 from training.judged import Judgement
 from training.optimization import Optimization
 from training.reader import NewWords
+from training.residual import Residuals
 from training.run_folder import Run
 from training.teacher import Teacher
 from training.terms import LossTerm
@@ -164,6 +165,7 @@ def parser(description: str, exit_on_error: bool = True) -> Parser:
     p.add_argument("--lora", type=LoRA | None, help="train a LoRA of a network that is loaded from disk")
     p.add_argument("--new_words", type=NewWords | None, help="learn new words for the text encoders of such a network")
     p.add_argument("--teacher", type=Teacher | None, help="learn the output of this model (distillation)")
+    p.add_argument("--residual", type=Residuals | None, help="learn what a regressor leaves of the pictures")
     p.add_argument("--judgement", type=Judgement | None, help="learn from rewards of the model's own pictures")
     p.add_subclass_arguments(Objective, "objective", default={"class_path": "flow.objective.Objective"})
     p.add_argument("--terms", type=list[LossTerm], default=[], help="losses on hidden states beside the objective")

@@ -27,7 +27,7 @@ from training.chosen import JudgeModel
 from training.optimization import CRITIC, Optimization
 from training.run_folder import Run
 from training.saving import ModelWriter, gather
-from training.teacher import Lesson, TeacherModel
+from training.teacher import Lesson, TeacherModel, prepare_frozen
 from training.terms import LossTerm
 
 VALIDATION_TIMES = 8
@@ -118,6 +118,8 @@ class Generator(L.LightningModule):
         strategy, device, world = self.strategy, self.trainer.strategy.root_device, self.trainer.world_size
         if self.teacher:
             self.teacher.prepare(device, strategy)
+        if self.pipeline.regressor:
+            prepare_frozen(self.pipeline.regressor.network, device, strategy)
         learners = [self.network, *([self.critic] if self.critic else [])]
         for network in learners:
             strategy.prepare(network)
@@ -176,6 +178,9 @@ class Generator(L.LightningModule):
         if self.teacher:
             fresh = self.fresh(batch, Use.MATCHED) if self.critic else None
             lesson = self.teacher.lesson(condition, batch.x0, batch.noise, u, uses, fresh)
+        elif self.pipeline.regressor:
+            residual = self.pipeline.regressor.residual(condition, batch.x0.shape)
+            lesson = Lesson(condition, residual.of(batch.x0), batch.noise)
         else:
             lesson = Lesson(condition, batch.x0, batch.noise)
         lesson.loss_mask = batch.loss_mask

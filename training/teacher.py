@@ -134,7 +134,7 @@ class Teacher:
             FileNotFoundError: there is no model.
         """
         if self.model:
-            network, process = self._read(codec, text)
+            network, process = read_frozen(f"teacher.model {self.model}", self.model, codec, text)
         elif base:
             network, process = student, process_of(Path(base))[0]
         else:
@@ -169,17 +169,35 @@ class Teacher:
         walked = objective.k - 1 if self.matching and isinstance(objective, StepMap) else 0
         return TeacherModel(self, pipe, bare=self.model is None, walked=walked)
 
-    def _read(self, codec: Codec, text: TextEncoder) -> tuple[Network, Objective]:
-        """Network and objective of the model's folder, which must have this codec and these text encoders."""
-        assert self.model
-        folder = find_model(self.model)
-        network, process, own = read_network(folder, LoadOptions(dtype="stored"))
-        codecs = [{name: value for name, value in c.fingerprint().items() if name != "dtype"} for c in (own, codec)]
-        if codecs[0] != codecs[1]:
-            raise ValueError(f"teacher.model {self.model} has another codec than the training: use its codec")
-        if isinstance(text, CLIPText) and CLIPText(folder).fingerprint() != text.fingerprint():
-            raise ValueError(f"teacher.model {self.model} has other text encoders than the training: use its encoders")
-        return network, process
+
+def read_frozen(named: str, model: Path, codec: Codec, text: TextEncoder) -> tuple[Network, Objective]:
+    """Network and objective of a model that takes part in a training but does not learn.
+
+    Args:
+        named: what errors call it.
+        model: a model folder or a run's folder.
+        codec: of the training, which must be the model's.
+        text: of the training, likewise.
+
+    Raises:
+        ValueError: codec or text encoders are others.
+        FileNotFoundError: there is no model.
+    """
+    folder = find_model(model)
+    network, process, own = read_network(folder, LoadOptions(dtype="stored"))
+    codecs = [{name: value for name, value in c.fingerprint().items() if name != "dtype"} for c in (own, codec)]
+    if codecs[0] != codecs[1]:
+        raise ValueError(f"{named} has another codec than the training: use its codec")
+    if isinstance(text, CLIPText) and CLIPText(folder).fingerprint() != text.fingerprint():
+        raise ValueError(f"{named} has other text encoders than the training: use its encoders")
+    return network, process
+
+
+def prepare_frozen(network: Network, device: torch.device, strategy: Strategy) -> None:
+    """Moves a network that does not learn to a device and compiles its blocks if the strategy says so."""
+    # A CPU computes in float32 or bfloat16, and would convert weights of float16 at every call.
+    network.to(device, torch.float32 if device.type == "cpu" else None).requires_grad_(False)
+    strategy.prepare(network)
 
 
 @dataclass
@@ -242,9 +260,7 @@ class TeacherModel:
     def prepare(self, device: torch.device, strategy: Strategy) -> None:
         """Moves a network of its own to a device, freezes it and compiles its blocks if the strategy says so."""
         if not self.bare:
-            # A CPU computes in float32 or bfloat16, and would convert weights of float16 at every call.
-            self.pipe.network.to(device, torch.float32 if device.type == "cpu" else None).requires_grad_(False)
-            strategy.prepare(self.pipe.network)
+            prepare_frozen(self.pipe.network, device, strategy)
 
     def lesson(
         self,

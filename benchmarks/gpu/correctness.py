@@ -280,6 +280,7 @@ def experiment(folder: Path, device: torch.device, workers: int = 0) -> tuple[L.
         new_words=None,
         teacher=None,
         judgement=None,
+        residual=None,
         terms=(),
     )
     trainer, generator, data = build(sections, None)  # type: ignore[arg-type]
