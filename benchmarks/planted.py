@@ -765,7 +765,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("torch.tensor([h, w, 0, 0, h, w])", "torch.tensor([w, h, 0, 0, w, h])"),
     ],
     ("pipeline/__init__.py", "pipeline"): [
-        ("self.codec.decode(z / self.scale_at(times[-1]))", "self.codec.decode(z)"),
+        ("residual.whole(z / self.scale_at(times[-1]))", "residual.whole(z)"),
         ("return a if t == 0 else (a**2 + b**2).sqrt()", "return a if t == 0 else a + b"),
         ("z = self.scale_at(times[0]) * noise", "z = noise"),
         ("self.codec.channels if isinstance(self.objective, LearnedVariance) else None", "None"),
