@@ -60,18 +60,20 @@ def plot(single: dict[str, Point], means: dict[str, list[Point]], steps: dict[st
     """The Fréchet distance against the PSNR: means of N samples, one sample in few and many steps, input and mean."""
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=150)
     axes = figure.subplots()
-    kinds = ((means, SAMPLES, "-", "mean of N samples", "N = {}"), (steps, STEPS, ":", "one sample", "{} steps"))
+    kinds = ((means, SAMPLES, "-", "mean of N samples", "N", 5), (steps, STEPS, ":", "one sample in k steps", "k", -12))
     for i, (name, label) in enumerate(NAMES.items()):
-        for found, counts, style, what, mark in kinds:
+        for found, counts, style, what, letter, above in kinds:
             x, y = ([getattr(point, key) for point in found[name]] for key in ("psnr", "ratio"))
             look: dict[str, Any] = {"color": PALETTE[i], "linestyle": style, "marker": MARKERS[i], "markersize": 4}
             axes.plot(x, y, label=f"{label}: {what}", **look)
-            for count, across, up in ((counts[0], x[0], y[0]), (counts[-1], x[-1], y[-1])):
-                axes.annotate(mark.format(count), (across, up), (4, 4), textcoords="offset points", fontsize="small")
-    for i, (name, point) in enumerate(single.items(), len(NAMES)):
-        axes.scatter(point.psnr, point.ratio, color=PALETTE[i], marker=MARKERS[i], label=name, zorder=3)
+            for end in (0, -1):
+                where: dict[str, Any] = {"xytext": (4, above), "textcoords": "offset points", "fontsize": "small"}
+                axes.annotate(f"{letter} = {counts[end]}", (x[end], y[end]), color=PALETTE[i], **where)
+    mean, given = single["regressor"], single["input"]
+    axes.scatter(mean.psnr, mean.ratio, color="black", marker="*", s=70, label="regressor", zorder=3)
+    axes.plot([], [], " ", label=f"input, outside: {given.psnr:.1f} dB, {given.ratio:.1f}")
     axes.set(xlabel="PSNR, dB (distortion)", ylabel="Fréchet distance over that of real digits (perception)",
-             yscale="log", title="Blurred digits made sharp")  # fmt: skip
+             title="Blurred digits made sharp")  # fmt: skip
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ class Residuals:
         named = f"residual.regressor {self.regressor}"
         own, process = read_frozen(named, self.regressor, codec, text)
         target = type(process.target).__name__
-        if process.discrete or not isinstance(process.target, X0) or process.path(torch.ones(()))[0] > 1e-3:
+        if not isinstance(process.target, X0) or process.path(torch.ones(()))[0] > 1e-3:
             raise ValueError(f"{named} is no regressor: it learned {target} on {type(process.path).__name__}, and one "
                              "learns X0 of noise alone: train one with configs/picture/regressor.yaml")  # fmt: skip
         regressor = Regressor(own, 1.0 if self.scale is None else self.scale)
