@@ -60,20 +60,24 @@ def plot(single: dict[str, Point], means: dict[str, list[Point]], steps: dict[st
     """The Fréchet distance against the PSNR: means of N samples, one sample in few and many steps, input and mean."""
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=150)
     axes = figure.subplots()
-    kinds = ((means, SAMPLES, "-", "mean of N samples", "N", 5), (steps, STEPS, ":", "one sample in k steps", "k", -12))
+    kinds = (
+        (means, SAMPLES, "-", "mean of N samples", "N", (4, 5)),
+        (steps, STEPS, ":", "one sample in k steps", "k", (-34, -3)),
+    )
     for i, (name, label) in enumerate(NAMES.items()):
-        for found, counts, style, what, letter, above in kinds:
+        for found, counts, style, what, letter, off in kinds:
             x, y = ([getattr(point, key) for point in found[name]] for key in ("psnr", "ratio"))
             look: dict[str, Any] = {"color": PALETTE[i], "linestyle": style, "marker": MARKERS[i], "markersize": 4}
             axes.plot(x, y, label=f"{label}: {what}", **look)
             for end in (0, -1):
-                where: dict[str, Any] = {"xytext": (4, above), "textcoords": "offset points", "fontsize": "small"}
+                where: dict[str, Any] = {"xytext": off, "textcoords": "offset points", "fontsize": "small"}
                 axes.annotate(f"{letter} = {counts[end]}", (x[end], y[end]), color=PALETTE[i], **where)
     mean, given = single["regressor"], single["input"]
     axes.scatter(mean.psnr, mean.ratio, color="black", marker="*", s=70, label="regressor", zorder=3)
     axes.plot([], [], " ", label=f"input, outside: {given.psnr:.1f} dB, {given.ratio:.1f}")
     axes.set(xlabel="PSNR, dB (distortion)", ylabel="Fréchet distance over that of real digits (perception)",
              title="Blurred digits made sharp")  # fmt: skip
+    axes.margins(0.1)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -165,7 +165,7 @@ def _read_folder(folder: Path, options: LoadOptions) -> Parts:
         raise ValueError(f"--parts is for single files, and {folder} is a model folder: leave it out")
     objective, sampling = read_process(folder / SCHEDULER)
     network, dtype = networks.load(folder, options.device, options.dtype_of)
-    regressor = _read_regressor(folder / REGRESSOR, options) if (folder / REGRESSOR).is_dir() else None
+    regressor = _read_regressor(folder / REGRESSOR, options) if REGRESSOR in index else None
     codec = load_codec(folder / "vae", None if options.dtype == "stored" else dtype).to(options.device)
     text: TextEncoder
     if "text_encoder_3" in index:  # null if T5 is absent; a model with two CLIPs and no such key is no SD3

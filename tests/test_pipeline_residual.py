@@ -1,5 +1,6 @@
 """Stochastic refinement: a picture is what a regressor gives and a residual that a model draws."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +153,9 @@ def test_a_damaged_scale_is_refused(refined: Pipeline, tmp_path: Path, content: 
     (tmp_path / REGRESSOR / "config.json").write_text(content)
     (tmp_path / CHECKSUMS).unlink()  # as a person who edits it has to
     with pytest.raises(ValueError, match=message):
+        Pipeline.load(tmp_path)
+    shutil.rmtree(tmp_path / REGRESSOR)
+    with pytest.raises(FileNotFoundError, match="regressor"):  # it would draw residuals as if they were pictures
         Pipeline.load(tmp_path)
 
 
