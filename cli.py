@@ -17,7 +17,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 MEMORY_CURE = "try --batch-size 1, --dtype bfloat16, --text-device cpu or --vae-tiling"
 MOST = 10_000_000  # pictures of one command
 NOT_PURPOSE = ("out", "overwrite", "batch_size", "device", "text_device", "text_cache")  # flags
-SAMPLING = ("spacing", "guidance", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval")
+SAMPLING = ("spacing", "guidance", "guider", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval")
 
 
 def fail(message: object, status: int = BAD_INPUT) -> NoReturn:
@@ -137,6 +137,11 @@ def add_sampling_flags(parser: Parser, repeatable: bool = False) -> None:
         type=finite,
         help="classifier-free guidance scale; 1: no guidance; above 1: more of the prompt; between 0 and 1: less; "
         "0: nothing of it, so only for an empty prompt; default: the model's",
+    )
+    p.add_argument(
+        "--guider",
+        help="how guidance is applied: cfg, apg:eta=0,threshold=5,momentum=-0.5 or zero-star:zero_steps=1; "
+        "default: the model's",
     )
     p.add_argument("--rescale", type=finite, help="guidance rescale φ, 0 to 1; default: the model's")
     p.add_argument("--interval", type=finite, nargs=2, metavar=("FROM", "TO"), help="use guidance only at these t")
@@ -283,8 +288,8 @@ def sampling_of(args: Namespace, default: Any, **chosen: Any) -> Any:
         raise ValueError("--skip-scale and --skip-interval need --skip-layers: give it, or leave them out")
     if 0 < sampling.guidance < 1:
         warnings.warn(f"guidance {sampling.guidance:g} weakens the prompt; 1 is no guidance", stacklevel=2)
-    if sampling.guidance == 1 and (args.rescale or args.interval):
-        raise ValueError("--rescale and --interval need guidance, which is 1 (off): give another --guidance")
+    if sampling.guidance == 1 and (args.rescale or args.interval or args.guider not in (None, "cfg")):
+        raise ValueError("--rescale, --interval and --guider need guidance, which is 1 (off): give another --guidance")
     return sampling
 
 

@@ -46,7 +46,7 @@ from studies.measure import AgainstReal, Setting, draw, short_names
 STEPS, SAMPLES = [1, 2, 4, 5, 8, 10, 25, 50], 1000  # defaults
 STEPS_BY_CATEGORY, PER_CATEGORY = [20], 200
 NOT_FOR_LIKELIHOOD = (
-    "by", "steps", "sampler", "spacing", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval",
+    "by", "steps", "sampler", "spacing", "guider", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval",
     "autoguidance", "classifier", "clip_guidance", "gradient_interval", "per_digit", "features", "clip", "batch_size",
 )  # fmt: skip
 NOT_BY_CATEGORY = ("samples", "per_digit", "reference", "features", "clip")  # flags that exclude --by category

@@ -13,18 +13,10 @@ OTHERS = "parameters"  # the text that the programs around Stable Diffusion show
 SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M", "ddim": "DDIM"}  # their names there
 FLAGS = (
     *("model", "parts", "lora", "embedding", "dtype", "text_dtype", "max_sequence_length", "prompt", "negative"),
-    *("seed", "steps", "sampler", "spacing", "guidance", "rescale", "interval", "skip_layers", "skip_scale"),
+    *("seed", "steps", "sampler", "spacing", "guidance", "guider", "rescale", "interval", "skip_layers", "skip_scale"),
     *("skip_interval", "shift", "height", "width", "image", "mask", "strength", "picture", "level", "control"),
-    *(
-        "control_interval",
-        "autoguidance",
-        "refiner",
-        "handover",
-        "classifier",
-        "clip_guidance",
-        "gradient_interval",
-        "upscale",
-    ),
+    *("control_interval", "autoguidance", "refiner", "handover", "classifier", "clip_guidance"),
+    *("gradient_interval", "upscale"),
 )
 
 
@@ -72,7 +64,8 @@ def recorded(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} can't be read ({error}): give a PNG that sample.py wrote") from None
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str) or "seed" not in found:
         raise ValueError(f"{file} does not say how it was drawn: give a PNG that sample.py wrote, unchanged")
-    idle = {"rescale", "interval"} if found.get("guidance") == 1 else set()  # the command refuses flags without effect
+    # The command refuses flags without effect.
+    idle = {"guider", "rescale", "interval"} if found.get("guidance") == 1 else set()
     idle |= set() if found.get("skip_layers") else {"skip_layers", "skip_scale", "skip_interval"}
     flags = {name: found[name] for name in FLAGS if name not in idle and found.get(name) is not None}
     return {name: value if isinstance(value, list) else str(value) for name, value in flags.items()}

@@ -133,3 +133,24 @@ def solve(path: Path, target: Target, z: Tensor, y: Tensor, t: Tensor) -> tuple[
     a, b, p, q = (expand_as(c, z) for c in (*path(t), *target.row(path, t)))
     det = a * q - b * p
     return (q * z - b * y) / det, (a * y - p * z) / det
+
+
+def velocity(path: Path, target: Target, z: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """ε − x0 from a point and the network's output there, (B, …): dw/dτ on every path (see `flow.sampler`).
+
+    Arguments as of `solve`, whose difference it is: ((a + b)·y − (p + q)·z) / det.
+
+    Example:
+        >>> from flow.path import RectifiedFlow
+        >>> x0, noise, t = torch.tensor([2.0]), torch.tensor([-1.0]), torch.tensor([0.25])
+        >>> velocity(RectifiedFlow(), X0(), z=0.75 * x0 + 0.25 * noise, y=x0, t=t)
+        tensor([-3.])
+    """
+    a, b, p, q = (expand_as(c, z) for c in (*path(t), *target.row(path, t)))
+    return ((a + b) * y - (p + q) * z) / (a * q - b * p)
+
+
+def prediction(path: Path, target: Target, z: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """The network's output at a point, (B, …), from v = ε − x0 there: the inverse of `velocity`."""
+    a, b, p, q = (expand_as(c, z) for c in (*path(t), *target.row(path, t)))
+    return ((a * q - b * p) * v + (p + q) * z) / (a + b)

@@ -509,6 +509,7 @@ class Pipeline:
             sampling.interval if free else NEVER,
             self.codec.channels if isinstance(self.objective, LearnedVariance) else None,
             weak,
+            sampling.guide(self.objective, times) if free else None,
         ).at
 
     def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
@@ -547,8 +548,11 @@ class Pipeline:
         if self.regressor and sampling.guidance != 1:
             raise ValueError("guidance would mix two prompts, and this model draws the residual of a mean under one: "
                              f"give guidance 1, not {sampling.guidance:g}")  # fmt: skip
-        if self.network.guidance_embeds and (sampling.rescale or sampling.skip_layers or sampling.interval != (0, 1)):
-            raise ValueError("this network has learned its guidance: leave out rescale, interval and skip_layers")
+        own = sampling.rescale or sampling.skip_layers or sampling.interval != ALWAYS or sampling.guider != "cfg"
+        if self.network.guidance_embeds and own:
+            raise ValueError(
+                "this network has learned its guidance: leave out guider, rescale, interval and skip_layers"
+            )
         shift = self.shift(height, width) if shift is None else shift
         walk, times = sampling.walk(self.objective, shift, strength)
         if sampling.skip_layers and not sampling.skip_times(times):

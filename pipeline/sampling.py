@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from flow import grid, sampler
+from flow.guidance import Guider, Projected, ZeroStar
 from flow.objective import Estimate, Objective
+from flow.path import Path
 from flow.reference import reference
-from flow.target import determinant
+from flow.target import Target, determinant
 from flow.variance import LearnedVariance
 from tokens.process import autoregressive
 
@@ -28,6 +30,13 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 GRIDS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f for f in (grid.trailing, grid.flow_match, grid.leading, grid.linspace, grid.karras, grid.given)
 }
+
+
+def cfg(path: Path, target: Target, times: Tensor) -> None:
+    """Plain classifier-free guidance, which needs no guider."""
+
+
+GUIDERS: dict[str, Callable[..., Guider | None]] = {"cfg": cfg, "apg": Projected, "zero-star": ZeroStar}
 MOST_STEPS = 10_000
 Walk = Callable[[sampler.Denoiser, Tensor, sampler.Noise, sampler.Callback | None], Tensor]
 
@@ -45,6 +54,9 @@ class Sampling:
             ddpm:variance=large or autoregressive:top_p=0.9.
         spacing: the time grid: trailing, flow_match (the released models'), leading, linspace, karras with options
             such as karras:sigma_max=80, or given with one time for each step: given:times=1/0.83/0.4.
+        guider: how guidance above 1 joins its two branches: cfg, by the formula above; apg (Sadat et al. 2024) with
+            options such as apg:eta=0,threshold=5,momentum=-0.5; zero-star (Fan et al. 2025) such as
+            zero-star:zero_steps=1.
         rescale: guidance rescale φ, 0 to 1.
         interval: the times (from, to) at which guidance is used.
         skip_layers: blocks of the network that skip-layer guidance leaves out; 7, 8 and 9 in Stable Diffusion 3.5
@@ -62,12 +74,14 @@ class Sampling:
     skip_layers: tuple[int, ...] = ()
     skip_scale: float = 2.8
     skip_interval: tuple[float, float] = (0.01, 0.2)
+    guider: str = "cfg"
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"steps must be at least 1 and at most {MOST_STEPS:,}, got {self.steps}")
-        if not isinstance(self.sampler, str) or not isinstance(self.spacing, str):
-            raise ValueError(f"sampler and spacing must be text, got {self.sampler} and {self.spacing}")
+        if not all(isinstance(text, str) for text in (self.sampler, self.spacing, self.guider)):
+            raise ValueError("sampler, spacing and guider must be text, "
+                             f"got {self.sampler}, {self.spacing} and {self.guider}")  # fmt: skip
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance must be a finite number of at least 0, got {self.guidance:g}: 1 is none")
         if not 0 <= self.rescale <= 1:
@@ -84,6 +98,9 @@ class Sampling:
             raise ValueError(f"skip_scale must be a finite number, got {self.skip_scale}")
         parse_choice(SAMPLERS, "sampler", self.sampler)
         parse_choice(GRIDS, "spacing", self.spacing)
+        parse_choice(GUIDERS, "guider", self.guider)
+        if self.guider != "cfg" and self.guidance < 1:
+            raise ValueError(f"guider {self.guider} needs a guidance above 1, got {self.guidance:g}: take cfg")
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """ValueError if there is a prompt, but the guidance is 0, which would ignore it."""
@@ -134,6 +151,7 @@ class Sampling:
             if self.skip_layers:
                 raise ValueError("skip_layers cannot go backward: leave them out")
             times = times.flip(0)
+        self.check_guider(objective, times, strength, backward)
 
         def walk(
             denoise: sampler.Denoiser, z: Tensor, noise: sampler.Noise, callback: sampler.Callback | None = None
@@ -155,6 +173,35 @@ class Sampling:
             raise ValueError(f"sampler {self.sampler} with {self.spacing} spacing: {error}") from None
         return walk, times
 
+    def guide(self, objective: Objective, times: Tensor) -> Guider | None:
+        """A new guider for a walk at these times; none if guidance is off or by the formula.
+
+        Raises:
+            ValueError: in one line, if an option is impossible or there are too few steps.
+        """
+        make = parse_choice(GUIDERS, "guider", self.guider)
+        return None if self.guidance == 1 else make(objective.path, objective.target, times)
+
+    def check_guider(self, objective: Objective, times: Tensor, strength: float = 1.0, backward: bool = False) -> None:
+        """ValueError, in one line, if the guider fits not its options, the objective, the sampler or the walk."""
+        if self.guider == "cfg":
+            return
+        if objective.discrete or self.method == sampler.meanflow.__name__:
+            kind = "codes" if objective.discrete else "average velocities"
+            raise ValueError(f"guider {self.guider} is for a velocity at one time, and not for {kind}: take cfg")
+        guider = self.guide(objective, times)
+        if guider and guider.zero_steps and strength < 1:
+            raise ValueError("zero_steps are for a walk that begins at pure noise, not at an image: take zero_steps=0")
+        if self.method == reference.__name__ or backward:
+            self.check_field(objective, times)
+
+    def check_field(self, objective: Objective, times: Tensor) -> None:
+        """ValueError if the velocity at a point and a time depends on the walk that leads there."""
+        guider = self.guide(objective, times)
+        if guider and (guider.zero_steps or guider.momentum):
+            raise ValueError(f"guider {self.guider} depends on the walk, and here only the point and the time may "
+                             "count: take momentum=0 or zero_steps=0")  # fmt: skip
+
     def skip_times(self, times: Tensor) -> tuple[float, float] | None:
         """The first and last t (from, to) at which skip-layer guidance is used; None if there is no such step."""
         first, last = (self.steps * share for share in self.skip_interval)
@@ -162,7 +209,7 @@ class Sampling:
         return (inside[-1], inside[0]) if inside and self.skip_layers else None
 
 
-def parse_choice(table: dict[str, Callable[..., Tensor]], kind: str, text: str) -> partial:
+def parse_choice(table: Mapping[str, Callable[..., Any]], kind: str, text: str) -> partial:
     """The function with options that `name` or `name:key=value,key=value` means. ValueError in one line if unknown."""
     name, _, rest = text.partition(":")
     if name not in table:

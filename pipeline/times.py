@@ -82,6 +82,7 @@ class GridSearch:
         self.pipe, self.captions, self.request = pipe, captions, request
         self.path = pipe.objective.path
         self.latent, _, self.times = pipe.plan(request.spaced(request.fine))
+        request.sampling.check_field(pipe.objective, self.times)
         for steps in request.steps:
             pipe.plan(request.spaced(steps))
 

@@ -138,10 +138,12 @@ def test_learned_guidance_can_be_learned_with_two_times(text: CLIPText) -> None:
     assert (pictures[0] - pictures[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{"rescale": 0.7}, {"interval": (0.2, 0.9)}, {"skip_layers": (1,)}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"guider": "apg"}, {"rescale": 0.7}, {"interval": (0.2, 0.9)}, {"skip_layers": (1,)}], ids=str
+)
 def test_what_changes_guidance_cannot_change_a_learned_one(pipe: Pipeline, taught: Pipeline, changes: dict) -> None:
     how = way(taught, steps=10, skip_interval=(0.0, 1.0), **changes)
-    with pytest.raises(ValueError, match="leave out rescale, interval and skip_layers") as refusal:
+    with pytest.raises(ValueError, match="leave out guider, rescale, interval and skip_layers") as refusal:
         taught(PROMPTS, SEEDS, sampling=how)
     assert "\n" not in str(refusal.value)
     pipe.plan(how)

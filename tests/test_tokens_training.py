@@ -116,6 +116,7 @@ def test_evaluation_takes_as_many_steps_as_there_are_codes(writer: Path, tmp_pat
         (["--sampler", "autoregressive:top_p=2"], "top_p must be above 0 and at most 1"),
         (["--spacing", "karras"], "codes are written from t = 1 to t = 0: take spacing trailing"),
         (["--rescale", "0.5", "--guidance", "2"], "rescale and shift do nothing for codes"),
+        (["--guider", "apg", "--guidance", "2"], "guider apg is for a velocity at one time, and not for codes"),
         (["--shift", "3"], "rescale and shift do nothing for codes"),
         (["--image", str(ROOT / "docs/digits.png")], "writes a picture from its beginning: leave the image out"),
     ],

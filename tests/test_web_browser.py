@@ -287,6 +287,7 @@ WRONG = [
     ({"shift": "much"}, "--shift: invalid finite value"),
     ({"guide_from": "0.9", "guide_to": "0.1"}, "from <= to"),
     ({"strength": "0.5"}, "needs an --image"),
+    ({"guider": "apf"}, "there is no guider"),
     ({"rescale": "2"}, "rescale must be between 0 and 1"),
     ({"guidance": "1", "negative": "blue"}, "--negative needs guidance"),
     ({"guidance": "0"}, "guidance 0 would ignore the prompt"),

@@ -9,8 +9,8 @@ import sample
 from data.drawn import recorded
 from web.form import Form, command, kept, parsed, parts
 
-EMPTY = Form(
-    "assets/digits/model", "a seven", "", "", "", "0", 1, "", "", "", "", "", "", "", "", None, "", "", "", "", None, ""
+EMPTY = Form._make([""] * len(Form._fields))._replace(
+    model="assets/digits/model", prompt="a seven", seed="0", images=1, painted=None, hint=None
 )
 
 
@@ -24,8 +24,8 @@ def test_empty_fields_are_no_flags(tmp_path: Path) -> None:
 def test_every_field_is_its_flag(tmp_path: Path) -> None:
     form = EMPTY._replace(
         negative="-blue", steps=7, guidance=2.5, seed=" 12 ", images=3, sampler="ddim:eta=1", spacing="trailing",
-        shift="1.5", guide_to="0.8", rescale="0.3", height="16", width="24", lora="style.safetensors",
-        lora_strength="0.7", strength="0.4",
+        shift="1.5", guide_to="0.8", guider="apg:eta=0.5", rescale="0.3", height="16", width="24",
+        lora="style.safetensors", lora_strength="0.7", strength="0.4",
     )  # fmt: skip
     args = parsed(form.argv(tmp_path), "cpu")
     found = {name: getattr(args, name) for name in ("negative", "steps", "guidance", "seed", "num_images", "sampler")}
@@ -34,7 +34,7 @@ def test_every_field_is_its_flag(tmp_path: Path) -> None:
     }  # fmt: skip
     assert (args.spacing, args.shift, args.interval, args.rescale) == ("trailing", 1.5, [0.0, 0.8], 0.3)
     assert (args.height, args.width, args.lora, args.device) == (16, 24, ["style.safetensors:0.7"], "cpu")
-    assert args.strength == 0.4
+    assert (args.strength, args.guider) == (0.4, "apg:eta=0.5")
 
 
 def test_pictures_are_kept_by_their_content(tmp_path: Path) -> None:
@@ -92,11 +92,13 @@ def test_what_is_no_flag_is_said_in_one_line(tmp_path: Path, fields: dict, messa
 
 
 def test_the_form_of_a_drawn_picture_draws_it_again(tmp_path: Path) -> None:
-    form = EMPTY._replace(steps=3, guidance=2.0, guide_from="0.2", guide_to="0.9", seed="5", negative="a two")
+    form = EMPTY._replace(steps=3, guidance=2.0, guide_from="0.2", guide_to="0.9", seed="5", negative="a two",
+                          guider="apg:eta=0.5")  # fmt: skip
     sample.main([*form.argv(tmp_path), "--out", str(tmp_path / "first")])
     file = tmp_path / "first/a-seven_5.png"
     again = Form.recorded(recorded(file))
     assert (again.steps, again.guidance, again.guide_from, again.negative) == (3.0, 2.0, "0.2", "a two")
+    assert again.guider == "apg:eta=0.5"
     sample.main([*again.argv(tmp_path), "--out", str(tmp_path / "again")])
     assert (tmp_path / "again/a-seven_5.png").read_bytes() == file.read_bytes()
 

@@ -15,7 +15,9 @@ from data.raw.pictures import save_png
 from storage.files import commit_path
 
 LONGEST = 2000  # characters of a prompt
-FLAGS = ("steps", "guidance", "seed", "sampler", "spacing", "shift", "rescale", "height", "width")  # named like fields
+FLAGS = (  # named like fields
+    "steps", "guidance", "seed", "sampler", "spacing", "shift", "guider", "rescale", "height", "width",
+)  # fmt: skip
 Value = str | float | None
 
 
@@ -34,6 +36,7 @@ class Form(NamedTuple):
     shift: Value
     guide_from: Value
     guide_to: Value
+    guider: Value
     rescale: Value
     height: Value
     width: Value

@@ -16,7 +16,7 @@ from metrics.page import page as training_page
 from metrics.page import read_run
 from pipeline import LoadOptions
 from pipeline.drawing import entries_in
-from pipeline.sampling import GRIDS, SAMPLERS
+from pipeline.sampling import GRIDS, GUIDERS, SAMPLERS
 from storage.models import find_model
 from web.choices import FILE, Pair, choose, open_pairs
 from web.form import Form, command
@@ -117,7 +117,7 @@ class Page:
         """The form of a second model, with its own sampler, steps and guidance and the same noise."""
         return form._replace(
             model=model, steps="", guidance="", sampler="", spacing="", shift="", guide_from="",
-            guide_to="", rescale="", negative="", lora="", control="", hint=None,
+            guide_to="", guider="", rescale="", negative="", lora="", control="", hint=None,
         )  # fmt: skip
 
     def shown(self, event: Event, done: list[Picture]) -> dict[Any, Any]:
@@ -296,6 +296,13 @@ class Page:
             with gr.Row():
                 guide_from = gr.Textbox(label="Guidance from t", info="empty: 0, the picture")
                 guide_to = gr.Textbox(label="Guidance to t", info="empty: 1, the noise")
+            guider = gr.Dropdown(
+                [*GUIDERS],
+                value="",
+                label="Guider",
+                allow_custom_value=True,
+                info="such as apg:threshold=5; empty: the model's",
+            )
             rescale = gr.Textbox(label="Guidance rescale", info="0 to 1")
             with gr.Row():
                 height = gr.Textbox(label="Height", info="pixels; empty: the model's")
@@ -314,7 +321,7 @@ class Page:
             control_scale = gr.Textbox(label="ControlNet scale", info="empty: 1")
         found = (
             model, prompt, negative, steps, guidance, seed, images, sampler, spacing, shift, guide_from, guide_to,
-            rescale, height, width, painted, strength, lora, lora_strength, control, hint, control_scale,
+            guider, rescale, height, width, painted, strength, lora, lora_strength, control, hint, control_scale,
         )  # fmt: skip
         self.fields: dict[str, gr.components.Component] = dict(zip(Form._fields, found, strict=True))
         for name, field in self.fields.items():
