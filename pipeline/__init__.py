@@ -3,9 +3,8 @@
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -17,25 +16,15 @@ from data.degrade import enlarged, noised
 from data.latents import Codec
 from data.sizes import SIZE_FEATURES, size_features
 from data.text.encoder import TextEncoder
-from flow.guidance import (
-    ALWAYS,
-    NEVER,
-    ClassifierFree,
-    Score,
-    Weak,
-    check_interval,
-    inpaint,
-    refined,
-    uphill,
-)  # fmt: skip
-from flow.objective import Estimate, Model, Objective
+from flow.guidance import Weak, inpaint, refined
+from flow.objective import Estimate, Objective
 from flow.sampler import Callback, Denoiser, Noise
-from flow.variance import LearnedVariance
 from mmdit.control import Control, Controlled
 from mmdit.model import MMDiT
 from mmdit.network import Condition, Network
 from pipeline import folder as disk
 from pipeline.folder import LoadOptions, Parts
+from pipeline.guidance import Guides, Pull
 from pipeline.residual import Regressor, Residual
 from pipeline.sampling import Sampling, Walk, random_normals
 from storage.models import find_model
@@ -48,14 +37,6 @@ class Refiner(NamedTuple):
 
     pipe: "Pipeline"  # on the same path, in the same latents
     handover: float  # the time, between 0 and 1, below which it estimates picture and noise
-
-
-class Pull(NamedTuple):
-    """A gradient that guides the samples (`flow.guidance.uphill`)."""
-
-    score: Callable[[Sequence[str], Denoiser], Score]  # from the prompts and the denoiser without the gradient
-    scale: float
-    interval: tuple[float, float] | None = None  # the times (from, to) at which it is used; none as for `uphill`
 
 
 class Pipeline:
@@ -121,8 +102,7 @@ class Pipeline:
             regressor.check(network)
         self.sampling = sampling or Sampling()
         self.sampling.walk(objective)
-        self.weak: Weak | None = None
-        self.pulls: tuple[Pull, ...] = ()
+        self.guides = Guides()
 
     @property
     def device(self) -> torch.device:
@@ -141,13 +121,13 @@ class Pipeline:
             ValueError: in one line, if the network is no MMDiT, a ControlNet does not fit it, or there is autoguidance,
                 whose model no ControlNet steers.
         """
-        if self.weak:
+        if self.guides.weak:
             raise ValueError("a ControlNet and autoguidance exclude each other: leave one of them out")
         if not isinstance(self.network, MMDiT):
             kind = "one already" if isinstance(self.network, Controlled) else "no MMDiT"
             raise ValueError(f"a ControlNet steers an MMDiT, and this model has {kind}: leave the ControlNet out")
         steered = Pipeline(Controlled(self.network, controls).eval(), *self.parts[1:])
-        steered.pulls = self.pulls
+        steered.guides = self.guides
         return steered
 
     def away_from(self, weak: "Pipeline", scale: float) -> "Pipeline":
@@ -174,7 +154,7 @@ class Pipeline:
         if self.text.fingerprint() != weak.text.fingerprint():
             raise ValueError("the weak model has other text encoders than the model: take one with the same")
         guided = copy.copy(self)
-        guided.weak = Weak(weak.network, scale - 1)
+        guided.guides = self.guides._replace(weak=Weak(weak.network, scale - 1))
         return guided
 
     def pulled(self, pulls: Sequence[Pull]) -> "Pipeline":
@@ -192,30 +172,14 @@ class Pipeline:
             raise ValueError("a gradient reads noisy pictures, and this model draws the residual of a regressor: leave "
                              "the gradient out")  # fmt: skip
         for pull in pulls:
-            if not math.isfinite(pull.scale) or pull.scale == 0:
-                raise ValueError(f"a gradient needs a finite scale other than 0, which is none, got {pull.scale:g}")
-            if pull.interval is None:
-                continue
-            if not 0 <= pull.interval[0] <= pull.interval[1] <= 1:
-                raise ValueError("the interval of a gradient must be two times, 0 <= from <= to <= 1, "
-                                 f"got {pull.interval[0]:g} and {pull.interval[1]:g}")  # fmt: skip
-            check_interval(self.objective.path, pull.interval)
+            pull.check(self.objective.path)
         guided = copy.copy(self)
-        guided.pulls = (*self.pulls, *pulls)
+        guided.guides = self.guides._replace(pulls=(*self.guides.pulls, *pulls))
         return guided
 
     def check_prompts(self, sampling: Sampling, prompts: Sequence[str]) -> None:
         """ValueError if guidance is 0 and there is a prompt: nothing would follow it, or not only the gradients."""
-        if not self.pulls:
-            sampling.check_prompts(prompts)
-        elif sampling.guidance == 0 and any(prompts) and not self._one_branch(sampling):
-            raise ValueError("guidance 0 with a gradient makes the network unconditional: leave out interval, rescale, "
-                             "skip_layers and autoguidance, and take a network without guidance_embeds")  # fmt: skip
-
-    def _one_branch(self, sampling: Sampling) -> bool:
-        """Whether guidance 0 leaves nothing of the prompt, so that the null branch is enough."""
-        more = sampling.rescale or sampling.skip_layers or self.weak or self.network.guidance_embeds
-        return sampling.guidance == 0 and sampling.interval == ALWAYS and not more
+        self.guides.check_prompts(sampling, self.network, prompts)
 
     def refuse_picture(self) -> None:
         """ValueError if the network works from a picture, for commands that have none."""
@@ -473,7 +437,7 @@ class Pipeline:
                 its guidance.
         """
         self.check_prompts(sampling, prompts)
-        if unconditional := self._one_branch(sampling):
+        if unconditional := self.guides.one_branch(sampling, self.network):
             sampling = replace(sampling, guidance=1.0)
         read = [negative] * len(prompts) if unconditional else prompts
         condition = self.condition(read, height, width)._replace(**(extra or {}))
@@ -482,35 +446,16 @@ class Pipeline:
                 raise ValueError("this network has learned its guidance and takes no negative prompt: leave it out")
             scales = torch.full((len(prompts),), float(sampling.guidance), device=self.device)
             condition = condition._replace(guidance=scales)
-        model_at = self._guided(sampling, lambda: condition.null(self.condition([negative], height, width)), times)
+
+        def null() -> Condition:
+            return condition.null(self.condition([negative], height, width))
+
+        model_at = self.guides.model_at(self.network, self.objective, sampling, times, null)
 
         def estimate(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
             return self.objective.denoise(model_at(t), z, t, condition, end)
 
-        guided: Denoiser = estimate
-        for score, scale, interval in self.pulls:
-            guided = uphill(guided, self.objective.path, score(prompts, estimate), scale, interval)
-        return guided
-
-    def _guided(
-        self, sampling: Sampling, negative: Callable[[], Condition], times: Tensor
-    ) -> Callable[[Tensor], Model]:
-        """Time () on the host → the network with the guidance that `sampling` has there."""
-        free, weak = sampling.guidance != 1 and not self.network.guidance_embeds, self.weak
-        if not free and weak is None:
-            return lambda t: self.network
-        if interval := sampling.skip_times(times):
-            weak = Weak(partial(self.network, skip_layers=sampling.skip_layers), sampling.skip_scale, interval)
-        return ClassifierFree(
-            self.network,
-            negative() if free else None,
-            sampling.guidance,
-            sampling.rescale,
-            sampling.interval if free else NEVER,
-            self.codec.channels if isinstance(self.objective, LearnedVariance) else None,
-            weak,
-            sampling.guide(self.objective, times) if free else None,
-        ).at
+        return self.guides.pulled(estimate, self.objective.path, prompts)
 
     def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
         """The latents of the image, expanded to the shape of the noise (B, C, h, w)."""
@@ -538,28 +483,14 @@ class Pipeline:
             raise ValueError(f"this model writes {count} codes, one a step: give {count} steps, not {sampling.steps}")
         if self.objective.discrete and (sampling.rescale or shift not in (None, 1.0)):
             raise ValueError("rescale and shift do nothing for codes: leave them out")
-        if not set(sampling.skip_layers) <= set(range(self.network.skippable)):
-            raise ValueError(f"skip_layers must be blocks of an MMDiT, of which this network has "
-                             f"{self.network.skippable}, got {sampling.skip_layers}")  # fmt: skip
         if sampling.method == "meanflow" and not self.network.two_times:
             raise ValueError("sampler meanflow needs a network of two times, and this one has only one: use euler")
-        if sampling.skip_layers and self.weak:
-            raise ValueError("skip-layer guidance and autoguidance exclude each other: leave one of them out")
         if self.regressor and sampling.guidance != 1:
             raise ValueError("guidance would mix two prompts, and this model draws the residual of a mean under one: "
                              f"give guidance 1, not {sampling.guidance:g}")  # fmt: skip
-        own = sampling.rescale or sampling.skip_layers or sampling.interval != ALWAYS or sampling.guider != "cfg"
-        if self.network.guidance_embeds and own:
-            raise ValueError(
-                "this network has learned its guidance: leave out guider, rescale, interval and skip_layers"
-            )
         shift = self.shift(height, width) if shift is None else shift
         walk, times = sampling.walk(self.objective, shift, strength)
-        if sampling.skip_layers and not sampling.skip_times(times):
-            raise ValueError(
-                f"skip-layer guidance works in the shares {sampling.skip_interval} of the steps, where none of "
-                f"{len(times) - 1} lies: take more steps or another skip_interval"
-            )
+        self.guides.check(sampling, self.network, times)
         return latent, walk, times
 
     def shift(self, height: int | None = None, width: int | None = None) -> float:

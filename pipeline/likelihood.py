@@ -36,7 +36,7 @@ def refuse(pipe: Pipeline, guidance: float) -> None:
     if not isinstance(pipe.codec, Pixels | Levels):
         raise ValueError("it works in an autoencoder's latents, whose likelihood is not that of pictures: "
                          "take a model of pixels")  # fmt: skip
-    if guidance != 1 or pipe.network.guidance_embeds or pipe.weak or pipe.pulls:
+    if guidance != 1 or pipe.network.guidance_embeds or any(pipe.guides):
         raise ValueError("guidance changes the field, and then its pictures have no known likelihood: "
                          "take a model without, and --guidance 1")  # fmt: skip
     if pipe.network.two_times:

@@ -88,7 +88,8 @@ def draw(
         nonlocal calls
         calls += len(inputs[0])
 
-    asked = {pipe.network, *([pipe.weak.model] if pipe.weak else [])}
+    weak = pipe.guides.weak
+    asked = {pipe.network, *([weak.model] if weak else [])}
     hooks = [cast(nn.Module, network).register_forward_pre_hook(count) for network in asked]
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)

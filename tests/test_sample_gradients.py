@@ -90,7 +90,7 @@ def test_any_reward_of_pictures_is_followed_through_the_network(pipe: Pipeline) 
 def test_autoguidance_keeps_the_gradients(pipe: Pipeline) -> None:
     both = with_classifier(pipe).away_from(pipe, 2.0)  # moves away from itself: nothing
     torch.testing.assert_close(both([PROMPT], [0]), with_classifier(pipe)([PROMPT], [0]), atol=1e-5, rtol=0)
-    assert pipe.weak is None
+    assert pipe.guides.weak is None
 
 
 def test_the_command_does_it_and_repeats_it(model: Path, tmp_path: Path) -> None:
