@@ -91,6 +91,19 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("plain, rest = y[:, : self.channels], y_cond[:, : self.channels]",
          "plain, rest = y[:, : self.channels], y[:, : self.channels]"),
     ],
+    ("flow/guidance.py", "flow_guiders"): [
+        ("x0, v = w - tau * cond, cond - null", "x0, v = w - tau * null, cond - null"),
+        ("self._carried(t, -tau * v) / tau", "self._carried(t, -v)"),
+        ("self.latest = difference + self.momentum * self.earlier", "self.latest = difference"),
+        ("if self.time != float(t):", "if True:"),
+        ("self.threshold / (tau * v.flatten(1)", "self.threshold / (v.flatten(1)"),
+        ("v - (1 - self.eta) * _along(v, x0)", "v - self.eta * _along(v, x0)"),
+        ("null = _along(cond, null)", "null = _along(null, cond)"),
+        ("bool(t > self.times[self.zero_steps])", "bool(t >= self.times[self.zero_steps])"),
+    ],
+    ("flow/target.py", "flow_guiders"): [
+        ("((a * q - b * p) * v + (p + q) * z) / (a + b)", "((a * q - b * p) * v + (p + q) * z)"),
+    ],
     ("flow/meanflow.py", "flow_meanflow flow_meanflow_objective training_cost"): [
         ("self.extra_passes = 2 * share", "self.extra_passes = share"),
         ("u[2] < self.share", "u[2] > self.share"),
@@ -573,7 +586,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("pipeline/__init__.py", "sample_autoguidance"): [
         ("Weak(weak.network, scale - 1)", "Weak(weak.network, scale)"),
-        ("sampling.interval if free else NEVER", "sampling.interval"),
         ('if wrong := [name for name in fields', 'if wrong := [name for name in ("text_dim",)'),
     ],
     ("flow/guidance.py", "flow_gradients"): [
@@ -599,7 +611,14 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("pipeline/__init__.py", "sample_gradients"): [
         ("[negative] * len(prompts) if unconditional else prompts", "prompts"),
-        ("guided.pulls = (*self.pulls, *pulls)", "guided.pulls = self.pulls"),
+        ("pulls=(*self.guides.pulls, *pulls)", "pulls=self.guides.pulls"),
+    ],
+    ("pipeline/guidance.py", "pipeline"): [
+        ("network.in_channels if isinstance(objective, LearnedVariance) else None", "None"),
+    ],
+    ("pipeline/guidance.py", "sample_autoguidance sample_guider"): [
+        ("sampling.interval if free else NEVER", "sampling.interval"),
+        ("sampling.guide(objective, times) if free", "None if free"),
     ],
     ("baselines/classifier.py", "sample_gradients"): [
         ("pattern.search(prompt.lower())", "pattern.match(prompt.lower())"),
@@ -768,7 +787,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("residual.whole(z / self.scale_at(times[-1]))", "residual.whole(z)"),
         ("return a if t == 0 else (a**2 + b**2).sqrt()", "return a if t == 0 else a + b"),
         ("z = self.scale_at(times[0]) * noise", "z = noise"),
-        ("self.codec.channels if isinstance(self.objective, LearnedVariance) else None", "None"),
     ],
     ("pipeline/__init__.py", "fewstep_pipeline"): [
         ("walk(denoise, first * z,", "walk(denoise, z,"),
@@ -848,8 +866,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/likelihood.py", "tokens_training"): [
         ("bits_per_dimension(-nats.double()", "bits_per_dimension(nats.double()"),
     ],
-    ("pipeline/__init__.py", "tokens_training"): [
-        ("isinstance(self.objective, LearnedVariance) else None", "self.objective.outputs > 1 else None"),
+    ("pipeline/guidance.py", "tokens_training"): [
+        ("isinstance(objective, LearnedVariance) else None", "objective.outputs > 1 else None"),
     ],
     ("engine/strategy.py", "tokens_dalle"): [
         ("context_fn=context, **named)", "context_fn=context)"),

@@ -86,6 +86,18 @@ class Projected(Guider):
         eta: η, the weight of the parallel part, 0 to 1.
         threshold: r, the largest norm of a picture's d, over all its numbers; inf means no limit.
         momentum: β, above −1 and below 1. Negative values push away from where guidance pushed before.
+
+    Raises:
+        ValueError: an option is out of its range.
+
+    Example:
+        At z = 0 and t = 1, x̂0_cond is −v_cond, so only the second of two numbers is guided.
+
+        >>> from flow.path import RectifiedFlow
+        >>> from flow.target import Velocity
+        >>> guider = Projected(RectifiedFlow(), Velocity(), times=torch.tensor([1.0, 0.0]))
+        >>> guider(torch.zeros(1, 2), torch.tensor(1.0), torch.tensor([[0.0, -1.0]]), torch.tensor([[1.0, 0.0]]), 3.0)
+        tensor([[1., 2.]])
     """
 
     def __init__(
@@ -136,6 +148,18 @@ class ZeroStar(Guider):
         target: of the model.
         times: of the walk, (steps + 1,), on the host.
         zero_steps: number of steps without velocity; the authors take 4 % of all.
+
+    Raises:
+        ValueError: the walk has not more steps.
+
+    Example:
+        With s* = 1/2 the null branch is (1, 0), from which 3·(0, 1) lead away.
+
+        >>> from flow.path import RectifiedFlow
+        >>> from flow.target import Velocity
+        >>> guider = ZeroStar(RectifiedFlow(), Velocity(), times=torch.tensor([1.0, 0.5, 0.0]))
+        >>> guider(torch.zeros(1, 2), torch.tensor(0.5), torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 1.0]]), 3.0)
+        tensor([[1., 3.]])
     """
 
     def __init__(self, path: Path, target: Target, times: Tensor, *, zero_steps: int = 1) -> None:

@@ -152,6 +152,7 @@ def sampling_of(flags: dict[str, Any]) -> Sampling:
     """The sampling that a picture's flags describe. ValueError, TypeError or KeyError if they do not."""
     given: dict[str, Any] = {name: float(flags[name]) for name in ("rescale", "skip_scale") if name in flags}
     given |= {name: tuple(map(float, flags[name])) for name in ("interval", "skip_interval") if name in flags}
+    given["guider"] = flags.get("guider", "cfg")
     given["skip_layers"] = tuple(map(int, flags.get("skip_layers", ())))
     return Sampling(int(flags["steps"]), float(flags["guidance"]), flags["sampler"], flags["spacing"], **given)
 
@@ -166,6 +167,8 @@ def check(picture: Path, sampling: Sampling, shift: float, height: int, width: i
     for name, off in (("rescale", 0.0), ("interval", (0.0, 1.0))):
         if (value := getattr(sampling, name)) != off:
             raise ValueError(f"{picture} was drawn with --{name} {value}, which ComfyUI has no core node for")
+    if sampling.guider != "cfg":
+        raise ValueError(f"{picture} was drawn with --guider {sampling.guider}, which the workflow does not carry")
     for name, value in (("guidance", sampling.guidance), ("shift", shift)):
         if value > MOST:
             raise ValueError(f"ComfyUI's {name} is at most {MOST}, and that of {picture} is {value:g}")

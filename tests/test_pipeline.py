@@ -262,7 +262,7 @@ def spoil_weights(folder: Path) -> None:
     [
         (spoil_index, "no model folder: neither it nor"),
         (spoil_grid, "there is no Path"),
-        (spoil_sampling, "sampler and spacing must be text"),
+        (spoil_sampling, "sampler, spacing and guider must be text"),
         (spoil_chain, "scheduler_config.json"),
         (spoil_channels, "in_channels is 1, but codec, text and objective need 3"),
         (spoil_weights, "truncated or no safetensors"),

@@ -248,6 +248,7 @@ def refused(shown: Path, capsys: pytest.CaptureFixture) -> str:
         ({"embedding": ["toy.safetensors"]}, "with --embedding"),
         ({"interval": [0.2, 0.8]}, r"with --interval (0.2, 0.8)"),
         ({"rescale": 0.5}, "with --rescale 0.5"),
+        ({"guider": "apg:eta=0"}, "with --guider apg:eta=0, which the workflow does not carry"),
         ({"sampler": "dpmpp_2m"}, "by the sampler dpmpp_2m, and ComfyUI's samplers differ from it"),
         ({"sampler": "ddim:eta=1"}, "by the sampler ddim:eta=1"),
         ({"guidance": 101.0}, "ComfyUI's guidance is at most 100"),
