@@ -195,7 +195,7 @@ def test_what_would_mix_two_means_or_read_a_residual_is_refused(
     for weak in (whole, other):
         with pytest.raises(ValueError, match="the weak model has another regressor than the model"):
             refined.away_from(weak, 2.0)
-    assert refined.away_from(pipeline(text, regressor), 2.0).weak
+    assert refined.away_from(pipeline(text, regressor), 2.0).guides.weak
     late = Pipeline(mmdit(picture_channels=0), Objective(), CODEC, text)
     with pytest.raises(ValueError, match="the refiner has another regressor than the model"):
         refined(["a"], [0], picture=blurred[:1], refiner=Refiner(late, 0.5))
