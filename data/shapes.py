@@ -266,8 +266,25 @@ class Found(NamedTuple):
     centre: tuple[float, float]  # row, column
 
 
+class Region(NamedTuple):
+    """A connected part of a picture that differs from its background."""
+
+    mask: np.ndarray  # which pixels of its box belong to it, (h, w) bool
+    pixels: np.ndarray  # those of the box, (h, w, 3)
+    centre: tuple[float, float]  # of the box: row, column
+
+    def inside(self) -> np.ndarray:
+        """The mask without its edge, whose colours are mixed; all of a small one."""
+        return ndimage.binary_erosion(self.mask) if self.mask.sum() > 30 else self.mask
+
+
 def read(pixels: np.ndarray) -> list[Found]:
-    """The shapes in a picture (SIDE, SIDE, 3) in [0, 1]: regions that differ from the colour of its edge."""
+    """The shapes in a picture (SIDE, SIDE, 3) in [0, 1], one for each region."""
+    return [found_in(region) for region in regions(pixels)]
+
+
+def regions(pixels: np.ndarray) -> list[Region]:
+    """The regions of a picture (SIDE, SIDE, 3) in [0, 1] that differ from the colour of its edge."""
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     distance = np.abs(pixels - np.median(edge, axis=0)).max(-1)
     labels, count = ndimage.label(distance > 0.2)
@@ -279,17 +296,16 @@ def read(pixels: np.ndarray) -> list[Found]:
         if inside.sum() < 8:  # a speck
             continue
         rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
-        mask = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        origin = (box[0].start + rows[0], box[1].start + columns[0])
-        found.append(
-            Found(
-                shape_of(mask),
-                colour_of(pixels[box][ndimage.binary_erosion(inside) if inside.sum() > 30 else inside]),
-                "small" if max(mask.shape) < 16 else "large",
-                (origin[0] + (mask.shape[0] - 1) / 2, origin[1] + (mask.shape[1] - 1) / 2),
-            )
-        )
+        filled = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        centre = box[0].start + (rows[0] + rows[-1]) / 2, box[1].start + (columns[0] + columns[-1]) / 2
+        found.append(Region(inside[filled], pixels[box][filled], centre))
     return found
+
+
+def found_in(region: Region) -> Found:
+    """The shape that a region shows."""
+    size = "small" if max(region.mask.shape) < 16 else "large"
+    return Found(shape_of(region.mask), colour_of(region.pixels[region.inside()]), size, region.centre)
 
 
 def shape_of(mask: np.ndarray) -> str | None:
