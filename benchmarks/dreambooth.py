@@ -15,6 +15,7 @@ captions with a square and for the others. The judge is that of `data/shapes.py`
 The same command resumes.
 """
 
+import signal
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,13 +29,14 @@ from numpy.random import Generator
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import Parser, finite, natural, one_line_errors, output, positive
+from cli import Parser, fail, finite, natural, one_line_errors, output, positive
 from data import shapes
 from data.order import Use, stream
 from data.raw.pictures import open_picture, save_png, sheet
 from data.shapes import CATEGORIES, COLOURS, RELATIONS, SHAPES, SIZES, Found, Group, Placed, Region, Request, Scene
 from data.store.encoding import levels
 from pipeline import LoadOptions, Pipeline
+from pipeline.sampling import Sampling
 from storage.files import commit_bytes, commit_json, hold
 from storage.text import parse_json, read_text
 from studies.runner import ROOT, Step, run
@@ -55,8 +57,9 @@ LEARNED = (
 HELD_OUT, APART = Request((Group(1, THING),)), "apart"  # a sixth picture, and its name, by which it is held out
 CONTEXTS = ("with another", "position", "position, named last", "two of it")
 PRESERVED = 200  # pictures of the class
-BATCH = 8  # pictures of the thing in a batch
+BATCH = 4  # pictures of the thing in a batch
 DRAWN = 64  # pictures at a time
+SAMPLING = Sampling(steps=10, guidance=3.0, sampler="dpmpp_2m")
 SHOWN = 3  # of each context and as many of the captions with a square, on the sheet
 ARMS = ("alone", "with its class")
 HEADER = ("thing drawn", "all as asked", f"a {CLASS}: right", "shows the thing", "others: right", "shows the thing")
@@ -188,7 +191,7 @@ def drawn(pipe: Pipeline, asked: Sequence[Request], bar: Any = None) -> Tensor:
     found = []
     for start in range(0, len(asked), DRAWN):
         some = asked[start : start + DRAWN]
-        found.append(pipe([request.caption() for request in some], range(start, start + len(some))))
+        found.append(pipe([request.caption() for request in some], range(start, start + len(some)), sampling=SAMPLING))
         if bar is not None:
             bar.update(len(some))
     return torch.cat(found)
@@ -205,8 +208,8 @@ def write_thing(folder: Path) -> None:
 def class_pictures(out: Path) -> Step:
     """The model's own pictures of the class."""
     command = ("sample.py", "--model", str(MODEL), "--prompt", f"a {CLASS}", "--num-images", str(PRESERVED))
-    folder = out / "class"
-    return Step((*command, "--seed", "1000000", "--out", str(folder)), folder, "sheet.png")
+    folder, sampler = out / "class", ("--sampler", SAMPLING.sampler, "--steps", str(SAMPLING.steps))
+    return Step((*command, *sampler, "--seed", "1000000", "--out", str(folder)), folder, "sheet.png")
 
 
 def encoded(pictures: Path, needs: tuple[Step, ...] = ()) -> Step:
@@ -231,7 +234,7 @@ def training(out: Path, arm: str, seed: int, steps: int, rate: float, thing: Ste
         "run.folder": folder, "run.seed": seed, "run.steps": steps, "run.validate_every": steps,
         "run.checkpoint_every": steps, "network": "mmdit.checkpoint.load", "network.path": MODEL,
         "optimization.lr": rate, "optimization.warmup": 20,
-        "ema.decay": 0.98, "ema.widths": [], "strategy.compile": "false", "grid.prompts": [],
+        "ema.decay": 0.98, "ema.widths": [], "ema.snapshot_every": 0, "strategy.compile": "false", "grid.prompts": [],
         "data.store": stores, "data.held_out": 1, "data.batch_size": BATCH * len(stores),
     }  # fmt: skip
     configs = ("--config", "configs/shapes.yaml", "--config", "configs/sd3/lora.yaml")
@@ -305,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--rate", type=finite, default=2e-3, help="learning rate")
     p.add_argument("--each", type=positive, default=50, help="captions of each context and of each category")
     p.add_argument("--seed", type=natural, default=1, help="of the captions")
+    p.add_argument("--jobs", type=positive, default=1, help="commands that run at the same time and share the cores")
     p.add_argument("--sheet", type=output, help="a PNG: the five pictures; then of captions of the thing and of its "
                    "class a row of each training, of the first seed")  # fmt: skip
     args = p.parse_args(argv)
@@ -315,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_thing(out / "thing")
             if not (step := class_pictures(out)).is_done() and step.folder.exists():
                 rmtree(step.folder)  # sample.py would add to what an interrupted drawing left
-            run([step for steps in trainings.values() for step in steps], "dreambooth", 1)
+            run([step for steps in trainings.values() for step in steps], "dreambooth", args.jobs)
             examination = Examination(args.each, args.seed)
             settings = {"each": args.each, "seed": args.seed}
             models = [(arm, step) for arm, steps in trainings.items() for step in steps]
@@ -335,4 +339,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, SIGTERM also ends the running command
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped; the same command resumes", 128 + signal.SIGINT)

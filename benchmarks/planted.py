@@ -666,6 +666,15 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("except ValueError as error:", "except KeyError as error:"),
         ("softmax(1)", "sigmoid()"),
     ],
+    ("data/shapes.py", "data_shapes"): [
+        ("box[0].start + (rows[0] + rows[-1]) / 2", "(rows[0] + rows[-1]) / 2"),
+        ("pixels[box][filled], centre", "pixels[filled], centre"),
+    ],
+    ("benchmarks/dreambooth.py", "benchmarks_dreambooth"): [
+        ("return found == [ROOF, BODY]", "return found[0] == ROOF"),
+        ("BATCH * len(stores)", "BATCH"),
+        ("PRESERVED // len(LEARNED)", "PRESERVED"),
+    ],
     ("data/shapes.py", "training_rewards"): [
         ("joined if joined in RELATIONS else None", "None"),
         ("(sum(parts) / len(parts) + fulfils(found, asked)) / 2", "sum(parts) / len(parts)"),

@@ -18,6 +18,7 @@ from data.raw.sources import Pictures
 from data.shapes import Group, Placed, Request, Scene
 from data.store.mixture import held_out
 from data.text.sd3 import SD3Text
+from storage.files import commit_json
 
 ROOT = Path(__file__).parents[1]
 EACH = 40
@@ -127,3 +128,21 @@ def test_scores_are_means_over_contexts_and_kept_apart_by_class() -> None:
     assert Score.of(parts) == pytest.approx((0.65, 0.15, 0.75, 0.25, 1.0, 0.0))
     assert benchmark.cells([[0.5, 0.7], [1.0, 1.0]]) == "60 ± 14 | 100 ± 0"
     assert benchmark.cells([[0.5]]) == "50"
+
+
+def test_scores_are_kept_for_their_settings_only(tmp_path: Path) -> None:
+    file, settings = tmp_path / "scores.json", {"each": 2, "seed": 1}
+    parts = dict.fromkeys((*CONTEXTS, "a square", "others"), Judged(0.5, 0.25))
+    commit_json(file, {"settings": settings, "parts": parts})
+    examination = benchmark.Examination(2, 1)
+    assert benchmark.scored(file, examination, settings, None) == parts
+    with pytest.raises(ValueError, match="for other settings"):
+        benchmark.scored(file, examination, settings | {"each": 3}, None)
+
+
+def test_an_examination_has_every_caption_once_and_knows_its_class() -> None:
+    parts = benchmark.Examination(5, 1).parts
+    assert [len(parts[context]) for context in CONTEXTS] == [5] * len(CONTEXTS)
+    assert len(parts["a square"]) + len(parts["others"]) == 5 * len(shapes.CATEGORIES)
+    assert all("square" in request.caption() for request in parts["a square"])
+    assert not any("square" in request.caption() for request in parts["others"])
