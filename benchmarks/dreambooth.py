@@ -5,7 +5,8 @@
 The thing is a house: a small red triangle on top of a small blue square. The VAE of the shapes can draw it, as it
 cannot draw a new colour or a new outline, and the model never did, for its shapes do not touch. It is named "a sks
 square": a word that no caption holds, and a word for its class. A LoRA of the model learns it from five pictures alone,
-or from these mixed with as many pictures of "a square" that the model drew. The five are seen equally often.
+or from these mixed with 200 pictures that the model drew: of "a square", as in the paper, or of captions of all kinds.
+The five are seen equally often, and as often as the others.
 
 Printed are means over trainings ± their deviation. Of captions that name the thing, in contexts of which the five
 pictures show none: how often it is drawn, and how often the picture shows what the caption says and nothing else. Of
@@ -39,7 +40,7 @@ from pipeline import LoadOptions, Pipeline
 from pipeline.sampling import Sampling
 from storage.files import commit_bytes, commit_json, hold
 from storage.text import parse_json, read_text
-from studies.runner import ROOT, Step, run
+from studies.runner import ROOT, Step, ordered, run
 
 MODEL = ROOT / "assets/shapes/model"
 CLASS = "square"
@@ -56,12 +57,12 @@ LEARNED = (
 )
 HELD_OUT, APART = Request((Group(1, THING),)), "apart"  # a sixth picture, and its name, by which it is held out
 CONTEXTS = ("with another", "position", "position, named last", "two of it")
-PRESERVED = 200  # pictures of the class
+PRESERVED = 200  # pictures of an arm that the model drew
 BATCH = 4  # pictures of the thing in a batch
 DRAWN = 64  # pictures at a time
 SAMPLING = Sampling(steps=10, guidance=3.0, sampler="dpmpp_2m")
 SHOWN = 3  # of each context and as many of the captions with a square, on the sheet
-ARMS = ("alone", "with its class")
+ARMS = ("nothing", "its class", "all kinds")  # what is preserved
 HEADER = ("thing drawn", "all as asked", f"a {CLASS}: right", "shows the thing", "others: right", "shows the thing")
 
 
@@ -72,13 +73,12 @@ def contexts(each: int, seed: int) -> list[Request]:
         beside = [Group(1, s, c) for s in SHAPES for c in COLOURS]
         other = next(o for i in draw.permutation(len(beside)) if (o := beside[i]) not in KNOWN)
         relation = tuple(RELATIONS)[int(draw.integers(len(RELATIONS)))]
-        groups, relation = {
-            "with another": ((Group(1, THING), other), None),
-            "position": ((Group(1, THING), other), relation),
-            "position, named last": ((other, Group(1, THING)), relation),
-            "two of it": ((Group(2, THING),), None),
+        return {
+            "with another": Request((Group(1, THING), other)),
+            "position": Request((Group(1, THING), other), relation),
+            "position, named last": Request((other, Group(1, THING)), relation),
+            "two of it": Request((Group(2, THING),)),
         }[context]
-        return Request(groups, relation)
 
     draws = [stream(seed, Use.REQUESTS, len(CATEGORIES) + i) for i in range(len(CONTEXTS))]
     return [one(draw, context) for draw, context in zip(draws, CONTEXTS, strict=True) for _ in range(each)]
@@ -205,11 +205,26 @@ def write_thing(folder: Path) -> None:
         commit_bytes(folder / f"{name}.txt", asked.caption().encode())
 
 
-def class_pictures(out: Path) -> Step:
-    """The model's own pictures of the class."""
-    command = ("sample.py", "--model", str(MODEL), "--prompt", f"a {CLASS}", "--num-images", str(PRESERVED))
-    folder, sampler = out / "class", ("--sampler", SAMPLING.sampler, "--steps", str(SAMPLING.steps))
-    return Step((*command, *sampler, "--seed", "1000000", "--out", str(folder)), folder, "sheet.png")
+def captions_of(arm: str) -> list[str]:
+    """The captions of an arm's preserved pictures; none of an arm without any."""
+    if arm == "its class":
+        return [f"a {CLASS}"] * PRESERVED
+    each = -(-PRESERVED // len(CATEGORIES))
+    kinds = [request.caption() for c in CATEGORIES for request in shapes.requests(c, each, seed=PRESERVED)]
+    return kinds[:PRESERVED] if arm == "all kinds" else []
+
+
+def preserved(out: Path, arm: str) -> Step:
+    """The model's own pictures of an arm."""
+    prompts, folder = out / f"{hyphened(arm)}.txt", out / hyphened(arm)
+    commit_bytes(prompts, "\n".join(captions_of(arm)).encode())
+    sampler = ("--sampler", SAMPLING.sampler, "--steps", str(SAMPLING.steps), "--seed", "1000000")
+    command = ("sample.py", "--model", str(MODEL), "--prompts", str(prompts), *sampler, "--out", str(folder))
+    return Step(command, folder, "sheet.png")
+
+
+def hyphened(arm: str) -> str:
+    return arm.replace(" ", "-")
 
 
 def encoded(pictures: Path, needs: tuple[Step, ...] = ()) -> Step:
@@ -220,27 +235,31 @@ def encoded(pictures: Path, needs: tuple[Step, ...] = ()) -> Step:
 
 
 def plan(out: Path, seeds: Sequence[int], steps: int, rate: float) -> dict[str, list[Step]]:
-    """The trainings of both arms."""
-    thing, of_class = encoded(out / "thing"), encoded(out / "class", (class_pictures(out),))
-    return {arm: [training(out, arm, seed, steps, rate, thing, of_class) for seed in seeds] for arm in ARMS}
+    """The trainings of all arms."""
+    stores = {"": encoded(out / "thing")}
+    stores |= {arm: encoded(out / hyphened(arm), (preserved(out, arm),)) for arm in ARMS if captions_of(arm)}
+    own = {arm: [stores[name] for name in ("", arm) if name in stores] for arm in ARMS}
+    return {arm: [training(out, arm, seed, steps, rate, own[arm]) for seed in seeds] for arm in ARMS}
 
 
-def training(out: Path, arm: str, seed: int, steps: int, rate: float, thing: Step, of_class: Step) -> Step:
-    """A LoRA of one arm. The one validation is at the end, so that the model is that of the end."""
-    stores = [{"store": str(thing.folder), "repeats": PRESERVED // len(LEARNED)}]
-    stores += [{"store": str(of_class.folder)}] if arm == ARMS[1] else []
-    folder = out / f"{arm.replace(' ', '-')}-{seed}"
+def training(out: Path, arm: str, seed: int, steps: int, rate: float, stores: Sequence[Step]) -> Step:
+    """A LoRA of one arm, from the stores of the thing and of what is preserved.
+
+    The one validation is at the end, so that the model is that of the end.
+    """
+    repeats = (PRESERVED // len(LEARNED), 1)
+    mixed = [{"store": str(s.folder), "repeats": times} for s, times in zip(stores, repeats, strict=False)]
+    folder = out / f"{hyphened(arm)}-{seed}"
     flags = {
         "run.folder": folder, "run.seed": seed, "run.steps": steps, "run.validate_every": steps,
         "run.checkpoint_every": steps, "network": "mmdit.checkpoint.load", "network.path": MODEL,
-        "optimization.lr": rate, "optimization.warmup": 20,
+        "optimization.lr": rate, "optimization.warmup": min(20, steps - 1),
         "ema.decay": 0.98, "ema.widths": [], "ema.snapshot_every": 0, "strategy.compile": "false", "grid.prompts": [],
-        "data.store": stores, "data.held_out": 1, "data.batch_size": BATCH * len(stores),
+        "data.store": mixed, "data.held_out": 1, "data.batch_size": BATCH * len(mixed),
     }  # fmt: skip
     configs = ("--config", "configs/shapes.yaml", "--config", "configs/sd3/lora.yaml")
     given = (word for flag, value in flags.items() for word in (f"--{flag}", str(value)))
-    needs = (thing, of_class)
-    return Step(("train.py", "fit", *configs, *given), folder, "lora/adapter_config.json", needs)
+    return Step(("train.py", "fit", *configs, *given), folder, "lora/adapter_config.json", tuple(stores))
 
 
 class Score(NamedTuple):
@@ -304,27 +323,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--out", type=output, default=Path("runs/dreambooth"), help="folder of all that is made")
     p.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="of the trainings")
-    p.add_argument("--steps", type=positive, default=300, help="of each training")
-    p.add_argument("--rate", type=finite, default=2e-3, help="learning rate")
-    p.add_argument("--each", type=positive, default=50, help="captions of each context and of each category")
+    p.add_argument("--steps", type=positive, default=600, help="of each training")
+    p.add_argument("--rate", type=finite, default=5e-3, help="learning rate")
+    p.add_argument("--each", type=positive, default=24, help="captions of each context and of each category")
     p.add_argument("--seed", type=natural, default=1, help="of the captions")
     p.add_argument("--jobs", type=positive, default=1, help="commands that run at the same time and share the cores")
     p.add_argument("--sheet", type=output, help="a PNG: the five pictures; then of captions of the thing and of its "
                    "class a row of each training, of the first seed")  # fmt: skip
     args = p.parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
+        if args.rate <= 0:
+            raise ValueError(f"--rate must be above 0, got {args.rate:g}")
         out = args.out.resolve()
         with hold(out):
             trainings = plan(out, args.seeds, args.steps, args.rate)
             write_thing(out / "thing")
-            if not (step := class_pictures(out)).is_done() and step.folder.exists():
-                rmtree(step.folder)  # sample.py would add to what an interrupted drawing left
-            run([step for steps in trainings.values() for step in steps], "dreambooth", args.jobs)
+            goals = [steps[i] for i in range(len(args.seeds)) for steps in trainings.values()]
+            for step in ordered(goals):
+                if step.command[0] == "sample.py" and not step.is_done() and step.folder.exists():
+                    rmtree(step.folder)  # sample.py would add to what an interrupted drawing left
+            run(goals, "dreambooth", args.jobs)
             examination = Examination(args.each, args.seed)
             settings = {"each": args.each, "seed": args.seed}
             models = [(arm, step) for arm, steps in trainings.items() for step in steps]
             found: dict[str, list[dict[str, Judged]]] = {}
-            for name, lora in tqdm([("the model before", None), *models], desc="scores", unit="model"):
+            for name, lora in tqdm([("before", None), *models], desc="scores", unit="model"):
                 file = out / "scores" / f"{lora.folder.name if lora else 'base'}.json"
                 found.setdefault(name, []).append(scored(file, examination, settings, lora))
             if args.sheet:

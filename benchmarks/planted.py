@@ -672,7 +672,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("benchmarks/dreambooth.py", "benchmarks_dreambooth"): [
         ("return found == [ROOF, BODY]", "return found[0] == ROOF"),
-        ("BATCH * len(stores)", "BATCH"),
+        ("BATCH * len(mixed)", "BATCH"),
         ("PRESERVED // len(LEARNED)", "PRESERVED"),
     ],
     ("data/shapes.py", "training_rewards"): [

@@ -1,5 +1,6 @@
 """The thing that DreamBooth learns: its pictures, their captions, and a judge that knows it."""
 
+from ast import literal_eval
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +54,18 @@ def test_ordinary_pictures_never_show_the_thing_and_are_read_as_before(vae: VAE)
     assert benchmark.judged(pictures, [scene.request for scene in scenes]) == Judged(0.0, 1.0)
     back = vae.decode(vae.encode(pictures[:100]))
     assert benchmark.judged(back, [scene.request for scene in scenes[:100]]).thing == 0
+
+
+def test_the_vae_has_no_other_colours_so_that_the_thing_needs_those_of_the_shapes(vae: VAE) -> None:
+    """Through the VAE a violet square comes back in another colour, and a blue one as it was."""
+    moved = []
+    for colour in ((150, 110, 240), shapes.COLOURS["blue"]):
+        picture = torch.full((1, 3, 64, 64), 240 / 255)
+        picture[..., 20:40, 24:44] = torch.tensor(colour)[:, None, None] / 255
+        inside = (vae.decode(vae.encode(picture)) - picture)[..., 24:36, 28:40]
+        moved.append(float(inside.mean((0, 2, 3)).norm()))
+    assert moved[0] > 0.4
+    assert moved[1] < 0.1
 
 
 @pytest.mark.parametrize(
@@ -113,13 +126,28 @@ def test_five_pictures_are_learned_and_the_sixth_is_held_out(tmp_path: Path) -> 
         assert raw.captions == (request.caption(),)
 
 
-def test_both_arms_see_the_thing_equally_often(tmp_path: Path) -> None:
-    commands = [steps[0].command for steps in benchmark.plan(tmp_path, [0], 10, 1e-3).values()]
-    sizes = [int(command[command.index("--data.batch_size") + 1]) for command in commands]
-    assert sizes == [benchmark.BATCH, 2 * benchmark.BATCH]
-    stores = [command[command.index("--data.store") + 1] for command in commands]
-    assert ["class" in store for store in stores] == [False, True]
-    assert all(f"'repeats': {benchmark.PRESERVED // len(benchmark.LEARNED)}" in store for store in stores)
+def test_all_arms_see_the_thing_equally_often(tmp_path: Path) -> None:
+    commands = {arm: steps[0].command for arm, steps in benchmark.plan(tmp_path, [0], 10, 1e-3).items()}
+    sizes = {arm: int(command[command.index("--data.batch_size") + 1]) for arm, command in commands.items()}
+    assert sizes == {"nothing": benchmark.BATCH, "its class": 2 * benchmark.BATCH, "all kinds": 2 * benchmark.BATCH}
+    for arm, command in commands.items():
+        stores = literal_eval(command[command.index("--data.store") + 1])
+        times = [store["repeats"] for store in stores]
+        counts = [len(benchmark.LEARNED), len(benchmark.captions_of(arm))]
+        assert len({n * many for n, many in zip(times, counts, strict=False)}) == 1  # equal shares
+        assert Path(stores[0]["store"]) == tmp_path / "thing-store"
+        assert [Path(store["store"]).name for store in stores[1:]] == [f"{benchmark.hyphened(arm)}-store"] * (
+            len(stores) - 1
+        )
+
+
+def test_what_is_preserved_is_nothing_or_the_class_or_captions_of_all_kinds() -> None:
+    assert benchmark.captions_of("nothing") == []
+    assert set(benchmark.captions_of("its class")) == {"a square"}
+    kinds = [shapes.asked_for(caption) for caption in benchmark.captions_of("all kinds")]  # none names the thing
+    assert len(kinds) == benchmark.PRESERVED
+    assert {len(asked.groups) for asked in kinds} == {1, 2}
+    assert {group.shape for asked in kinds for group in asked.groups} == set(shapes.SHAPES)
 
 
 def test_scores_are_means_over_contexts_and_kept_apart_by_class() -> None:
@@ -146,3 +174,11 @@ def test_an_examination_has_every_caption_once_and_knows_its_class() -> None:
     assert len(parts["a square"]) + len(parts["others"]) == 5 * len(shapes.CATEGORIES)
     assert all("square" in request.caption() for request in parts["a square"])
     assert not any("square" in request.caption() for request in parts["others"])
+
+
+def test_a_rate_that_learns_nothing_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(["--out", str(tmp_path / "out"), "--rate", "0"])
+    assert end.value.code == 2
+    assert "--rate must be above 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
