@@ -1,5 +1,6 @@
 """Text encoders that learn: new words and low-rank updates."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from finetuned import FINETUNE, LORA, ROOT, fit, settings
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trials import assert_same, state
+from trials import assert_near, assert_same, assert_two_learn_as_one, state
 
 import encode
 from data.text.inversion import NewWord
@@ -206,6 +207,17 @@ def test_words_and_updates_resume_to_the_bit(base: Path, store: Path, tmp_path: 
     names = load_file(straight / "lora" / lora.FILE)
     assert {name.partition(".")[0] for name in names} == {"transformer", "text_encoder", "text_encoder_2"}
     assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in names
+
+
+def test_two_processes_learn_words_as_one(base: Path, store: Path, tmp_path: Path) -> None:
+    config = Path(shutil.copyfile(FINETUNE, tmp_path / "config.yaml"))
+    flags = settings(base, store, (LORA, WORDS), tmp_path / "run", 2)
+    flags += ["--lora.rank", "2", "--lora.text_encoders", "[text_encoder]", "--grid.prompts", "[]"]
+    assert_two_learn_as_one(config, *flags, kind="ddp")
+    runs = [{name: load_file(tmp_path / run / "lora" / name) for name in (lora.FILE, "embeddings/toy.safetensors")}
+            for run in ("one", "run")]  # fmt: skip
+    for name, one in runs[0].items():
+        assert_near(runs[1][name], one, 1e-5)
 
 
 def test_updates_of_text_encoders_draw_the_same_in_diffusers(base: Path, store: Path, tmp_path: Path) -> None:
