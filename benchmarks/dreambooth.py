@@ -2,18 +2,18 @@
 
     python -m benchmarks.dreambooth --out runs/dreambooth --sheet docs/dreambooth.png
 
-The thing is a house: a small red triangle on top of a small blue square. The VAE of the shapes can draw it, as it
-cannot draw a new colour or a new outline, and the model never did, for its shapes do not touch. It is named "a sks
-square": a word that no caption holds, and a word for its class. A LoRA of the model learns it from five pictures alone,
-or from these mixed with 200 pictures that the model drew: of "a square", as in the paper, or of captions of all kinds.
-The five are seen equally often, and as often as the others.
+The thing is a house: a small red triangle on top of a small blue square. The model never drew one, for its shapes do
+not touch, but its VAE can, as it cannot draw a new colour. It is named "a sks square": a word that no caption holds,
+and a word for its class. A LoRA of the model learns it from five pictures alone, or from these mixed with 200 pictures
+that the model drew: of "a square", as in the paper, or of captions of all kinds. All trainings see the five equally
+often, and the others as often as the five.
 
 Printed are means over trainings ± their deviation. Of captions that name the thing, in contexts of which the five
 pictures show none: how often it is drawn, and how often the picture shows what the caption says and nothing else. Of
 the categories' captions, which do not name it: how often the picture is right, and how often it shows the thing, for
 captions with a square and for the others. The judge is that of `data/shapes.py`, extended to the thing.
 
-The same command resumes.
+The same command resumes. With `--jobs 2` it took 25 minutes on one core that was busy with other work, too.
 """
 
 import signal
@@ -159,6 +159,12 @@ class Examination:
     Args:
         each: captions of each context and of each category.
         seed: of the captions.
+
+    Attributes:
+        parts: the captions of each context; those of the categories with the class, and the others.
+
+    Raises:
+        ValueError: there are too few for the sheet.
     """
 
     def __init__(self, each: int, seed: int) -> None:
@@ -169,16 +175,13 @@ class Examination:
             f"a {CLASS}": [request for request, of_it in zip(plain, of_class, strict=True) if of_it],
             "others": [request for request, of_it in zip(plain, of_class, strict=True) if not of_it],
         }
+        if each < SHOWN or sum(of_class) < SHOWN * len(CONTEXTS):
+            raise ValueError(f"--each {each} gives too few captions with a {CLASS}: take more")
 
     def measure(self, pipe: Pipeline, name: str) -> dict[str, Judged]:
         """A model's scores."""
-        bar = tqdm(total=sum(map(len, self.parts.values())), desc=name, unit="picture", leave=False)
-        found = {}
-        with bar:
-            for part, asked in self.parts.items():
-                pictures = drawn(pipe, asked, bar)
-                found[part] = judged(pictures, asked)
-        return found
+        with tqdm(total=sum(map(len, self.parts.values())), desc=name, unit="picture", leave=False) as bar:
+            return {part: judged(drawn(pipe, asked, bar), asked) for part, asked in self.parts.items()}
 
     def shown(self) -> list[Request]:
         """Some of each context, and as many captions of the class."""
@@ -280,7 +283,8 @@ class Score(NamedTuple):
 
 
 def scored(file: Path, examination: Examination, settings: dict[str, Any], lora: Step | None) -> dict[str, Judged]:
-    """A model's scores, from their file if it exists."""
+    """The scores of a LoRA, or of the model without one; from their file if it exists."""
+    settings = settings | {"training": list(lora.command) if lora else []}
     if file.exists():
         held = parse_json(read_text(file), file)
         if held["settings"] != settings:
@@ -305,7 +309,7 @@ def cells(columns: Iterable[Iterable[float]]) -> str:
 
 
 def table(header: Sequence[str], rows: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    print(f"\n| | {' | '.join(header)} |\n|---|{'---:|' * len(header)}")
+    print(f"\n| preserved | {' | '.join(header)} |\n|---|{'---:|' * len(header)}")
     print(*(f"| {name} | {cells(zip(*values, strict=True))} |" for name, values in rows.items()), sep="\n")
 
 
@@ -328,13 +332,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--each", type=positive, default=24, help="captions of each context and of each category")
     p.add_argument("--seed", type=natural, default=1, help="of the captions")
     p.add_argument("--jobs", type=positive, default=1, help="commands that run at the same time and share the cores")
-    p.add_argument("--sheet", type=output, help="a PNG: the five pictures; then of captions of the thing and of its "
-                   "class a row of each training, of the first seed")  # fmt: skip
+    p.add_argument("--sheet", type=output, help="a PNG: the five pictures; then a row of each training of the first "
+                   "seed, first of captions of the thing, then of captions of its class")  # fmt: skip
     args = p.parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
         if args.rate <= 0:
             raise ValueError(f"--rate must be above 0, got {args.rate:g}")
-        out = args.out.resolve()
+        examination, out = Examination(args.each, args.seed), args.out.resolve()
         with hold(out):
             trainings = plan(out, args.seeds, args.steps, args.rate)
             write_thing(out / "thing")
@@ -343,11 +347,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if step.command[0] == "sample.py" and not step.is_done() and step.folder.exists():
                     rmtree(step.folder)  # sample.py would add to what an interrupted drawing left
             run(goals, "dreambooth", args.jobs)
-            examination = Examination(args.each, args.seed)
             settings = {"each": args.each, "seed": args.seed}
             models = [(arm, step) for arm, steps in trainings.items() for step in steps]
             found: dict[str, list[dict[str, Judged]]] = {}
-            for name, lora in tqdm([("before", None), *models], desc="scores", unit="model"):
+            for name, lora in tqdm([("(before)", None), *models], desc="scores", unit="model"):
                 file = out / "scores" / f"{lora.folder.name if lora else 'base'}.json"
                 found.setdefault(name, []).append(scored(file, examination, settings, lora))
             if args.sheet:

@@ -158,27 +158,32 @@ def test_scores_are_means_over_contexts_and_kept_apart_by_class() -> None:
     assert benchmark.cells([[0.5]]) == "50"
 
 
-def test_scores_are_kept_for_their_settings_only(tmp_path: Path) -> None:
-    file, settings = tmp_path / "scores.json", {"each": 2, "seed": 1}
+def test_scores_are_kept_for_their_settings_and_training_only(tmp_path: Path) -> None:
+    file, settings = tmp_path / "scores.json", {"each": 16, "seed": 1}
+    one, other = (benchmark.plan(tmp_path, [0], 10, rate)["nothing"][0] for rate in (1e-3, 2e-3))
     parts = dict.fromkeys((*CONTEXTS, "a square", "others"), Judged(0.5, 0.25))
-    commit_json(file, {"settings": settings, "parts": parts})
-    examination = benchmark.Examination(2, 1)
-    assert benchmark.scored(file, examination, settings, None) == parts
-    with pytest.raises(ValueError, match="for other settings"):
-        benchmark.scored(file, examination, settings | {"each": 3}, None)
+    commit_json(file, {"settings": settings | {"training": list(one.command)}, "parts": parts})
+    examination = benchmark.Examination(16, 1)
+    assert benchmark.scored(file, examination, settings, one) == parts
+    for wrong, training in ((settings | {"each": 9}, one), (settings, other), (settings, None)):
+        with pytest.raises(ValueError, match="for other settings"):
+            benchmark.scored(file, examination, wrong, training)
 
 
 def test_an_examination_has_every_caption_once_and_knows_its_class() -> None:
-    parts = benchmark.Examination(5, 1).parts
-    assert [len(parts[context]) for context in CONTEXTS] == [5] * len(CONTEXTS)
-    assert len(parts["a square"]) + len(parts["others"]) == 5 * len(shapes.CATEGORIES)
+    parts = benchmark.Examination(16, 1).parts
+    assert [len(parts[context]) for context in CONTEXTS] == [16] * len(CONTEXTS)
+    assert len(parts["a square"]) + len(parts["others"]) == 16 * len(shapes.CATEGORIES)
     assert all("square" in request.caption() for request in parts["a square"])
     assert not any("square" in request.caption() for request in parts["others"])
 
 
-def test_a_rate_that_learns_nothing_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(("flag", "value", "said"), [("--rate", "0", "above 0"), ("--each", "2", "take more")])
+def test_wrong_numbers_are_refused_before_any_work(
+    flag: str, value: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as end:
-        benchmark.main(["--out", str(tmp_path / "out"), "--rate", "0"])
+        benchmark.main(["--out", str(tmp_path / "out"), flag, value])
     assert end.value.code == 2
-    assert "--rate must be above 0" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
