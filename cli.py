@@ -140,7 +140,7 @@ def add_sampling_flags(parser: Parser, repeatable: bool = False) -> None:
     )
     p.add_argument(
         "--guider",
-        help="how guidance is applied: cfg, apg:eta=0,threshold=5,momentum=-0.5 or zero-star:zero_steps=1; "
+        help="how guidance is applied: cfg, apg:eta=0,threshold=2,momentum=-0.5 or zero-star:zero_steps=1; "
         "default: the model's",
     )
     p.add_argument("--rescale", type=finite, help="guidance rescale φ, 0 to 1; default: the model's")

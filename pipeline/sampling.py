@@ -55,7 +55,7 @@ class Sampling:
         spacing: the time grid: trailing, flow_match (the released models'), leading, linspace, karras with options
             such as karras:sigma_max=80, or given with one time for each step: given:times=1/0.83/0.4.
         guider: how guidance above 1 joins its two branches: cfg, by the formula above; apg (Sadat et al. 2024) with
-            options such as apg:eta=0,threshold=5,momentum=-0.5; zero-star (Fan et al. 2025) such as
+            options such as apg:eta=0,threshold=2,momentum=-0.5; zero-star (Fan et al. 2025) such as
             zero-star:zero_steps=1.
         rescale: guidance rescale φ, 0 to 1.
         interval: the times (from, to) at which guidance is used.
