@@ -201,3 +201,16 @@ def test_a_table_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypat
     pq.write_table(pa.table({"file_name": ["a.jpg"], "text": ["x" * 2000]}), tmp_path / "metadata.parquet")
     with pytest.raises(ValueError, match=r"metadata.parquet holds more than 1,000 bytes"):
         Pictures(str(tmp_path))
+
+
+def test_the_names_of_kohya_s_folders_are_captions_where_a_picture_has_none(tmp_path: Path) -> None:
+    for name in ("10_sks dog/a.png", "10_sks dog/b.png", "a dog/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(dot(0))
+    (tmp_path / "10_sks dog/b.txt").write_text("sks dog on grass")
+    read = everything(Pictures(str(tmp_path), {"txt": 1.0, "folder": 1.0}))
+    assert [r.captions for r in read] == [("sks dog",), ("sks dog on grass",), ("a dog",)]
+    (alone,) = {r.captions for r in everything(Pictures(str(tmp_path / "10_sks dog"), {"folder": 1.0}))}
+    assert alone == ("sks dog",)
+    with pytest.raises(ValueError, match="named one of text, caption"):  # only if it is asked for
+        Pictures(str(tmp_path / "a dog"))

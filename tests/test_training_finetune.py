@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusion3Pipeline
-from finetuned import FEWSTEP, FINETUNE, LORA, NFT, fit, settings
+from finetuned import FEWSTEP, FINETUNE, LORA, NFT, ROOT, fit, settings
 from safetensors.torch import load_file
 from trials import assert_same, lines, state
 
@@ -85,6 +85,15 @@ def test_low_rank_updates_are_trained_here_and_draw_the_same_in_diffusers(
     assert (theirs(pipe) - drawn).abs().max() < 1 / 255
     sizes = {name: tensor.shape for name, tensor in load_file(tmp_path / "run/lora" / lora.FILE).items()}
     assert sizes["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"] == (4, 64)
+
+
+def test_settings_for_sd35_are_those_of_their_source(base: Path, store: Path, tmp_path: Path) -> None:
+    configs = (FINETUNE, LORA, ROOT / "configs/sd3/lora-sd35.yaml")
+    p = experiment.parser("")
+    config = p.parse_args([f"--config={file}" for file in configs])
+    assert (config.optimization.lr, config.optimization.clip, config.data.init_args.batch_size) == (1e-4, 0.1, 12)
+    fit(base, store, tmp_path / "run", "--grid.prompts", "[]", configs=configs, steps=2)
+    assert (tmp_path / "run/lora" / lora.FILE).is_file()
 
 
 @pytest.mark.parametrize("small", [(), ("--lora.quantize", "nf4", "--network.init_args.dtype", "bfloat16")])

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ from storage.text import parse_json, read_lines, read_text
 
 DRAWN = "samples.json"  # what sample.py says of the pictures that it drew
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", DRAWN)  # in a folder of pictures
+FOLDER = "folder"  # the column that is the name of a picture's folder
+REPEATS = re.compile(r"^\d+_")  # before kohya's names of folders: how often each picture is seen in an epoch
 LARGEST_TABLE = 2**32  # bytes of a metadata.parquet in memory
 
 
@@ -63,6 +66,7 @@ class Folder(Source):
         beside = sorted(f"{stem}.txt" for stem in texts & {posixpath.splitext(name)[0] for name in pictures})
         if beside:
             columns.add("txt")
+        columns |= {FOLDER} & (captions or {}).keys()
         self.captions = choose_captions(captions, columns, str(place.root), seen(set(place.files) - pictures, faults))
         self.texts = beside if "txt" in self.captions else []
         self.inputs: list[tuple[str, dict[str, Any]] | Fault] = [
@@ -90,6 +94,8 @@ class Folder(Source):
                 row = {**row, "txt": read_text(beside, LARGEST_CAPTION)}
             except (OSError, ValueError) as error:
                 return Fault(name, "unreadable caption", str(error))
+        if FOLDER in self.captions and not any(row.get(column) for column in self.captions):
+            row = {**row, FOLDER: REPEATS.sub("", file.resolve().parent.name)}
         return to_input(name, file, row, self.captions)
 
     def describe(self) -> dict[str, Any]:

@@ -24,8 +24,9 @@ class Pictures(Source):
 
     - A folder of pictures, at any depth. Captions are columns of a `metadata.jsonl`, `.csv` or `.parquet` beside or
       above them, whose `file_name` is relative to it, as in Hugging Face's imagefolder; or column `prompt`, if
-      sample.py drew them; or column `txt`, which is the file `NAME.txt` beside `NAME.jpg`. Every picture, of whatever
-      format, and every row is an input; with column `txt` also every `.txt` without a picture.
+      sample.py drew them; or column `txt`, which is the file `NAME.txt` beside `NAME.jpg`. Where a picture has none of
+      the others, column `folder` is the name of its folder, without the number of kohya's `10_sks dog`. Every picture,
+      of whatever format, and every row is an input; with column `txt` also every `.txt` without a picture.
     - A folder, glob or file of `.parquet`: each row is an input.
     - A folder, glob or file of `.tar`, in WebDataset's layout: members with the same path up to the first dot of the
       base name are an input; the rest of the name is a field. Compressed tars are refused.
