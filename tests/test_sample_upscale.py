@@ -87,7 +87,7 @@ def test_what_does_not_enlarge_is_refused(
         assert words in refused(capsys, *flags(tmp_path, "--upscale", given, "--out", str(tmp_path / "out")))
     twice = ["--upscale", str(tmp_path / "large")] * 2
     assert "which does not enlarge 8×8" in refused(capsys, *flags(tmp_path, *twice, "--out", str(tmp_path / "out")))
-    Pipeline(*upscaler.parts[:-1], replace(upscaler.sampling, guidance=0.0)).save(tmp_path / "unconditional")
+    Pipeline(*upscaler.parts[:4], replace(upscaler.sampling, guidance=0.0)).save(tmp_path / "unconditional")
     wrong = ["--upscale", str(tmp_path / "unconditional"), "--out", str(tmp_path / "out")]
     assert "guidance 0 would ignore the prompt" in refused(capsys, *flags(tmp_path, *wrong))
     assert not (tmp_path / "out").exists()
