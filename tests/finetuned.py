@@ -1,10 +1,14 @@
 """Trainings of a small random released model by the shipped configs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import tiny
 
 import train
+from training.generator import Generator
 
 ROOT = Path(__file__).parents[1]
 FINETUNE, LORA, FEWSTEP, NFT = (
@@ -34,3 +38,19 @@ def fit(
     base: Path, store: Path, folder: Path, *flags: str, configs: tuple[Path, ...] = (FINETUNE,), steps: int = 4
 ) -> None:
     train.main(["fit", *settings(base, store, configs, folder, steps), *flags])
+
+
+@contextmanager
+def faulty_after(step: int) -> Iterator[None]:
+    """Within it a training ends with an error after so many steps."""
+    draw = Generator.draw_samples
+
+    def fault(self: Generator) -> None:
+        if self.global_step == step:
+            raise OSError("the disk fell off")
+        draw(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Generator, "draw_samples", fault)
+        with pytest.raises(SystemExit):
+            yield

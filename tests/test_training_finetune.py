@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusion3Pipeline
-from finetuned import FEWSTEP, FINETUNE, LORA, NFT, ROOT, fit, settings
+from finetuned import FEWSTEP, FINETUNE, LORA, NFT, ROOT, faulty_after, fit, settings
 from safetensors.torch import load_file
 from trials import assert_same, lines, state
 
@@ -25,7 +25,6 @@ from pipeline.folder import learned
 from pipeline.sampling import Sampling
 from training import experiment
 from training.build import build, lora_base
-from training.generator import Generator
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +105,8 @@ def test_updates_resume_to_the_bit_from_a_checkpoint_without_the_base(
     names = state(straight)["tensors"].keys() - {"bins", "guard.counts", "guard.usual"}
     assert all(".lora_" in name for name in names)
     assert {name.partition(".")[0] for name in names} == {"network", "average", "optimizer"}
-    draw = Generator.draw_samples
-
-    def fault(self: Generator) -> None:
-        if self.global_step == 4:
-            raise OSError("the disk fell off")
-        draw(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Generator, "draw_samples", fault)
-        with pytest.raises(SystemExit):
-            fit(base, store, resumed, *flags)
+    with faulty_after(4):
+        fit(base, store, resumed, *flags)
     assert state(resumed)["step"] == 2
     fit(base, store, resumed, *flags)
     assert_same(state(resumed), state(straight))

@@ -9,7 +9,7 @@ import tiny
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders import TextualInversionLoaderMixin
-from finetuned import FINETUNE, LORA, ROOT, fit, settings
+from finetuned import FINETUNE, LORA, ROOT, faulty_after, fit, settings
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +22,6 @@ from mmdit import checkpoint, lora
 from mmdit.lora import LoRA
 from mmdit.network import Condition
 from pipeline import LoadOptions, Pipeline
-from training.generator import Generator
 from training.reader import NewWords, Reader, reading
 
 WORDS = ROOT / "configs/sd3/new-words.yaml"
@@ -188,17 +187,8 @@ def test_words_and_updates_resume_to_the_bit(base: Path, store: Path, tmp_path: 
     ]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     fit(base, store, straight, *flags, configs=(FINETUNE, LORA, WORDS))
-    draw = Generator.draw_samples
-
-    def fault(self: Generator) -> None:
-        if self.global_step == 4:
-            raise OSError("the disk fell off")
-        draw(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Generator, "draw_samples", fault)
-        with pytest.raises(SystemExit):
-            fit(base, store, resumed, *flags, configs=(FINETUNE, LORA, WORDS))
+    with faulty_after(4):
+        fit(base, store, resumed, *flags, configs=(FINETUNE, LORA, WORDS))
     assert state(resumed)["step"] == 2
     fit(base, store, resumed, *flags, configs=(FINETUNE, LORA, WORDS))
     assert_same(state(resumed), state(straight))
