@@ -16,6 +16,7 @@ from data.drawn import recorded
 from data.latents import PREFIX as VAE_PREFIX
 from data.raw.pictures import PictureError, size_of
 from data.text.adapters import ENCODERS as TEXT
+from data.text.inversion import FOLDER
 from data.text.sd3 import CLIP_G, CLIP_L, T5, T5_LENGTH, Kind, named
 from flow.objective import Objective
 from mmdit import checkpoint
@@ -202,6 +203,8 @@ def model_of(path: Path, loras: Sequence[str], parts: Path) -> Model:
     """
     given, path = [Adapter.parse(text) for text in loras], find_model(path)
     if path.is_dir() and not (path / INDEX).is_file():
+        if (path / FOLDER).is_dir():
+            raise ValueError(f"{path} has new words, and a workflow loads updates of the network alone")
         given, path = [Adapter(path), *given], find_model(base_of(path))
     for update in given:
         check_update(update)

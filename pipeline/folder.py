@@ -250,6 +250,8 @@ def process_note(objective: Objective, sampling: Sampling, base: Path) -> dict[s
 
 def learned(path: Path) -> tuple[Objective, Sampling] | None:
     """How a LoRA is sampled by its own metadata; None if they do not say. ValueError if they are damaged."""
+    if (path / FOLDER).is_dir() and not updates.holds(path):
+        return None  # new words alone
     file = updates.find(path)
     note = open_file(file, unwrap=False).metadata.get(lora.PROCESS)
     return None if note is None else _restored(parse_json(note, file), file)

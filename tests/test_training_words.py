@@ -16,12 +16,15 @@ from torch import Tensor
 from trials import assert_near, assert_same, assert_two_learn_as_one, state
 
 import encode
+import sample
+from data.raw.pictures import load_picture
 from data.text.inversion import NewWord
 from data.text.sd3 import SD3Text
 from mmdit import checkpoint, lora
 from mmdit.lora import LoRA
 from mmdit.network import Condition
 from pipeline import LoadOptions, Pipeline
+from pipeline.__main__ import main
 from training.reader import NewWords, Reader, reading
 
 WORDS = ROOT / "configs/sd3/new-words.yaml"
@@ -155,7 +158,9 @@ def test_the_gradient_reaches_a_new_word(base: Path, encoders: SD3Text) -> None:
     torch.testing.assert_close(slope, sum(gradient.norm() for gradient in gradients), rtol=1e-5, atol=0)
 
 
-def test_a_new_word_is_learned_and_drawn(base: Path, store: Path, tmp_path: Path) -> None:
+def test_a_new_word_is_learned_and_drawn(
+    base: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     flags = ["--optimization.lr", "0.1", "--text.init_args.max_sequence_length", "16"]
     fit(base, store, tmp_path / "run", *flags, configs=(FINETUNE, WORDS))
     file = tmp_path / "run/lora/embeddings/toy.safetensors"
@@ -172,6 +177,13 @@ def test_a_new_word_is_learned_and_drawn(base: Path, store: Path, tmp_path: Path
     assert (drawn[0] - drawn[2]).abs().max() > 0.005
     same = [pipe(["a seven"], [0], height=32, width=32) for pipe in (trained, plain)]
     assert torch.equal(*same)
+    flags = ["--height", "32", "--width", "32", "--max-sequence-length", "16", "--out", str(tmp_path / "samples")]
+    sample.main(["--model", str(tmp_path / "run"), "--prompt", "a <toy>", *flags])
+    (shown,) = (tmp_path / "samples").glob("*_0.png")
+    assert torch.equal(load_picture(shown, 3, 32, 32, 1)[0], drawn[0][0].mul(255).round().div(255))
+    with pytest.raises(SystemExit):
+        main(["workflow", str(shown), "--out", str(tmp_path / "workflow.json")])
+    assert "has new words, and a workflow loads updates of the network alone" in capsys.readouterr().err
     with pytest.raises(ValueError, match="holds no new words"):
         trained.save(tmp_path / "model")
 
