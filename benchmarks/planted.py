@@ -706,7 +706,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("layer.enable_adapters(True)", "pass"),
     ],
     ("pipeline/folder.py", "training_finetune"): [
-        ("parts = parts._replace(objective=told[0], sampling=told[1])", "pass"),
+        ("parts = parts._replace(objective=process[0], sampling=process[1])", "pass"),
         ("{} if own == describe_process(", "{} if False and own == describe_process("),
     ],
     ("pipeline/__main__.py", "training_finetune"): [

@@ -140,8 +140,8 @@ def read(path: Path, options: LoadOptions | None = None) -> Parts:
             )
         adapters.merge(parts.network, given, parts.text.receivers())
         for update in given:
-            if told := learned(update.path):
-                parts = parts._replace(objective=told[0], sampling=told[1])
+            if process := learned(update.path):
+                parts = parts._replace(objective=process[0], sampling=process[1])
     return parts
 
 

@@ -235,8 +235,8 @@ def merge(
         if problems:
             raise ValueError(f"{weights.source} is not a LoRA of this model: {', '.join(problems)}{guess(left)}")
         if absent:
-            told = f"{weights.source} also updates {absent}, which this model does not have: that part does nothing"
-            warnings.warn(told, stacklevel=2)
+            missing = f"{weights.source} also updates {absent}, which this model does not have: that part does nothing"
+            warnings.warn(missing, stacklevel=2)
         for one, updates in zip(found, given, strict=True):
             for module, update in one.updates:
                 updates.setdefault(module, []).append((update, adapter.strength))

@@ -189,8 +189,8 @@ def test_what_a_target_cannot_say_is_refused(lora: Path, tmp_path: Path, capsys:
         save_file(content, tmp_path / f"{name}.safetensors")
         with pytest.raises(SystemExit) as stop:
             main(["convert", str(tmp_path / f"{name}.safetensors"), "--to", to, "--out", str(tmp_path / "out")])
-        told = capsys.readouterr().err
+        printed = capsys.readouterr().err
         assert stop.value.code == 2
-        assert words in told
-        assert told.count("\n") == 1
+        assert words in printed
+        assert printed.count("\n") == 1
         assert not (tmp_path / "out").exists()

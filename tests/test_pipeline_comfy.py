@@ -198,9 +198,9 @@ def test_a_workflow_names_the_files_that_it_needs(tmp_path: Path, capsys: pytest
     }  # fmt: skip
     assert by_class["T5TokenizerOptions"]["min_length"] == 77
     assert by_class["SaveImage"]["filename_prefix"] == "a"
-    told = capsys.readouterr().out
-    assert f"models/checkpoints/lighthouses.safetensors: python -m pipeline export {model} --format" in told
-    assert f"models/loras/style.safetensors: {file}" in told
+    printed = capsys.readouterr().out
+    assert f"models/checkpoints/lighthouses.safetensors: python -m pipeline export {model} --format" in printed
+    assert f"models/loras/style.safetensors: {file}" in printed
 
 
 ALL = tuple(kind.prefix for kind in comfy.ENCODERS)
@@ -226,12 +226,12 @@ def refused(shown: Path, capsys: pytest.CaptureFixture) -> str:
     out = shown.parent / "a.json"
     with pytest.raises(SystemExit) as ended:
         main(["workflow", str(shown), "--out", str(out)])
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert ended.value.code == 2
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
     assert not out.exists()
-    return told
+    return printed
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,8 @@ def test_a_named_layer_needs_a_scale_even_if_it_is_the_only_one(tensors: dict, t
 
 @pytest.mark.parametrize("header", ["{", "[]", '{"layers": {"a": {}}}', '{"layers": {"a": 1}}', "[" * 100_000])
 def test_a_broken_header_is_refused(header: str, tensors: dict, tmp_path: Path) -> None:
-    told = wrong(tmp_path / "a.safetensors", tensors, {"_quantization_metadata": header})
-    assert "is damaged: _quantization_metadata or a comfy_quant names no format" in told
+    printed = wrong(tmp_path / "a.safetensors", tensors, {"_quantization_metadata": header})
+    assert "is damaged: _quantization_metadata or a comfy_quant names no format" in printed
 
 
 @pytest.fixture(scope="module")
