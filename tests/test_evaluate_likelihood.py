@@ -83,13 +83,14 @@ def test_the_bits_are_those_of_a_known_density_with_the_right_offset(objective: 
 
 
 def test_a_picture_s_bits_do_not_depend_on_its_batch(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.likelihood.TOLERANCE", 1e-5)  # the steps are the batch's
+    monkeypatch.setattr("pipeline.likelihood.TOLERANCE", 1e-5)  # the steps are the batch's: up to 1e-3 was seen
     pixels, captions = Digits(1).real["held_out"][:3], ["a zero", "a one", "a two"]
-    whole = bits(pipe, pixels, captions, 17, range(5, 8))
-    one, other = bits(pipe, pixels[1:2], captions[1:2], 17, [6]), bits(pipe, pixels, captions[::-1], 17, range(5, 8))
+    whole, turned = (bits(pipe, pixels, order, 17, range(5, 8)) for order in (captions, captions[::-1]))
+    alone, other_noise = (bits(pipe, pixels[1:2], captions[1:2], 17, [seed]) for seed in (6, 5))
     for kind, each in whole.items():
-        torch.testing.assert_close(one[kind], each[1:2], atol=1e-3, rtol=0)
-        assert (other[kind] - each).abs()[[0, 2]].min() > 3e-3  # the caption matters
+        torch.testing.assert_close(alone[kind], each[1:2], atol=5e-3, rtol=0)
+        assert (turned[kind] - each).abs()[[0, 2]].min() > 2e-2  # the caption matters
+        assert (other_noise[kind] - alone[kind]).abs() > 2e-2  # and so does the noise
 
 
 def test_histograms_are_counted_on_other_pictures_and_forbid_nothing() -> None:
