@@ -202,8 +202,11 @@ def add_drawing_flags(p: Parser) -> None:
     )
     p.add_argument("--mask", type=Path, help="a picture of the shape of --image that is white where --image is drawn "
                    "anew; if it has an alpha channel, transparent where it is drawn anew")  # fmt: skip
-    p.add_argument("--picture", type=Path, help="input picture of a network that needs one, such as super-resolution")
-    p.add_argument("--level", type=finite, default=0.0, help="noise level added to --picture, 0 to 1; default: 0")
+    p.add_argument("--picture", type=Path, help="input picture of a network that needs one, such as super-resolution; "
+                   "for one that takes image embeddings, a picture of which to draw variations")  # fmt: skip
+    p.add_argument("--prior", type=Path, help="a model that draws the image embedding of each prompt, in the place of "
+                   "--picture (DALL·E 2)")  # fmt: skip
+    p.add_argument("--level", type=finite, default=0.0, help="noise level added to these, 0 to 1; default: 0")
     p.add_argument("--upscale", type=str, action="append", metavar="MODEL[:LEVEL]",
                    help="a cascade: a model that enlarges what was drawn, noised to LEVEL; repeatable")  # fmt: skip
     p.add_argument("--control", type=str, action="append", metavar="MODEL:IMAGE[:SCALE]",

@@ -24,10 +24,11 @@ class Batch(NamedTuple):
     sizes: Tensor | None = None  # (b, 6), as `data.sizes` has them; none tells the network nothing
     mask: Tensor | None = None  # (b, N) bool, the captions' own tokens; none: padding is attended
     picture: Tensor | None = None  # (b, C', H, W), the latents of a picture to work from
-    level: Tensor | None = None  # (b,), how much noise it was given
+    level: Tensor | None = None  # (b,), how much noise the picture or embedding was given
     worse: Tensor | None = None  # (b, C, H, W), latents of pictures to which x0 was preferred
     loss_mask: Tensor | None = None  # (b, 1, H, W), the weight of each place in the loss; none: 1
     prompts: list[str] | None = None  # the captions in words; from a store only if `Data.judged`
+    embedding: Tensor | None = None  # (b, D, 1, 1), the latents of an image embedding; zeros are none
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with all its tensors on a device."""
@@ -44,7 +45,7 @@ class Batch(NamedTuple):
 
 
 def complete(batch: Batch, encoder: TextEncoder, null: Text, null_mask: Tensor | None = None) -> Batch:
-    """The batch with its captions encoded, dropped encoders replaced and sizes told.
+    """The batch with its captions encoded, dropped encoders replaced, sizes and embedding in the pooled vector.
 
     Where an encoder is dropped, tokens and pooled vector alike become those of the null condition, so that a caption
     whose encoders are all dropped is the null condition (Esser et al. 2024, appendix B.3, drops to zeros instead).
@@ -71,4 +72,6 @@ def complete(batch: Batch, encoder: TextEncoder, null: Text, null_mask: Tensor |
                 mask[:, slot.rows] |= torch.where(kept[:, None], batch.mask[:, slot.rows], null_mask[slot.rows])
     if batch.sizes is not None:
         pooled = torch.cat([pooled.float(), size_features(batch.sizes)], dim=1)
-    return batch._replace(text=text, pooled=pooled, mask=mask, captions=None, kept=None, sizes=None)
+    if batch.embedding is not None:
+        pooled = torch.cat([pooled.float(), batch.embedding.flatten(1)], dim=1)
+    return batch._replace(text=text, pooled=pooled, mask=mask, captions=None, kept=None, sizes=None, embedding=None)

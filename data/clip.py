@@ -92,14 +92,19 @@ class CLIPImage(Codec):
             raise ValueError(f"the image tower reads pictures {wanted}, got {tuple(pixels.shape[1:])}")
         if not pixels.isfinite().all():
             raise ValueError("the image tower was given numbers that are not finite")
-        standard = (unit_embeddings(self.tower, pixels.to(self.mean)) - self.mean) / self.std
-        return standard[..., None, None]
+        return self.latents(unit_embeddings(self.tower, pixels.to(self.mean)))
 
     def embedding(self, latents: Tensor) -> Tensor:
         """Unit embeddings (B, D) of latents (B, D, 1, 1), which may be generated. ValueError for another shape."""
         if latents.shape[1:] != (self.channels, 1, 1):
             raise ValueError(f"embeddings are latents {(self.channels, 1, 1)}, got {tuple(latents.shape[1:])}")
         return normalize(latents.to(self.mean).flatten(1) * self.std + self.mean, dim=-1)
+
+    def latents(self, embeddings: Tensor) -> Tensor:
+        """Latents (B, D, 1, 1) of unit embeddings (B, D). ValueError for another shape."""
+        if embeddings.shape[1:] != (self.channels,):
+            raise ValueError(f"embeddings have {self.channels} numbers, got the shape {tuple(embeddings.shape)}")
+        return ((embeddings.to(self.mean) - self.mean) / self.std)[..., None, None]
 
     def decode(self, latents: Tensor) -> Tensor:
         """ValueError: an embedding has no pixels."""

@@ -14,8 +14,8 @@ SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M", "ddim": "D
 FLAGS = (
     *("model", "parts", "lora", "embedding", "dtype", "text_dtype", "max_sequence_length", "prompt", "negative"),
     *("seed", "steps", "sampler", "spacing", "guidance", "guider", "rescale", "interval", "skip_layers", "skip_scale"),
-    *("skip_interval", "shift", "height", "width", "image", "mask", "strength", "picture", "level", "control"),
-    *("control_interval", "autoguidance", "refiner", "handover", "classifier", "clip_guidance"),
+    *("skip_interval", "shift", "height", "width", "image", "mask", "strength", "picture", "prior", "level"),
+    *("control", "control_interval", "autoguidance", "refiner", "handover", "classifier", "clip_guidance"),
     *("gradient_interval", "upscale"),
 )
 

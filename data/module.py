@@ -14,14 +14,16 @@ from tqdm import tqdm
 
 from data import digits
 from data.batch import Batch, complete
+from data.clip import CLIPImage
 from data.degrade import Degrade, enlarged, noised
+from data.embeddings import EmbeddedPictures, Embeddings
 from data.latents import Codec, Pixels
 from data.loaders import begin_loader
 from data.order import GlobalBatches, Share, Stages, Stripes, Use, normal, stream
 from data.store import samples as stored
-from data.store.encoding import VERSION
 from data.store.mixture import Mixture, Part
 from data.store.mixture import held_out as held_out_ids
+from data.store.reader import VERSION
 from data.text.encoder import Text, TextEncoder
 from data.text.tags import Tags
 from storage.models import find_model, fingerprint
@@ -162,7 +164,8 @@ class Data(L.LightningDataModule):
     Attributes:
         sizes: (height, width) of all pictures that may occur, in pixels.
         picture_channels: of the pictures to work from, in latents; 0 is none.
-        level_embeds: these have noise of different levels.
+        level_embeds: these, or the image embeddings, have noise of different levels.
+        image_encoder: made the image embeddings that are a part of the pooled vector; none: there are none.
         paired: each picture was made from its noise.
         choices: each picture was preferred to another one.
         masked: some pictures have masks of the loss.
@@ -172,6 +175,7 @@ class Data(L.LightningDataModule):
 
     picture_channels: int = 0
     level_embeds: bool = False
+    image_encoder: CLIPImage | None = None
     paired: bool = False
     choices: bool = False
     masked: bool = False
@@ -357,6 +361,8 @@ class Stored(Data):
         mask_floor: for stores with masks of the loss: the weight, 0 to 1, of places that a mask leaves out. A place
             counts mask + mask_floor·(1 − mask) times, in training and in validation.
         tags: for captions that are lists of tags, in stores without encoded text: shuffles and drops tags in training.
+        embeddings: also gives the network the image embedding of each picture, in the pooled vector, whose pooled_dim
+            in the network is then larger by their numbers.
 
     Raises:
         ValueError: a store is damaged, or was written with another codec or text encoder.
@@ -380,6 +386,7 @@ class Stored(Data):
         text_mask: bool = False,
         mask_floor: float = 0.0,
         tags: Tags | None = None,
+        embeddings: Embeddings | None = None,
     ) -> None:
         if not 0 <= mask_floor <= 1:
             raise ValueError(f"data.mask_floor must be from 0 to 1, got {mask_floor}")
@@ -429,6 +436,12 @@ class Stored(Data):
         self.sizes = tuple(
             size for opened in self.stores for bucket, size in enumerate(opened.buckets) if len(opened.members(bucket))
         )
+        self.embedded: EmbeddedPictures | None = None
+        if embeddings:
+            if self.picture_channels:
+                raise ValueError("a network is shown a hint or an embedding: leave data.embeddings out")
+            self.embedded = EmbeddedPictures(embeddings, self.stores)
+            self.image_encoder, self.level_embeds = self.embedded.codec, embeddings.noise > 0
         self.null: Text | None = None
         self.null_mask: Tensor | None = None
 
@@ -441,17 +454,22 @@ class Stored(Data):
         self.text.keep(not all(opened.has_tokens for opened in self.stores))
 
     def examples(self, count: int) -> Examples | None:
-        """Held-out hints of the size with the most, with their pictures."""
-        if not self.picture_channels:
+        """Held-out hints, or pictures to embed, of the size with the most, with their pictures."""
+        if not (self.picture_channels or self.embedded):
             return None
         main = self.stores[-1]
         rows = max(main.pools(self.apart, True), key=len)[:count]
-        real, hints = main.latents(rows).float().chunk(2, dim=1)
         captions = [main.captions(int(row))[0] for row in rows]
+        if not self.picture_channels:
+            real = self.codec.decode(main.latents(rows).float()[:, : self.codec.channels]).cpu()
+            return Examples(captions, real, real)
+        real, hints = main.latents(rows).float().chunk(2, dim=1)
         return Examples(captions, self.codec.decode(hints).cpu(), self.codec.decode(real).cpu())
 
     def identity(self) -> dict[str, str]:
-        return {store.source: store.report["index"] for opened in self.stores for store in opened.stores}
+        stores = [store for opened in self.stores for store in opened.stores]
+        stores += [self.embedded.store] if self.embedded else []
+        return {store.source: store.report["index"] for store in stores}
 
     def mentions(self, word: str) -> bool:
         stores = [store for opened in self.stores for store in opened.stores]
@@ -461,7 +479,8 @@ class Stored(Data):
         rank, world = self._place()
         data = stored.TrainingSamples(
             self.stores, len(self.text.slots), self.sized, self._mask(), self.seed, self.batch_size,
-            self.caption_dropout, self.encoder_dropout, self.judged, self.mask_floor, self.tags,
+            self.caption_dropout, self.encoder_dropout, self.judged, self.mask_floor, self.embedded,
+            self.tags,
         )  # fmt: skip
         lengths = [*(stage.steps for stage in self.before), None]
         batches = [GlobalBatches(own, self.batch_size, self.seed, 0, rank, world) for own in self.lanes]
@@ -471,7 +490,13 @@ class Stored(Data):
         """The held-out samples of the main store, once each."""
         rank, world = self._place()
         data = stored.ValidationSamples(
-            self.stores[-1:], len(self.text.slots), self.sized, self._mask(), self.judged, self.mask_floor
+            self.stores[-1:],
+            len(self.text.slots),
+            self.sized,
+            self._mask(),
+            self.judged,
+            self.mask_floor,
+            self.embedded,
         )
         return self._loader(data, Stripes(self.stores[-1].pools(self.apart, True), VALIDATED, rank, world))
 

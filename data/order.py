@@ -37,6 +37,7 @@ class Use(IntEnum):
     DEQUANTIZE = 14
     TAGS = 15
     CROP = 16
+    EMBEDDING = 17
 
 
 def stream(seed: int, use: Use, step: int = 0, sample: int = 0) -> np.random.Generator:

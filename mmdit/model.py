@@ -165,14 +165,15 @@ class MMDiT(Network):
         picture_channels: int = 0,
         level_embeds: bool = False,
         text_mask: bool = False,
+        pooled_dim: int = 0,
     ) -> None:
         """Adds inputs and layers that the network lacks. New weights start at zero, so the function stays the same.
 
         A student therefore starts as its teacher. The arguments are those of the constructor; only `text_mask` changes
-        the output at once.
+        the output at once. A pooled_dim of 0 leaves the pooled vector as it is.
 
         Raises:
-            ValueError: the network already takes a picture with another number of channels.
+            ValueError: the network already takes a picture with another number of channels, or a longer pooled vector.
         """
         numbers = {"two_times": two_times, "guidance_embeds": guidance_embeds, "level_embeds": level_embeds}
         for name in (name for name, wanted in numbers.items() if wanted and not getattr(self, name)):
@@ -189,10 +190,14 @@ class MMDiT(Network):
                 f"this network has picture_channels {self.picture_channels} and cannot have {picture_channels}"
             )
         if picture_channels and not self.picture_channels:
-            new = self.patch.weight.new_zeros(self.width, picture_channels * self.patch_size**2)
-            self.patch.weight = nn.Parameter(torch.cat([self.patch.weight.detach(), new], dim=1))
-            self.patch.in_features = self.patch.weight.shape[1]
+            widen(self.patch, picture_channels * self.patch_size**2)
             self.picture_channels = picture_channels
+        if pooled_dim and pooled_dim < self.pooled_dim:
+            raise ValueError(f"this network has pooled_dim {self.pooled_dim} and cannot have {pooled_dim}")
+        if pooled_dim:
+            assert isinstance(self.pooled.fc1, nn.Linear)
+            widen(self.pooled.fc1, pooled_dim - self.pooled_dim)
+            self.pooled_dim = pooled_dim
         self.text_mask = self.text_mask or text_mask
 
     def embed(self, z: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None) -> Tokens:
@@ -265,3 +270,10 @@ class MMDiT(Network):
                 if hidden_states is not None:
                     hidden_states.add(i, image)
         return unpatchify(self.final(image, vector), *grid, self.patch_size)  # b c h w
+
+
+def widen(layer: nn.Linear, more: int) -> None:
+    """Gives a linear layer so many more inputs, behind the others and with zero weights."""
+    new = layer.weight.new_zeros(layer.out_features, more)
+    layer.weight = nn.Parameter(torch.cat([layer.weight.detach(), new], dim=1))
+    layer.in_features += more

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.clip import CLIPImage
 from data.degrade import enlarged, noised
 from data.latents import Codec
-from data.sizes import SIZE_FEATURES, size_features
+from data.sizes import size_features
 from data.text.encoder import TextEncoder
 from flow.guidance import Weak, inpaint, refined
 from flow.objective import Estimate, Objective
@@ -23,6 +24,7 @@ from mmdit.control import Control, Controlled
 from mmdit.model import MMDiT
 from mmdit.network import Condition, Network
 from pipeline import folder as disk
+from pipeline.embedding import shown
 from pipeline.folder import LoadOptions, Parts
 from pipeline.guidance import Guides, Pull
 from pipeline.residual import Regressor, Residual
@@ -49,10 +51,10 @@ class Pipeline:
         text: turns prompts into conditions.
         sampling: the default sampler, steps and guidance.
         regressor: gives the mean of the latents, if the network draws the residual.
+        image_encoder: makes the image embeddings that are a part of the network's pooled vector, if it takes any.
 
     Raises:
-        ValueError: the sizes of network, codec, text, objective and regressor do not fit together, or `sampling` does
-            not fit the objective.
+        ValueError: the sizes of the parts do not fit together, or `sampling` does not fit the objective.
 
     Example:
         The text encoder of the digits with an untrained network:
@@ -75,14 +77,16 @@ class Pipeline:
         text: TextEncoder,
         sampling: Sampling | None = None,
         regressor: Regressor | None = None,
+        image_encoder: CLIPImage | None = None,
     ) -> None:
         self.network, self.objective, self.codec, self.text = network, objective, codec, text
-        self.regressor = regressor
+        self.sampling = sampling or Sampling()
+        self.regressor, self.image_encoder = regressor, image_encoder
         for key, needed in (
             ("in_channels", codec.channels),
             ("out_channels", codec.channels * objective.outputs),
             ("text_dim", text.tokens_dim),
-            ("pooled_dim", text.pooled_dim + (SIZE_FEATURES if self.sized else 0)),
+            ("pooled_dim", self.parts.pooled_dim(self.sized)),
             ("words", text.vocabulary),
             ("text_length", text.length if getattr(network, "text_length", 0) else 0),
         ):
@@ -98,9 +102,10 @@ class Pipeline:
         if network.picture_channels % codec.channels:
             raise ValueError(f"the network's picture_channels are {network.picture_channels}, and a picture has "
                              f"{codec.channels} channels of latents")  # fmt: skip
+        if network.picture_channels and image_encoder:
+            raise ValueError("a network works from a picture or from its embedding: leave one of them out")
         if regressor:
             regressor.check(network)
-        self.sampling = sampling or Sampling()
         self.sampling.walk(objective)
         self.guides = Guides()
 
@@ -112,7 +117,7 @@ class Pipeline:
     @property
     def sized(self) -> bool:
         """Whether the pooled vector of the network also holds sizes and crops (`data.sizes`)."""
-        return self.network.pooled_dim == self.text.pooled_dim + SIZE_FEATURES
+        return self.parts.sized
 
     def steered(self, controls: Sequence[Control]) -> "Pipeline":
         """This pipeline with a network that is steered by ControlNets. It shares all weights.
@@ -208,21 +213,32 @@ class Pipeline:
             if own != theirs:
                 raise ValueError(f"the {name} has another {what} than the model: take one of the same {what}")
 
-    def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Condition:
+    def condition(
+        self,
+        prompts: Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        embedding: Tensor | None = None,
+    ) -> Condition:
         """The condition of the prompts, on the network's device. An empty prompt gives the null condition.
 
         Args:
             prompts: B texts.
             height: height of the pictures in pixels, for a network with size conditioning; None means the training's.
             width: the same for the width.
+            embedding: latents of image embeddings, (B, D, 1, 1), for a network that takes any; None means none.
         """
         text, pooled = self.text.encode(prompts)
         if self.sized:
             h, w = (side * self.codec.factor for side in self.latent_size(height, width))
             whole = torch.tensor([h, w, 0, 0, h, w]).expand(len(pooled), -1)  # not cropped
             pooled = torch.cat([pooled.float(), size_features(whole).to(pooled.device)], dim=-1)
+        if self.image_encoder:
+            image = torch.zeros(len(pooled), self.image_encoder.channels) if embedding is None else embedding
+            pooled = torch.cat([pooled.float(), image.flatten(1).to(pooled.device)], dim=-1)
         mask = self.text.mask(prompts).to(self.device) if self.network.text_mask else None
-        return Condition(text.to(self.device), pooled.to(self.device), mask)
+        level = self._levels(len(prompts), 0.0).get("level") if self.image_encoder else None
+        return Condition(text.to(self.device), pooled.to(self.device), mask, level=level)
 
     def picture_latents(self, picture: Tensor, latent: tuple[int, int], level: float, draw: Noise) -> Tensor:
         """The latents (B, C, *latent) of an input picture, which is enlarged to the size of the output.
@@ -252,6 +268,7 @@ class Pipeline:
         mask: Tensor | None = None,
         picture: Tensor | None = None,
         level: float = 0.0,
+        embedding: Tensor | None = None,
         refiner: Refiner | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
@@ -273,8 +290,10 @@ class Pipeline:
             mask: 1 where the image is drawn anew and 0 where it is kept, (B or 1, 1, height, width). A latent pixel
                 with any 1 in it is drawn anew. None draws everything anew.
             picture: the input of a network with picture_channels, such as a small picture to enlarge: pixels in
-                [0, 1], (B or 1, C, h, w). Those of several ControlNets follow each other in the channels.
-            level: how much noise is added to that picture, 0 to 1, for a network with level_embeds.
+                [0, 1], (B or 1, C, h, w). Those of several ControlNets follow each other in the channels. For a model
+                with an image encoder, a picture whose embedding is shown to the network.
+            level: how much noise is added to that picture or embedding, 0 to 1, for a network with level_embeds.
+            embedding: in place of a picture, unit image embeddings, (B or 1, D), as `pipeline.prior.draw` makes them.
             refiner: a second model for the late times. It has its own prompt's condition and target, and the same
                 guidance.
             callback: called with (steps done, z, x̂0): first with (0, z, z), then after each step. A residual's x̂0 comes
@@ -296,7 +315,13 @@ class Pipeline:
         latent, walk, times = self.plan(sampling, shift, height, width, 1.0 if image is None else strength)
         draw = random_normals(seeds, (self.network.in_channels, *latent), self.device)
         noise = draw()
-        extra = self._picture_condition(len(prompts), latent, picture, level, draw)
+        if self.image_encoder:
+            latents = shown(self.image_encoder, len(prompts), picture, embedding, level, draw)
+            extra = {"embedding": latents, **self._levels(len(prompts), level)}
+        elif embedding is not None:
+            raise ValueError("this model takes no image embedding: leave it out")
+        else:
+            extra = self._picture_condition(len(prompts), latent, picture, level, draw)
         estimate = self.denoiser(prompts, negative, sampling, times, height, width, extra)
         residual = Residual()
         if self.regressor:
@@ -393,8 +418,7 @@ class Pipeline:
         if (picture is not None) != bool(network.picture_channels):
             raise ValueError("this network works from a picture: give one" if picture is None else
                              "this network works from no picture: leave it out")  # fmt: skip
-        if not 0 <= level <= 1 or (level and not network.level_embeds):
-            raise ValueError(f"level must be from 0 to 1, and 0 for a network without level_embeds, got {level}")
+        levels = self._levels(count, level)
         if picture is None:
             return {}
         channels = self.codec.pixel_channels
@@ -408,8 +432,13 @@ class Pipeline:
             for one, control in zip(latents, network.settings, strict=True):
                 if control.network.zero_pooled:
                     one += self.codec.shift * self.codec.scale  # as it learned: latents without the codec's shift
-        fields = {"picture": torch.cat(latents, dim=1)}
-        return fields | ({"level": torch.full((count,), level, device=self.device)} if network.level_embeds else {})
+        return {"picture": torch.cat(latents, dim=1), **levels}
+
+    def _levels(self, count: int, level: float) -> dict[str, Tensor]:
+        """The field `level` of the condition, (B,), for a network that has it. ValueError if it does not fit."""
+        if not 0 <= level <= 1 or (level and not self.network.level_embeds):
+            raise ValueError(f"level must be from 0 to 1, and 0 for a network without level_embeds, got {level}")
+        return {"level": torch.full((count,), level, device=self.device)} if self.network.level_embeds else {}
 
     def denoiser(
         self,
@@ -430,7 +459,7 @@ class Pipeline:
             times: the times of the sampler.
             height: height of the pictures in pixels; None means the training's.
             width: the same for the width.
-            extra: further fields of the condition, by name.
+            extra: further fields of the condition, by name, and `embedding` as of `condition`.
 
         Raises:
             ValueError: guidance 0 with a prompt but no gradient, or a negative prompt for a network that has learned
@@ -440,7 +469,8 @@ class Pipeline:
         if unconditional := self.guides.one_branch(sampling, self.network):
             sampling = replace(sampling, guidance=1.0)
         read = [negative] * len(prompts) if unconditional else prompts
-        condition = self.condition(read, height, width)._replace(**(extra or {}))
+        fields = dict(extra or {})
+        condition = self.condition(read, height, width, fields.pop("embedding", None))._replace(**fields)
         if self.network.guidance_embeds:
             if negative:
                 raise ValueError("this network has learned its guidance and takes no negative prompt: leave it out")
@@ -518,7 +548,9 @@ class Pipeline:
     @property
     def parts(self) -> Parts:
         """The parts of the pipeline."""
-        return Parts(self.network, self.objective, self.codec, self.text, self.sampling, self.regressor)
+        return Parts(
+            self.network, self.objective, self.codec, self.text, self.sampling, self.regressor, self.image_encoder
+        )
 
     def save(self, folder: Path) -> None:
         """Writes a model folder (`pipeline.folder.write`)."""

@@ -31,7 +31,8 @@ from storage.weights import open_file
 
 Link = list[str | int]
 OTHER_FLAGS = (  # of `sample.py`, for which no core node does the same
-    "mask", "picture", "control", "autoguidance", "refiner", "classifier", "clip_guidance", "upscale", "embedding",
+    "mask", "picture", "prior", "control", "autoguidance", "refiner", "classifier", "clip_guidance", "upscale",
+    "embedding",
 )  # fmt: skip
 SIZES = {"in_channels": 16, "patch_size": 2, "text_dim": 4096, "pooled_dim": 2048}  # that ComfyUI's SD3 has
 VAE = {  # likewise of its VAE

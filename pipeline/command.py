@@ -19,17 +19,19 @@ from pipeline.cascade import upscalers
 from pipeline.drawing import Drawing, read_image
 from pipeline.folder import INDEX, learned
 from pipeline.gradients import pulled
+from pipeline.prior import text_embeddings
 from pipeline.sampling import Sampling
 from pipeline.steering import Steering, autoguided, interval_of, steer
 from storage.models import find_model
 from storage.updates import Adapter
 
 HANDOVER = 0.2  # SDXL's refiner learned the lowest 200 of 1,000 noise levels
-RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture")  # if they are given
+RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture", "prior")  # if they are given
 OPTIONAL = (  # recorded as they were given
     "lora", "embedding", "control", "control_interval", "autoguidance", "classifier", "clip_guidance",
     "gradient_interval", "upscale",
 )  # fmt: skip
+PLAIN: dict[str, Any] = {"lora": (), "embedding": (), "parts": None}  # how a second model is loaded
 
 
 def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeline.load) -> Drawing:
@@ -51,6 +53,7 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
     options = LoadOptions(**load_options_of(args))
     pipe = load(path, options)
     given = input_pictures(args, pipe)
+    prior = prior_of(args, pipe)
     sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
     height, width = given["image"].shape[-2:] if "image" in given else (args.height, args.width)
     pipe.check_drawn("image" in given)
@@ -72,7 +75,7 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
     if args.negative and sampling.guidance == 1:
         raise ValueError("--negative needs guidance, which is 1 (off): give another --guidance")
     first_height, first_width = (side * pipe.codec.factor for side in pipe.latent_size(height, width))
-    plain = replace(options, lora=(), embedding=(), parts=None)
+    plain = replace(options, **PLAIN)
     cascade = upscalers(args.upscale or (), plain, pipe, (first_height, first_width), given_prompts)
     if args.vae_tiling or args.vae_slicing:
         codecs = [each.codec for each in (pipe, *(upscaler.pipe for upscaler in cascade))]
@@ -103,7 +106,7 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
     sizes = [pipe.batch_size(height, width), *(upscaler.pipe.batch_size() for upscaler in cascade)]
     batch_size = args.batch_size or min(sizes)
     columns = args.num_images if args.num_images > 1 else min(len(prompts), 10)
-    return Drawing(pipe, prompts, seeds, given, times, batch_size, columns, notes, cascade)
+    return Drawing(pipe, prompts, seeds, given, times, batch_size, columns, notes, cascade, prior)
 
 
 def input_pictures(args: Namespace, pipe: Pipeline) -> dict[str, Any]:
@@ -114,11 +117,16 @@ def input_pictures(args: Namespace, pipe: Pipeline) -> dict[str, Any]:
         if isinstance(pipe.network, Controlled):  # as --control and the data do it
             height, width = (side * pipe.codec.factor for side in pipe.latent_size(args.height, args.width))
             size = height, width
-        given = {"picture": load_picture(args.picture, pipe.codec.pixel_channels, *size, 1), "level": args.level}
+        elif pipe.image_encoder:  # as the data do it
+            size = pipe.image_encoder.factor, pipe.image_encoder.factor
+        channels = (pipe.image_encoder or pipe.codec).pixel_channels
+        given = {"picture": load_picture(args.picture, channels, *size, 1)}
+    if args.picture or args.prior:
+        given["level"] = args.level
         if args.level and not pipe.network.level_embeds:
             raise ValueError("--level is for a network with level_embeds, and this one has none: leave it out")
     elif args.level:
-        raise ValueError("--level needs a --picture: give one, or leave --level out")
+        raise ValueError("--level needs a --picture or a --prior: give one, or leave --level out")
     elif pipe.network.picture_channels and not args.control:
         raise ValueError("this model works from a picture: give --picture")
     if args.image:
@@ -128,13 +136,28 @@ def input_pictures(args: Namespace, pipe: Pipeline) -> dict[str, Any]:
     return given
 
 
+def prior_of(args: Namespace, pipe: Pipeline) -> Pipeline | None:
+    """The model of `--prior`. ValueError or FileNotFoundError if there is none, or it draws other embeddings."""
+    if args.prior is None:
+        return None
+    if args.picture:
+        raise ValueError("--prior draws the embedding, and --picture has one: leave one of them out")
+    if not pipe.image_encoder:
+        raise ValueError("--prior is for a model that takes image embeddings, and this one takes none: leave it out")
+    prior = Pipeline.load(find_model(args.prior), replace(LoadOptions(**load_options_of(args)), **PLAIN))
+    if prior.codec.fingerprint() != pipe.image_encoder.fingerprint():
+        raise ValueError(f"{args.prior} does not draw the embeddings that {args.model} takes: give its own prior")
+    text_embeddings(prior, [""])
+    return prior
+
+
 def refiner_of(args: Namespace) -> Refiner | None:
     """The model of `--refiner` with its handover. ValueError or FileNotFoundError if there is none."""
     if args.refiner is None:
         if args.handover is not None:
             raise ValueError("--handover needs a --refiner: give one, or leave it out")
         return None
-    options = replace(LoadOptions(**load_options_of(args)), lora=(), embedding=(), parts=None)
+    options = replace(LoadOptions(**load_options_of(args)), **PLAIN)
     return Refiner(
         Pipeline.load(find_model(args.refiner), options), HANDOVER if args.handover is None else args.handover
     )

@@ -20,6 +20,7 @@ from data.raw.pictures import load_masked, load_picture, save_png, sheet, to_ima
 from flow.sampler import Callback
 from pipeline import Pipeline
 from pipeline.cascade import Upscaler, enlarge
+from pipeline.prior import draw
 from storage.files import BusyError, commit_bytes, commit_path, hold, stage
 from storage.text import parse_json, read_text
 
@@ -104,6 +105,7 @@ class Drawing(NamedTuple):
     columns: int  # pictures in a row of the sheet
     notes: dict[str, Any]  # what is recorded of each picture besides file, prompt, seed and size: see `png_notes`
     cascade: Sequence[Upscaler] = ()  # models that enlarge the pictures
+    prior: Pipeline | None = None  # draws an image embedding for each prompt
 
 
 class Drawn(NamedTuple):
@@ -129,7 +131,7 @@ def draw_files(drawing: Drawing, out: Path, callback: Callback | None = None) ->
         BusyError: another process holds the folder for a minute.
         OSError: a file cannot be written.
     """
-    pipe, prompts, seeds, arguments, times, batch_size, columns, notes, cascade = drawing
+    pipe, prompts, seeds, arguments, times, batch_size, columns, notes, cascade, prior = drawing
     steps = len(times) - 1 + sum(upscaler.pipe.sampling.steps for upscaler in cascade)
     parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
     pictures, files = [], []
@@ -147,7 +149,8 @@ def draw_files(drawing: Drawing, out: Path, callback: Callback | None = None) ->
                 encoded = max(part.stop, part.start + ENCODED)
                 pipe.text.encode(list(dict.fromkeys([arguments["negative"], *prompts[part.start : encoded]])))
                 bar.set_description("sampling")
-            first = pipe(prompts[part], seeds[part], **arguments, callback=on_step)
+            embedding = prior and draw(prior, prompts[part], seeds[part])
+            first = pipe(prompts[part], seeds[part], **arguments, embedding=embedding, callback=on_step)
             batch = enlarge(first, cascade, prompts[part], seeds[part], on_step)
             side = max(batch.shape[-2:])
             pictures.append(F.interpolate(batch, scale_factor=SHOWN / side, mode="area") if side > SHOWN else batch)

@@ -40,7 +40,8 @@ python sample.py --model {place} --prompt "{prompt}"{picture}
 
 TAGS = "tags: [text-to-image, rectified-flow, mmdit]"  # a line of every model card
 PART = re.compile(  # what an export holds
-    r"README\.md|.+\.safetensors|(model_index|checksums)\.json|transformer|controlnet|unet|vae|scheduler|(text_encoder|tokenizer)(_[23])?"
+    r"README\.md|.+\.safetensors|(model_index|checksums)\.json|transformer|controlnet|unet|vae|scheduler|"
+    r"regressor|image_encoder|(text_encoder|tokenizer)(_[23])?"
 )
 
 
@@ -148,7 +149,7 @@ def card(pipe: Pipeline, run: Path, name: str, usage: str) -> str:
             prompt=prompt,
             steps=s.steps,
             guidance=s.guidance,
-            picture=" --picture PICTURE" if network.picture_channels else "",
+            picture=" --picture PICTURE" if network.picture_channels or pipe.image_encoder else "",
         ),
         "",
         *_data(config),

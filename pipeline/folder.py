@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from data.clip import CLIPImage
 from data.latents import PREFIX as VAE_PREFIX
 from data.latents import VAE, Codec
 from data.latents import load_codec as load_continuous
@@ -44,6 +45,7 @@ from tokens.process import NextCode
 INDEX = "model_index.json"
 SIZED = "size_conditioning"  # in the index, if the network's pooled vector also holds sizes
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
+IMAGE_ENCODER = "image_encoder"  # the subfolder of what makes the image embeddings in the pooled vector
 REGRESSOR = "regressor"  # the subfolder of a regressor: its network as in a model folder, and the residual's scale
 OURS = {"shift", "path", "target", "variance", "sampling"}  # keys of a scheduler config that this project wrote
 OTHER_GRIDS = (
@@ -63,11 +65,17 @@ class Parts(NamedTuple):
     text: TextEncoder
     sampling: Sampling
     regressor: Regressor | None = None
+    image_encoder: CLIPImage | None = None
+
+    def pooled_dim(self, sized: bool) -> int:
+        """Numbers of the pooled vector: text, perhaps sizes and crops (`data.sizes`), perhaps an image embedding."""
+        image = self.image_encoder.channels if self.image_encoder else 0
+        return self.text.pooled_dim + (SIZE_FEATURES if sized else 0) + image
 
     @property
     def sized(self) -> bool:
-        """Whether the pooled vector of the network also holds sizes and crops (`data.sizes`)."""
-        return self.network.pooled_dim == self.text.pooled_dim + SIZE_FEATURES
+        """Whether the pooled vector of the network also holds sizes and crops."""
+        return self.network.pooled_dim == self.pooled_dim(True)
 
 
 @dataclass(frozen=True)
@@ -167,9 +175,13 @@ def _read_folder(folder: Path, options: LoadOptions) -> Parts:
     network, dtype = networks.load(folder, options.device, options.dtype_of)
     regressor = _read_regressor(folder / REGRESSOR, options) if REGRESSOR in index else None
     codec = load_codec(folder / "vae", None if options.dtype == "stored" else dtype).to(options.device)
+    image_encoder = None
+    if index.get(IMAGE_ENCODER, (None,))[0] == CLIPImage.__module__:
+        image_encoder = CLIPImage(folder / IMAGE_ENCODER).to(options.device)
     text: TextEncoder
     if "text_encoder_3" in index:  # null if T5 is absent; a model with two CLIPs and no such key is no SD3
         pooled_dim = network.pooled_dim - (SIZE_FEATURES if index.get(SIZED) else 0)
+        pooled_dim -= image_encoder.channels if image_encoder else 0
         text = _triple(folder, network.text_dim, pooled_dim, options, dtype)
     else:
         if options.text_dtype or options.text_cache or options.max_sequence_length:
@@ -178,7 +190,7 @@ def _read_folder(folder: Path, options: LoadOptions) -> Parts:
             )
         kind = CLIPText if "text_encoder" in index else Words
         text = kind(folder).to(options.text_device or options.device)
-    return Parts(network, objective, codec, text, sampling, regressor)
+    return Parts(network, objective, codec, text, sampling, regressor, image_encoder)
 
 
 def _read_regressor(folder: Path, options: LoadOptions) -> Regressor:
@@ -333,6 +345,9 @@ def write(parts: Parts, folder: Path, more: Mapping[str, str] | None = None) -> 
                 part.save(new / REGRESSOR / subfolder)
             commit_json(new / REGRESSOR / CONFIG, {"scale": parts.regressor.scale})
             index[REGRESSOR] = ["pipeline.residual", "Regressor"]
+        if parts.image_encoder:
+            parts.image_encoder.save(new / IMAGE_ENCODER)
+            index[IMAGE_ENCODER] = parts.image_encoder.index()
         whole = opens_in_diffusers(parts)
         if whole:
             index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}  # diffusers requires them
@@ -359,6 +374,7 @@ def opens_in_diffusers(parts: Parts) -> bool:
         and "text_encoder_3" in parts.text.index()
         and not parts.sized
         and parts.regressor is None
+        and parts.image_encoder is None
     )
 
 
@@ -378,11 +394,12 @@ def single_file(parts: Parts) -> dict[str, Tensor]:
     """The model's tensors, named as in the released single files: the network, and VAE and text encoders of SD3.
 
     Raises:
-        ValueError: the single-file format cannot describe the network or the VAE, or there is a regressor.
+        ValueError: the single-file format cannot describe the network or the VAE, or there is a part that it has not.
     """
     network = parts.network
-    if parts.regressor:
-        raise ValueError("the single-file format holds no regressor: write a folder")
+    for name in (REGRESSOR, IMAGE_ENCODER):
+        if getattr(parts, name):
+            raise ValueError(f"the single-file format holds no {name.replace('_', ' ')}: write a folder")
     if not isinstance(network, MMDiT):
         raise ValueError(f"the single-file format holds an MMDiT, not a {type(network).__name__}: write a folder")
     return checkpoint.single_file(network) | parts.codec.original_state() | parts.text.original_state()

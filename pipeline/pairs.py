@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from data.order import Use, normal, order, stream
 from data.store import samples as stored
-from data.store.encoding import VERSION
 from data.store.mixture import divided, held_out
-from data.store.reader import Sample, Store, Writer
+from data.store.reader import VERSION, Sample, Store, Writer
 from data.store.samples import PAIR
 from data.text.encoder import Text
 from pipeline import Pipeline

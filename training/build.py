@@ -14,7 +14,6 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 
 from cli import srun_used
 from data.module import Data
-from data.sizes import SIZE_FEATURES
 from engine.checkpoint import Checkpoints
 from engine.log import JSONLinesLogger
 from engine.meter import Meter
@@ -121,9 +120,9 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
         if config.teacher or judge or base:
             raise ValueError("residual goes with no teacher, judgement or lora: leave them out")
         regressor = config.residual.load(codec, text, network)
-    pipeline = Pipeline(network, objective, codec, text, config.sampling, regressor)
+    pipeline = Pipeline(network, objective, codec, text, config.sampling, regressor, data.image_encoder)
     if data.sized != pipeline.sized:
-        needed = text.pooled_dim + (SIZE_FEATURES if data.sized else 0)
+        needed = pipeline.parts.pooled_dim(data.sized)
         how = "with" if data.sized else "without"
         raise ValueError(f"network.pooled_dim must be {needed} {how} data.size_conditioning, got {network.pooled_dim}")
     if config.grid.prompts and not codec.decodes:

@@ -27,11 +27,10 @@ from data.raw.hints import Hint
 from data.raw.pictures import PictureError, cover, open_picture, room, size_of
 from data.raw.profiles import BROKEN
 from data.raw.sources import Pictures  # noqa: F401  # so that a config finds it by its name
-from data.store.reader import MASKS, Drop, Sample, Writer
+from data.store.reader import MASKS, VERSION, Drop, Sample, Writer
 from data.store.samples import CHOICE, HINT
 from data.text.encoder import CutCaptions, Text, TextEncoder
 
-VERSION = 1  # of the plan
 EXACT = 257  # whole numbers from 0 that bfloat16 can hold, one after the other
 MOST_CROPS = 1024
 AHEAD = 4  # batches of pictures that are decoded in advance

@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # transformers is slow to import and not needed to look into 
     from data.text.encoder import Text
 
 __all__ = ["Drop", "Sample", "Store", "StoreError", "Writer"]
+VERSION = 1  # of the plan
 MASKS = "masks"  # in the plan of a store whose latents have masks of the loss as their last channel
 LAZY = ("null", "_table", "_columns", "_lists", "_open")  # made again in each process
 OPEN_FILES = 128

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data.batch import Batch
+from data.embeddings import EmbeddedPictures
 from data.order import Share, Use, normal, stream
 from data.store.mixture import Mixture
 from data.store.reader import Store
@@ -29,6 +30,7 @@ class StoredSamples(Dataset[Batch]):
         mask: captions → (b, N) bool, their own tokens; none: there is no mask.
         judged: batches have the captions in words.
         mask_floor: weight in the loss of places that a store's masks leave out.
+        embeddings: image embeddings of the pictures; none: batches have none.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class StoredSamples(Dataset[Batch]):
         mask: Mask | None,
         judged: bool = False,
         mask_floor: float = 0.0,
+        embeddings: EmbeddedPictures | None = None,
     ) -> None:
         self.stores, self.encoders, self.sized, self.mask, self.judged = stores, encoders, sized, mask, judged
-        self.mask_floor = mask_floor
+        self.mask_floor, self.embeddings = mask_floor, embeddings
 
     def batch(
         self, share: Share, choice: np.ndarray, kept: np.ndarray | None, draw: int | None, use: Use, seed: int
@@ -106,9 +109,10 @@ class TrainingSamples(StoredSamples):
         encoder_dropout: float,
         judged: bool = False,
         mask_floor: float = 0.0,
+        embeddings: EmbeddedPictures | None = None,
         tags: Tags | None = None,
     ) -> None:
-        super().__init__(stores, encoders, sized, mask, judged, mask_floor)
+        super().__init__(stores, encoders, sized, mask, judged, mask_floor, embeddings)
         self.seed, self.batch_size, self.tags = seed, batch_size, tags
         self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
 
@@ -120,7 +124,11 @@ class TrainingSamples(StoredSamples):
             [chosen(store.weights(int(row)), u) for row, u in zip(share.samples, drawn[:, 0], strict=True)]
         )
         kept = (drawn[:, 1:2] >= self.caption_dropout) & (drawn[:, 2:] >= self.encoder_dropout)
-        return self.batch(share, choice, kept, self.seed, Use.NOISE, self.seed)
+        batch = self.batch(share, choice, kept, self.seed, Use.NOISE, self.seed)
+        if self.embeddings:
+            embedding, level = self.embeddings.drawn(share, self.seed, self.batch_size)
+            batch = batch._replace(embedding=embedding, level=level if self.embeddings.settings.noise else None)
+        return batch
 
     def worded(self, captions: list[str], share: Share) -> list[str]:
         if not self.tags:
@@ -136,6 +144,9 @@ class ValidationSamples(StoredSamples):
         store = self.stores[share.stage]
         choice = np.array([int(row) % len(store.weights(int(row))) for row in share.samples])
         found = self.batch(share._replace(step=0), choice, None, None, Use.VALIDATION, 0)
+        if self.embeddings:
+            level = torch.zeros(len(choice)) if self.embeddings.settings.noise else None
+            found = found._replace(embedding=self.embeddings.of(share), level=level)
         return found._replace(step=share.step)  # which may be NOT_COUNTED
 
 
