@@ -149,7 +149,7 @@ def draw_files(drawing: Drawing, out: Path, callback: Callback | None = None) ->
                 encoded = max(part.stop, part.start + ENCODED)
                 pipe.text.encode(list(dict.fromkeys([arguments["negative"], *prompts[part.start : encoded]])))
                 bar.set_description("sampling")
-            embedding = prior and draw(prior, prompts[part], seeds[part])
+            embedding = draw(prior, prompts[part], seeds[part]) if prior else None
             first = pipe(prompts[part], seeds[part], **arguments, embedding=embedding, callback=on_step)
             batch = enlarge(first, cascade, prompts[part], seeds[part], on_step)
             side = max(batch.shape[-2:])
