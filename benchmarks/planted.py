@@ -353,13 +353,25 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(q.mean - self.shift) * self.scale", "q.mean * self.scale - self.shift"),
     ],
     ("data/clip.py", "data_clip"): [
-        ("pixels.to(self.mean)) - self.mean) / self.std", "pixels.to(self.mean)) - self.mean) * self.std"),
+        ("(embeddings.to(self.mean) - self.mean) / self.std", "(embeddings.to(self.mean) - self.mean) * self.std"),
         ("* self.std + self.mean, dim=-1)", "* self.std, dim=-1)"),
         ("return (pixels - mean) / std", "return pixels - mean"),
         ("tower(centred(pixels)).image_embeds, dim=-1", "tower(centred(pixels)).image_embeds, dim=0"),
         ("found.std(0).float()", "found.std().float().expand(found.shape[1]).contiguous()"),
         ('| {"mean": self.mean, "std": self.std}', ""),
         ("autocast(pixels.device.type, enabled=False)", "autocast(pixels.device.type, enabled=True)"),
+    ],
+    ("data/embeddings.py", "training_decoder"): [
+        ("self.rows[share.stage][share.samples]", "share.samples"),
+        ("self.settings.noise * numbers[:, 1]", "self.settings.noise * numbers[:, 0]"),
+        ("numbers[:, 0] >= self.settings.dropout", "numbers[:, 0] >= 0.0"),
+        (".random((batch_size, 2))[share.positions]", ".random((len(share.positions), 2))"),
+        ("if found.null_count:", "if False:"),
+    ],
+    ("pipeline/embedding.py", "sample_embedding"): [
+        ("    drawn: list[Tensor] = []", "    drawn: list[Tensor] = [torch.zeros_like(latents).flatten(1)]"),
+        ("F.interpolate(picture, side,", "F.interpolate(picture.flip(-1), side,"),
+        ("    return noised(latents, ", "    return noised(0 * latents, "),
     ],
     ("data/store/samples.py", "data_stored data_stages data_sizes"): [
         ("np.searchsorted(ends, u * ends[-1]", "np.searchsorted(ends, u"),

@@ -245,6 +245,7 @@ def refused(shown: Path, capsys: pytest.CaptureFixture) -> str:
         ({"autoguidance": "w:2"}, "with --autoguidance"),
         ({"refiner": "r", "handover": 0.2}, "with --refiner"),
         ({"picture": "p.png"}, "with --picture"),
+        ({"prior": "runs/prior"}, "with --prior"),
         ({"embedding": ["toy.safetensors"]}, "with --embedding"),
         ({"interval": [0.2, 0.8]}, r"with --interval (0.2, 0.8)"),
         ({"rescale": 0.5}, "with --rescale 0.5"),

@@ -29,7 +29,7 @@ from tokens.dalle import DALLE
 from tokens.process import NextCode
 from tokens.vqvae import VQVAE
 
-OVERLAYS = ("digits", "shapes", "prior")
+OVERLAYS = ("digits", "shapes", "prior", "decoder")  # the last two have tests of their own
 DIGITS = ("--config", str(ROOT / "configs/tokens/digits.yaml"), "--text.folder", str(ROOT / "assets/digits/text"))
 STEPS = ("--run.steps", "6", "--run.validate_every", "3", "--run.checkpoint_every", "3")
 SMALL = (*DIGITS, *STEPS, "--network.depth", "1", "--network.width", "16", "--network.heads", "1")
