@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 
 def complete(batch: Batch, encoder: TextEncoder, null: Text, null_mask: Tensor | None = None) -> Batch:
-    """The batch with its captions encoded, dropped encoders replaced, sizes and embedding in the pooled vector.
+    """The batch with its captions encoded, dropped encoders replaced, embedding and sizes in the pooled vector.
 
     Where an encoder is dropped, tokens and pooled vector alike become those of the null condition, so that a caption
     whose encoders are all dropped is the null condition (Esser et al. 2024, appendix B.3, drops to zeros instead).
@@ -70,8 +70,8 @@ def complete(batch: Batch, encoder: TextEncoder, null: Text, null_mask: Tensor |
             part.copy_(torch.where(kept[:, None], part, vector[slot.pooled]))
             if mask is not None and batch.mask is not None and null_mask is not None:
                 mask[:, slot.rows] |= torch.where(kept[:, None], batch.mask[:, slot.rows], null_mask[slot.rows])
-    if batch.sizes is not None:
-        pooled = torch.cat([pooled.float(), size_features(batch.sizes)], dim=1)
     if batch.embedding is not None:
         pooled = torch.cat([pooled.float(), batch.embedding.flatten(1)], dim=1)
+    if batch.sizes is not None:
+        pooled = torch.cat([pooled.float(), size_features(batch.sizes)], dim=1)
     return batch._replace(text=text, pooled=pooled, mask=mask, captions=None, kept=None, sizes=None, embedding=None)

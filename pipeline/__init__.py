@@ -229,13 +229,13 @@ class Pipeline:
             embedding: latents of image embeddings, (B, D, 1, 1), for a network that takes any; None means none.
         """
         text, pooled = self.text.encode(prompts)
+        if self.image_encoder:
+            image = torch.zeros(len(pooled), self.image_encoder.channels) if embedding is None else embedding
+            pooled = torch.cat([pooled.float(), image.flatten(1).to(pooled.device)], dim=-1)
         if self.sized:
             h, w = (side * self.codec.factor for side in self.latent_size(height, width))
             whole = torch.tensor([h, w, 0, 0, h, w]).expand(len(pooled), -1)  # not cropped
             pooled = torch.cat([pooled.float(), size_features(whole).to(pooled.device)], dim=-1)
-        if self.image_encoder:
-            image = torch.zeros(len(pooled), self.image_encoder.channels) if embedding is None else embedding
-            pooled = torch.cat([pooled.float(), image.flatten(1).to(pooled.device)], dim=-1)
         mask = self.text.mask(prompts).to(self.device) if self.network.text_mask else None
         level = self._levels(len(prompts), 0.0).get("level") if self.image_encoder else None
         return Condition(text.to(self.device), pooled.to(self.device), mask, level=level)

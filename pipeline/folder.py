@@ -68,7 +68,7 @@ class Parts(NamedTuple):
     image_encoder: CLIPImage | None = None
 
     def pooled_dim(self, sized: bool) -> int:
-        """Numbers of the pooled vector: text, perhaps sizes and crops (`data.sizes`), perhaps an image embedding."""
+        """Numbers of the pooled vector: text, perhaps an image embedding, perhaps sizes and crops (`data.sizes`)."""
         image = self.image_encoder.channels if self.image_encoder else 0
         return self.text.pooled_dim + (SIZE_FEATURES if sized else 0) + image
 

@@ -15,10 +15,13 @@ from data.embeddings import EmbeddedPictures, Embeddings
 from data.latents import Pixels
 from data.module import Stored
 from data.order import Share
+from data.sizes import SIZE_FEATURES, size_features
 from data.store.mixture import Mixture, Part
 from data.text.clip import CLIPText
+from flow.guidance import ClassifierFree
 from flow.objective import Objective
 from mmdit.model import MMDiT
+from mmdit.network import Condition
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
 
@@ -131,6 +134,23 @@ def test_a_stopped_run_goes_on_to_the_bit(config: Path) -> None:
 
 def test_two_processes_learn_as_one(config: Path) -> None:
     assert_two_learn_as_one(config, "--run.precision", "32-true", kind="ddp")
+
+
+def test_a_student_learns_the_guidance_away_from_neither_caption_nor_embedding(config: Path, tmp_path: Path) -> None:
+    fit(config, "--data.size_conditioning", "true", "--network.pooled_dim", str(192 + SIZE_FEATURES))
+    (tmp_path / "run").rename(tmp_path / "teacher")
+    taught = ["--teacher.model", str(tmp_path / "teacher"), "--teacher.guidance", "3"]
+    sizes = ["--data.size_conditioning", "true", "--network.path", str(tmp_path / "teacher")]
+    found: list[Condition] = []
+    with pytest.MonkeyPatch.context() as patch:
+        own = ClassifierFree.__init__
+        patch.setattr(ClassifierFree, "__init__", lambda self, *args: (found.append(args[1]), own(self, *args))[1])
+        fit(config, *taught, *sizes, "--network.pooled_dim", str(192 + SIZE_FEATURES))
+    null = next(condition for condition in found if len(condition.pooled) == 8)
+    assert null.pooled.shape == (8, 192 + SIZE_FEATURES)
+    assert not null.pooled[:, 128:192].any()
+    side = size_features(torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]]))
+    torch.testing.assert_close(null.pooled[:, 192:], side.expand(8, -1))
 
 
 def test_it_learns_from_the_embedding(config: Path) -> None:

@@ -102,7 +102,7 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
     if data.masked and (config.judgement or (config.teacher and (config.teacher.pairs or config.teacher.matching))):
         raise ValueError("masks of the loss belong to the data's pictures, and here the network learns from others: "
                          "take a store without masks")  # fmt: skip
-    teacher = config.teacher and config.teacher.load(objective, codec, text, network, data.sized, base)
+    teacher = config.teacher and config.teacher.load(objective, codec, text, network, data, base)
     if config.teacher and config.teacher.pairs:
         if data.paired:
             raise ValueError("the data are pairs already: give a store of pictures, or leave out teacher.pairs")

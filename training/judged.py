@@ -117,7 +117,7 @@ class Judgement:
                              "pictures of each micro-batch")  # fmt: skip
         reference = None
         if self.reference or base:
-            reference = Teacher(self.reference).load(objective, codec, text, network, data.sized, base)
+            reference = Teacher(self.reference).load(objective, codec, text, network, data, base)
         elif self.loss.paired:
             raise ValueError(f"{type(self.loss).__name__} compares with a model that does not learn: set "
                              "judgement.reference, the model to begin from")  # fmt: skip

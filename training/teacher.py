@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.latents import Codec
+from data.module import Data
 from data.sizes import SIZE_FEATURES
 from data.text.clip import CLIPText
 from data.text.encoder import TextEncoder
@@ -116,7 +117,7 @@ class Teacher:
         codec: Codec,
         text: TextEncoder,
         student: Network,
-        sized: bool,
+        data: Data,
         base: str | None = None,
     ) -> "TeacherModel":
         """Loads the model, with the training's codec and text encoders.
@@ -126,7 +127,7 @@ class Teacher:
             codec: of the training.
             text: of the training.
             student: the network.
-            sized: whether it is told sizes.
+            data: what it is shown besides captions.
             base: the model that the student is a LoRA of.
 
         Raises:
@@ -154,9 +155,9 @@ class Teacher:
         for name in ("picture_channels", "level_embeds", "text_mask"):
             if getattr(network, name) != getattr(student, name):
                 raise ValueError(f"{named} has another {name} than its student: make them equal")
-        pipe = Pipeline(network, process, codec, text)
-        if pipe.sized != sized:
-            raise ValueError(f"{named} and data.size_conditioning {sized} do not fit together: change one of them")
+        pipe = Pipeline(network, process, codec, text, image_encoder=data.image_encoder)
+        if pipe.sized != data.sized:
+            raise ValueError(f"{named} and data.size_conditioning {data.sized} do not fit together: change one of them")
         if self.pairs:
             pipe.plan(self.pairs.sampling)
         if self.matching and student.guidance_embeds:
