@@ -209,6 +209,10 @@ def add_drawing_flags(p: Parser) -> None:
     p.add_argument("--level", type=finite, default=0.0, help="noise level added to these, 0 to 1; default: 0")
     p.add_argument("--upscale", type=str, action="append", metavar="MODEL[:LEVEL]",
                    help="a cascade: a model that enlarges what was drawn, noised to LEVEL; repeatable")  # fmt: skip
+    p.add_argument("--upscale-prompt", type=str, action="append", metavar="TEXT",
+                   help="prompt of --upscale, once for all its models or for each; default: --prompt")  # fmt: skip
+    p.add_argument("--upscale-steps", type=positive, action="append", metavar="N",
+                   help="steps of --upscale, once for all its models or for each; default: the model's")  # fmt: skip
     p.add_argument("--control", type=str, action="append", metavar="MODEL:IMAGE[:SCALE]",
                    help="a ControlNet and the picture that it follows; repeatable")  # fmt: skip
     p.add_argument("--control-interval", type=finite, nargs=2, metavar=("FROM", "TO"),

@@ -40,7 +40,9 @@ from storage.purpose import KEY, check_result
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
 PROMPTS = "a text file with one prompt a line, or a store: its captions are the prompts"
-REPEATABLE = ("lora", "embedding", "control", "upscale")  # flags that would be added to the defaults of --like
+REPEATABLE = (  # flags that would be added to the defaults of --like
+    "lora", "embedding", "control", "upscale", "upscale_prompt", "upscale_steps",
+)  # fmt: skip
 
 
 def parser() -> Parser:
@@ -158,10 +160,10 @@ def parse(argv: list[str]) -> Namespace:
         texts = {name: value for name, value in flags.items() if name not in ("prompt", *REPEATABLE)}
         p = parser()
         p.set_defaults(**texts)
-        args = p.parse_args(argv)
+        left_out = [name for name in REPEATABLE if not getattr(args, name)]
+        again = [f"--{name.replace('_', '-')}={value}" for name in left_out for value in flags.get(name, ())]
+        args = p.parse_args([*again, *argv])
         args.prompt = args.prompt or ([] if args.prompts else [flags["prompt"]])
-        for name in REPEATABLE:
-            setattr(args, name, getattr(args, name) or flags.get(name))
     if args.model is None:
         fail("the following arguments are required: --model, or --like PICTURE")
     return args

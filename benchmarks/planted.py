@@ -158,6 +158,11 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("picture=pictures, level=level", "picture=pictures"),
         ("if height <= size[0] or", "if"),
         ("size = (height, width)", "pass"),
+        ("steps=steps or pipe", "steps=pipe"),
+        ("prompts if prompt is None else [prompt] * len", "prompts if not prompt else [prompt] * len"),
+        ("pipe.sampling, prompts if prompt is None else [prompt])", "pipe.sampling, prompts)"),
+        ("if len(given) == len(texts) else", "if False else"),
+        ("pipe.plan(pipe.sampling)", "pass"),
     ],
     ("pipeline/likelihood.py", "evaluate_likelihood"): [
         ("pipe.codec.width(levels)", "1 / (levels - 1)"),

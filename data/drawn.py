@@ -16,7 +16,7 @@ FLAGS = (
     *("seed", "steps", "sampler", "spacing", "guidance", "guider", "rescale", "interval", "skip_layers", "skip_scale"),
     *("skip_interval", "shift", "height", "width", "image", "mask", "strength", "picture", "prior", "level"),
     *("control", "control_interval", "autoguidance", "refiner", "handover", "classifier", "clip_guidance"),
-    *("gradient_interval", "upscale"),
+    *("gradient_interval", "upscale", "upscale_prompt", "upscale_steps"),
 )
 
 

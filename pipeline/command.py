@@ -15,7 +15,7 @@ from data.prompts import read_prompts, weighted
 from data.raw.pictures import load_picture
 from mmdit.control import Controlled
 from pipeline import LoadOptions, Pipeline, Refiner
-from pipeline.cascade import upscalers
+from pipeline.cascade import stages, upscalers
 from pipeline.drawing import Drawing, read_image
 from pipeline.folder import INDEX, learned
 from pipeline.gradients import pulled
@@ -29,7 +29,7 @@ HANDOVER = 0.2  # SDXL's refiner learned the lowest 200 of 1,000 noise levels
 RECORDED = ("parts", "text_dtype", "max_sequence_length", "image", "mask", "picture", "prior")  # if they are given
 OPTIONAL = (  # recorded as they were given
     "lora", "embedding", "control", "control_interval", "autoguidance", "classifier", "clip_guidance",
-    "gradient_interval", "upscale",
+    "gradient_interval", "upscale", "upscale_prompt", "upscale_steps",
 )  # fmt: skip
 PLAIN: dict[str, Any] = {"lora": (), "embedding": (), "parts": None}  # how a second model is loaded
 
@@ -48,7 +48,8 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
     given_prompts = read_prompts(args.prompt, args.prompts)
     check_count("--num-images", len(given_prompts) * args.num_images)
     prompts = [prompt for prompt in given_prompts for _ in range(args.num_images)]
-    if found := weighted([*given_prompts, args.negative]):
+    asked = stages(args.upscale or (), args.upscale_prompt or (), args.upscale_steps or ())
+    if found := weighted([*given_prompts, args.negative, *(args.upscale_prompt or ())]):
         warnings.warn(f"weights as in {found!r} are text like any other: no word is stressed", stacklevel=1)
     options = LoadOptions(**load_options_of(args))
     pipe = load(path, options)
@@ -76,7 +77,7 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
         raise ValueError("--negative needs guidance, which is 1 (off): give another --guidance")
     first_height, first_width = (side * pipe.codec.factor for side in pipe.latent_size(height, width))
     plain = replace(options, **PLAIN)
-    cascade = upscalers(args.upscale or (), plain, pipe, (first_height, first_width), given_prompts)
+    cascade = upscalers(asked, plain, pipe, (first_height, first_width), given_prompts)
     if args.vae_tiling or args.vae_slicing:
         codecs = [each.codec for each in (pipe, *(upscaler.pipe for upscaler in cascade))]
         if not (vaes := [codec for codec in codecs if isinstance(codec, VAE)]):
