@@ -164,6 +164,13 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if len(given) == len(texts) else", "if False else"),
         ("pipe.plan(pipe.sampling)", "pass"),
     ],
+    ("benchmarks/latency.py", "benchmarks_latency"): [
+        ("self.evaluations += len(inputs[0])", "self.evaluations += 1"),
+        ("self.evaluations, self.seconds = 0, dict", "self.seconds = dict"),
+        ('" " * turn', '""'),
+        ("pipe.text.keep(True)", "pass"),
+        ("(0.25, 0.75)", "(0, 1)"),
+    ],
     ("pipeline/likelihood.py", "evaluate_likelihood"): [
         ("pipe.codec.width(levels)", "1 / (levels - 1)"),
         ("normal().double(), levels)", "normal().double(), levels + 1)"),
