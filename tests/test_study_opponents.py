@@ -1,4 +1,4 @@
-"""The study of networks: its commands can be run, and its networks have the sizes that it names."""
+"""The study of opponents: its commands can be run, and its networks have the sizes that it names."""
 
 import shlex
 from pathlib import Path
@@ -13,7 +13,7 @@ from studies.steps import Steps
 from training import experiment
 
 ROOT = Path(__file__).parents[1]
-FILE = ROOT / "configs/studies/networks.yaml"
+FILE = ROOT / "configs/studies/opponents.yaml"
 
 
 def network_of(command: str) -> Network:
@@ -40,5 +40,5 @@ def test_sizes_are_those_in_the_comment(monkeypatch: pytest.MonkeyPatch) -> None
         millions = sum(p.numel() for p in network.parameters()) / 1e6
         found[name.rsplit("/", 1)[1]] = f"{millions:.2f}", f"{flops / 1e6:.0f}"
     assert found == {"mmdit": ("2.89", "266"), "dit-flops": ("1.62", "265"), "cross": ("2.68", "266"),
-                     "dit": ("2.81", "493")}  # fmt: skip
+                     "dit": ("2.81", "493"), "ddim": ("2.89", "266")}  # fmt: skip
     assert all(number in FILE.read_text() for sizes in found.values() for number in sizes)
