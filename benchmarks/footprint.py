@@ -1,25 +1,26 @@
 """Predicts memory, traffic and time of a training step of MMDiT on any GPUs, in closed form.
 
-Activations are the bytes that autograd keeps, operation by operation of `mmdit.layers.JointBlock`, in eager mode. Times
-are a roofline: matrix products at a share of the peak, everything else at the memory's bandwidth. `benchmarks.plan`
-prints the result and checks it against measurements.
+All networks of the training count with their weights and passes. Activations are the bytes that autograd keeps,
+operation by operation of `mmdit.layers.JointBlock`, in eager mode. Times are a roofline: matrix products at a share of
+the peak, everything else at the memory's bandwidth. `benchmarks.plan` prints the result and checks it against
+measurements.
 """
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
-from engine.flops import forward_flops
 from engine.hardware import Device
 from engine.strategy import Strategy
 from mmdit.lora import LoRA
 from mmdit.model import Condition, MMDiT
 from mmdit.quantized import BLOCK
+from training.roles import Role
 
 MOVING = 0.8  # share of the data sheet's bandwidth that memory and links reach
 RESERVE = 2e9  # bytes of CUDA context, libraries and NCCL's buffers
@@ -47,9 +48,13 @@ class Job:
         cuda: count what autograd keeps on CUDA; else on a CPU, where autocast and norms differ.
         lora: the updates, if they alone are trained. Activations are counted as if all were: that is an upper bound.
         frozen: bytes of each frozen weight as loaded, 4 or 2.
+        roles: what the network and others do in a step; none is one pass of the network, which it learns from. The
+            parameters of the others that require a gradient are trained. A network that learns is an MMDiT.
+        encoders: text encoders that learn with the network, of which only the weights are counted.
 
     Raises:
-        ValueError: batch, replicas or nodes are not divisible as they must be; the network has other MLPs.
+        ValueError: batch, replicas or nodes are not divisible as they must be; a network that learns is no MMDiT, or
+            has other MLPs.
     """
 
     network: MMDiT
@@ -66,10 +71,18 @@ class Job:
     cuda: bool = True
     lora: LoRA | None = None
     frozen: int = 4
+    roles: tuple[Role, ...] = ()
+    encoders: nn.ModuleDict | None = None
 
     def __post_init__(self) -> None:
         s = self.strategy
-        if self.network.conv_mlp:
+        if not self.roles:
+            object.__setattr__(self, "roles", (Role("network", self.network, learned=1),))
+        for role in self.roles:
+            if role.learned and not isinstance(role.network, MMDiT):
+                kind = type(role.network).__name__
+                raise ValueError(f"only an MMDiT can be planned, the {role.name} is a {kind}: name an MMDiT")
+        if any(network.conv_mlp for network in self.learners):
             raise ValueError("the prediction knows MLPs of linear layers alone: leave out network.conv_mlp")
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(f"gpus must be a multiple of the {self.per_node} gpus_per_node, got {self.gpus}")
@@ -80,10 +93,40 @@ class Job:
             raise ValueError(f"strategy.replicas must divide the {self.gpus} gpus, got {s.replicas}")
 
     @property
+    def learners(self) -> dict[MMDiT, float]:
+        """The networks with activations, the main one first, and their passes that a backward pass follows."""
+        found = {self.network: 0.0}
+        for role in self.roles:
+            if role.learned and isinstance(role.network, MMDiT):
+                found[role.network] = found.get(role.network, 0.0) + role.learned
+        return found
+
+    @property
+    def others(self) -> list[nn.Module]:
+        """All other modules with weights."""
+        found = [role.network for role in self.roles] + ([self.encoders] if self.encoders else [])
+        return [module for module in dict.fromkeys(found) if module is not self.network]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the network's own weights are trained."""
+        return self.lora is None and any(p.requires_grad for p in self.network.parameters())
+
+    @property
+    def averaged(self) -> int:
+        """Number of trained weights that are averaged: all but a critic's."""
+        return self.trained + (trained_of(self.encoders) if self.encoders else 0)
+
+    @property
+    def learning(self) -> int:
+        """Number of trained weights of all networks."""
+        return self.trained + sum(map(trained_of, self.others))
+
+    @property
     def trained(self) -> int:
-        """Number of trained weights."""
+        """Number of trained weights of the network."""
         if self.lora is None:
-            return sum(p.numel() for p in self.network.parameters())
+            return trained_of(self.network)
         ends = tuple(f".{target}" for target in self.lora.targets)
         return sum(
             self.lora.rank * (module.in_features + module.out_features)
@@ -93,9 +136,9 @@ class Job:
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of all weights, frozen or trained."""
+        """Bytes of all weights of the network, frozen or trained."""
         if self.lora is None:
-            return 4.0 * self.trained
+            return (4.0 if self.whole else self.frozen) * sum(p.numel() for p in self.network.parameters())
         small = sum(decoded.weight.numel() for decoded in self.quantized)
         rows = sum(decoded.out_features for decoded in self.quantized)
         packed = {"none": 0.0, "int8": small + 4.0 * rows, "nf4": small / 2 + 4.0 * small / BLOCK}[self.lora.quantize]
@@ -124,6 +167,11 @@ class Job:
         return self.gpus // self.strategy.replicas if self.strategy.kind == "fsdp2" else 1
 
     @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 divides the weights that learn."""
+        return self.strategy.kind == "fsdp2" and self.gpus > 1
+
+    @property
     def element(self) -> int:
         """Bytes of a number in matrix products and attention."""
         return 2 if self.mixed else 4
@@ -134,6 +182,7 @@ class Memory:
     """Bytes on one GPU at the peak of a step."""
 
     parameters: float
+    others: float
     positions: float
     gradients: float
     optimizer: float
@@ -164,6 +213,7 @@ class Step:
     """Seconds of one optimizer step, and speeds that follow from them."""
 
     flops: float  # of one picture's forward pass
+    work: float  # FLOP of one picture in the whole step
     matrix: float
     elementwise: float
     recomputation: float
@@ -176,6 +226,17 @@ class Step:
 
 
 # ---- memory
+
+
+def trained_of(module: nn.Module) -> int:
+    """Number of a module's weights that require a gradient."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def frozen_bytes(module: nn.Module) -> int:
+    """Bytes of a module's other weights, and of its buffers."""
+    frozen = (p for p in module.parameters() if not p.requires_grad)
+    return sum(x.numel() * x.element_size() for x in (*frozen, *module.buffers()))
 
 
 def stream_bytes(job: Job, qk_norm: bool, queries: bool = True) -> int:
@@ -253,47 +314,75 @@ def activation_bytes(job: Job) -> list[float]:
     return [ends, *(block_bytes(job, i, kept if checkpointed(job, i) else "none") for i in range(n.depth))]
 
 
+def kept_bytes(job: Job, network: MMDiT) -> float:
+    """Bytes that autograd keeps of a learning pass of a micro-batch."""
+    own = job if network is job.network else replace(job, network=network, roles=())
+    return job.micro * sum(activation_bytes(own))
+
+
 def recomputed_bytes(job: Job, index: int) -> float:
     """Bytes that the backward pass adds for one picture while it recomputes a checkpointed block."""
     kept = job.strategy.activation_checkpointing
     return block_bytes(job, index) - block_bytes(job, index, kept) if checkpointed(job, index) else 0.0
 
 
-def memory(job: Job) -> Memory:
-    """Peak memory of one GPU. Under DDP it holds everything; FSDP2 gathers a block while it computes another.
+def pass_peak(job: Job, network: MMDiT) -> tuple[float, float, float]:
+    """Autocast's copies of weights, activations and recomputed bytes at the peak of one learning pass.
 
     The peak is at the end of the forward pass, when autocast has a copy of all weights, or in the backward pass, in the
     largest recomputed block.
     """
-    n, c, s = job.network, job.element, job.strategy
-    count = sum(p.numel() for p in n.parameters())
-    sizes = [sum(p.numel() for p in block.parameters()) for block in n.blocks]
-    ends = count - sum(sizes)
-    learning = job.trained
-    sharded = s.kind == "fsdp2" and job.gpus > 1
-    # ends stay; of blocks this one, the next one twice, this one's gradient, and that in float32 to send
-    gathered = c * ends + max(sizes) * (3 * c + c + 4) if sharded else 0.0
-    kept = [job.micro * size for size in activation_bytes(job)]
-    cast = count if job.lora is None or (job.frozen == 4 and not job.quantized) else 0  # those in bfloat16 need none
-    held = 2.0 * cast if job.mixed and not sharded else 0.0  # autocast's copies
-    moments = [(held, sum(kept), 0.0)]  # copies, activations, recomputed: at the end of the forward pass
+    own = job if network is job.network else replace(job, network=network, roles=())
+    sizes = [sum(p.numel() for p in block.parameters()) for block in network.blocks]
+    ends = sum(p.numel() for p in network.parameters()) - sum(sizes)
+    kept, held = [job.micro * size for size in activation_bytes(own)], copied_bytes(job, network)
+    moments = [(held, sum(kept), 0.0)]  # at the end of the forward pass
     for i, size in enumerate(sizes):  # and in each block of the backward pass, when those behind it are let go
         alive = ends + size + sum(other for j, other in enumerate(sizes) if j != i and not checkpointed(job, j))
-        again = job.micro * recomputed_bytes(job, i)
-        moments.append((min(held, 2.0 * alive * (held > 0)), sum(kept[: i + 2]), again))
+        again = job.micro * recomputed_bytes(own, i)
+        moments.append((min(held, 2.0 * alive), sum(kept[: i + 2]), again))
+    return max(moments, key=sum)
+
+
+def copied_bytes(job: Job, network: MMDiT) -> float:
+    """Bytes of autocast's copies of all weights of a network that learns."""
+    ready = network is job.network and not job.whole and (job.frozen == 2 or bool(job.quantized))  # in bfloat16 or less
+    return 2.0 * sum(p.numel() for p in network.parameters()) * (job.mixed and not job.sharded and not ready)
+
+
+def memory(job: Job) -> Memory:
+    """Peak memory of one GPU. Under DDP it holds everything; FSDP2 gathers a block while it computes another.
+
+    Weights that do not learn are whole on every GPU, but for those of a LoRA's base. The peak is that of one learning
+    pass, while the others keep all that they need for their backward passes.
+    """
+    n, c = job.network, job.element
+    sizes = [sum(p.numel() for p in block.parameters()) for network in job.learners for block in network.blocks]
+    ends = sum(p.numel() for network in job.learners for p in network.parameters()) - sum(sizes)
+    # ends stay; of blocks this one, the next one twice, this one's gradient, and that in float32 to send
+    gathered = c * ends + max(sizes) * (3 * c + c + 4) if job.sharded else 0.0
+    whole = {network: (copied_bytes(job, network), kept_bytes(job, network)) for network in job.learners}
+    kept = sum(passes * whole[network][1] for network, passes in job.learners.items())
+    moments = []
+    for network, (held, once) in whole.items():
+        copies, activations, again = pass_peak(job, network)
+        copies += sum(other for other, _ in whole.values()) - held
+        moments.append((copies, activations + kept - once, again))
     copies, activations, again = max(moments, key=sum)
     pixels = n.in_channels * job.latent[0] * job.latent[1]
     given = 4 * (3 * pixels + n.text_dim * job.tokens + n.pooled_dim)  # the batch itself
+    width = max(network.width for network in job.learners)
     parts = {
-        "parameters": job.weight_bytes / job.shards,
-        "positions": 4.0 * n.positions.numel() * (1 + job.averages * sharded),  # there each average has its own
-        "gradients": 4 * learning / job.shards,
-        "optimizer": 8 * learning / job.shards,
-        "averages": (4 * learning if job.shards == 1 else job.weight_bytes) / job.shards * job.averages,
+        "parameters": (job.weight_bytes + 4 * (job.learning - job.trained)) / job.shards,
+        "others": sum(map(frozen_bytes, job.others)),
+        "positions": 4.0 * n.positions.numel() * (1 + job.averages * job.sharded),  # there each average has its own
+        "gradients": 4 * job.learning / job.shards,
+        "optimizer": 8 * job.learning / job.shards,
+        "averages": (4 * job.averaged if job.shards == 1 else job.weight_bytes) / job.shards * job.averages,
         "copies": copies,
         "activations": activations + job.micro * given,
         "recomputed": again,
-        "workspace": 8.0 * job.micro * (job.image_tokens + job.tokens) * n.width,  # two gradients of all tokens
+        "workspace": 8.0 * job.micro * (job.image_tokens + job.tokens) * width,  # two gradients of all tokens
         "decoded": 4.0 * max((layer.weight.numel() for layer in job.quantized), default=0),  # once before the scale
         "gathered": gathered,
     }
@@ -303,13 +392,21 @@ def memory(job: Job) -> Memory:
 # ---- time
 
 
-def flops(job: Job) -> int:
-    """FLOP of one picture's forward pass, a multiply-add counted as two."""
+def flops(job: Job) -> list[int]:
+    """FLOP of one picture's forward pass in each of the job's roles, a multiply-add counted as two."""
     n = job.network
-    height, width = job.latent
     with torch.device("meta"):
-        condition = Condition(torch.empty(1, job.tokens, n.text_dim), torch.empty(1, n.pooled_dim))
-        return forward_flops(n, torch.empty(1, n.in_channels, height, width), torch.empty(1), condition)
+        z, t = torch.empty(1, n.in_channels, *job.latent), torch.empty(1)
+        condition = Condition(
+            torch.empty(1, job.tokens, n.text_dim),
+            torch.empty(1, n.pooled_dim),
+            torch.ones(1, job.tokens, dtype=torch.bool) if n.text_mask else None,
+            picture=torch.empty(1, n.picture_channels, *job.latent) if n.picture_channels else None,
+            level=t if n.level_embeds else None,
+        )
+        unique = {role.network: role for role in job.roles}
+        found = {network: role.forward_flops(z, t, condition) for network, role in unique.items()}
+    return [found[role.network] for role in job.roles]
 
 
 def moved_bytes(job: Job) -> float:
@@ -360,8 +457,8 @@ def times(traffic: Traffic, count: float) -> Traffic:
 
 def communication(job: Job) -> dict[str, Traffic]:
     """All collectives of one step. FSDP2 gathers for forward and backward, and reduces, in every micro-batch."""
-    count = job.trained
-    s, groups = job.strategy, job.network.depth + 1
+    count = job.learning
+    s, groups = job.strategy, sum(network.depth + 1 for network in job.learners)
     here = min(job.shards, job.per_node)  # of a group of shards, on one node
     if job.gpus == 1:
         return {}
@@ -381,27 +478,33 @@ def communication(job: Job) -> dict[str, Traffic]:
     return found
 
 
-def step(job: Job, forward: int | None = None) -> Step:
+def step(job: Job, forward: Sequence[int] | None = None) -> Step:
     """The seconds of one optimizer step; `forward` is `flops(job)`, if known.
 
-    Backward counts as two forward passes, in products and in bytes. Communication overlaps with computing, except one
-    block's share of it; under DDP it overlaps with the last backward pass.
+    Backward counts as two forward passes, in products and in bytes. What other networks move is in proportion to their
+    FLOP. Communication overlaps with computing, except one block's share of it; under DDP it overlaps with the last
+    backward pass.
     """
     forward = flops(job) if forward is None else forward
+    roles = list(zip(job.roles, forward, strict=True))
     n, s, device = job.network, job.strategy, job.device
+    own = next(count for role, count in roles if role.network is n)
     images = job.batch / job.gpus
-    peak = (device.bf16 if job.mixed else device.fp32) * job.efficiency
+    peak = device.bf16 if job.mixed else device.fp32
     memory_speed = MOVING * device.bandwidth
-    count = job.trained
-    passes = 3 if job.lora is None else 2  # without the gradients of the weights
-    matrix = passes * forward * images / peak
-    casts = 6 * count * s.accumulate_grad_batches if job.mixed and not (s.kind == "fsdp2" and job.gpus > 1) else 0
+    works = [(role, role.passes(job.whole) * count) for role, count in roles]
+    work = sum(count for _, count in works)
+    matrix = sum(count / (device.fp32 if role.float32 else peak) for role, count in works) * images / job.efficiency
+    casts = 6 * job.learning * s.accumulate_grad_batches if job.mixed and not job.sharded else 0
     moved = moved_bytes(job) * images
-    elementwise = (3 * moved + casts) / memory_speed
+    passes = sum(role.passes(True) * count for role, count in roles) / own
+    elementwise = (passes * moved + casts) / memory_speed
     share = sum(checkpointed(job, i) for i in range(n.depth)) / n.depth
-    again = share * (moved / memory_speed + (s.activation_checkpointing == "full") * forward * images / peak)
+    learned = sum(role.learned * count for role, count in roles) / own
+    products = (s.activation_checkpointing == "full") * own * images / (peak * job.efficiency)
+    again = share * learned * (moved / memory_speed + products)
     # clipping reads and rewrites gradients, AdamW reads four numbers and writes three, an average two and one
-    optimizer = (12 + 28 + 12 * job.averages) * count / job.shards / memory_speed
+    optimizer = (40 * job.learning + 12 * job.averages * job.averaged) / job.shards / memory_speed
     traffic = communication(job)
     busy = [t.seconds for t in traffic.values()]
     if s.replicas > 1 and job.shards <= job.per_node:  # shards use links in a node, replicas links between nodes
@@ -411,8 +514,8 @@ def step(job: Job, forward: int | None = None) -> Step:
         hiding *= 2 / 3 / s.accumulate_grad_batches
     exposed = max(sum(busy) / (n.depth + 1), sum(busy) - hiding * n.depth / (n.depth + 1))
     total = matrix + elementwise + again + optimizer + exposed
-    mfu = passes * forward * images / total / (device.bf16 if job.mixed else device.fp32)
-    return Step(forward, matrix, elementwise, again, optimizer, traffic, exposed, total, job.batch / total, mfu)
+    mfu = work * images / total / peak
+    return Step(own, work, matrix, elementwise, again, optimizer, traffic, exposed, total, job.batch / total, mfu)
 
 
 def alternatives(job: Job) -> Iterator[Job]:

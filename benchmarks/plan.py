@@ -3,28 +3,38 @@
     python -m benchmarks.plan --config configs/sd3/d24.yaml --gpus 256 --gpu h200
     python -m benchmarks.plan --check
 
-It reads an experiment's network, batch, strategy, averages and precision from the YAML. All numbers are predictions of
-benchmarks/footprint.py; `--check` compares them with measurements on this machine.
+It reads an experiment's network, batch, strategy, averages and precision from the YAML, and the shapes of a teacher, a
+judge's reference and a regressor from their folders. All numbers are predictions of benchmarks/footprint.py; `--check`
+compares them with measurements on this machine.
 """
 
+import copy
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
 from torch import nn
 
-from benchmarks.footprint import FRAGMENTED, MOVING, Job, Memory, Step, fastest_fit, memory, step
+from benchmarks.footprint import FRAGMENTED, MOVING, Job, Memory, Step, fastest_fit, memory, step, trained_of
 from cli import fail, one_line_errors
 from engine.ema import Averages
 from engine.hardware import DEVICES
 from engine.strategy import Strategy
-from mmdit.lora import LoRA
+from flow.objective import Objective
 from mmdit.model import MMDiT
+from mmdit.network import Network
+from pipeline import LoadOptions
+from pipeline.folder import read_network
+from storage.models import find_model
+from training.cost import common_roles
 from training.experiment import Parser, parser, short_cause
+from training.reader import reading
+from training.roles import Role
 
 PICTURES = 500_000 * 4096  # of Stable Diffusion 3's training at 256² (Esser et al. 2024, §5.3)
 FACTOR = 8  # pixels to a latent's pixel, in SD3's VAE
@@ -55,7 +65,7 @@ def arguments() -> Parser:
     p.add_argument("--price", type=float | None, help="of one GPU for an hour")
     p.add_argument("--efficiency", type=float, default=0.5, help="share of the peak that matrix products reach")
     p.add_argument("--frozen", type=Literal["float32", "bfloat16"], default="bfloat16",
-                   help="type of the frozen weights of a LoRA training as they are loaded: network.dtype")  # fmt: skip
+                   help="type of the network's frozen weights as they are loaded: network.dtype")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return p
 
@@ -69,14 +79,60 @@ def shape_of(config: Namespace) -> MMDiT:
         )
     if name.rpartition(".")[2] != "MMDiT":
         raise ValueError(f"only an MMDiT can be planned, network is {name}: name an MMDiT")
-    part = Parser(exit_on_error=False)
-    part.add_subclass_arguments(nn.Module, "network", required=True)
+    with torch.device("meta"):
+        network: MMDiT = built(config, "network").network
+    return network
+
+
+def built(config: Namespace, *sections: str) -> Namespace:
+    """The objects of these sections. ValueError in one line if they are wrong."""
+    part = Namespace({name: config[name] for name in ("run", *sections)})  # a parser always makes the run
     try:
-        with torch.device("meta"):
-            network: MMDiT = part.instantiate(Namespace(network=config.network)).network
+        return parser("", exit_on_error=False).instantiate(part)
     except ValueError as error:
         raise ValueError(short_cause(str(error))) from None
-    return network
+
+
+def saved(model: Path) -> tuple[Network, Objective]:
+    """A saved model's network on the meta device, in its stored type, and its process.
+
+    Raises:
+        ValueError, FileNotFoundError: in one line, if there is no whole model.
+    """
+    network, process, _ = read_network(find_model(model), LoadOptions("meta", dtype="stored"))
+    return network, process
+
+
+def roles_of(config: Namespace, network: Network) -> list[Role]:
+    """What the networks do in a step of this config's training. Errors are those of `saved`."""
+    drawing = bool(config.judgement and config.judgement.rewards)
+    if config.judgement:
+        config = config.clone()
+        config.judgement.rewards = []  # which may read models
+    parts = built(config, "objective", "teacher", "residual", "judgement")
+    found = [] if parts.judgement else [Role("network", network, learned=1)]
+    if judgement := parts.judgement:
+        base = network if config.lora or config.new_words else None
+        reference = saved(judgement.reference)[0].requires_grad_(False) if judgement.reference else base
+        if judgement.loss.paired and not reference:
+            raise ValueError("judgement.reference is missing: give the model to begin from")
+        found += judgement.roles(network, reference, choices=not drawing)
+    if teacher := parts.teacher:
+        own, process = saved(teacher.model) if teacher.model else (network, parts.objective)
+        critic = copy.deepcopy(own).float() if teacher.matching else None
+        if teacher.model:
+            own.requires_grad_(False)
+        found += teacher.roles(own, process, critic, network, teacher.walked(parts.objective))
+    regressor = saved(parts.residual.regressor)[0].requires_grad_(False) if parts.residual else None
+    return found + common_roles(network, parts.objective, regressor)
+
+
+def encoders_of(config: Namespace, network: Network) -> nn.ModuleDict | None:
+    """The text encoders that learn, as the training loads them. Errors are those of `training.reader.reading`."""
+    parts = built(config, "lora", "new_words")
+    if not parts.new_words and not (parts.lora and parts.lora.text_encoders):
+        return None
+    return reading(network, built(config, "text").text.to("cpu"), parts.lora, parts.new_words)[0].encoders
 
 
 def job_of(config: Namespace) -> Job:
@@ -93,6 +149,9 @@ def job_of(config: Namespace) -> Job:
     if config.side % unit or config.side > FACTOR * network.largest:
         raise ValueError(f"side must be a multiple of {unit} and at most {FACTOR * network.largest}, got {config.side}")
     averages = Averages(**config.ema.as_dict())
+    encoders = encoders_of(config, network)
+    if config.new_words and not config.lora:
+        network.requires_grad_(False)
     return Job(
         network=network,
         device=DEVICES[config.gpu],
@@ -105,8 +164,10 @@ def job_of(config: Namespace) -> Job:
         mixed=config.run.precision == "bf16-mixed",
         averages=len(averages.decays()),
         efficiency=config.efficiency,
-        lora=config.lora and LoRA(**config.lora.get("init_args", config.lora).as_dict()),
+        lora=built(config, "lora").lora,
         frozen=4 if config.frozen == "float32" else 2,
+        roles=tuple(roles_of(config, network)),
+        encoders=encoders,
     )
 
 
@@ -151,13 +212,26 @@ def heading(job: Job) -> list[str]:
     )
     where = f"{job.gpus:,} × {job.device.name}, {min(job.gpus, job.per_node)} a node"
     kept = "" if job.lora is None or job.lora.quantize == "none" else f" in {job.lora.quantize}"
-    updates = f"; {job.trained:,} of updates, the others frozen{kept}" if job.lora else ""
+    updates = f"; {job.trained:,} of updates, the others frozen{kept}" if job.lora else "; frozen" * (not job.whole)
     return [
         f"MMDiT of depth {n.depth} and width {n.width}: {count:,} parameters{updates}",
         f"{where}; {shared if job.gpus > 1 else 'one GPU'}; activation checkpointing {saved}{'; compiled' * s.compile}",
         f"{job.batch:,} pictures a step, {job.micro} at a time on a GPU (micro-batches: {s.accumulate_grad_batches}); "
         f"{job.image_tokens} + {job.tokens} tokens; {'bf16-mixed' if job.mixed else '32-true'}",
+        *passes(job),
     ]
+
+
+def passes(job: Job) -> list[str]:
+    """What each network does in a step, if there is more than the usual pass; and which text encoders learn."""
+    roles = job.roles if len(job.roles) > 1 or job.roles[0].passes(True) != 3 else ()
+    lines = [
+        f"{role.name} of {sum(p.numel() for p in role.network.parameters()):,} parameters: "
+        f"a picture passes it {role.learned:g} × with a backward pass and {role.frozen:g} × without"
+        for role in roles
+    ]
+    learned = [f"{name} ({trained_of(module):,} weights)" for name, module in (job.encoders or nn.ModuleDict()).items()]
+    return lines + ([f"text encoders learn: {', '.join(learned)}"] if learned else [])
 
 
 def aligned(title: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -169,7 +243,8 @@ def aligned(title: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def table(job: Job, needed: Memory, taken: Step, trainings: list[Bill]) -> str:
     names = {
-        "parameters": "parameters" if job.lora else "parameters, float32",
+        "parameters": "parameters, float32" if job.whole else "parameters",
+        "others": "frozen weights of other networks",
         "positions": "tables of positions",
         "gradients": "gradients",
         "optimizer": "AdamW's moments",
@@ -205,6 +280,7 @@ def table(job: Job, needed: Memory, taken: Step, trainings: list[Bill]) -> str:
         "speed",
         [
             ("forward pass, TFLOP a picture", f"{taken.flops / 1e12:.3f}"),
+            ("all passes of a step", f"{taken.work / 1e12:.3f}"),
             ("pictures a second", f"{taken.images_per_second:,.0f}"),
             ("of the GPU's peak (MFU)", f"{taken.mfu:.1%}"),
         ],
@@ -225,6 +301,7 @@ def assumed(job: Job) -> list[str]:
     return [
         f"Predicted, not measured: matrix products at {job.efficiency:.0%} of the peak, memory and links at",
         f"{MOVING:.0%} of the data sheet{hidden}; {FRAGMENTED:.0%} of memory is fragmented.",
+        "Not counted: codec, a judge's rewards and features, text encoders but for the weights of those that learn.",
     ]
 
 
@@ -239,6 +316,7 @@ def as_json(job: Job, needed: Memory, taken: Step, trainings: list[Bill]) -> dic
         "batch_size": job.batch,
         "micro_batch": job.micro,
         "strategy": asdict(job.strategy),
+        "roles": [{"name": role.name, "learned": role.learned, "frozen": role.frozen} for role in job.roles],
         "memory": asdict(needed) | {"total": needed.total},
         "fits": fits,
         "fastest_that_fits": asdict(other) if other else None,

@@ -502,7 +502,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("advice.order + offset", "advice.order"),
         ("x0[order.to(x0.device)], self.twins(fresh)", "x0[order.to(x0.device)], fresh"),
         ("model = judge.policy.guided(self.condition, judge.judgement.guidance * scale, model)", "pass"),
-        ("evaluations(Objective()) / self.judgement.pairs.uses", "evaluations(Objective())"),
+        ("self.pairs.evaluations(Objective()) / self.pairs.uses", "self.pairs.evaluations(Objective())"),
         ("if self.reference or base:", "if self.reference:"),
         ("return -reward.item()", "return reward.item()"),
     ],
@@ -511,8 +511,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("Drawn(pictures, lesson.noise[rows],", "Drawn(pictures, lesson.noise.repeat(2, 1, 1, 1),"),
         ("t[rows]", "t.repeat(2)"),
         ("found.loss[::2]", "found.loss[: len(t)]"),
-        ("learned_branches = 2 ", "learned_branches = 1 "),
-        ("return 2 * forward_flops(network", "return forward_flops(network"),
+        ("learned=2", "learned=1"),
+        ("frozen=2", "frozen=1"),
         ('return values["preference"]', 'return -values["preference"]'),
     ],
     ("training/prefer.py", "training_chosen"): [
@@ -709,13 +709,13 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("training/teacher.py", "training_students training_teacher"): [
         ("low + (high - low) * u", "low + high * u"),
-        ("passes = 1.0 if self.teacher.range == (1, 1) or", "passes = 1.0 if True or"),
-        ("passes += 3 + self.walked", "passes += 3"),
+        ("calls = 1.0 if self.range == (1, 1) or", "calls = 1.0 if True or"),
+        ("frozen=walked", "frozen=0"),
         ("teacher.guided(self.condition, scale), teacher.critic,", "teacher.critic, teacher.critic,"),
         ("condition.pooled[:, -SIZE_FEATURES:]], 1)", "condition.pooled[:, -SIZE_FEATURES:] * 0], 1)"),
     ],
     ("training/teacher.py", "training_pairs"): [
-        ("self.evaluations() / self.uses", "self.evaluations()"),
+        ("evaluations(process) / self.pairs.uses", "evaluations(process)"),
         ("drawn[rows], noise[firsts]", "drawn[rows], noise"),
         ("None if part is None else part[firsts] for part in told", "part for part in told"),
         ("scale[::uses])", "scale[: len(first.pooled)])"),
@@ -768,8 +768,20 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(k - self.warmup, steps - self.warmup)", "(k - self.warmup, steps)"),
         ("done <= other and all(", "all("),
     ],
-    ("training/cost.py", "training_cost"): [
+    ("benchmarks/footprint.py", "benchmarks_plan_networks"): [
+        ("sum(map(frozen_bytes, job.others))", "0.0"),
+        ("(*frozen, *module.buffers())", "frozen"),
+        ("activations + kept - once", "activations"),
+        ("self.trained + sum(map(trained_of, self.others))", "self.trained"),
+    ],
+    ("benchmarks/plan.py", "benchmarks_plan_networks"): [
+        ("copy.deepcopy(own).float() if", "own if"),
+        ("        network.requires_grad_(False)\n    return", "        pass\n    return"),
+    ],
+    ("training/roles.py", "training_cost"): [
         ("(3 if whole else 2)", "3"),
+    ],
+    ("training/cost.py", "training_cost"): [
         ("// self.network.unit**2", "// self.network.unit"),
     ],
     ("metrics/distance.py", "metrics_measure"): [

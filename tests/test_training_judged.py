@@ -259,6 +259,7 @@ def test_more_of_the_reward_is_drawn_after_training(flags: Callable[..., list[st
 @pytest.mark.parametrize(("guidance", "uses"), [(1.0, 1), (3.0, 2)])
 def test_the_cost_counts_drawing_and_comparing(pipe: Pipeline, loss: Preference, guidance: float, uses: int) -> None:
     judge = judge_of(pipe, loss, guidance=guidance, pairs=Pairs(3, uses=uses))
+    judge.reference = TeacherModel(Teacher(Path("first")), pipe)
     z, condition = torch.zeros(8, 1, 8, 8), Condition(torch.zeros(8, 5, 64), torch.zeros(8, 64))
     cost = StepCost(pipe.network, Objective(), None, True, judge)(
         Batch(0, np.arange(8), z, z, condition.text, condition.pooled)

@@ -57,7 +57,7 @@ def test_a_pair_is_the_picture_that_the_teacher_draws_from_this_noise(
     assert torch.equal(lesson.noise, z)
     assert lesson.field is None
     assert lesson.condition.guidance is None if low == high else torch.equal(lesson.condition.guidance, scales)
-    assert teacher.evaluations() == calls
+    assert Pairs(3, sampler).evaluations(teacher.pipe.objective) == calls
 
 
 def test_samples_that_share_a_pair_have_its_noise_caption_and_scale(text: CLIPText) -> None:

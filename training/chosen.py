@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from engine.flops import forward_flops
 from engine.strategy import Strategy
 from flow.objective import Interval, Model, Objective
 from flow.preference import Drawn, Judged, Preference, mean_square
 from mmdit.network import Condition, Network
 from pipeline import Pipeline
+from training.roles import Role
 from training.teacher import Lesson, TeacherModel
 
 OF_PAIRS = ("accuracy", "winner_margin", "loser_margin")  # means over the pairs of unequal reward
@@ -26,11 +26,8 @@ class JudgeModel(ABC):
         reference: a model that does not learn.
 
     Attributes:
-        learned_branches: passes of the network for the loss of one picture of a batch.
         watched: sums of means over the micro-batches of a step, by name; the training clears them before a step.
     """
-
-    learned_branches: int
 
     def __init__(self, reference: TeacherModel | None) -> None:
         self.reference = reference
@@ -94,8 +91,8 @@ class JudgeModel(ABC):
         return {"drift": mean_square(moved)}
 
     @abstractmethod
-    def flops(self, network: Network, z: Tensor, t: Tensor, condition: Condition) -> float:
-        """FLOPs of a lesson beside those of the learning model."""
+    def roles(self, network: Network) -> list[Role]:
+        """What the network that learns and the reference do in a step."""
 
 
 @dataclass(kw_only=True)
@@ -118,8 +115,6 @@ class ChoiceModel(JudgeModel):
         preference: what is learned from them; it compares pairs.
         reference: the model compared with.
     """
-
-    learned_branches = 2  # two pictures for each of a batch
 
     def __init__(self, preference: Preference, reference: TeacherModel) -> None:
         super().__init__(reference)
@@ -150,8 +145,14 @@ class ChoiceModel(JudgeModel):
     def score(self, values: dict[str, Tensor], count: int) -> float:
         return values["preference"].item()
 
-    def flops(self, network: Network, z: Tensor, t: Tensor, condition: Condition) -> float:
-        return 2 * forward_flops(network, z, t, condition)
+    def roles(self, network: Network) -> list[Role]:
+        assert self.reference
+        return roles_of_choices(network, self.reference.frozen(network))
+
+
+def roles_of_choices(network: Network, reference: Network) -> list[Role]:
+    """What a network and its reference do in a step that learns choices: two pictures for each of a batch."""
+    return [Role("network", network, learned=2), Role("reference", reference, frozen=2)]
 
 
 def taken(condition: Condition, rows: Tensor) -> Condition:

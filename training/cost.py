@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from engine.flops import forward_flops
 from engine.meter import Cost
+from engine.strategy import skeleton
 from flow.objective import Objective
 from mmdit.network import Condition, Network
 from pipeline.residual import Regressor
 from training.chosen import JudgeModel
+from training.roles import Role
 from training.teacher import TeacherModel
 
 
@@ -34,9 +35,13 @@ class StepCost:
         judge: JudgeModel | None = None,
         regressor: Regressor | None = None,
     ) -> None:
-        self.network, self.objective, self.teacher, self.judge = network, objective, teacher, judge
-        self.regressor = regressor
-        self.passes = (3 if whole else 2) + objective.extra_passes
+        self.network, self.whole = network, whole
+        roles = [
+            *(judge.roles(network) if judge else [Role("network", network, learned=1)]),
+            *(teacher.roles(network) if teacher else []),
+            *common_roles(network, objective, regressor.network if regressor else None),
+        ]
+        self.roles = [role._replace(network=skeleton(role.network)) for role in roles]  # before weights are sharded
         self.known: dict[tuple[tuple[int, ...], ...], Cost] = {}  # by the shapes of latents and text
 
     def __call__(self, batch: Batch) -> Cost:
@@ -48,14 +53,16 @@ class StepCost:
     def _count(self, x0: Tensor, condition: Condition) -> Cost:
         count, _, height, width = x0.shape
         number = torch.empty(count)
-        given = condition._replace(guidance=number) if self.network.guidance_embeds else condition
-        branches = self.judge.learned_branches if self.judge else 1
-        flops = round(self.passes * branches * forward_flops(self.network, x0, number, given))
-        if self.teacher:
-            flops += round(self.teacher.flops(x0, number, condition))
-        if self.regressor:
-            flops += forward_flops(self.regressor.network, x0, number, condition)
-        if self.judge:
-            flops += round(self.judge.flops(self.network, x0, number, condition))
+        flops = sum(
+            passes * role.forward_flops(x0, number, condition)
+            for role in self.roles
+            if (passes := role.passes(self.whole))
+        )
         tokens = height * width // self.network.unit**2 + condition.text.shape[1]
-        return Cost(count, count * tokens, flops)
+        return Cost(count, count * tokens, round(flops))
+
+
+def common_roles(network: Network, objective: Objective, regressor: Network | None) -> list[Role]:
+    """What networks do in a step for the objective and for a regressor's residual, with any teacher or judge."""
+    more = [Role("network", network, frozen=objective.extra_passes)] if objective.extra_passes else []
+    return more + ([Role("regressor", regressor, frozen=1, float32=True)] if regressor else [])

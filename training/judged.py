@@ -14,7 +14,6 @@ from data.batch import Batch
 from data.latents import Codec
 from data.module import Data
 from data.text.encoder import TextEncoder
-from engine.flops import forward_flops
 from engine.strategy import Strategy
 from flow.objective import Interval, Model, Objective
 from flow.preference import NFT, Drawn, Preference
@@ -22,8 +21,9 @@ from metrics.distribution import Sums, frechet_of_sums
 from metrics.features import load_features
 from mmdit.network import Condition, Network
 from pipeline import Pipeline
-from training.chosen import ChoiceModel, JudgeModel, taken
+from training.chosen import ChoiceModel, JudgeModel, roles_of_choices, taken
 from training.rewards import Reward, total
+from training.roles import Role
 from training.teacher import Lesson, Pairs, Teacher, TeacherModel
 
 DRAWING = ("group", "guidance", "pairs", "features")  # what is of no use for choices
@@ -64,6 +64,23 @@ class Judgement:
                              f"got {self.group}")  # fmt: skip
         if not 0 <= self.guidance < float("inf"):
             raise ValueError(f"judgement.guidance must be at least 0, got {self.guidance}")
+
+    def roles(self, network: Network, reference: Network | None, choices: bool) -> list[Role]:
+        """What networks do in a step.
+
+        Args:
+            network: learns. Its average draws the pictures, which NFT also compares with.
+            reference: does not learn.
+            choices: the data are choices, and nothing is drawn.
+        """
+        if choices:
+            assert reference
+            return roles_of_choices(network, reference)
+        branches = 1 if self.guidance == 1 else 2
+        drawing = branches * self.pairs.evaluations(Objective()) / self.pairs.uses
+        compared, learned = (0, 1) if self.loss.paired else (branches, branches)
+        found = [Role("network", network, learned=learned, frozen=drawing + compared)]
+        return found + ([Role("reference", reference, frozen=int(self.loss.paired))] if reference else [])
 
     def load(
         self,
@@ -160,15 +177,12 @@ class DrawingModel(JudgeModel):
 
     Attributes:
         paired: pictures are compared in pairs.
-        branches: passes of the network for one output of the drawing model: two with guidance.
     """
 
     def __init__(self, judgement: Judgement, codec: Codec, reference: TeacherModel | None) -> None:
         super().__init__(reference)
         self.judgement, self.codec = judgement, codec
         self.paired = judgement.loss.paired
-        self.branches = 1 if judgement.guidance == 1 else 2
-        self.learned_branches = 1 if self.paired else self.branches
         self.features = load_features(judgement.features) if judgement.features else None
         self.theirs: dict[bytes, Tensor] = {}  # features of the reference's pictures of the validation, by batch
 
@@ -242,6 +256,6 @@ class DrawingModel(JudgeModel):
             values["variety"] = own.covariance().trace() / first.covariance().trace()
         return -reward.item()
 
-    def flops(self, network: Network, z: Tensor, t: Tensor, condition: Condition) -> float:
-        calls = self.branches * self.judgement.pairs.evaluations(Objective()) / self.judgement.pairs.uses
-        return (calls + self.learned_branches) * forward_flops(network, z, t, condition)
+    def roles(self, network: Network) -> list[Role]:
+        reference = self.reference.frozen(network) if self.reference else None
+        return self.judgement.roles(network, reference, choices=False)

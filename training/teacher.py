@@ -14,8 +14,7 @@ from data.module import Data
 from data.sizes import SIZE_FEATURES
 from data.text.clip import CLIPText
 from data.text.encoder import TextEncoder
-from engine.flops import forward_flops
-from engine.strategy import Strategy, skeleton
+from engine.strategy import Strategy
 from flow.guidance import ClassifierFree
 from flow.matching import Matching
 from flow.objective import Estimate, Field, Interval, Model, Objective
@@ -26,6 +25,7 @@ from pipeline import LoadOptions, Pipeline
 from pipeline.folder import process_of, read_network
 from pipeline.sampling import Sampling
 from storage.models import find_model
+from training.roles import Role
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,30 @@ class Teacher:
         """The least and the largest guidance scale."""
         return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
 
+    def walked(self, objective: Objective) -> int:
+        """Steps that a student walks, without learning, before the one that it learns."""
+        return objective.k - 1 if self.matching and isinstance(objective, StepMap) else 0
+
+    def roles(
+        self, network: Network, process: Objective, critic: Network | None, student: Network, walked: int
+    ) -> list[Role]:
+        """What networks do in a step beside the student's learning pass.
+
+        Args:
+            network: the teacher's.
+            process: the teacher's.
+            critic: for matching, the network that learns the student's pictures.
+            student: learns.
+            walked: steps that the student walks without learning.
+        """
+        calls = 1.0 if self.range == (1, 1) or network.guidance_embeds else 2.0
+        if self.pairs:
+            calls *= self.pairs.evaluations(process) / self.pairs.uses
+        found = [Role("teacher", network, frozen=calls)]
+        if critic:
+            found += [Role("critic", critic, learned=1), Role("network", student, frozen=walked)]
+        return found
+
     def load(
         self,
         objective: Objective,
@@ -167,8 +191,7 @@ class Teacher:
         if self.matching and not isinstance(objective, StepMap):
             raise ValueError("teacher.matching needs objective.class_path StepMap, which says in how many steps the "
                              f"student draws, and it is {type(objective).__name__}")  # fmt: skip
-        walked = objective.k - 1 if self.matching and isinstance(objective, StepMap) else 0
-        return TeacherModel(self, pipe, bare=self.model is None, walked=walked)
+        return TeacherModel(self, pipe, bare=self.model is None, walked=self.walked(objective))
 
 
 def read_frozen(named: str, model: Path, codec: Codec, text: TextEncoder) -> tuple[Network, Objective]:
@@ -341,20 +364,10 @@ class TeacherModel:
         pooled = self.null.pooled[:, :-SIZE_FEATURES].expand(len(condition.pooled), -1)  # both halves have equal sizes
         return self.null._replace(pooled=torch.cat([pooled, condition.pooled[:, -SIZE_FEATURES:]], 1))
 
-    def flops(self, z: Tensor, t: Tensor, condition: Condition) -> float:
-        """FLOPs of a lesson: one guided output for each sample, the walks of the pairs, or what matching needs.
+    def frozen(self, student: Network) -> Network:
+        """The network that does not learn; that of the student, if the teacher is its base."""
+        return student if self.bare else self.pipe.network
 
-        Matching adds to the guided output the critic's step, and the student's steps before the one that learns.
-        """
-        told = condition._replace(guidance=t) if self.pipe.network.guidance_embeds else condition
-        passes = 1.0 if self.teacher.range == (1, 1) or self.pipe.network.guidance_embeds else 2.0
-        if self.teacher.pairs:
-            passes *= self.evaluations() / self.uses
-        if self.critic:
-            passes += 3 + self.walked
-        return passes * forward_flops(skeleton(self.pipe.network), z, t, told)
-
-    def evaluations(self) -> int:
-        """How often the walk of a pair evaluates the guided teacher."""
-        assert self.teacher.pairs
-        return self.teacher.pairs.evaluations(self.pipe.objective)
+    def roles(self, student: Network) -> list[Role]:
+        """What networks do in a step beside the student's learning pass."""
+        return self.teacher.roles(self.frozen(student), self.pipe.objective, self.critic, student, self.walked)

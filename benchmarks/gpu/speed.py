@@ -145,7 +145,7 @@ def training(machine: Machine, rows: Rows, depth: int, side: int, compiled: bool
         once = training_step(machine, network, lambda: batch)
         took = timed(machine, once, budget(machine))
         row |= {"ms": 1e3 * took, "pictures/s": planned.batch / took}
-        row |= {"TFLOP/s": 3e-12 * forward * planned.batch / took, "GB": machine.gigabytes()}
+        row |= {"TFLOP/s": 3e-12 * forward[0] * planned.batch / took, "GB": machine.gigabytes()}
         row |= {"planned ms": 1e3 * step(planned, forward).total, "planned GB": memory(planned).total / 1e9}
 
 
