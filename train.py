@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
                 begin_branch(run.folder, start, origin)
             if newest:
                 newest.compare(shapes, LEARNERS)
+                generator.keep_scale(newest.numbers)
             if command == "average":
                 out = out or model.with_name(f"{model.name}-{width}")
                 weights = reconstruct(run.folder / "snapshots", width, step)

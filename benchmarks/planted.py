@@ -603,6 +603,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("pictures += len(left)", "pictures += 1"),
     ],
     ("training/generator.py", "training_residual"): [
+        ('numbers.get("residual_scale", regressor.scale)', "regressor.scale"),
+        ("and regressor.measured:", "and True:"),
         ("residual.of(batch.x0), batch.noise)", "batch.x0, batch.noise)"),
     ],
     ("pipeline/__init__.py", "sample_control"): [

@@ -34,6 +34,9 @@ class Regressor:
         network: learned x0 from noise alone. It is shown zeros, the mean of the noise.
         scale: of the residual, one over its standard deviation: a model draws latents of unit variance.
 
+    Attributes:
+        measured: whether a training measured the scale; that of a checkpoint then replaces it.
+
     Raises:
         ValueError: the scale is no positive number.
     """
@@ -41,7 +44,7 @@ class Regressor:
     def __init__(self, network: Network, scale: float = 1.0) -> None:
         if not 0 < scale < math.inf:
             raise ValueError(f"the scale of a residual must be a positive number, got {scale}")
-        self.network, self.scale = network.eval().requires_grad_(False), scale
+        self.network, self.scale, self.measured = network.eval().requires_grad_(False), scale, False
 
     def check(self, network: Network) -> None:
         """ValueError, in one line, if it does not give the mean of the latents that this network draws."""

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from finetuned import faulty_after
 from networks import inputs, plain, stirred
 from PIL import Image
-from trials import ROOT, fit, refused, small
+from trials import ROOT, assert_same, fit, refused, small, state, under
 
 import sample
 from data import digits
@@ -76,7 +77,7 @@ def test_the_model_draws_what_the_training_drew(run: Path, tmp_path: Path, text:
 
 
 def test_it_learns_residuals_of_unit_variance(run: Path, regressor: str, text: CLIPText) -> None:
-    kept = read_json(run / "model/regressor/config.json")["scale"]
+    kept = scale_of(run / "model")
     pipe, network = Pipeline.load(run), Pipeline.load(Path(regressor)).network
     assert pipe.regressor
     assert all(
@@ -89,6 +90,32 @@ def test_it_learns_residuals_of_unit_variance(run: Path, regressor: str, text: C
         squares.append(left.square().mean().item())
     assert kept == pytest.approx(np.mean(squares) ** -0.5, rel=1e-5)
     assert log(run)[-1]["val/loss"] < 4  # 2 for a network that predicts zero
+
+
+def scale_of(model: Path) -> float:
+    return read_json(model / "regressor/config.json")["scale"]
+
+
+def test_the_scale_is_measured_once(run: Path, tmp_path: Path, regressor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on, its averages and a run that begins at its checkpoint keep it to the bit."""
+    averages = ["--ema.widths", "[0.1]", "--ema.snapshot_every", "3"]
+    config, flags = small(tmp_path), [*REFINED, regressor, *averages]
+    with faulty_after(6):
+        fit(config, *flags)
+    monkeypatch.setattr("training.residual.MEASURED", 8)  # pictures: another measurement
+    fit(config, *flags)
+    scale = scale_of(run / "model")
+    assert scale_of(tmp_path / "run/model") == scale == state(tmp_path / "run")["numbers"]["residual_scale"]
+    assert_same(under(tmp_path / "run", "network."), under(run, "network."))
+    fit(config, *flags, "--width", "0.1", command="average")
+    assert scale_of(tmp_path / "run/model-0.1") == scale
+    begun = [*REFINED, regressor, "--from", str(run), "--run.steps", "9", "--run.folder"]
+    fit(config, *begun, str(tmp_path / "begun"))
+    assert scale_of(tmp_path / "begun/model") == scale
+    fit(config, *begun, str(tmp_path / "given"), "--residual.scale", "2")
+    assert scale_of(tmp_path / "given/model") == 2
+    fit(config, *flags, "--run.folder", str(tmp_path / "new"))
+    assert scale_of(tmp_path / "new/model") != scale
 
 
 def test_sampling_needs_the_blurred_picture(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -364,9 +364,17 @@ class Generator(L.LightningModule):
 
     def numbers(self) -> dict[str, Any]:
         own = optimizer_numbers(self.trainer.optimizers[0], self.named_weights())
-        return {"best": self.best if math.isfinite(self.best) else None, "optimizer": own}
+        regressor = self.pipeline.regressor
+        scale = {"residual_scale": regressor.scale} if regressor else {}
+        return {"best": self.best if math.isfinite(self.best) else None, "optimizer": own, **scale}
+
+    def keep_scale(self, numbers: dict[str, Any]) -> None:
+        """Takes the scale of the residual from a checkpoint's numbers, if they have it and the YAML file does not."""
+        if (regressor := self.pipeline.regressor) and regressor.measured:
+            regressor.scale = numbers.get("residual_scale", regressor.scale)
 
     def on_resume(self, step: int, numbers: dict[str, Any]) -> None:
+        self.keep_scale(numbers)
         there = self.writer.folder.exists()  # not yet in a run that begins from another's checkpoint
         self.best = numbers["best"] if there and numbers["best"] is not None else math.inf
         self.loaded_step = step  # Lightning keeps its own step only for training

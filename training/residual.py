@@ -23,7 +23,8 @@ class Residuals:
     Args:
         regressor: a model folder or a run's folder of a model that gives the mean of what a picture may come from
             (`configs/picture/regressor.yaml`). It is shown the same condition as the network.
-        scale: none is one over the residual's standard deviation, over the first pictures of the training.
+        scale: none is one over the residual's standard deviation, over the first pictures of the training. Checkpoints
+            keep that, also for runs that begin with `--from`.
     """
 
     regressor: Path
@@ -67,4 +68,4 @@ class Residuals:
                 break
         if not squares:
             raise ValueError(f"residual.regressor {self.regressor} leaves nothing of the pictures to be learned")
-        regressor.scale = (count / squares) ** 0.5
+        regressor.scale, regressor.measured = (count / squares) ** 0.5, True
