@@ -10,7 +10,6 @@ from encoders import PREFIXES, PROMPTS, SIZES, absent, assert_same, copied, read
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.text import sd3 as sd3_text
 from data.text.sd3 import SD3Text
 
 
@@ -43,7 +42,7 @@ def test_what_was_encoded_is_not_encoded_again(folder: Path, tmp_path: Path):
 
 
 def test_the_memory_of_captions_keeps_the_latest(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sd3_text, "KEPT", 2)
+    monkeypatch.setattr("data.text.cache.KEPT", 2)
     text = SD3Text(folder, **SIZES, max_sequence_length=8)
     text.encode(["1", ""])
     text.encode(["2"])

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, final
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from data.text import adapters
+from data.text.cache import Rows
 from data.text.encoder import Slot, Text, TextEncoder, listed
 from data.text.inversion import NewWord, Spelling, write_numbers
 from data.text.tower import (
@@ -31,12 +31,11 @@ from data.text.tower import (
 )
 from storage.text import read_json
 from storage.updates import Receiver, Updates
-from storage.weights import DType, Weights, check_tensors, digest, dtype_of, open_file, write_tensors
+from storage.weights import DType, Weights, digest, dtype_of, open_file
 
 LENGTH = 77  # tokens that stand for CLIP towers where both are absent
 T5_LENGTH = 256  # tokens that T5 reads by default, at most
 BATCH = 32  # captions in a forward pass
-KEPT = 256  # captions whose results stay in memory: 0.7 GB in half precision at the released sizes
 
 
 class Kind(NamedTuple):
@@ -317,7 +316,7 @@ class SD3Text(TextEncoder):
         tower = part.tower.grown(rows, tokenizer)
         return part._replace(tokenizer=tokenizer, tower=tower, spelling=Spelling([*self.words, *words], part.name))
 
-    def _rows(self) -> "Rows":
+    def _rows(self) -> Rows:
         """The cache of encoded captions."""
         shapes = {"tokens": (self.length + self.max_sequence_length, self.tokens_dim), "pooled": (self.pooled_dim,)}
         return Rows(shapes, self.cache, json.dumps(self.fingerprint()) if self.cache else "")
@@ -384,54 +383,6 @@ class SD3Text(TextEncoder):
                     cure = "take bfloat16 or float32" if self.dtype == torch.float16 else "its weights are damaged"
                     dtype = str(self.dtype).removeprefix("torch.")
                     raise ValueError(f"the {part.kind.title} encoder overflowed in {dtype}: {cure}")
-
-
-class Rows:
-    """The cache of encoded captions: the last ones in memory, and all of them in a folder, if one is given.
-
-    Args:
-        shapes: of a caption's `tokens` and `pooled`.
-        folder: for the files; made if necessary.
-        key: everything that the encoding depends on except the caption.
-
-    Raises:
-        ValueError: the path is not a folder.
-    """
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], folder: Path | None = None, key: str = "") -> None:
-        self.shapes, self.folder, self.key = shapes, folder, key
-        self.memory: dict[str, Text] = {}  # the latest comes last
-        if folder and folder.exists() and not folder.is_dir():
-            raise ValueError(f"the cache {folder} is no folder: give another path")
-
-    def get(self, caption: str) -> Text | None:
-        row = self.memory.pop(caption, None)
-        if self.folder and not row:
-            try:
-                kept = open_file(self._file(self.folder, caption))
-                check_tensors(kept, self.shapes, "the cache")
-                row = Text(kept["tokens"].clone(), kept["pooled"].clone())
-            except (FileNotFoundError, ValueError):  # a damaged file is written again
-                return None
-        if row:
-            self._remember(caption, row)
-        return row
-
-    def put(self, caption: str, row: Text) -> None:
-        self._remember(caption, row)
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            own = self.folder / uuid4().hex  # another process may write the same caption
-            write_tensors(row._asdict(), own)
-            own.replace(self._file(self.folder, caption))
-
-    def _remember(self, caption: str, row: Text) -> None:
-        self.memory[caption] = row
-        if len(self.memory) > KEPT:
-            del self.memory[next(iter(self.memory))]
-
-    def _file(self, folder: Path, caption: str) -> Path:
-        return folder / f"{hashlib.sha256(json.dumps([self.key, caption]).encode()).hexdigest()}.safetensors"
 
 
 def run_t5(encoder: T5EncoderModel, ids: Tensor) -> Text:
