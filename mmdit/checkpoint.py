@@ -235,7 +235,7 @@ def load(
     picture_channels: int = 0,
     level_embeds: bool = False,
     text_mask: bool = False,
-    pooled_dim: int = 0,
+    grown_pooled_dim: int = 0,
 ) -> MMDiT:
     """Reads a transformer, ours or a released one, tensor by tensor: peak memory is that of the network.
 
@@ -250,7 +250,7 @@ def load(
         picture_channels: likewise adds an input for a picture with this many channels.
         level_embeds: likewise adds an input for the noise level of that picture.
         text_mask: masks padding from now on.
-        pooled_dim: likewise lengthens the pooled vector to so many numbers, for sizes and crops or image embeddings.
+        grown_pooled_dim: lengthens the pooled vector to so many numbers, for image embeddings or sizes and crops.
 
     Raises:
         FileNotFoundError, ValueError: in one line, if a file is missing, truncated, of another kind or does not fit.
@@ -275,7 +275,7 @@ def load(
     except (TypeError, RuntimeError) as error:  # the latter for sizes beyond 64 bits
         raise ValueError(f"{path} describes no network that could be built: {error}") from None
     network = fill(network, weights, layout(network, naming), dtype_of(dtype), device)
-    network.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask, pooled_dim)
+    network.grow(two_times, guidance_embeds, picture_channels, level_embeds, text_mask, grown_pooled_dim)
     return network.to(device, dtype_of(dtype)).eval()
 
 

@@ -165,12 +165,12 @@ class MMDiT(Network):
         picture_channels: int = 0,
         level_embeds: bool = False,
         text_mask: bool = False,
-        pooled_dim: int = 0,
+        grown_pooled_dim: int = 0,
     ) -> None:
         """Adds inputs and layers that the network lacks. New weights start at zero, so the function stays the same.
 
         A student therefore starts as its teacher. The arguments are those of the constructor; only `text_mask` changes
-        the output at once. A pooled_dim of 0 leaves the pooled vector as it is.
+        the output at once. `grown_pooled_dim` is the new pooled_dim; 0 leaves the pooled vector as it is.
 
         Raises:
             ValueError: the network already takes a picture with another number of channels, or a longer pooled vector.
@@ -192,12 +192,12 @@ class MMDiT(Network):
         if picture_channels and not self.picture_channels:
             widen(self.patch, picture_channels * self.patch_size**2)
             self.picture_channels = picture_channels
-        if pooled_dim and pooled_dim < self.pooled_dim:
-            raise ValueError(f"this network has pooled_dim {self.pooled_dim} and cannot have {pooled_dim}")
-        if pooled_dim:
+        if grown_pooled_dim and grown_pooled_dim < self.pooled_dim:
+            raise ValueError(f"this network has pooled_dim {self.pooled_dim} and cannot have {grown_pooled_dim}")
+        if grown_pooled_dim:
             assert isinstance(self.pooled.fc1, nn.Linear)
-            widen(self.pooled.fc1, pooled_dim - self.pooled_dim)
-            self.pooled_dim = pooled_dim
+            widen(self.pooled.fc1, grown_pooled_dim - self.pooled_dim)
+            self.pooled_dim = grown_pooled_dim
         self.text_mask = self.text_mask or text_mask
 
     def embed(self, z: Tensor, t: Tensor, condition: Condition, end: Tensor | None = None) -> Tokens:

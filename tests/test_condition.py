@@ -52,7 +52,7 @@ def test_a_network_that_has_grown_is_the_same_function_to_the_bit(grow: dict) ->
 def test_a_longer_pooled_vector_changes_nothing_at_first(tmp_path: Path) -> None:
     plain = stirred(MMDiT(**SIZES))
     grown = copy.deepcopy(plain)
-    grown.grow(pooled_dim=14)
+    grown.grow(grown_pooled_dim=14)
     z, t, condition = inputs()
     longer = condition._replace(pooled=torch.cat([condition.pooled, torch.randn(4, 4)], dim=1))
     torch.testing.assert_close(grown(z, t, longer), plain(z, t, condition), atol=1e-6, rtol=0)
@@ -60,12 +60,12 @@ def test_a_longer_pooled_vector_changes_nothing_at_first(tmp_path: Path) -> None
     assert grown.pooled.fc1.weight.grad is not None
     assert grown.pooled.fc1.weight.grad[:, 10:].abs().sum() > 0
     checkpoint.save(plain, tmp_path / "transformer")
-    loaded = checkpoint.load(tmp_path, pooled_dim=14)
+    loaded = checkpoint.load(tmp_path, grown_pooled_dim=14)
     assert torch.equal(loaded(z, t, longer), grown(z, t, longer))
     checkpoint.save(loaded, tmp_path / "transformer")
     assert checkpoint.load(tmp_path).pooled_dim == 14
     with pytest.raises(ValueError, match="pooled_dim 14 and cannot have 12"):
-        grown.grow(pooled_dim=12)
+        grown.grow(grown_pooled_dim=12)
 
 
 def test_new_networks_with_and_without_a_picture_start_alike() -> None:

@@ -138,7 +138,7 @@ def test_two_processes_learn_as_one(config: Path) -> None:
 
 
 def test_a_student_learns_the_guidance_away_from_neither_caption_nor_embedding(config: Path, tmp_path: Path) -> None:
-    fit(config, "--data.size_conditioning", "true", "--network.pooled_dim", str(192 + SIZE_FEATURES))
+    fit(config, "--data.size_conditioning", "true", "--network.grown_pooled_dim", str(192 + SIZE_FEATURES))
     (tmp_path / "run").rename(tmp_path / "teacher")
     taught = ["--teacher.model", str(tmp_path / "teacher"), "--teacher.guidance", "3"]
     sizes = ["--data.size_conditioning", "true", "--network.path", str(tmp_path / "teacher")]
@@ -146,7 +146,7 @@ def test_a_student_learns_the_guidance_away_from_neither_caption_nor_embedding(c
     with pytest.MonkeyPatch.context() as patch:
         own = ClassifierFree.__init__
         patch.setattr(ClassifierFree, "__init__", lambda self, *args: (found.append(args[1]), own(self, *args))[1])
-        fit(config, *taught, *sizes, "--network.pooled_dim", str(192 + SIZE_FEATURES))
+        fit(config, *taught, *sizes, "--network.grown_pooled_dim", str(192 + SIZE_FEATURES))
     null = next(condition for condition in found if len(condition.pooled) == 8)
     assert null.pooled.shape == (8, 192 + SIZE_FEATURES)
     assert not null.pooled[:, 128:192].any()
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_in_one_line(made: Path, config: Path, caps
         (other(dropout=1.5), "data.embeddings needs dropout and noise from 0 to 1, got 1.5 and 0.5"),
         (other(noise=-1), "data.embeddings needs dropout and noise from 0 to 1, got 0.1 and -1"),
         (other(noise=0), "network.level_embeds is True, but the data need False"),
-        (["--network.pooled_dim", "128"], "the network's pooled_dim is 128, but codec, text and objective need 192"),
-        (["--network.pooled_dim", "100"], "this network has pooled_dim 128 and cannot have 100"),
+        (["--network.grown_pooled_dim", "128"], "network's pooled_dim is 128, but codec, text and objective need 192"),
+        (["--network.grown_pooled_dim", "100"], "this network has pooled_dim 128 and cannot have 100"),
     ):
         assert message in refused(capsys, config, *flags), flags
