@@ -113,6 +113,8 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
 def input_pictures(args: Namespace, pipe: Pipeline) -> dict[str, Any]:
     """The arguments of `Pipeline` that come from picture files. ValueError or FileNotFoundError if they do not fit."""
     given: dict[str, Any] = {}
+    if args.picture and not (pipe.network.picture_channels or pipe.image_encoder or args.control):
+        raise ValueError("--picture is for a model that works from a picture, and this one does not: leave it out")
     if args.picture:
         size: tuple[int | None, int | None] = (None, None)
         if isinstance(pipe.network, Controlled):  # as --control and the data do it

@@ -158,6 +158,10 @@ def test_what_does_not_fit_is_refused_in_one_line(
         ([*own, "--prior", str(folder / "decoder")], "decoder does not draw the embeddings that"),
         ([*own, "--prior", str(folder / "none")], "none"),
         (["--model", str(model), *prior], "this one takes none: leave it out"),
+        (
+            ["--model", str(model), *picture],
+            "--picture is for a model that works from a picture, and this one does not",
+        ),
     ):
         with pytest.raises(SystemExit) as end:
             sample.main([*flags, "--prompt", "a circle", "--out", str(tmp_path / "out")])
