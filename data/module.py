@@ -490,14 +490,9 @@ class Stored(Data):
         """The held-out samples of the main store, once each."""
         rank, world = self._place()
         data = stored.ValidationSamples(
-            self.stores[-1:],
-            len(self.text.slots),
-            self.sized,
-            self._mask(),
-            self.judged,
-            self.mask_floor,
+            self.stores[-1:], len(self.text.slots), self.sized, self._mask(), self.judged, self.mask_floor,
             self.embedded,
-        )
+        )  # fmt: skip
         return self._loader(data, Stripes(self.stores[-1].pools(self.apart, True), VALIDATED, rank, world))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -4,41 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from dits import weighted_by_name
-from image_towers import SIZE, written
-from networks import stirred
+from decoders import made
 from PIL import Image
 
 from benchmarks import decoder as benchmark
-from data.clip import CLIPImage
 from data.examined import scenes
 from data.latents import VAE
-from data.text.clip import CLIPText
-from flow.objective import Objective
-from flow.path import Cosine
-from flow.target import X0
-from mmdit.model import MMDiT
-from mmdit.prior import Prior
 from pipeline import Pipeline
 from pipeline.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
-HOW = Sampling(steps=1, guidance=2.0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder of the shapes and a prior of its embeddings."""
     folder = tmp_path_factory.mktemp("models")
-    own_text, codec = CLIPText(ROOT / "assets/shapes/text"), CLIPImage(written(folder / "tower"))
-    network = stirred(MMDiT(
-        in_channels=4, depth=1, width=32, heads=1, text_dim=160, pooled_dim=128 + SIZE, sample_size=8,
-        pos_embed_max_size=4, level_embeds=True,
-    ))  # fmt: skip
-    pixels = VAE(ROOT / "assets/shapes/vae")
-    Pipeline(network, Objective(), pixels, own_text, HOW, image_encoder=codec).save(folder / "decoder")
-    prior = weighted_by_name(Prior(SIZE, 1, 32, 1, text_dim=160, pooled_dim=128, text_mask=True))
-    Pipeline(prior, Objective(Cosine(), X0()), codec, own_text, HOW).save(folder / "prior")
+    made(folder, VAE(ROOT / "assets/shapes/vae"), 8, Sampling(steps=1, guidance=2.0))
     return folder
 
 
@@ -48,8 +30,8 @@ def test_each_picture_is_drawn_from_its_own_embedding_and_seed(folder: Path, mon
     assert pipe.image_encoder
     shown = benchmark.embedded(pipe.image_encoder, real)
     torch.testing.assert_close(shown, pipe.image_encoder.embedding(pipe.image_encoder.encode(real)))
-    found = benchmark.drawn(pipe, ["", "a circle", ""], HOW, shown, level=0.2, first=5)
-    wanted = pipe([""], [7], sampling=HOW, picture=real[2:], level=0.2)
+    found = benchmark.drawn(pipe, ["", "a circle", ""], pipe.sampling, shown, level=0.2, first=5)
+    wanted = pipe([""], [7], sampling=pipe.sampling, picture=real[2:], level=0.2)
     torch.testing.assert_close(found[2:], wanted, atol=1e-4, rtol=0)
 
 
@@ -59,9 +41,9 @@ def test_the_command_prints_both_tables_and_a_sheet(
     models = ["--model", str(drawer), "--decoder", str(folder / "decoder"), "--prior", str(folder / "prior")]
     small = ["--per-category", "1", "--scenes", "3", "--steps", "1", "--levels", "0", "0.5"]
     benchmark.main([*models, *small, "--sheet", str(tmp_path / "sheet.png")])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for row in ("model without embeddings: caption", "decoder: prior's embedding", "decoder: both", "level 0.5"):
-        assert f"| {row} |" in told
+        assert f"| {row} |" in printed
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.height / image.width == pytest.approx(5 / 3, rel=0.05)  # scenes, and two rows for each level
     for wrong, message in (

@@ -6,28 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dits import weighted_by_name
-from image_towers import SIDE, SIZE, pictures, tower, written
-from networks import stirred
+from decoders import made
+from image_towers import SIDE, SIZE, pictures, tower
 from PIL import Image
 from torch import Tensor
 
 import sample
 from data.clip import CLIPImage, write
 from data.latents import Pixels
-from data.text.clip import CLIPText
-from flow.objective import Objective
-from flow.path import Cosine
-from flow.target import X0
-from mmdit.model import MMDiT
 from mmdit.network import Condition
-from mmdit.prior import Prior
 from pipeline import Pipeline
 from pipeline.folder import single_file
 from pipeline.prior import draw
 from pipeline.sampling import Sampling
 
-ROOT = Path(__file__).parents[1]
 PROMPTS = ["a large red circle", ""]
 
 
@@ -35,22 +27,9 @@ PROMPTS = ["a large red circle", ""]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder, a prior of its embeddings, one of others, and a picture; all on disk."""
     folder = tmp_path_factory.mktemp("decoder")
-    shapes_text, codec = CLIPText(ROOT / "assets/shapes/text"), CLIPImage(written(folder / "tower"))
-    network = stirred(MMDiT(
-        in_channels=1, depth=1, width=32, heads=1, text_dim=160, pooled_dim=128 + SIZE, sample_size=4,
-        pos_embed_max_size=4, level_embeds=True,
-    ))  # fmt: skip
-    sampling = Sampling(steps=2, guidance=2.0)
-    decoder = Pipeline(network, Objective(), Pixels(1), shapes_text, sampling, image_encoder=codec)
-    decoder.save(folder / "decoder")
-    prior = weighted_by_name(
-        Prior(in_channels=SIZE, depth=1, width=32, heads=1, text_dim=160, pooled_dim=128, text_mask=True)
-    )
-    Pipeline(prior, Objective(Cosine(), X0()), codec, shapes_text, sampling).save(folder / "prior")
+    prior = made(folder, Pixels(1), 4, Sampling(steps=2, guidance=2.0))
     write(folder / "other", tower(), pictures(200))
-    Pipeline(prior, Objective(Cosine(), X0()), CLIPImage(folder / "other"), shapes_text, sampling).save(
-        folder / "alien"
-    )
+    Pipeline(*prior.parts[:2], CLIPImage(folder / "other"), *prior.parts[3:]).save(folder / "alien")
     Image.fromarray(pictures(1)[0].permute(1, 2, 0).numpy()).save(folder / "picture.png")
     return folder
 
