@@ -21,9 +21,15 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_each_time() -> None:
-    """Each test draws the same numbers, whichever ran before it."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Each fixture draws the same numbers, whichever ran before it, those of a whole session, too."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """And so does each test."""
     torch.manual_seed(0)
 
 

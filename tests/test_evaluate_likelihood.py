@@ -82,15 +82,16 @@ def test_the_bits_are_those_of_a_known_density_with_the_right_offset(objective: 
     assert both["bound"].mean() == pytest.approx(expected.mean().item(), abs=0.1)
 
 
-def test_a_picture_s_bits_do_not_depend_on_its_batch(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.likelihood.TOLERANCE", 1e-5)  # the steps are the batch's: up to 1e-3 was seen
+def test_a_picture_s_bits_do_not_depend_on_its_batch(text: CLIPText, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.likelihood.TOLERANCE", 1e-5)  # the steps are the batch's
+    pipe = Pipeline(stirred(plain_digits()), Objective(), Pixels(1, 0.3, 2.66), text, Sampling(4, 1.0))
     pixels, captions = Digits(1).real["held_out"][:3], ["a zero", "a one", "a two"]
     whole, turned = (bits(pipe, pixels, order, 17, range(5, 8)) for order in (captions, captions[::-1]))
     alone, other_noise = (bits(pipe, pixels[1:2], captions[1:2], 17, [seed]) for seed in (6, 5))
     for kind, each in whole.items():
-        torch.testing.assert_close(alone[kind], each[1:2], atol=5e-3, rtol=0)
-        assert (turned[kind] - each).abs()[[0, 2]].min() > 2e-2  # the caption matters
-        assert (other_noise[kind] - alone[kind]).abs() > 2e-2  # and so does the noise
+        torch.testing.assert_close(alone[kind], each[1:2], atol=2e-3, rtol=0)
+        assert (turned[kind] - each).abs()[[0, 2]].min() > 1e-2  # the caption matters
+        assert (other_noise[kind] - alone[kind]).abs() > 5e-2  # and so does the noise
 
 
 def test_histograms_are_counted_on_other_pictures_and_forbid_nothing() -> None:
