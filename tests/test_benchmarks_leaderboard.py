@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.leaderboard import DiTLoop, Judged, Jury, Loop, SD3Loop, passing
+from benchmarks.leaderboard import GUIDANCE, DiTLoop, Jury, Loop, Quality, SD3Loop, passing, worth
 from data.examined import Digits
 from mmdit import checkpoint
 from mmdit.model import Condition
@@ -18,12 +18,18 @@ def test_a_loop_learns_and_draws(kind: type[Loop]) -> None:
     found = list(passing(loop, [3, 60], Jury(7)))
     assert [row.steps for row in found] == [3, 60]
     assert 0 < found[0].seconds < found[1].seconds
-    assert found[1].fd < found[0].fd
+    assert found[1].quality.fd < found[0].quality.fd
+    assert found[1].guidance in GUIDANCE
     pictures = loop.draw(asked)
     assert pictures.shape == (70, 1, 8, 8)
     assert pictures.min() >= 0
     assert pictures.max() <= 1
     assert not torch.equal(pictures, before)
+    other = Digits(7)
+    other.prompts, other.labels = asked.prompts[::-1], asked.labels.flip(0)
+    assert torch.equal(loop.draw(asked, 0.0), loop.draw(other, 0.0))  # nothing of the prompt is left
+    assert not torch.equal(pictures, loop.draw(other))
+    assert not torch.equal(pictures, loop.draw(asked, 1.5))
 
 
 def test_the_network_of_diffusers_gets_times_as_ours_does(tmp_path: Path) -> None:
@@ -48,4 +54,9 @@ def test_times_of_the_script_are_thousandths_and_those_of_plain_flow_are_not() -
 
 @pytest.mark.parametrize(("fd", "accuracy", "good"), [(1.1, 0.98, True), (1.11, 0.99, False), (1.0, 0.979, False)])
 def test_quality_needs_both(fd: float, accuracy: float, good: bool) -> None:
-    assert Judged(1, 1.0, fd, accuracy).good() is good
+    assert Quality(fd, accuracy).good() is good
+
+
+def test_accuracy_counts_only_until_it_is_enough() -> None:
+    ranked = [Quality(2.0, 0.97), Quality(1.0, 0.975), Quality(1.4, 1.0), Quality(1.2, 0.98)]
+    assert sorted(set(ranked), key=worth) == ranked
