@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer, generator, data = build(config, base)
             model = generator.writer.folder
             shapes = {name: tensor.shape for name, tensor in generator.network_state().items()}
+            unchanged = generator.unchanged()
             others = [
                 config.teacher and config.teacher.model,
                 config.judgement and config.judgement.reference,
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
                 check_branch(run.folder, start)
             elif start:
                 origin = branch_point(start)
-                origin.compare(shapes, LEARNERS)
+                origin.compare(shapes, LEARNERS, unchanged)
                 if origin.step >= run.steps:
                     raise ValueError(f"--from {start} begins at step {origin.step}: run.steps must be larger")
             may_last = partial(generator.optimization.same_rates, newest.step if newest else 0)
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             if origin and first:
                 begin_branch(run.folder, start, origin)
             if newest:
-                newest.compare(shapes, LEARNERS)
+                newest.compare(shapes, LEARNERS, unchanged)
                 generator.keep_scale(newest.numbers)
             if command == "average":
                 out = out or model.with_name(f"{model.name}-{width}")

@@ -8,7 +8,7 @@ checkpoint is complete once all its marks exist. Any number of processes may rea
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -68,18 +68,24 @@ class Checkpoint(NamedTuple):
         except OSError:  # it is missing, or cannot be read
             return False
 
-    def compare(self, shapes: Mapping[str, Sequence[int]], prefix: str | tuple[str, ...] = "") -> None:
+    def compare(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        prefix: str | tuple[str, ...] = "",
+        ignored: Collection[str] = (),
+    ) -> None:
         """Checks that the checkpoint holds these tensors and no others.
 
         Args:
             shapes: name → shape.
             prefix: compares only tensors whose names start with it, or with one of several.
+            ignored: names of tensors that it may hold, too.
 
         Raises:
             CheckpointError: in one line, naming what differs.
         """
         rows = [(name, rows) for part in self.parts for name, rows in part.rows.items()]
-        found = {name: held.shape for name, held in rows if name.startswith(prefix)}
+        found = {name: held.shape for name, held in rows if name.startswith(prefix) and name not in ignored}
         if fault := mismatch(found, shapes):
             raise CheckpointError(
                 f"{self.folder} is a checkpoint of another network or training: {fault}; use its config, or another "

@@ -22,6 +22,9 @@ class Resumable(Protocol):
     def state(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
         """Its tensors, and those of the optimizer if there is one. All processes must call it together."""
 
+    def unchanged(self) -> set[str]:
+        """Names of further tensors that a checkpoint may hold: older ones hold what training does not change, too."""
+
     def numbers(self) -> dict[str, Any]:
         """Everything else that is saved, as JSON."""
 
@@ -60,7 +63,7 @@ class Resume(CheckpointCallback):
         self.checkpoints.remove_after(found.step if found else 0)
         if found:
             tensors = module.state(trainer.optimizers[0] if found.step else None)
-            found.compare({name: tensor.shape for name, tensor in tensors.items()})
+            found.compare({name: tensor.shape for name, tensor in tensors.items()}, ignored=module.unchanged())
             found.restore(tensors)
             self.saved, self.validated = found.step, found.numbers["validated"]
             set_step(trainer, found.step)

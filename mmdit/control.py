@@ -341,18 +341,24 @@ class Controlled(Network):
         return [Control(*each) for each in zip(networks, self.scales, self.intervals, strict=True)]
 
 
-def attach(path: str | os.PathLike[str], blocks: int | None = None, control: Path | None = None) -> Controlled:
+def attach(
+    path: str | os.PathLike[str],
+    blocks: int | None = None,
+    control: Path | None = None,
+    dtype: DType = "float32",
+) -> Controlled:
     """A network from disk, frozen, with a ControlNet to train.
 
     Args:
         path: the network, as for `mmdit.checkpoint.load`.
         blocks: those of a new ControlNet, copies of the network's first; none means half of them.
         control: a ControlNet to train further, as for `load`; none means a new one.
+        dtype: of the frozen network's weights; the ControlNet's are float32.
 
     Raises:
         FileNotFoundError, ValueError: in one line, if a file is missing, damaged or does not fit.
     """
-    base = checkpoint.load(path)
+    base = checkpoint.load(path, dtype)
     if control and blocks is not None:
         raise ValueError(f"network.blocks is for a new ControlNet, and {control} has its own: leave one out")
     new = load(control) if control else JointControlNet.of(base, base.depth // 2 if blocks is None else blocks)

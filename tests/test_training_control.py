@@ -1,16 +1,19 @@
 """A ControlNet in training: only it learns, it is a model folder, it steers its base; resume, ranks, bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trials import ROOT, assert_goes_on_to_the_bit, assert_two_learn_as_one, fit, lines, refused, small
+from safetensors.torch import load_file
+from trials import ROOT, assert_goes_on_to_the_bit, assert_same, assert_two_learn_as_one, fit, lines, refused, small
 
 import encode
 import sample
+from engine.checkpoint import Checkpoints
 from mmdit import checkpoint, control
 
 OVERLAY = ROOT / "configs/picture/controlnet.yaml"
@@ -74,6 +77,45 @@ def test_it_begins_as_its_base(base: Path, flags: list[str], tmp_path: Path) -> 
 
 def test_a_stopped_run_goes_on_to_the_bit(flags: list[str], tmp_path: Path) -> None:
     assert_goes_on_to_the_bit(small(tmp_path), *flags, stopped=4)
+
+
+def test_its_checkpoints_hold_no_base_and_older_ones_may(base: Path, flags: list[str], tmp_path: Path) -> None:
+    config, run = small(tmp_path), tmp_path / "run"
+    fit(config, *flags)
+    learned, found = control.load(run), Checkpoints(run / "checkpoints").at(3)
+    assert found
+    rows = {name for part in found.parts for name in part.rows}
+    assert any(name.startswith("network.controls.0.") for name in rows)
+    assert not any(name.startswith("network.base.") for name in rows)
+    older = {name: torch.zeros(tuple(held.shape)) for part in found.parts for name, held in part.rows.items()}
+    found.restore(older)
+    for left in ("checkpoints", "model"):
+        shutil.rmtree(run / left)
+    weights = {f"network.base.{name}": tensor for name, tensor in checkpoint.load(base).state_dict().items()}
+    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints.save(found.step, weights | older, found.numbers)
+    checkpoints.wait()
+    fit(config, *flags)
+    assert_same(control.load(run).state_dict(), learned.state_dict())
+
+
+def test_the_base_may_be_in_half_precision(base: Path, flags: list[str], tmp_path: Path) -> None:
+    losses = []
+    for name, dtype in (("run", "bfloat16"), ("whole", "float32")):
+        fit(small(tmp_path), *flags, "--network.dtype", dtype, "--run.folder", str(tmp_path / name))
+        losses.append([line["train/loss"] for line in lines(tmp_path / name) if "train/loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] != losses[1]
+    base_types, own_types = (
+        {
+            tensor.dtype
+            for tensor in load_file(tmp_path / f"run/model/{part}/diffusion_pytorch_model.safetensors").values()
+        }
+        for part in ("transformer", "controlnet")
+    )
+    assert (base_types, own_types) == ({torch.bfloat16}, {torch.float32})
+    kept, before = (checkpoint.load(folder).state_dict() for folder in (tmp_path / "run", base))
+    assert_same(kept, {name: tensor.bfloat16().float() for name, tensor in before.items()})
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

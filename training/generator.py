@@ -351,15 +351,21 @@ class Generator(L.LightningModule):
         return state | {"bins": self.bins.sums}
 
     def network_state(self) -> dict[str, Tensor]:
-        """The part of the state of the network, and of a critic."""
+        """The part of the state of the network, and of a critic: the weights that learn. The others are built anew."""
         critic: Mapping[str, Tensor] = self.critic.state_dict() if self.critic else {}
-        own = {f"network.{name}": tensor for name, tensor in self.kept(self.network).items()}
+        state, learning = self.network.state_dict(), self.learning()
+        own = {f"network.{name}": tensor for name, tensor in state.items() if name in learning}
         return own | {CRITIC + name: tensor for name, tensor in critic.items()}
 
+    def unchanged(self) -> set[str]:
+        return {f"network.{name}" for name in self.network.state_dict().keys() - self.learning()}
+
+    def learning(self) -> set[str]:
+        return {name for name, p in self.network.named_parameters() if p.requires_grad}
+
     def kept(self, network: Network) -> dict[str, Tensor]:
-        """The tensors of the network or of an average that are saved: all, or for a LoRA training the trained ones."""
-        learning = {name for name, p in self.network.named_parameters() if p.requires_grad}
-        state: Mapping[str, Tensor] = network.state_dict()
+        """The tensors of the network or of an average in a model: all, or for a LoRA training the trained ones."""
+        state, learning = network.state_dict(), self.learning()
         return {name: t for name, t in state.items() if self.writer.base is None or name in learning}
 
     def numbers(self) -> dict[str, Any]:
