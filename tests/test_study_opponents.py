@@ -40,5 +40,5 @@ def test_sizes_are_those_in_the_comment(monkeypatch: pytest.MonkeyPatch) -> None
         millions = sum(p.numel() for p in network.parameters()) / 1e6
         found[name.rsplit("/", 1)[1]] = f"{millions:.2f}", f"{flops / 1e6:.0f}"
     assert found == {"mmdit": ("2.89", "266"), "dit-flops": ("1.62", "265"), "cross": ("2.68", "266"),
-                     "dit": ("2.81", "493"), "ddim": ("2.89", "266")}  # fmt: skip
+                     "dit": ("2.81", "493"), "flow": ("3.71", "371"), "ddim": ("3.71", "371")}  # fmt: skip
     assert all(number in FILE.read_text() for sizes in found.values() for number in sizes)
