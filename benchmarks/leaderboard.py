@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", type=output, default=ROOT / "runs/leaderboard", help="folder of trainings and results")
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="trainings of each entry")
     p.add_argument("--lengths", type=positive, nargs="+", default=[500, 1000, 2000, 4000, 8000], help="in steps")
-    p.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3], help="of the loops")
+    p.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3], help="of the loops")
     p.add_argument("--per-digit", type=positive, default=50, help="pictures of each digit")
     args = p.parse_args(argv)
 
