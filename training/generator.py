@@ -358,9 +358,11 @@ class Generator(L.LightningModule):
         return own | {CRITIC + name: tensor for name, tensor in critic.items()}
 
     def unchanged(self) -> set[str]:
+        """Names, as in a checkpoint, of the network's tensors that do not learn. Older checkpoints hold them, too."""
         return {f"network.{name}" for name in self.network.state_dict().keys() - self.learning()}
 
     def learning(self) -> set[str]:
+        """Names of the network's weights that learn."""
         return {name for name, p in self.network.named_parameters() if p.requires_grad}
 
     def kept(self, network: Network) -> dict[str, Tensor]:
