@@ -1,0 +1,115 @@
+"""What a caption leaves out, and how often a model of the shapes then draws what it asks for.
+
+    python -m benchmarks.omitted --model assets/shapes/model
+
+Two different shapes are asked for in captions that say more and more of the same scene: only the shapes, also their
+relation, also colours, colours and sizes, all of it. A picture of an omitted fact can be right in more ways, but the
+model has to settle the fact itself. Printed are the share of right pictures, and what the wrong ones show. Noise is the
+same for all captions. The flags of sampling tell whether an error is one of the walk or of the network.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.following import check
+from cli import Parser, add_sampling_flags, natural, one_line_errors, positive, sampling_of
+from data.order import Use, stream
+from data.shapes import RELATIONS, SIZES, Found, Group, Request, fulfils, read, requests
+from pipeline import Pipeline
+from pipeline.sampling import Sampling
+from storage.models import find_model
+
+BATCH = 64
+FACTS = ("colour", "size")  # of a group, in the order of `Group`
+SAID: dict[str, tuple[str, ...]] = {  # the facts of a caption besides its shapes
+    "shapes": (),
+    "shapes, relation": ("relation",),
+    "shapes, colours": ("colour",),
+    "shapes, colours, sizes": ("colour", "size"),
+    "all": ("colour", "size", "relation"),
+}
+ERRORS = ("unreadable", "too few", "too many", "the same twice", "another shape", "another colour, size or place")
+
+
+def whole(count: int, seed: int) -> list[Request]:
+    """Requests that say everything of one large or small shape and another, of two colours."""
+    draw = stream(seed, Use.REQUESTS, 0)
+
+    def one(words: Sequence[str]) -> str:
+        return words[int(draw.integers(len(words)))]
+
+    return [
+        Request(tuple(replace(group, size=one(tuple(SIZES))) for group in asked.groups), one(tuple(RELATIONS)))
+        for asked in requests("binding", count, seed)
+    ]
+
+
+def less(asked: Request, *said: str) -> Request:
+    """A request with only these of its facts: relation, colour, size."""
+
+    def group(full: Group) -> Group:
+        return Group(full.count, full.shape, *(getattr(full, fact) if fact in said else None for fact in FACTS))
+
+    return Request(tuple(map(group, asked.groups)), asked.relation if "relation" in said else None)
+
+
+def error(found: Sequence[Found], asked: Request) -> str | None:
+    """What is wrong with a picture of two shapes, one of ERRORS; None if it is right."""
+    if fulfils(found, asked):
+        return None
+    shown, wanted = [one.shape for one in found], {group.shape for group in asked.groups}
+    tests: dict[str, bool] = {
+        "unreadable": None in shown,
+        "too few": len(shown) < 2,
+        "too many": len(shown) > 2,
+        "the same twice": len(set(shown)) == 1 and set(shown) < wanted,
+        "another shape": set(shown) != wanted,
+    }
+    return next((name for name, true in tests.items() if true), ERRORS[-1])
+
+
+def errors(
+    pipe: Pipeline, sampling: Sampling, asked: Sequence[Request], seed: int, told: Callable[[int], object]
+) -> list[str | None]:
+    """The error of each picture of some requests. `told` is called with the number of pictures that were drawn."""
+    found: list[str | None] = []
+    for rows in torch.arange(len(asked)).split(BATCH):
+        some = [asked[row] for row in rows]
+        pixels = pipe([one.caption() for one in some], [seed + int(row) for row in rows], sampling=sampling)
+        shown = pixels.movedim(1, -1).numpy()
+        found += [error(read(one), request) for one, request in zip(shown, some, strict=True)]
+        told(len(rows))
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = Parser(description=__doc__)
+    p.add_argument("--model", type=Path, required=True, help="a model of the shapes: its folder, or a run's")
+    p.add_argument("--steps", type=positive, help="of the sampler; default: the model's")
+    p.add_argument("--captions", type=positive, default=200, help="of each kind")
+    p.add_argument("--seed", type=natural, default=7, help="of the captions and of the first picture")
+    add_sampling_flags(p)
+    args = p.parse_args(argv)
+    with one_line_errors(ValueError, FileNotFoundError):
+        pipe = Pipeline.load(find_model(args.model))
+        check(pipe, args.model)
+        sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
+        sampling.walk(pipe.objective)
+    asked = whole(args.captions, args.seed)
+    with tqdm(total=len(SAID) * args.captions, desc="drawing", unit="picture", leave=False) as bar:
+        found = {
+            name: errors(pipe, sampling, [less(one, *said) for one in asked], args.seed, bar.update)
+            for name, said in SAID.items()
+        }
+    print(f"| said, % of {args.captions} | right | {' | '.join(ERRORS)} |\n|---|{'---:|' * (1 + len(ERRORS))}")
+    for name, shown in found.items():
+        cells = [f"{shown.count(kind) / args.captions:.1%}" for kind in (None, *ERRORS)]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
