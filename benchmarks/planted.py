@@ -107,6 +107,9 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("flow/meanflow.py", "flow_meanflow flow_meanflow_objective training_cost"): [
         ("self.extra_passes = 2 * share", "self.extra_passes = share"),
         ("u[2] < self.share", "u[2] > self.share"),
+        ("(1 - self.step) / self.step * (found", "1 / self.step * (found"),
+        ("z - expand_as(t - s, z) * model(z, t, selected, t)", "z - expand_as(t - s, z) * model(z, t, selected, end)"),
+        ("@torch.no_grad()\ndef average_after_step", "def average_after_step"),
         ("@torch.no_grad()\ndef average_velocity", "def average_velocity"),
         ("torch.ones_like(point[1])", "-torch.ones_like(point[1])"),
     ],

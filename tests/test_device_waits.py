@@ -112,6 +112,7 @@ OBJECTIVES = [
     lambda: Objective(ZeroTerminalSNR(DDPMLinear()), V(), weight=DensityWeight(Mode())),
     lambda: LearnedVariance(ImprovedCosine(), X0()),
     lambda: MeanFlow(share=0.5),
+    lambda: MeanFlow(share=0.5, step=0.1),
     lambda: StepMap(k=4),
 ]
 

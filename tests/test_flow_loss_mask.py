@@ -36,6 +36,7 @@ OBJECTIVES: dict[str, Objective] = {
     "huber": Objective(penalty=Penalty()),
     "variance": LearnedVariance(ImprovedCosine(), Epsilon(), vlb_weight=0.5),
     "mean flow": MeanFlow(share=1.0),
+    "mean flow in steps": MeanFlow(share=1.0, step=0.1),
     "step map": StepMap(k=2),
     "codes": NextCode(5, text_weight=0.0),
 }

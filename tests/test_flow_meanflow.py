@@ -10,7 +10,7 @@ from gaussians import MEAN, STD, average, flow_map, some_intervals, velocity
 from networks import inputs, plain, relative, stirred
 from torch import Tensor, nn
 
-from flow.meanflow import MeanFlow, average_velocity
+from flow.meanflow import MeanFlow, average_after_step, average_velocity
 from flow.objective import Interval, Model
 from flow.path import expand_as
 
@@ -59,6 +59,46 @@ def test_with_the_pair_s_own_velocity_the_target_is_right_in_the_mean() -> None:
 
     assert deviations(average).abs().max() < 4.5
     assert deviations(lambda z, t, condition, end: velocity(z, t)).abs().max() > 50
+
+
+def after(model: Callable[..., Tensor], z: Tensor, t: Tensor, end: Tensor, v: Tensor, step: float) -> Tensor:
+    """The target of a finite step along the model's own velocity."""
+    later = average_after_step(model, z, t, Interval.between(end, t), None, step)
+    return v - (1 - step) / step * (model(z, t, None, end) - later)
+
+
+def test_a_finite_step_finds_the_average_but_for_its_straightness() -> None:
+    """Its error falls with the step, as that of Euler's method does."""
+    z, t, end = some_intervals()
+    exact = average(z, t, None, end)
+    errors = [(after(average, z, t, end, velocity(z, t), step) - exact).abs() for step in (0.2, 0.02, 0.002)]
+    assert [float(error.max()) for error in errors] == pytest.approx([0.15, 0.013, 0.0013], rel=0.3)
+    short = t - end < 1e-3
+    assert errors[0][short].max() < 1e-3
+
+
+@pytest.mark.parametrize("step", [0.5, 0.1])
+def test_a_finite_step_along_straight_paths_is_exact(step: float) -> None:
+    z, t, end = some_intervals()
+    speed = torch.randn(3, dtype=torch.float64)
+
+    def straight(z: Tensor, t: Tensor, condition: None, end: Tensor) -> Tensor:
+        return speed + torch.zeros_like(z)
+
+    torch.testing.assert_close(after(straight, z, t, end, straight(z, t, None, t), step), speed.expand_as(z))
+
+
+def test_in_the_limit_a_finite_step_is_the_derivative_along_the_network_s_velocity() -> None:
+    network = Small()
+    z, v = torch.randn(2, 16, 3, dtype=torch.float64)
+    t = 0.2 + 0.8 * torch.rand(16, dtype=torch.float64)
+    end = t * torch.rand(16, dtype=torch.float64)
+    interval = Interval.between(end, t)
+    with torch.no_grad():
+        own = network(z, t, None, t)
+        expected = v + average_velocity(network, z, t, interval, own, None) - own
+        assert relative(after(network, z, t, end, v, 1e-5), expected) < 1e-4
+        assert relative(after(network, z, t, end, v, 0.5), expected) > 1e-3
 
 
 class Told(NamedTuple):

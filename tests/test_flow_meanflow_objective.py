@@ -6,6 +6,7 @@ import pytest
 import torch
 from gaussians import average, flow_map
 from networks import linear
+from torch import Tensor, nn
 
 from flow.density import stratified
 from flow.meanflow import MeanFlow
@@ -26,6 +27,12 @@ def test_averages_are_of_velocities_on_rectified_flow() -> None:
 def test_impossible_shares_are_refused(share: float) -> None:
     with pytest.raises(ValueError, match="0 < share <= 1"):
         MeanFlow(share=share)
+
+
+@pytest.mark.parametrize("step", [-0.1, 1.0])
+def test_impossible_steps_are_refused(step: float) -> None:
+    with pytest.raises(ValueError, match="0 <= step < 1"):
+        MeanFlow(step=step)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 1.0])
@@ -54,7 +61,48 @@ def test_without_averages_times_are_what_they_were() -> None:
     assert torch.equal(t, Objective(shift=2.0).training_time(u[0], 64))
 
 
-@pytest.mark.parametrize("options", [{}, {"penalty": Penalty(0.5, 0.1)}, {"weight": SechWeight()}])
+class Curved(nn.Module):
+    """u = a·z·(t + 2·end)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.7))
+        self.seen = 0
+
+    def forward(self, z: Tensor, t: Tensor, condition: None, end: Tensor) -> Tensor:
+        self.seen += len(z)
+        return self.a * z * (t + 2 * end)[:, None]
+
+
+def test_the_loss_with_a_finite_step_and_its_gradient() -> None:
+    """Only the average over the interval learns. Pictures without an interval learn the pair's velocity."""
+    x0, noise = torch.randn(2, 4, 5)
+    t, end = torch.tensor([0.9, 0.6, 0.5, 0.8]), torch.tensor([0.1, 0.6, 0.4, 0.0])
+    network, step = Curved(), 0.25
+    loss = MeanFlow(step=step).loss(network, x0, noise, t, None, Interval.between(end, t))
+    loss.sum().backward()
+    a, (x, e, s, r) = 0.7, (c[:, None] for c in (t, end, t - step * (t - end), t))
+    z, v = (1 - x) * x0 + x * noise, noise - x0
+    found = a * z * (x + 2 * e)
+    moved = z - (r - s) * a * z * 3 * x
+    target = v - (1 - step) / step * (found - a * moved * (s + 2 * e))
+    target[1] = v[1]
+    torch.testing.assert_close(loss, (found - target).square().mean(1))
+    assert network.a.grad is not None
+    expected = (2 * (found - target) * found / a).mean(1).sum()
+    torch.testing.assert_close(network.a.grad, expected)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_finite_step_costs_two_passes_of_the_share(share: float) -> None:
+    objective, network = MeanFlow(share=share, step=0.1), Curved()
+    x0, noise = torch.randn(2, 64, 5)
+    t, interval = objective.times(torch.stack([stratified(64, torch.Generator().manual_seed(i)) for i in range(3)]), 64)
+    objective.loss(network, x0, noise, t, None, interval)
+    assert network.seen == 64 * (1 + objective.extra_passes)
+
+
+@pytest.mark.parametrize("options", [{}, {"step": 0.1}, {"penalty": Penalty(0.5, 0.1)}, {"weight": SechWeight()}])
 def test_an_interval_without_length_has_the_plain_loss(options: dict) -> None:
     x0, noise = torch.randn(2, 6, 3, 4, 4)
     t = torch.linspace(0.05, 0.95, 6)

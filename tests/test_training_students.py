@@ -106,6 +106,7 @@ def test_each_student_trains_stops_goes_on_to_the_bit_and_draws(
     [
         ("meanflow", "ddp", 1e-6),
         ("meanflow", "fsdp2", 1e-6),
+        ("meanflow-teacher", "fsdp2", 1e-5),  # with the derivative
         ("matching", "ddp", 1e-5),
         ("matching", "fsdp2", 1e-5),
         ("reflow-online", "ddp", 1e-5),  # the student begins as its teacher, so that its loss is a small difference
@@ -351,6 +352,7 @@ def test_a_store_of_no_pairs_is_no_coupling(
         ("meanflow", ["--network.two_times", "false"], "set network.two_times"),
         ("meanflow", ["--objective.path", "Cosine"], "Option 'path' is not accepted"),
         ("meanflow", ["--objective.share", "2"], "0 < share <= 1"),
+        ("meanflow", ["--objective.step", "1"], "0 <= step < 1"),
         ("meanflow", ["--network.two_times", "false", "--objective", "Objective"],
          "sampler meanflow needs a network of two times"),
     ],
