@@ -98,7 +98,11 @@ def average_after_step(model: Model, z: Tensor, t: Tensor, interval: Interval, c
     solves. The limit α → 0 is the target of `average_velocity` along u(z, t, t).
 
     Args:
-        model, z, t, interval, condition: as for `average_velocity`.
+        model: the network with its current weights.
+        z: points on the path, (B, …).
+        t: times, (B,).
+        interval: ends of the intervals, and the pictures that have one.
+        condition: passed to the model; a named tuple of tensors with batch size B, or None.
         step: α, 0 < α < 1.
 
     Returns:
