@@ -2,29 +2,28 @@
 
     python -m benchmarks.omitted --model assets/shapes/model
 
-Two different shapes are asked for in captions that say more and more of the same scene: only the shapes, also their
-relation, also colours, colours and sizes, all of it. A picture of an omitted fact can be right in more ways, but the
-model has to settle the fact itself. Printed are the share of right pictures, and what the wrong ones show. Noise is the
-same for all captions. The flags of sampling tell whether an error is one of the walk or of the network.
+Two different shapes are asked for in captions that say more and less of the same scene: the shapes, their relation,
+colours and sizes. If a fact is omitted, more pictures are right, but the model has to choose the fact itself. Printed
+are the share of right pictures, and what is wrong with the others. Noise is the same for all captions. The flags of the
+sampler show whether other steps or another guidance mend the errors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.following import check
 from cli import Parser, add_sampling_flags, natural, one_line_errors, positive, sampling_of
+from data.examined import Shapes
 from data.order import Use, stream
 from data.shapes import RELATIONS, SIZES, Found, Group, Request, fulfils, read, requests
 from pipeline import Pipeline
-from pipeline.sampling import Sampling
 from storage.models import find_model
+from studies.measure import Setting, draw
 
 BATCH = 64
-FACTS = ("colour", "size")  # of a group, in the order of `Group`
 SAID: dict[str, tuple[str, ...]] = {  # the facts of a caption besides its shapes
     "shapes": (),
     "shapes, relation": ("relation",),
@@ -52,7 +51,8 @@ def less(asked: Request, *said: str) -> Request:
     """A request with only these of its facts: relation, colour, size."""
 
     def group(full: Group) -> Group:
-        return Group(full.count, full.shape, *(getattr(full, fact) if fact in said else None for fact in FACTS))
+        colour, size = full.colour if "colour" in said else None, full.size if "size" in said else None
+        return replace(full, colour=colour, size=size)
 
     return Request(tuple(map(group, asked.groups)), asked.relation if "relation" in said else None)
 
@@ -72,20 +72,6 @@ def error(found: Sequence[Found], asked: Request) -> str | None:
     return next((name for name, true in tests.items() if true), ERRORS[-1])
 
 
-def errors(
-    pipe: Pipeline, sampling: Sampling, asked: Sequence[Request], seed: int, told: Callable[[int], object]
-) -> list[str | None]:
-    """The error of each picture of some requests. `told` is called with the number of pictures that were drawn."""
-    found: list[str | None] = []
-    for rows in torch.arange(len(asked)).split(BATCH):
-        some = [asked[row] for row in rows]
-        pixels = pipe([one.caption() for one in some], [seed + int(row) for row in rows], sampling=sampling)
-        shown = pixels.movedim(1, -1).numpy()
-        found += [error(read(one), request) for one, request in zip(shown, some, strict=True)]
-        told(len(rows))
-    return found
-
-
 def main(argv: list[str] | None = None) -> None:
     p = Parser(description=__doc__)
     p.add_argument("--model", type=Path, required=True, help="a model of the shapes: its folder, or a run's")
@@ -99,12 +85,14 @@ def main(argv: list[str] | None = None) -> None:
         check(pipe, args.model)
         sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
         sampling.walk(pipe.objective)
+    setting = Setting(str(args.model), "", pipe, sampling)
     asked = whole(args.captions, args.seed)
     with tqdm(total=len(SAID) * args.captions, desc="drawing", unit="picture", leave=False) as bar:
-        found = {
-            name: errors(pipe, sampling, [less(one, *said) for one in asked], args.seed, bar.update)
-            for name, said in SAID.items()
-        }
+        found: dict[str, list[str | None]] = {}
+        for name, said in SAID.items():
+            examined = Shapes([less(one, *said) for one in asked])
+            pictures = draw(setting, examined, args.seed, BATCH, bar.update).pictures.movedim(1, -1).numpy()
+            found[name] = [error(read(one), some) for one, some in zip(pictures, examined.asked, strict=True)]
     print(f"| said, % of {args.captions} | right | {' | '.join(ERRORS)} |\n|---|{'---:|' * (1 + len(ERRORS))}")
     for name, shown in found.items():
         cells = [f"{shown.count(kind) / args.captions:.1%}" for kind in (None, *ERRORS)]

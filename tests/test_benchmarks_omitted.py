@@ -28,12 +28,12 @@ def test_a_request_without_some_facts_allows_the_whole_one() -> None:
 
 def test_omitted_facts_are_not_said() -> None:
     asked = Request((Group(1, "circle", "red", "small"), Group(1, "cross", "blue", "large")), "above")
-    told = {name: omitted.less(asked, *said).caption() for name, said in omitted.SAID.items()}
-    assert told["shapes"] == "a circle and a cross"
-    assert told["shapes, relation"] == "a circle above a cross"
-    assert told["shapes, colours"] == "a red circle and a blue cross"
-    assert told["shapes, colours, sizes"] == "a small red circle and a large blue cross"
-    assert told["all"] == "a small red circle above a large blue cross"
+    captions = {name: omitted.less(asked, *said).caption() for name, said in omitted.SAID.items()}
+    assert captions["shapes"] == "a circle and a cross"
+    assert captions["shapes, relation"] == "a circle above a cross"
+    assert captions["shapes, colours"] == "a red circle and a blue cross"
+    assert captions["shapes, colours, sizes"] == "a small red circle and a large blue cross"
+    assert captions["all"] == "a small red circle above a large blue cross"
 
 
 def test_every_kind_of_scene_is_asked_for() -> None:
