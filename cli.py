@@ -17,7 +17,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 MEMORY_CURE = "try --batch-size 1, --dtype bfloat16, --text-device cpu or --vae-tiling"
 MOST = 10_000_000  # pictures of one command
 NOT_PURPOSE = ("out", "overwrite", "batch_size", "device", "text_device", "text_cache")  # flags
-SAMPLING = ("spacing", "guidance", "guider", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval")
+SAMPLING = (
+    "sampler",
+    "spacing",
+    "guidance",
+    "guider",
+    "rescale",
+    "interval",
+    "skip_layers",
+    "skip_scale",
+    "skip_interval",
+)
 
 
 def fail(message: object, status: int = BAD_INPUT) -> NoReturn:
@@ -284,7 +294,7 @@ def sampling_of(args: Namespace, default: Any, **chosen: Any) -> Any:
     Args:
         args: the flags of `add_sampling_flags`; those that are None keep the default.
         default: the model's own `Sampling`, a dataclass.
-        chosen: further values; None keeps the default.
+        chosen: further values, which win over flags; None keeps the default.
 
     Raises:
         ValueError: the flags do not fit together.

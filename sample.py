@@ -85,7 +85,7 @@ def write_pairs(argv: list[str]) -> None:
         args.device = device_of_rank(args.device, local_rank)
         pipe = Pipeline.load(path, LoadOptions(**load_options_of(args)))
         pipe.refuse_picture()
-        sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
+        sampling = sampling_of(args, pipe.sampling, steps=args.steps)
         coupling = Coupling(args.num, args.invert, args.seed, args.batch_size or pipe.batch_size(), sampling)
         captions = Captions(source, args.seed, args.held_out)
         sampling.check_prompts([captions[0]])
@@ -128,7 +128,7 @@ def search_grid(argv: list[str]) -> None:
 
         pipe = Pipeline.load(path, LoadOptions(**load_options_of(args)))
         pipe.refuse_picture()
-        sampling = sampling_of(args, replace(pipe.sampling, sampler="euler"), sampler=args.sampler)
+        sampling = sampling_of(args, replace(pipe.sampling, sampler="euler"))
         request = Request(tuple(args.steps), args.num, args.fine, args.seed, args.batch_size, sampling)
         captions = Captions(source, args.seed)
         sampling.check_prompts([captions[0]])

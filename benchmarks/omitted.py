@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(ValueError, FileNotFoundError):
         pipe = Pipeline.load(find_model(args.model))
         check(pipe, args.model)
-        sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
+        sampling = sampling_of(args, pipe.sampling, steps=args.steps)
         sampling.walk(pipe.objective)
     setting = Setting(str(args.model), "", pipe, sampling)
     asked = whole(args.captions, args.seed)

@@ -55,7 +55,7 @@ def plan(args: Namespace, load: Callable[[Path, LoadOptions], Pipeline] = Pipeli
     pipe = load(path, options)
     given = input_pictures(args, pipe)
     prior = prior_of(args, pipe)
-    sampling = sampling_of(args, pipe.sampling, steps=args.steps, sampler=args.sampler)
+    sampling = sampling_of(args, pipe.sampling, steps=args.steps)
     height, width = given["image"].shape[-2:] if "image" in given else (args.height, args.width)
     pipe.check_drawn("image" in given)
     warn_of_learned(args, path, sampling)
