@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -392,8 +392,15 @@ def memory(job: Job) -> Memory:
 # ---- time
 
 
-def flops(job: Job) -> list[int]:
-    """FLOP of one picture's forward pass in each of the job's roles, a multiply-add counted as two."""
+class Work(NamedTuple):
+    """FLOP of one picture in a role, a multiply-add counted as two."""
+
+    forward: int  # of one forward pass
+    step: float  # of all passes of a step, the backward passes too
+
+
+def flops(job: Job) -> list[Work]:
+    """The work in each of the job's roles. If only a LoRA or text learns, a backward pass counts as a forward pass."""
     n = job.network
     with torch.device("meta"):
         z, t = torch.empty(1, n.in_channels, *job.latent), torch.empty(1)
@@ -405,8 +412,14 @@ def flops(job: Job) -> list[int]:
             level=t if n.level_embeds else None,
         )
         unique = {role.network: role for role in job.roles}
-        found = {network: role.forward_flops(z, t, condition) for network, role in unique.items()}
-    return [found[role.network] for role in job.roles]
+        once = {network: role.forward_flops(z, t, condition) for network, role in unique.items()}
+        found = []
+        for role in job.roles:
+            forward = once[role.network]
+            short = role.network is job.network and not job.whole
+            taken = (2 * role.learned + role.frozen) * forward if short else role.flops(z, t, condition)
+            found.append(Work(forward, taken))
+    return found
 
 
 def moved_bytes(job: Job) -> float:
@@ -478,26 +491,26 @@ def communication(job: Job) -> dict[str, Traffic]:
     return found
 
 
-def step(job: Job, forward: Sequence[int] | None = None) -> Step:
-    """The seconds of one optimizer step; `forward` is `flops(job)`, if known.
+def step(job: Job, works: Sequence[Work] | None = None) -> Step:
+    """The seconds of one optimizer step; `works` is `flops(job)`, if known.
 
-    Backward counts as two forward passes, in products and in bytes. What other networks move is in proportion to their
-    FLOP. Communication overlaps with computing, except one block's share of it; under DDP it overlaps with the last
+    In bytes a backward pass counts as two forward passes. What other networks move is in proportion to their FLOP.
+    Communication overlaps with computing, except one block's share of it; under DDP it overlaps with the last
     backward pass.
     """
-    forward = flops(job) if forward is None else forward
-    roles = list(zip(job.roles, forward, strict=True))
+    works = flops(job) if works is None else works
+    roles = [(role, work.forward) for role, work in zip(job.roles, works, strict=True)]
     n, s, device = job.network, job.strategy, job.device
     own = next(count for role, count in roles if role.network is n)
     images = job.batch / job.gpus
     peak = device.bf16 if job.mixed else device.fp32
     memory_speed = MOVING * device.bandwidth
-    works = [(role, role.passes(job.whole) * count) for role, count in roles]
-    work = sum(count for _, count in works)
-    matrix = sum(count / (device.fp32 if role.float32 else peak) for role, count in works) * images / job.efficiency
+    total_work = sum(work.step for work in works)
+    peaks = (device.fp32 if role.float32 else peak for role in job.roles)
+    matrix = sum(work.step / most for work, most in zip(works, peaks, strict=True)) * images / job.efficiency
     casts = 6 * job.learning * s.accumulate_grad_batches if job.mixed and not job.sharded else 0
     moved = moved_bytes(job) * images
-    passes = sum(role.passes(True) * count for role, count in roles) / own
+    passes = sum((3 * role.learned + role.frozen) * count for role, count in roles) / own
     elementwise = (passes * moved + casts) / memory_speed
     share = sum(checkpointed(job, i) for i in range(n.depth)) / n.depth
     learned = sum(role.learned * count for role, count in roles) / own
@@ -514,8 +527,8 @@ def step(job: Job, forward: Sequence[int] | None = None) -> Step:
         hiding *= 2 / 3 / s.accumulate_grad_batches
     exposed = max(sum(busy) / (n.depth + 1), sum(busy) - hiding * n.depth / (n.depth + 1))
     total = matrix + elementwise + again + optimizer + exposed
-    mfu = work * images / total / peak
-    return Step(own, work, matrix, elementwise, again, optimizer, traffic, exposed, total, job.batch / total, mfu)
+    mfu = total_work * images / total / peak
+    return Step(own, total_work, matrix, elementwise, again, optimizer, traffic, exposed, total, job.batch / total, mfu)
 
 
 def alternatives(job: Job) -> Iterator[Job]:
@@ -537,6 +550,6 @@ def alternatives(job: Job) -> Iterator[Job]:
 
 def fastest_fit(job: Job) -> Strategy | None:
     """The fastest strategy with which the job fits into memory; None if there is none."""
-    forward = flops(job)
+    works = flops(job)
     fitting = [other for other in alternatives(job) if memory(other).total <= job.device.memory]
-    return min(fitting, key=lambda other: step(other, forward).total).strategy if fitting else None
+    return min(fitting, key=lambda other: step(other, works).total).strategy if fitting else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from engine.flops import forward_flops
+from engine.flops import forward_flops, training_flops
 from engine.hardware import DEVICES, find
 from engine.log import JSONLinesLogger
 from engine.meter import Cost, Meter, peak, peak_memory
@@ -107,6 +107,19 @@ def test_flops_of_inputs_in_dataclasses_and_of_convolutions() -> None:
             return self.conv(given.x)
 
     assert forward_flops(Network(), Given(torch.zeros(2, 3, 8, 8))) == 2 * 2 * 64 * 6 * 3 * 9
+
+
+def test_a_backward_pass_takes_what_the_weights_that_learn_need() -> None:
+    """In units of one of three equal layers: each weight that learns is one, and each input behind one that learns."""
+    network, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.zeros(5, 8)
+    unit = linear(5, 8, 8)
+    assert training_flops(network, x) == (3 + 3 + 2) * unit
+    assert training_flops(network, x.clone().requires_grad_()) == (3 + 3 + 3) * unit
+    network[0].requires_grad_(False)
+    assert training_flops(network, x) == (3 + 2 + 1) * unit
+    network.requires_grad_(False)
+    assert training_flops(network, x) == forward_flops(network, x) == 3 * unit
+    assert all(weight.grad is None for weight in network.parameters())
 
 
 # ---- devices

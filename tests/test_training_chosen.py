@@ -24,7 +24,7 @@ from data.raw.pictures import save_png, to_image
 from data.store.encoding import Encoding, StoreEncoder
 from data.store.reader import Store
 from data.text.clip import CLIPText
-from engine.flops import forward_flops
+from engine.flops import forward_flops, training_flops
 from flow.objective import Objective
 from flow.preference import DPO
 from mmdit.model import MMDiT
@@ -186,8 +186,9 @@ def test_at_the_reference_the_loss_is_ln_2_and_pulls_to_the_preferred_picture(te
 def test_the_cost_counts_both_pictures_and_the_reference(text: CLIPText) -> None:
     pipe = pipe_of(text, 0)
     model, batch = ChoiceModel(DPO(), TeacherModel(Teacher(), pipe)), batch_of(pipe)
-    once = forward_flops(pipe.network, batch.x0, torch.zeros(4), Condition(batch.text, batch.pooled))
-    assert StepCost(pipe.network, Objective(), None, True, model)(batch).flops == round(8 * once)
+    given = batch.x0, torch.zeros(4), Condition(batch.text, batch.pooled)
+    once, learned = (count(pipe.network, *given) for count in (forward_flops, training_flops))
+    assert StepCost(pipe.network, Objective(), None, None, model)(batch).flops == 2 * learned + 2 * once
 
 
 def test_it_stops_and_goes_on_to_the_bit_and_keeps_the_best_model(flags: list[str], tmp_path: Path) -> None:

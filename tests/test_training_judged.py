@@ -30,7 +30,7 @@ import train
 from data.batch import Batch
 from data.latents import Pixels
 from data.text.clip import CLIPText
-from engine.flops import forward_flops
+from engine.flops import forward_flops, training_flops
 from engine.strategy import Strategy
 from flow.objective import Objective
 from flow.preference import DPO, NFT, Preference
@@ -261,14 +261,14 @@ def test_the_cost_counts_drawing_and_comparing(pipe: Pipeline, loss: Preference,
     judge = judge_of(pipe, loss, guidance=guidance, pairs=Pairs(3, uses=uses))
     judge.reference = TeacherModel(Teacher(Path("first")), pipe)
     z, condition = torch.zeros(8, 1, 8, 8), Condition(torch.zeros(8, 5, 64), torch.zeros(8, 64))
-    cost = StepCost(pipe.network, Objective(), None, True, judge)(
+    cost = StepCost(pipe.network, Objective(), None, None, judge)(
         Batch(0, np.arange(8), z, z, condition.text, condition.pooled)
     )
     branches = 2 if guidance > 1 else 1
     compared = 1 if isinstance(loss, DPO) else branches
-    learned = 3 if isinstance(loss, DPO) else 3 * branches
-    calls = learned + compared + branches * 3 / uses
-    assert cost.flops == round(calls * forward_flops(pipe.network, z, torch.zeros(8), condition))
+    learned = 1 if isinstance(loss, DPO) else branches
+    once, whole = (count(pipe.network, z, torch.zeros(8), condition) for count in (forward_flops, training_flops))
+    assert cost.flops == round(learned * whole + (compared + branches * 3 / uses) * once)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import train
 from data.batch import Batch
 from data.latents import Pixels
 from data.text.clip import CLIPText
-from engine.flops import forward_flops
+from engine.flops import forward_flops, training_flops
 from flow.objective import Objective
 from mmdit.model import MMDiT
 from mmdit.network import Condition
@@ -117,7 +117,6 @@ def test_a_training_step_uses_a_pair_as_often_as_asked(
 def test_the_cost_of_a_step_counts_the_walks(pipe: Pipeline, pairs: Pairs, guidance: float, calls: float) -> None:
     teacher = TeacherModel(Teacher(Path("teacher"), guidance, pairs), pipe)
     z, condition = torch.zeros(4, 1, 8, 8), Condition(torch.zeros(4, 5, 64), torch.zeros(4, 64))
-    cost = StepCost(pipe.network, Objective(), teacher, True)(
-        Batch(0, np.arange(4), z, z, condition.text, condition.pooled)
-    )
-    assert cost.flops == round((3 + calls) * forward_flops(pipe.network, z, torch.zeros(4), condition))
+    cost = StepCost(pipe.network, Objective(), teacher)(Batch(0, np.arange(4), z, z, condition.text, condition.pooled))
+    once, learned = (count(pipe.network, z, torch.zeros(4), condition) for count in (forward_flops, training_flops))
+    assert cost.flops == round(learned + calls * once)

@@ -171,5 +171,5 @@ def test_a_step_also_costs_the_regressor_s_pass() -> None:
     network, own = plain(picture_channels=3), plain(picture_channels=3, depth=1)
     z, t, condition = inputs(8, 12, text=5)
     batch = Batch(0, np.arange(4), z, z, condition.text, condition.pooled, picture=z)
-    costs = [StepCost(network, Objective(), None, True, None, each)(batch) for each in (None, Regressor(own))]
+    costs = [StepCost(network, Objective(), None, None, None, each)(batch) for each in (None, Regressor(own))]
     assert costs[1].flops - costs[0].flops == forward_flops(own, z, t, condition._replace(picture=z))

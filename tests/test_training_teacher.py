@@ -13,7 +13,7 @@ from data.batch import Batch
 from data.latents import Pixels
 from data.sizes import SIZE_FEATURES
 from data.text.clip import CLIPText
-from engine.flops import forward_flops
+from engine.flops import forward_flops, training_flops
 from engine.strategy import Strategy, blocks
 from flow.guidance import ClassifierFree
 from flow.matching import Matching
@@ -30,19 +30,19 @@ from training.teacher import Teacher, TeacherModel
 def test_a_teacher_adds_a_forward_pass_and_with_guidance_two(pipe: Pipeline, guidance: Any, passes: int) -> None:
     teacher = TeacherModel(Teacher(Path("teacher"), guidance), pipe)
     z, condition = torch.zeros(4, 1, 8, 8), Condition(torch.zeros(4, 5, 64), torch.zeros(4, 64))
-    student = StepCost(pipe.network, Objective(), teacher, True)
+    student = StepCost(pipe.network, Objective(), teacher)
     cost = student(Batch(0, np.arange(4), z, z, condition.text, condition.pooled))
-    assert cost.flops == (3 + passes) * forward_flops(pipe.network, z, torch.zeros(4), condition)
+    once, learned = (count(pipe.network, z, torch.zeros(4), condition) for count in (forward_flops, training_flops))
+    assert cost.flops == learned + passes * once
 
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_matching_adds_the_guided_teacher_the_critic_s_step_and_the_student_s_walk(pipe: Pipeline, k: int) -> None:
     teacher = TeacherModel(Teacher(Path("teacher"), 3.0, matching=Matching()), pipe, walked=k - 1)
     z, condition = torch.zeros(4, 1, 8, 8), Condition(torch.zeros(4, 5, 64), torch.zeros(4, 64))
-    cost = StepCost(pipe.network, StepMap(k=k), teacher, True)(
-        Batch(0, np.arange(4), z, z, condition.text, condition.pooled)
-    )
-    assert cost.flops == (3 + 2 + 3 + k - 1) * forward_flops(pipe.network, z, torch.zeros(4), condition)
+    cost = StepCost(pipe.network, StepMap(k=k), teacher)(Batch(0, np.arange(4), z, z, condition.text, condition.pooled))
+    once, learned = (count(pipe.network, z, torch.zeros(4), condition) for count in (forward_flops, training_flops))
+    assert cost.flops == 2 * learned + (2 + k - 1) * once
 
 
 def test_a_prepared_teacher_is_frozen_compiled_and_on_a_cpu_in_float32(pipe: Pipeline) -> None:

@@ -146,9 +146,10 @@ def build_generator(config: "Namespace", base: str | None) -> tuple[Generator, D
 def build_trainer(config: "Namespace", generator: Generator) -> L.Trainer:
     """Builds Lightning's trainer for a module."""
     run, strategy, writer = config.run, config.strategy, generator.writer
+    learning = {name for name, weight in of_network(generator.network).named_parameters() if weight.requires_grad}
     cost = StepCost(
-        of_network(writer.network), generator.objective, generator.teacher, writer.base is None, generator.judge,
-        generator.pipeline.regressor,
+        of_network(writer.network), generator.objective, generator.teacher, learning, generator.judge,
+        generator.pipeline.regressor, generator.network is not of_network(generator.network),
     )  # fmt: skip
     meter = Meter(run.log_every, cost, run.precision)
     checkpoints = Checkpoints(run.folder / CHECKPOINTS, strategy.sharded_checkpoint)

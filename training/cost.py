@@ -1,5 +1,7 @@
 """The cost of a batch: pictures, tokens and FLOPs of a training step."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -15,15 +17,16 @@ from training.teacher import TeacherModel
 
 
 class StepCost:
-    """cost(batch) → Cost, without text encoders. The backward pass counts as two forward passes, for a LoRA as one.
+    """cost(batch) → Cost: forward passes, and backward passes to the weights that learn. Without text encoders.
 
     Args:
         network: the network, on the meta device.
         objective: what the network learns.
         teacher: the model that it learns from.
-        whole: whether all weights are trained, and not only a LoRA.
+        learning: names of the network's weights that learn; None: all of them.
         judge: judges the pictures that it draws.
         regressor: gives the mean, of which the network learns the residual.
+        reads: whether text encoders learn, so that gradients lead on to the text.
     """
 
     def __init__(
@@ -31,17 +34,23 @@ class StepCost:
         network: Network,
         objective: Objective,
         teacher: TeacherModel | None,
-        whole: bool,
+        learning: Collection[str] | None = None,
         judge: JudgeModel | None = None,
         regressor: Regressor | None = None,
+        reads: bool = False,
     ) -> None:
-        self.network, self.whole = network, whole
+        self.network, self.reads = network, reads
         roles = [
             *(judge.roles(network) if judge else [Role("network", network, learned=1)]),
             *(teacher.roles(network) if teacher else []),
             *common_roles(network, objective, regressor.network if regressor else None),
         ]
-        self.roles = [role._replace(network=skeleton(role.network)) for role in roles]  # before weights are sharded
+        self.roles = []
+        for role in roles:
+            own = skeleton(role.network)  # before weights are sharded
+            for name, weight in own.named_parameters() if role.learned else ():
+                weight.requires_grad_(role.network is not network or learning is None or name in learning)
+            self.roles.append(role._replace(network=own))
         self.known: dict[tuple[tuple[int, ...], ...], Cost] = {}  # by the shapes of latents and text
 
     def __call__(self, batch: Batch) -> Cost:
@@ -53,11 +62,8 @@ class StepCost:
     def _count(self, x0: Tensor, condition: Condition) -> Cost:
         count, _, height, width = x0.shape
         number = torch.empty(count)
-        flops = sum(
-            passes * role.forward_flops(x0, number, condition)
-            for role in self.roles
-            if (passes := role.passes(self.whole))
-        )
+        condition = condition._replace(text=condition.text.detach().requires_grad_(self.reads))
+        flops = sum(role.flops(x0, number, condition) for role in self.roles)
         tokens = height * width // self.network.unit**2 + condition.text.shape[1]
         return Cost(count, count * tokens, round(flops))
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from engine.flops import forward_flops
+from engine.flops import forward_flops, training_flops
 from mmdit.network import Condition, Network
 
 
@@ -25,11 +25,16 @@ class Role(NamedTuple):
     frozen: float = 0.0
     float32: bool = False
 
-    def passes(self, whole: bool) -> float:
-        """All passes in units of a forward pass. The backward pass counts as two, or one unless `whole`: for a LoRA."""
-        return (3 if whole else 2) * self.learned + self.frozen
-
     def forward_flops(self, z: Tensor, t: Tensor, condition: Condition) -> int:
         """FLOPs of one forward pass, with a guidance scale only if the network takes one."""
-        guidance = t if self.network.guidance_embeds else None
-        return forward_flops(self.network, z, t, condition._replace(guidance=guidance))
+        return forward_flops(self.network, z, t, self.shown(t, condition))
+
+    def flops(self, z: Tensor, t: Tensor, condition: Condition) -> float:
+        """FLOPs of all passes in a step, with the backward passes to the weights and inputs that require gradients."""
+        shown = self.shown(t, condition)
+        learned = self.learned * training_flops(self.network, z, t, shown) if self.learned else 0.0
+        return learned + (self.frozen * forward_flops(self.network, z, t, shown) if self.frozen else 0.0)
+
+    def shown(self, t: Tensor, condition: Condition) -> Condition:
+        """What the network is shown: a guidance scale only if it takes one."""
+        return condition._replace(guidance=t if self.network.guidance_embeds else None)

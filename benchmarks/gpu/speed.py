@@ -134,7 +134,7 @@ def training(machine: Machine, rows: Rows, depth: int, side: int, compiled: bool
     shape = presets(machine, depth)
     strategy = Strategy(compile=compiled and not machine.tiny, activation_checkpointing=keep)
     planned = job(machine, shape, side, strategy, averages=1)
-    forward, count = flops(planned), sum(p.numel() for p in shape.parameters())
+    works, count = flops(planned), sum(p.numel() for p in shape.parameters())
     row: Row = {"network": f"d{depth}", "pictures": f"{side}²", "compiled": compiled, "checkpointing": keep}
     row |= {"at a time": planned.batch, "tokens": planned.image_tokens + planned.tokens, "parameters": count}
     with reported(row, rows) as row:
@@ -145,8 +145,8 @@ def training(machine: Machine, rows: Rows, depth: int, side: int, compiled: bool
         once = training_step(machine, network, lambda: batch)
         took = timed(machine, once, budget(machine))
         row |= {"ms": 1e3 * took, "pictures/s": planned.batch / took}
-        row |= {"TFLOP/s": 3e-12 * forward[0] * planned.batch / took, "GB": machine.gigabytes()}
-        row |= {"planned ms": 1e3 * step(planned, forward).total, "planned GB": memory(planned).total / 1e9}
+        row |= {"TFLOP/s": 1e-12 * works[0].step * planned.batch / took, "GB": machine.gigabytes()}
+        row |= {"planned ms": 1e3 * step(planned, works).total, "planned GB": memory(planned).total / 1e9}
 
 
 def opponents(machine: Machine, rows: Rows, depth: int, side: int, compiled: bool) -> None:
