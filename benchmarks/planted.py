@@ -784,9 +784,14 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("        network.requires_grad_(False)\n    return", "        pass\n    return"),
     ],
     ("training/roles.py", "training_cost"): [
-        ("(3 if whole else 2)", "3"),
+        ("self.learned * training_flops(", "self.learned * forward_flops("),
+    ],
+    ("engine/flops.py", "engine_meter"): [
+        (".requires_grad_(leaf.requires_grad)", ".requires_grad_(True)"),
     ],
     ("training/cost.py", "training_cost"): [
+        ("learning is None or name in learning", "True"),
+        (".requires_grad_(self.reads)", ""),
         ("// self.network.unit**2", "// self.network.unit"),
     ],
     ("metrics/distance.py", "metrics_measure"): [
