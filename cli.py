@@ -18,20 +18,17 @@ MEMORY_CURE = "try --batch-size 1, --dtype bfloat16, --text-device cpu or --vae-
 MOST = 10_000_000  # pictures of one command
 NOT_PURPOSE = ("out", "overwrite", "batch_size", "device", "text_device", "text_cache")  # flags
 SAMPLING = (
-    "sampler",
-    "spacing",
-    "guidance",
-    "guider",
-    "rescale",
-    "interval",
-    "skip_layers",
-    "skip_scale",
-    "skip_interval",
-)
+    "sampler", "spacing", "guidance", "guider", "rescale", "interval", "skip_layers", "skip_scale", "skip_interval",
+)  # fmt: skip
 
 
 def fail(message: object, status: int = BAD_INPUT) -> NoReturn:
-    """Prints one line to standard error and exits."""
+    """Ends open progress bars, prints one line to standard error and exits."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     sys.exit(status)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import app
 import compare
@@ -15,7 +16,7 @@ import encode
 import evaluate
 import sample
 import train
-from cli import MACHINE_FAULT, MOST, find_device, one_line_errors
+from cli import MACHINE_FAULT, MOST, fail, find_device, one_line_errors
 from data.__main__ import main as data
 from metrics.__main__ import main as metrics
 from pipeline.__main__ import main as pipeline
@@ -125,6 +126,15 @@ def test_a_device_that_is_not_here(name: str, recwarn: pytest.WarningsRecorder) 
     with pytest.raises(ValueError, match=f"no device {name}"):
         find_device(name)
     assert not recwarn
+
+
+def test_an_error_has_a_line_of_its_own_below_an_open_bar(capsys: pytest.CaptureFixture) -> None:
+    bar = tqdm(total=3)
+    bar.update(1)
+    with pytest.raises(SystemExit):
+        fail("the disk is full")
+    assert capsys.readouterr().err.splitlines()[-1] == "error: the disk is full"
+    bar.close()
 
 
 def test_a_full_memory_is_one_line(capsys: pytest.CaptureFixture) -> None:
