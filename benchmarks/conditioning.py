@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.following import OPPOSITE, check, related
+from benchmarks.following import OPPOSITE, load_shapes, related
 from cli import Parser, natural, one_line_errors, positive
 from data.shapes import COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES, Request, picture
 from mmdit.network import Condition
 from pipeline import Pipeline
-from storage.models import find_model
 from studies.presentation import table
 
 TIMES = (0.75, 0.9, 0.97)
@@ -137,8 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(ValueError, FileNotFoundError):
         if not 0 <= args.min_t < 0.95:
             raise ValueError(f"--min-t must be from 0 to below 0.95, got {args.min_t}")
-        pipe = Pipeline.load(find_model(args.model))
-        check(pipe, args.model)
+        pipe = load_shapes(args.model)
     conditions = from_facts(pipe, args.place_scale) if args.condition == "facts" else from_captions(pipe)
     train(pipe, conditions, *encoded(pipe, TRAINED, args.scenes), args.steps, args.lr, args.min_t)
     asked, x0 = encoded(pipe, TESTED, max(1, args.scenes // 16))

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.following import load_shapes
 from cli import Parser, one_line_errors, positive
 from data import shapes
 from data.examined import Shapes
 from data.latents import VAE, Codec
 from pipeline import Pipeline
-from storage.models import find_model
 from studies.presentation import table
 
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -111,7 +111,7 @@ def main() -> None:
     args = p.parse_args()
     torch.set_grad_enabled(False)
     with one_line_errors(ValueError, FileNotFoundError):
-        pipe = Pipeline.load(find_model(args.model)) if args.model else None
+        pipe = load_shapes(args.model) if args.model else None
     codec = pipe.codec if pipe else VAE("assets/shapes/vae")
     print(table(["probability of the true one, at t", *map(str, TIMES)], decided(codec, args.scenes)))
     if pipe:

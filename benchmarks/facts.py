@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.following import OPPOSITE, check, related
+from benchmarks.following import OPPOSITE, load_shapes, related
 from cli import Parser, one_line_errors, positive
 from data.latents import VAE, Codec
 from data.order import Use, stream
 from data.shapes import COLOURS, RELATIONS, SHAPES, Request, Scene, picture, place
 from pipeline import Pipeline
-from storage.models import find_model
 from studies.presentation import table
 
 TIMES = (0.8, 0.9, 0.97)
@@ -152,10 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--samples", type=positive, default=400, help="scenes of each full caption")
     args = p.parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
-        pipe = Pipeline.load(find_model(args.model)) if args.model else None
+        pipe = load_shapes(args.model) if args.model else None
         codec = pipe.codec if pipe else VAE(args.vae)
-        if pipe:
-            check(pipe, args.model)
     found = measured(codec, args.captions, args.samples, pipe)
     complete = found.pop("nothing")
     of_model = [[name, *(f"{loss:.4f}" for loss in found.pop(name))] for name in MODEL if name in found]

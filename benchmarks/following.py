@@ -83,10 +83,12 @@ def losses(pipe: Pipeline, x0: Tensor, noise: Tensor, condition: Condition) -> T
     return torch.cat(found).view(len(TIMES), len(x0))
 
 
-def check(pipe: Pipeline, model: Path) -> None:
-    """ValueError in one line unless the model draws the shapes."""
+def load_shapes(model: Path) -> Pipeline:
+    """A model of the shapes, from its folder or a run's. ValueError or FileNotFoundError in one line if it is none."""
+    pipe = Pipeline.load(find_model(model))
     size = tuple(side * pipe.codec.factor for side in pipe.latent_size(None, None))
     Shapes([]).check(str(model), size, pipe.codec.pixel_channels)  # type: ignore[arg-type]
+    return pipe
 
 
 @torch.inference_mode()
@@ -97,8 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--seed", type=natural, default=91, help="of the scenes; not that of the training")
     args = p.parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
-        pipe = Pipeline.load(find_model(args.model))
-        check(pipe, args.model)
+        pipe = load_shapes(args.model)
     drawn = related(args.seed, args.scenes)
     pixels = torch.from_numpy(np.stack([np.asarray(picture(one)) for one in drawn])).movedim(-1, 1) / 255
     x0 = pipe.codec.encode(pixels)

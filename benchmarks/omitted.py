@@ -14,13 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.following import check
+from benchmarks.following import load_shapes
 from cli import Parser, add_sampling_flags, natural, one_line_errors, positive, sampling_of
 from data.examined import Shapes
 from data.order import Use, stream
 from data.shapes import RELATIONS, SIZES, Found, Group, Request, fulfils, read, requests
-from pipeline import Pipeline
-from storage.models import find_model
 from studies.measure import Setting, draw
 
 BATCH = 64
@@ -81,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     add_sampling_flags(p)
     args = p.parse_args(argv)
     with one_line_errors(ValueError, FileNotFoundError):
-        pipe = Pipeline.load(find_model(args.model))
-        check(pipe, args.model)
+        pipe = load_shapes(args.model)
         sampling = sampling_of(args, pipe.sampling, steps=args.steps)
         sampling.walk(pipe.objective)
     setting = Setting(str(args.model), "", pipe, sampling)
