@@ -21,7 +21,6 @@ batches, the precision and the shift of our config, and the rate of --rates that
 pictures on another seed, after the steps of a trial.
 """
 
-import argparse
 import json
 import math
 import platform
@@ -29,6 +28,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -40,7 +40,7 @@ from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 from tqdm import trange
 
-from cli import output, positive
+from cli import Parser, fail, one_line_errors, output, positive
 from data import digits
 from data.batch import Batch
 from data.examined import Digits, Examined, Shapes
@@ -340,31 +340,34 @@ def drawn(task: Task, pipe: Pipeline, asked: Examined, guidance: float, seed: in
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--data", choices=TASKS, default="digits", help="what to learn; default: digits")
     p.add_argument("--entries", nargs="+", choices=ENTRIES, default=ENTRIES, help="default: all that the data have")
     p.add_argument("--out", type=output, help="folder of trainings and results; default: runs/leaderboard-DATA")
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="trainings of each entry")
     p.add_argument("--lengths", type=positive, nargs="+", help="in steps; default: " + defaults("lengths"))
-    p.add_argument("--rates", type=float, nargs="+", help="of the loops; default: " + defaults("rates"))
+    p.add_argument("--rates", type=learning_rate, nargs="+", help="of the loops; default: " + defaults("rates"))
     p.add_argument("--per-category", type=positive, help="captions of each category; default: " + defaults("each"))
     args = p.parse_args(argv)
 
     task = TASKS[args.data]
-    out = args.out or ROOT / f"runs/leaderboard-{args.data}"
+    entries = [(name, kind) for name, kind in [(OURS, None), *((loop.name, loop) for loop in task.loops)]
+               if name in args.entries]  # fmt: skip
+    if not entries:
+        fail(f"{', '.join(args.entries)} learns labels, which the {args.data} do not have: take another of --entries")
+    with one_line_errors(ValueError, FileNotFoundError):
+        compared(task, entries, args, args.out or ROOT / f"runs/leaderboard-{args.data}")
+
+
+def compared(task: Task, entries: list[tuple[str, type[Loop] | None]], args: Namespace, out: Path) -> None:
+    """Trains and judges the entries, prints a line for each length, and writes all of them."""
     jury, lengths, rows = Jury(task, args.per_category or task.each), sorted(args.lengths or task.lengths), []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}", flush=True)
-    for name, kind in [(OURS, None), *((loop.name, loop) for loop in task.loops)]:
-        if name not in args.entries:
-            continue
+    for name, kind in entries:
         rate = chosen(kind, args.rates or task.rates, task, jury) if kind else None
         for seed in args.seeds:
-            judged = (
-                passing(kind(task, rate, seed), lengths, jury)
-                if kind and rate
-                else ours(task, lengths, seed, jury, out)
-            )
-            for row in judged:
+            loop = kind(task, rate, seed) if kind and rate else None
+            for row in passing(loop, lengths, jury) if loop else ours(task, lengths, seed, jury, out):
                 reached, (fd, right) = jury.good(row.quality), row.quality
                 found = {**row._asdict(), "quality": row.quality._asdict(), "reached": reached}
                 rows.append({"entry": name, "seed": seed, "rate": rate, **found})
@@ -381,6 +384,17 @@ def main(argv: list[str] | None = None) -> None:
 
 OURS = "ours"
 ENTRIES = [OURS, *(loop.name for loop in (SD3Loop, DiTLoop))]
+
+
+def learning_rate(text: str) -> float:
+    """A learning rate. ArgumentTypeError unless it is a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"{text!r} is not a learning rate, such as 1e-3")
+    return number
 
 
 def defaults(name: str) -> str:
