@@ -288,15 +288,34 @@ class DiTLoop(Loop):
 CONV = ["--config", "configs/network/conv.yaml", "--optimization.lr", "8e-3"]  # as configs/studies/speed.yaml found
 TASKS = {
     "digits": Task(
-        ["--config", "configs/digits.yaml", *CONV], (SD3Loop, DiTLoop), Digits, Digits, 50, (1.0, 1.15, 1.3, 1.5),
-        1.1, 0.98, [500, 1000, 2000, 4000, 8000], 1000, [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], 50,
+        config=["--config", "configs/digits.yaml", *CONV],
+        loops=(SD3Loop, DiTLoop),
+        asked=Digits,
+        choosing=Digits,
+        steps=50,
+        guidance=(1.0, 1.15, 1.3, 1.5),
+        fd=1.1,
+        right=0.98,
+        lengths=[500, 1000, 2000, 4000, 8000],
+        trial=1000,
+        rates=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+        each=50,
     ),
     "shapes": Task(
-        ["--config", "configs/shapes.yaml"], (SD3Loop,), partial(Shapes.by_category, seed=1),
-        lambda each: Shapes.held_out(3 * each), 20, (3.0, 2.0, 5.0),
-        math.inf, 0.8, [8000, 16000, 32000], 1000, [5e-4, 1e-3, 2e-3], 100,
+        config=["--config", "configs/shapes.yaml"],
+        loops=(SD3Loop,),
+        asked=partial(Shapes.by_category, seed=1),
+        choosing=lambda each: Shapes.held_out(3 * each),
+        steps=20,
+        guidance=(3.0, 2.0, 5.0),
+        fd=math.inf,
+        right=0.8,
+        lengths=[8000, 16000, 32000],
+        trial=1000,
+        rates=[5e-4, 1e-3, 2e-3],
+        each=100,
     ),
-}  # fmt: skip
+}
 
 
 def chosen(kind: type[Loop], rates: list[float], task: Task, jury: Jury) -> float:
