@@ -224,7 +224,8 @@ def heading(job: Job) -> list[str]:
 
 def passes(job: Job) -> list[str]:
     """What each network does in a step, if there is more than the usual pass; and which text encoders learn."""
-    roles = job.roles if len(job.roles) > 1 or job.roles[0][2:4] != (1, 0) else ()
+    usual = (Role("network", job.network, learned=1),)
+    roles = () if job.roles == usual else job.roles
     lines = [
         f"{role.name} of {sum(p.numel() for p in role.network.parameters()):,} parameters: "
         f"a picture passes it {role.learned:g} × with a backward pass and {role.frozen:g} × without"

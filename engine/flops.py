@@ -21,8 +21,7 @@ def forward_flops(network: nn.Module, *inputs: Any) -> int:
         network: on any device, also meta. Its weights must not be sharded yet.
         inputs: tensors on any device, alone or in tuples, lists, dicts and dataclasses; other values are passed on.
     """
-    with torch.no_grad():
-        return _flops(network, inputs)
+    return _flops(network, inputs, backward=False)
 
 
 def training_flops(network: nn.Module, *inputs: Any) -> int:
@@ -32,18 +31,17 @@ def training_flops(network: nn.Module, *inputs: Any) -> int:
     that of its weight, where these are needed: that of a frozen weight is not, nor that of an input before which
     nothing learns. What checkpoints of activations compute again is counted, too. The network's output is one tensor.
     """
-    return _flops(network, inputs)
+    return _flops(network, inputs, backward=True)
 
 
-def _flops(network: nn.Module, inputs: Any) -> int:
-    """Of a forward pass, and of the backward pass if gradients are enabled and something requires them."""
+def _flops(network: nn.Module, inputs: Any, backward: bool) -> int:
     state = {name: _to_meta(x) for name, x in (*network.named_parameters(), *network.named_buffers())}
     counter = FlopCounterMode(display=False)
     # Attention as plain matrix products: fused kernels pad heads, and their counts would differ between machines.
     plain = sdpa_kernel(SDPBackend.MATH)
-    with torch.compiler.set_stance("force_eager"), plain, counter:
+    with torch.set_grad_enabled(backward), torch.compiler.set_stance("force_eager"), plain, counter:
         output = functional_call(network, state, tree_map(_to_meta, inputs))
-        if isinstance(output, Tensor) and output.requires_grad:
+        if backward and output.requires_grad:
             output.sum().backward()
     return counter.get_total_flops()
 

@@ -14,6 +14,7 @@ from data.shapes import Request, Scene, picture, place
 from mmdit import checkpoint
 from mmdit.model import Condition
 from pipeline import Pipeline
+from pipeline.sampling import Sampling
 
 TASK = TASKS["digits"]
 
@@ -126,8 +127,11 @@ def test_quality_of_the_shapes_is_the_share_of_right_pictures() -> None:
 
 
 def test_our_models_are_judged_too(trained: Path, jury: Jury) -> None:
-    pictures = drawn(TASK._replace(steps=2), Pipeline.load(trained), jury.asked, 1.3, 5)
-    assert jury.quality(jury.asked, jury.held_out, pictures).right < 0.5  # of six steps of training
+    pipe = Pipeline.load(trained)
+    pictures = drawn(TASK._replace(steps=2), pipe, jury.asked, 1.3, 5)
+    seeds, sampling = range(5, 5 + len(pictures)), Sampling(steps=2, guidance=1.3)
+    torch.testing.assert_close(pictures, pipe(jury.asked.prompts, seeds, sampling=sampling), atol=1 / 255, rtol=0)
+    assert jury.quality(jury.asked, jury.held_out, pictures).right < 0.5  # after six steps of training
 
 
 @pytest.mark.parametrize(("fd", "right", "good"), [(1.1, 0.98, True), (1.11, 0.99, False), (1.0, 0.979, False)])

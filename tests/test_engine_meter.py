@@ -114,6 +114,8 @@ def test_a_backward_pass_takes_what_the_weights_that_learn_need() -> None:
     network, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.zeros(5, 8)
     unit = linear(5, 8, 8)
     assert training_flops(network, x) == (3 + 3 + 2) * unit
+    with torch.no_grad():
+        assert training_flops(network, x) == (3 + 3 + 2) * unit  # wherever it is called
     assert training_flops(network, x.clone().requires_grad_()) == (3 + 3 + 3) * unit
     network[0].requires_grad_(False)
     assert training_flops(network, x) == (3 + 2 + 1) * unit
