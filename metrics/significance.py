@@ -34,14 +34,14 @@ class Sample(NamedTuple):
         """Mean ± deviation; for one value only the mean."""
         return format(self.mean, form) + (f" ± {format(self.deviation, form)}" if self.number > 1 else "")
 
-    def p(self, asked: float) -> float:
-        """Two-sided p-value of "the true mean is `asked`", by Student's t; NaN for one value.
+    def p(self, goal: float) -> float:
+        """Two-sided p-value of "the true mean is `goal`", by Student's t; NaN for one value.
 
         Equal values have no t: theirs is the p-value of the sign test.
         """
         if self.deviation == 0:
-            return 1.0 if math.isclose(self.mean, asked) else 0.5 ** (self.number - 1)
-        t = abs(self.mean - asked) / (self.deviation / math.sqrt(self.number))
+            return 1.0 if math.isclose(self.mean, goal) else 0.5 ** (self.number - 1)
+        t = abs(self.mean - goal) / (self.deviation / math.sqrt(self.number))
         return float(2 * stats.t.sf(t, self.number - 1))
 
     def interval(self) -> tuple[float, float]:
@@ -75,12 +75,12 @@ class Ratio(NamedTuple):
         """The ratio, with both samples."""
         return f"{format(self.value, form)} ({self.above.text(form)} against {self.below.text(form)})"
 
-    def p(self, asked: float) -> float:
-        """Two-sided p-value of "the true ratio is `asked`"; NaN if a sample has one value.
+    def p(self, goal: float) -> float:
+        """Two-sided p-value of "the true ratio is `goal`"; NaN if a sample has one value.
 
         If the values of each sample are equal, there is no t, and it is the p-value of the permutation test.
         """
-        scaled = Sample(asked * self.below.mean, asked * self.below.deviation, self.below.number)
+        scaled = Sample(goal * self.below.mean, goal * self.below.deviation, self.below.number)
         if self.above.deviation == scaled.deviation == 0:
             n, m = self.above.number, scaled.number
             return 1.0 if math.isclose(self.above.mean, scaled.mean) else 2 / math.comb(n + m, n)
@@ -91,8 +91,8 @@ class Ratio(NamedTuple):
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the true ratio, from 0 or to ∞ where the samples set no limit."""
 
-        def excess(asked: float) -> float:
-            return self.p(asked) - LEVEL
+        def excess(goal: float) -> float:
+            return self.p(goal) - LEVEL
 
         least, most = self.value / FAR, self.value * FAR
         low = brentq(excess, least, self.value) if excess(least) < 0 else 0.0

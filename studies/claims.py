@@ -9,9 +9,9 @@ from studies.presentation import table
 
 METHOD = """\
 A claim holds ("yes") or does not ("no") if p < 0.05; otherwise it is undecided. p is two-sided, of the hypothesis that
-the true number equals the asked limit, by {test}, with Holm's correction for the number of claims. The intervals
-are not corrected. All of this is about other seeds of the training: the samples' noise, the captions and the held-out
-digits are the same for all.
+the true number equals the goal, which was set beforehand, by {test}, with Holm's correction for the number of
+claims. The intervals are not corrected. All of this is about other seeds of the training: the samples' noise, the
+captions and the held-out digits are the same for all.
 """
 YES, NO, UNDECIDED, ONE_SEED = "yes", "no", "undecided", "undecided (one seed)"
 
@@ -40,9 +40,9 @@ class Claim(NamedTuple):
     def row(self, p: float) -> list[str]:
         """Text, limits, estimate, interval, p-value and verdict. `p` is corrected."""
         low, high, *ends = (format(x, self.form) for x in (self.low, self.high, *self.found.interval()))
-        asked = f"≤ {high}" if math.isinf(self.low) else f"≥ {low}" if math.isinf(self.high) else f"{low} to {high}"
+        goal = f"≤ {high}" if math.isinf(self.low) else f"≥ {low}" if math.isinf(self.high) else f"{low} to {high}"
         known = "–" if math.isnan(p) else f"[{', '.join(ends)}]".replace("inf", "∞")
-        return [self.text, asked, self.found.text(self.form), known, p_text(p), verdict(self.holds, p)]
+        return [self.text, goal, self.found.text(self.form), known, p_text(p), verdict(self.holds, p)]
 
 
 def p_text(p: float) -> str:
@@ -69,7 +69,7 @@ def rows(claims: Sequence[Claim]) -> list[list[str]]:
 
 def claims_table(claims: Sequence[Claim]) -> str:
     """A Markdown table of claims that are tested together."""
-    return table(["claim", "asked", "found", "95 % interval", "p", "holds"], rows(claims))
+    return table(["claim", "goal", "found", "95 % interval", "p", "holds"], rows(claims))
 
 
 def together(claims: Sequence[Claim]) -> str:

@@ -122,9 +122,9 @@ def claims(results: Sequence[Result], chains: Sequence[str], others: Sequence[st
         there = [(name, found) for name, found in each.items() if found]
         return min(there, key=lambda item: statistics.fmean(item[1]), default=("none", []))
 
-    def claim(text: str, asked: float, above: Sequence[float], below: Sequence[float]) -> None:
+    def claim(text: str, goal: float, above: Sequence[float], below: Sequence[float]) -> None:
         if above and below:
-            found.append(Claim(text, Ratio(Sample.of(above), Sample.of(below)), high=asked))
+            found.append(Claim(text, Ratio(Sample.of(above), Sample.of(below)), high=goal))
 
     steps = unique(plain, "steps")
     for chain in chains:

@@ -60,7 +60,7 @@ def claims(rows: list[Result], straight: list[Result], guided: list[Result]) -> 
         Claim("one Euler step, 2-rectified: accuracy", Sample.of(right), low=0.98, form=".1%"),
         Claim("MeanFlow from scratch, one step: FD ratio", meanflow[0], high=1.3),
         Claim("MeanFlow from scratch, two steps: FD ratio", meanflow[1], high=1.15),
-        Claim(f"learned guidance over the guided teacher, 8 steps, at {cost:g} of its evaluations: FD",
+        Claim(f"guidance distillation over the guided teacher, 8 steps, at {cost:g} of its evaluations: FD",
               Sample.of(ratios(guided, "distance_ratio", learned, teacher)), low=0.95, high=1.05),
         *(Claim(f"{words} of one step, 2-rectified, over the teacher's in 8", Sample.of(ratios(rows, key, one, best)),
                 low=0.9) for words, key in (("recall", "recall"), ("pairwise distance", "pairwise_distance"))),

@@ -77,7 +77,7 @@ def test_claims_compare_seed_by_seed() -> None:
     straight = found["straightness S of the 2-rectified model over the teacher's"]
     assert (straight.found, straight.holds) == (Sample.of([0.02, 0.02]), True)
     assert found["one Euler step"].found == Sample.of([0.99, 0.99])
-    learned = found["learned guidance over the guided teacher"]
+    learned = found["guidance distillation over the guided teacher"]
     assert learned.text.endswith("8 steps, at 0.5 of its evaluations: FD")
     assert (learned.low, learned.high, learned.holds) == (0.95, 1.05, False)
     assert found["recall of one step"].found == Sample.of([1.0, 1.0])
