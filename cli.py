@@ -56,7 +56,9 @@ def checked(argv: Sequence[str] | None) -> list[str]:
 
 @contextmanager
 def one_line_errors(*bad_input: type[Exception], cure: str = MEMORY_CURE) -> Iterator[None]:
-    """Ends the program with one line of error: status 2 for bad input, 1 for other OSErrors and for full memory.
+    """Ends the program with one line of error: status 2 for bad input and a file in the place of a folder.
+
+    Status 1 is for other OSErrors and for full memory.
 
     Args:
         bad_input: exceptions that mean bad input.
@@ -64,6 +66,8 @@ def one_line_errors(*bad_input: type[Exception], cure: str = MEMORY_CURE) -> Ite
     """
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        fail(f"{error.filename}: a file stands where a folder is needed, choose another" if error.filename else error)
     except bad_input as error:
         fail(error)
     except OSError as error:

@@ -165,6 +165,8 @@ class Together(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        if not all(isinstance(part, torch.optim.Optimizer) for part in parts):
+            raise ValueError("Together joins optimizers and is none by itself: take another")
         self.parts = tuple(parts)
         super().__init__([group for part in parts for group in part.param_groups], {})  # the same groups
         for part in parts:

@@ -186,4 +186,5 @@ def shift(t: Tensor, alpha: float) -> Tensor:
         >>> shift(torch.tensor([0.0, 0.5, 1.0]), alpha=3.0)
         tensor([0.0000, 0.7500, 1.0000])
     """
-    return alpha * t / (1 + (alpha - 1) * t)
+    shifted = alpha * t / (1 + (alpha - 1) * t)
+    return torch.where(t < 1, shifted.clamp(max=1), t)  # rounding moves 1 for some alpha below 0.5

@@ -1,6 +1,6 @@
 """The objective joins path, target, density and weight into one loss (for training and validation) and one denoiser.
 
-Three other objectives learn something else, with the same three methods `times`, `loss` and `denoise`:
+Three other objectives here learn something else, with the same three methods `times`, `loss` and `denoise`:
  `flow.variance.LearnedVariance`, `flow.meanflow.MeanFlow` and `flow.stepmap.StepMap`.
 """
 
@@ -135,7 +135,7 @@ class Objective:
     ) -> Tensor:
         """w(t)·ρ(mean(m·(model(z_t, t) − y)²)) for each picture, with z_t = a·x0 + b·ε and y = p·x0 + q·ε.
 
-        Everything outside the network is float32 under any autocast, because bfloat16 would round t by up to 4/1000.
+        Everything outside the network is float32 under any autocast, because bfloat16 would round t by up to 2/1000.
 
         Args:
             model: the network or a wrapper around it.
@@ -143,7 +143,7 @@ class Objective:
             noise: standard normal, (B, …). If x0 was generated from this noise, this is reflow (Liu et al. 2022).
             t: times in [0, 1], (B,) float32.
             condition: passed to the model unchanged.
-            interval: the intervals that end at t; none for a model that takes only t.
+            interval: the intervals from their `end` to t; none for a model that takes only t.
             field: computes y instead of p·x0 + q·ε, such as a teacher; no gradient flows through it.
             loss_mask: m, the weight of each place in the mean, (B, 1, H, W); none means 1. The mean is over all places,
                 so that a small mask makes a small loss.

@@ -32,7 +32,7 @@ def euler(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: Call
     Args:
         denoise: estimates picture and noise.
         path: the path that z lives on.
-        z: start at grid[0], (B, …) float32.
+        z: start at grid[0], (B, …) floating.
         grid: times in the order of the steps, (steps + 1,), on the host. The denoiser gets exactly these.
         callback: called after each step with (steps done, z, x̂0).
 
@@ -137,7 +137,7 @@ def dpmpp_2m(denoise: Denoiser, path: Path, z: Tensor, grid: Tensor, callback: C
     """DPM-Solver++(2M): one evaluation per step; keeps the last estimate (Lu et al. 2022b, algorithm 2). 2nd order.
 
     With h the step in ln(a/b), the picture is extrapolated to x0 + h/(2·h_last)·(x0 − x0_last), then DDIM's step is
-    taken. It is first order where h is infinite: from pure noise and to the data.
+    taken. It is first order where h or h_last is infinite: in the two steps from pure noise and in the one to the data.
 
     Arguments and result as in `euler`.
 
@@ -359,10 +359,11 @@ def edm(
     x has the size of σ and loses it in few steps. It is therefore float64, as in the authors' code, and so is the z
     that the denoiser gets; the result has the type of the start.
 
-    Needs a continuous path and a grid whose first σ is finite. Other arguments and result as in `euler`.
+    Needs a grid whose first σ is finite, and for churn a continuous path. Other arguments and result as in `euler`.
 
     Args:
-        churn: S_churn. Each step uses S_churn/steps, at most √2 − 1; 0 gives the deterministic algorithm 1.
+        churn: S_churn. Each step uses S_churn/steps, at most √2 − 1, and ends at t = 1 at the latest; 0 gives the
+            deterministic algorithm 1.
         churn_min: S_tmin, the smallest σ that gets new noise.
         churn_max: S_tmax, the largest.
         churn_noise: S_noise, the standard deviation of the new noise.
@@ -378,12 +379,14 @@ def edm(
     if churn < 0 or churn_noise < 0:
         raise ValueError(f"edm needs churn >= 0 and churn_noise >= 0, got {churn} and {churn_noise}")
     x = _variance_exploding(path, z.double(), grid[0], "edm")
+    last_a, last_b = path(grid.new_ones(()))
+    most = last_b / last_a  # σ at t = 1, mostly infinite
     for i, (t, s) in enumerate(pairwise(grid), start=1):
         (a, b), (a_s, b_s) = path(t), path(s)
         sigma, sigma_s = b / a, b_s / a_s
         gamma = min(churn / (len(grid) - 1), math.sqrt(2) - 1) if churn_min <= sigma <= churn_max else 0.0
-        if gamma > 0:
-            more = sigma * (1 + gamma)
+        more = (sigma * (1 + gamma)).minimum(most)
+        if more > sigma:
             x = x + (more**2 - sigma**2).sqrt() * churn_noise * noise()
             sigma, t = more, path.time(more / (1 + more))
             a, b = path(t)

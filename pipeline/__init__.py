@@ -353,7 +353,8 @@ class Pipeline:
             self.network.forget()
         if not z.isfinite().all():  # it would give a black picture
             dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
-            raise ValueError(f"the network overflowed in {dtype}: take bfloat16 or float32, or less guidance")
+            cure = "less guidance" if dtype == "float32" else "bfloat16 or float32, or less guidance"
+            raise ValueError(f"the network overflowed in {dtype}: take {cure}")
         return self.codec.decode(residual.whole(z / self.scale_at(times[-1]))).cpu()
 
     @torch.inference_mode()
@@ -404,7 +405,7 @@ class Pipeline:
             raise ValueError(f"the handover must be a time between 0 and 1, got {handover:g}")
         if not (times[:-1] < handover).any():
             raise ValueError(f"no step begins below the handover at {handover:g}, the last at {times[-2]:.3g}: "
-                             "take more steps or an earlier handover")  # fmt: skip
+                             "take more steps or a larger handover")  # fmt: skip
         self.check_alike(pipe, "refiner")
         if pipe.network.picture_channels:
             raise ValueError("the refiner works from a picture, and a refiner gets none: take another one")

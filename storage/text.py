@@ -102,8 +102,8 @@ def parse_yaml(text: str, source: object) -> Any:
     """The value of a YAML text.
 
     Raises:
-        ValueError: in one line that names the source: it is no YAML, is nested too deeply, or has aliases that stand
-            for more than NODES values.
+        ValueError: in one line that names the source: it is no YAML, is nested too deeply, has a key twice, or aliases
+            that stand for more than NODES values.
     """
     sizes: dict[int, int] = {}
 
@@ -112,6 +112,12 @@ def parse_yaml(text: str, source: object) -> Any:
         if id(node) not in sizes:
             sizes[id(node)] = NODES + 1  # while it is counted: a node that contains itself has no end
             entries = () if isinstance(node, yaml.ScalarNode) else node.value
+            names = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+            known = set[str]()
+            for name in (name for name in names if isinstance(name, yaml.ScalarNode)):
+                if name.value in known:
+                    raise ValueError(f"the key {name.value} comes again in line {name.start_mark.line + 1}")
+                known.add(name.value)
             parts = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
             sizes[id(node)] = 1 + sum(map(size, parts))
         return sizes[id(node)]

@@ -137,6 +137,15 @@ def test_an_error_has_a_line_of_its_own_below_an_open_bar(capsys: pytest.Capture
     bar.close()
 
 
+def test_a_file_in_the_place_of_a_folder_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a").write_text("")
+    for place in (tmp_path / "a", tmp_path / "a/b"):
+        with pytest.raises(SystemExit) as end, one_line_errors():
+            place.mkdir()
+        assert end.value.code == 2
+        assert capsys.readouterr().err == f"error: {place}: a file stands where a folder is needed, choose another\n"
+
+
 def test_a_full_memory_is_one_line(capsys: pytest.CaptureFixture) -> None:
     def all_of_it() -> None:
         torch.empty(2**60, dtype=torch.uint8)

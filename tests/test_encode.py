@@ -168,6 +168,8 @@ def test_a_store_of_another_config_is_refused_and_left_alone(config: Path, capsy
         (["--encode.max_aspect", "0.5"], "max_aspect must be at least 1"),
         (["--encode.source.count", "0"], "the number of scenes must be at least 1"),
         (["--encode.sorce", "x"], "Option 'sorce' is not accepted"),
+        (["--encode.hint", "Nope"], "there is no Hint Nope: take one of Blur, Edges, Files"),
+        (["--encode.hint", "Files"], "data.raw.hints.Files': the following arguments are required: folder"),
         (["--text.folder", "nowhere"], "nowhere"),
         (["--encode.source", "Pictures", "--encode.source.path", "nowhere"], "nowhere"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import name
 
-from flow.density import CosMap, Density, LogitNormal, Mode, Uniform, stratified
+from flow.density import CosMap, Density, LogitNormal, Mode, Uniform, shift, stratified
 
 DENSITIES = [Uniform(), LogitNormal(0, 1), LogitNormal(0.5, 0.6), Mode(1.29), Mode(-0.5), CosMap()]
 
@@ -49,3 +49,14 @@ def test_stratified_lowers_the_variance_of_a_mean() -> None:
     strata = torch.stack([t(stratified(16, draw)).mean() for _ in range(500)])
     assert strata.var() < 0.05 * plain.var()
     assert abs(strata.mean().item() - 0.5) < 0.002
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_shift_keeps_both_ends_and_stays_between_them(dtype: torch.dtype) -> None:
+    """A start that rounding moves beyond 1 or just below it has a picture of a negative or of a tiny share."""
+    t = torch.cat([torch.linspace(0, 1, 101, dtype=dtype), torch.tensor([1 - torch.finfo(dtype).eps], dtype=dtype)])
+    for alpha in [*(n / 100 for n in range(1, 100)), 1.0, 3.0, 1e6]:
+        moved = shift(t, alpha)
+        assert (moved[0], moved[100]) == (0, 1)
+        assert moved.max() == 1
+    assert torch.equal(shift(t, 1.0), t)

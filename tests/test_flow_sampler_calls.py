@@ -10,7 +10,7 @@ from walks import name, numbers
 
 from flow.grid import karras, trailing
 from flow.objective import Estimate
-from flow.path import EDM, DDPMLinear, LDMLinear, Path, RectifiedFlow
+from flow.path import EDM, DDPMLinear, LDMLinear, Path, RectifiedFlow, VariancePreserving
 from flow.sampler import ddim, ddpm, dpmpp_2m, edm, euler, heun, langevin, midpoint
 from flow.target import Epsilon
 from flow.variance import LearnedVariance
@@ -137,3 +137,17 @@ def test_a_learned_variance_reaches_the_sampler() -> None:
         fixed = "small" if output < 0 else "large"
         torch.testing.assert_close(ends[-1], ddpm(denoise, path, z, trailing(path, 10), numbers(5, z), variance=fixed))
     assert not torch.allclose(*ends)
+
+
+def test_churn_asks_for_no_time_beyond_the_noise() -> None:
+    path, times = VariancePreserving(), []
+    largest = float(path(torch.ones(()))[1] / path(torch.ones(()))[0])
+
+    def denoise(z: Tensor, t: Tensor, end: Tensor | None = None) -> Estimate:
+        times.append(t.item())
+        return Estimate(torch.zeros_like(z), z)
+
+    grid = karras(path, 4, sigma_max=0.95 * largest)
+    edm(denoise, path, torch.ones(1, 2), grid, lambda: torch.ones(1, 2), churn=10.0)
+    assert times[0] == pytest.approx(1, abs=1e-6)
+    assert max(times) <= 1

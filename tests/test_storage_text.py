@@ -73,8 +73,10 @@ def test_bad_json_is_refused_in_one_line(tmp_path: Path, content: str, told: str
         ("[" * 10_000, "nested too deeply"),
         (BOMB, "stands for more than 100,000 values"),
         ("a: &a [*a]", "stands for more than"),
+        ("run: {steps: 2}\nother: 1\nrun: {steps: 4}", "the key run comes again in line 3"),
+        ("a: [{b: 1,\n b: 1}]", "the key b comes again in line 2"),
     ],
-    ids=["open", "zero", "date", "deep", "aliases", "circle"],
+    ids=["open", "zero", "date", "deep", "aliases", "circle", "twice", "twice inside"],
 )
 def test_bad_yaml_is_refused_in_one_line(tmp_path: Path, content: str, told: str) -> None:
     (tmp_path / "a.yaml").write_text(content)

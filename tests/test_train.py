@@ -177,6 +177,8 @@ def test_a_run_may_be_moved(config: Path, capsys: pytest.CaptureFixture) -> None
         (["--sampling.sampler", "ddpm"], "RectifiedFlow is continuous"),
         (["--sampling.spacing", "leading"], "needs a discrete path"),
         (["--network.class_path", "torch.nn.Identity"], "Network"),
+        (["--objective.target", "velocity"], "there is no Target velocity: take one of Epsilon, Preconditioned, V,"),
+        (["--data.held_out", "5"], "'data.module.Digits': Option 'held_out' is not accepted."),
         pytest.param(["--run.accelerator", "gpu"], "No supported gpu", marks=NO_GPU),
     ],
 )

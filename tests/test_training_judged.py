@@ -164,6 +164,18 @@ def test_it_stops_goes_on_to_the_bit_and_keeps_the_model_of_the_best_reward(
     assert Pipeline.load(find_model(tmp_path / "run"))(["zero"], [0]).isfinite().all()
 
 
+def test_a_run_that_names_no_loss_learns_by_nft_and_goes_on(
+    flags: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = [*flags("nft"), "--run.steps", "3"]
+    content = yaml.safe_load(Path(config[1]).read_text())
+    del content["judgement"]["loss"]
+    Path(config[1]).write_text(yaml.safe_dump(content))
+    fit(tmp_path / "config.yaml", *config)
+    fit(tmp_path / "config.yaml", *config)
+    assert "is trained already" in capsys.readouterr().out
+
+
 @torch.no_grad()
 def test_the_validation_sees_how_far_the_pictures_move_and_how_varied_they_are(pipe: Pipeline) -> None:
     """Against the reference's pictures of the same captions and noise, on the judge's features, from sums of parts."""

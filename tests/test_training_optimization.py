@@ -121,6 +121,8 @@ def test_two_processes_learn_with_muon_as_one(tmp_path: Path) -> None:
         (["--optimization.optimizer", "torch.optim.Adamm"], "Adamm"),
         (["--optimization.optimizer", "torch.optim.AdamW", "--optimization.optimizer.beta", "1"], "beta"),
         (["--optimization.optimizer", "torch.nn.Linear"], "torch.nn.Linear"),
+        (["--optimization.optimizer", "torch.optim.SparseAdam"], "SparseAdam learns from sparse gradients"),
+        (["--optimization.matrices", "engine.optimizer.Together"], "Together joins optimizers"),
         ([*MUON, "--optimization.matrices.momentum", "1.5"], "momentum from 0 to below 1"),
         ([*MUON, "--config", str(ROOT / "configs/network/unet-flops.yaml")], "needs a network whose blocks have"),
         (["--optimization.groups", "[{pattern: nothing}]"], "no trained weight's name has a match of 'nothing'"),

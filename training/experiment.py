@@ -1,8 +1,10 @@
 """The YAML file of an experiment: its sections and its parser. `encode.py` and `train.py` read the same file."""
 
+import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from inspect import isabstract
 from itertools import pairwise
 from os.path import isfile
 from pathlib import Path
@@ -144,10 +146,42 @@ set_loader("yaml", _load, (yaml.YAMLError, ValueError))
 
 
 def short_cause(message: str) -> str:
-    """jsonargparse's message, cut to the first cause if it lists every type that a value or a part could have had."""
-    where = re.match(r"(.*?)Does not validate against any of the Union subtypes", message, re.DOTALL)
-    cause = re.search(r"Errors:\s+- (?!Does not validate)(.*?)\s*(?:\n\s*- |Given value|$)", message, re.DOTALL)
-    return f"{where[1]}{cause[1]}" if where and cause else message
+    """jsonargparse's message in one line: the way to the first cause, without the types that would also do."""
+    found: list[str] = []
+    base, taken, dropped = "", set[int](), math.inf
+    for line in message.splitlines():
+        text = line.lstrip().removeprefix("- ")
+        indent = len(line) - len(line.lstrip())
+        if indent > dropped or not text:
+            continue
+        dropped = math.inf
+        if text.startswith("Parser key"):
+            base = ""
+        if types := re.match(r"Subtypes: \[<class '([\w.]+)'>", text):
+            base = types[1]
+        if text.startswith(("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a path but")):
+            continue
+        if line.lstrip().startswith("- "):
+            if indent in taken:
+                dropped = indent
+                continue
+            taken.add(indent)
+        found.append(text)
+    cause = " ".join(found) or message
+    if unknown := re.search(r"Expected a dot import path string: (.*)", cause):
+        kinds = sorted(cls.__name__ for cls in concrete(import_object(base))) if base else []
+        choice = f": take one of {', '.join(kinds)}" if kinds else ""
+        cause = cause.replace(unknown[0], f"there is no {base.rpartition('.')[2] or 'class'} {unknown[1]}{choice}")
+    return re.sub(r"Type collections\.abc\.Callable.*? callable class: (.*?) Got value: .*?class_path='([\w.]+)'.*",
+                  r"Problem with given class_path '\2': \1", cause)  # fmt: skip
+
+
+def concrete(base: Any) -> Iterator[type]:
+    """A class and those that derive from it, unless they are abstract."""
+    if not isabstract(base):
+        yield base
+    for derived in base.__subclasses__():
+        yield from concrete(derived)
 
 
 def parser(description: str, exit_on_error: bool = True) -> Parser:

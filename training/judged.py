@@ -38,7 +38,7 @@ class Judgement:
 
     Args:
         rewards: what the pictures are worth; they are added. None means the choices of the data's store.
-        loss: what is learned from the rewards.
+        loss: what is learned from the rewards; none is NFT.
         reference: a model folder or a run's folder, which DPO compares with and the validation measures the drift
             from. For a LoRA none means its base: the network itself without its updates.
         group: pictures of one caption, whose rewards are compared.
@@ -49,18 +49,23 @@ class Judgement:
     """
 
     rewards: list[Reward] = field(default_factory=list)
-    loss: Preference = field(default_factory=NFT)
+    loss: Preference | None = None
     reference: Path | None = None
     group: int = 8
     guidance: float = 1.0
     pairs: Pairs = field(default_factory=lambda: Pairs(steps=10))
     features: str | None = None
 
+    @property
+    def preference(self) -> Preference:
+        """What is learned from the rewards."""
+        return self.loss or NFT()
+
     def __post_init__(self) -> None:
         if self.group < 2:
             raise ValueError(f"judgement.group must be at least 2, since its rewards are compared, got {self.group}")
-        if self.loss.paired and self.group % 2:
-            raise ValueError(f"judgement.group must be even, since {type(self.loss).__name__} compares pairs, "
+        if self.preference.paired and self.group % 2:
+            raise ValueError(f"judgement.group must be even, since {type(self.preference).__name__} compares pairs, "
                              f"got {self.group}")  # fmt: skip
         if not 0 <= self.guidance < float("inf"):
             raise ValueError(f"judgement.guidance must be at least 0, got {self.guidance}")
@@ -78,9 +83,9 @@ class Judgement:
             return roles_of_choices(network, reference)
         branches = 1 if self.guidance == 1 else 2
         drawing = branches * self.pairs.evaluations(Objective()) / self.pairs.uses
-        compared, learned = (0, 1) if self.loss.paired else (branches, branches)
+        compared, learned = (0, 1) if self.preference.paired else (branches, branches)
         found = [Role("network", network, learned=learned, frozen=drawing + compared)]
-        return found + ([Role("reference", reference, frozen=int(self.loss.paired))] if reference else [])
+        return found + ([Role("reference", reference, frozen=int(self.preference.paired))] if reference else [])
 
     def load(
         self,
@@ -122,9 +127,9 @@ class Judgement:
                              "the rewards out")  # fmt: skip
         if not data.choices and not self.rewards:
             raise ValueError("judgement.rewards are missing: name at least one, or train on a store of choices")
-        if data.choices and not self.loss.paired:
-            raise ValueError(f"{type(self.loss).__name__} learns from the model's own pictures and not from choices: "
-                             "set judgement.loss DPO")  # fmt: skip
+        if data.choices and not self.preference.paired:
+            raise ValueError(f"{type(self.preference).__name__} learns from the model's own pictures and not from "
+                             "choices: set judgement.loss DPO")  # fmt: skip
         if data.choices and any(getattr(self, name) != getattr(Judgement(), name) for name in DRAWING):
             raise ValueError(f"judgement.{', '.join(DRAWING)} are for pictures that the model draws, and the data are "
                              "choices: leave them out")  # fmt: skip
@@ -135,13 +140,13 @@ class Judgement:
         reference = None
         if self.reference or base:
             reference = Teacher(self.reference).load(objective, codec, text, network, data, base)
-        elif self.loss.paired:
-            raise ValueError(f"{type(self.loss).__name__} compares with a model that does not learn: set "
+        elif self.preference.paired:
+            raise ValueError(f"{type(self.preference).__name__} compares with a model that does not learn: set "
                              "judgement.reference, the model to begin from")  # fmt: skip
         if self.features and not reference:
             raise ValueError("judgement.features compare with the reference's pictures: set judgement.reference")
         if reference and data.choices:
-            return ChoiceModel(self.loss, reference)
+            return ChoiceModel(self.preference, reference)
         data.judged = True
         return DrawingModel(self, codec, reference)
 
@@ -161,7 +166,7 @@ class JudgedLesson(Lesson):
         else:
             model = judge.policy.guided(self.condition, judge.judgement.guidance * scale, model)
             other = judge.policy.guided(self.condition, judge.judgement.guidance * scale)
-        preference, drawn = judge.judgement.loss, Drawn(self.x0, self.noise, t, self.condition, self.worth)
+        preference, drawn = judge.judgement.preference, Drawn(self.x0, self.noise, t, self.condition, self.worth)
         found = preference.loss(objective, model, other, drawn)
         judge.watch(found.watched)
         return found.loss
@@ -182,7 +187,7 @@ class DrawingModel(JudgeModel):
     def __init__(self, judgement: Judgement, codec: Codec, reference: TeacherModel | None) -> None:
         super().__init__(reference)
         self.judgement, self.codec = judgement, codec
-        self.paired = judgement.loss.paired
+        self.paired = judgement.preference.paired
         self.features = load_features(judgement.features) if judgement.features else None
         self.theirs: dict[bytes, Tensor] = {}  # features of the reference's pictures of the validation, by batch
 
@@ -213,7 +218,7 @@ class DrawingModel(JudgeModel):
         x0 = self.drawn(self.policy, taken(condition, asked), noise[drawn_from])
         found = total(self.judgement.rewards, self.codec.decode(x0), [captions[i] for i in asked])
         rewards = rearrange(found, "(g n) -> g n", n=group)
-        advice = self.judgement.loss.advice(rewards)
+        advice = self.judgement.preference.advice(rewards)
         offset = group * torch.arange(len(rewards))[:, None]
         order = (advice.order + offset)[:, None].expand(rows.shape).flatten()
         worth = advice.worth[:, None].expand(rows.shape).flatten()

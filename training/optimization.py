@@ -81,7 +81,7 @@ class Optimization:
         """The optimizer of those weights, by name, that are trained.
 
         Raises:
-            ValueError: a pattern fits no weight, or there are no matrices for `matrices`.
+            ValueError: a pattern fits no weight, there are no matrices for `matrices`, or an optimizer is unfit.
         """
         named = [(name, weight) for name, weight in weights.items() if weight.requires_grad]
         for group in self.groups:
@@ -96,6 +96,8 @@ class Optimization:
         makers = [(self.optimizer or adamw, rest), (self.matrices or adamw, some)]
         parts = [make(list(self._groups(weights))) for make, weights in makers if weights]
         for part in parts:
+            if isinstance(part, torch.optim.SparseAdam):
+                raise ValueError("SparseAdam learns from sparse gradients, and these are dense: take another optimizer")
             if hasattr(part, "train"):  # a schedule-free optimizer refuses a step outside its training mode
                 part.train()
         return parts[0] if len(parts) == 1 and skips(parts[0]) else Together(parts)
