@@ -61,7 +61,11 @@ def arguments() -> Parser:
     p.add_argument("--side", type=int, default=256, help="height and width of the pictures, in pixels")
     p.add_argument("--tokens", type=int, default=154, help="of a caption")
     p.add_argument("--batch_size", type=int | None, help="pictures of one step; default: data's")
-    p.add_argument("--steps", type=int | None, help="to count; default: run.steps, and 500,000 × 4,096 pictures' worth")
+    p.add_argument(
+        "--steps",
+        type=int | None,
+        help="to count; default: run.steps, and but for a LoRA 500,000 × 4,096 pictures' worth",
+    )
     p.add_argument("--price", type=float | None, help="of one GPU for an hour")
     p.add_argument("--efficiency", type=float, default=0.5, help="share of the peak that matrix products reach")
     p.add_argument("--frozen", type=Literal["float32", "bfloat16"], default="bfloat16",
@@ -114,7 +118,7 @@ def roles_of(config: Namespace, network: Network) -> list[Role]:
     if judgement := parts.judgement:
         base = network if config.lora or config.new_words else None
         reference = saved(judgement.reference)[0].requires_grad_(False) if judgement.reference else base
-        if judgement.loss.paired and not reference:
+        if judgement.preference.paired and not reference:
             raise ValueError("judgement.reference is missing: give the model to begin from")
         found += judgement.roles(network, reference, choices=not drawing)
     if teacher := parts.teacher:
@@ -172,8 +176,9 @@ def job_of(config: Namespace) -> Job:
 
 
 def bills(job: Job, seconds: float, config: Namespace) -> list[Bill]:
-    """The cost of `--steps`; without it that of run.steps, and of the paper's number of pictures."""
-    counts = [config.steps] if config.steps else [config.run.steps, -(-PICTURES // job.batch)]
+    """The cost of `--steps`; without it that of run.steps, and but for a LoRA of the paper's number of pictures."""
+    whole = [] if config.lora else [-(-PICTURES // job.batch)]
+    counts = [config.steps] if config.steps else [config.run.steps, *whole]
     found = []
     for steps in dict.fromkeys(counts):
         hours = job.gpus * steps * seconds / 3600
@@ -289,7 +294,7 @@ def table(job: Job, needed: Memory, taken: Step, trainings: list[Bill]) -> str:
     for whole in trainings:
         cost = [] if whole.price is None else [("price", f"{whole.price:,.0f}")]
         lines += aligned(
-            f"{whole.steps:,} steps, {whole.pictures / 1e6:,.1f} million pictures",
+            f"{whole.steps:,} steps, {whole.pictures:,} pictures",
             [("days", f"{whole.days:,.1f}"), ("GPU-hours", f"{whole.gpu_hours:,.0f}"), *cost],
         )
     lines += ["", *assumed(job)]

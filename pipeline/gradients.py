@@ -52,7 +52,10 @@ def pulled(
         if text is None:
             continue
         path, scale = model_and_scale(flag, text, "assets/digits/classifier:2")
-        reader = kind.load(path).to(pipe.device)
+        try:
+            reader = kind.load(path).to(pipe.device)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--{flag} {path} is no {kind.__name__} of noisy pictures: {error}") from None
         latent = (reader.in_channels, reader.sample_size, reader.sample_size)
         drawn = (pipe.codec.channels, *pipe.latent_size(height, width))
         if latent != drawn:

@@ -240,6 +240,12 @@ def test_table_and_json_agree(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["memory"]["total"] == pytest.approx(sum(v for k, v in told["memory"].items() if k != "total"))
 
 
+def test_a_lora_is_not_billed_for_the_paper_s_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("sd3/finetune", "sd3/lora-24gb", "network/sd3-medium")
+    main([*(word for file in files for word in ("--config", str(ROOT / f"configs/{file}.yaml"))), "--json"])
+    assert [whole["steps"] for whole in json.loads(capsys.readouterr().out)["training"]] == [2000]
+
+
 def test_flags_reach_the_plan() -> None:
     job = preset(24, "--batch_size", "512", "--ema.more", "[0.99]", "--side", "512", "--run.precision", "32-true")
     assert (job.batch, job.averages, job.latent, job.mixed, job.gpus) == (512, 2, (64, 64), False, 64)

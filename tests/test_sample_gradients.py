@@ -150,6 +150,7 @@ def test_a_clip_of_noisy_pictures(drawer: Path, tmp_path: Path) -> None:
         (["--classifier", f"{CLASSIFIER}:inf"], "a finite scale other than 0"),
         (["--classifier", "assets/digits/judge:2"], "describes something else, not a Classifier"),
         (["--classifier", "nowhere:2"], "nowhere/config.json"),
+        (["--clip-guidance", "assets/digits/model:2"], "--clip-guidance assets/digits/model is no NoisyCLIP of noisy"),
         (["--classifier", f"{CLASSIFIER}:2", "--prompt", "a cat"], "'a cat' names 0 of the classifier's classes"),
         (["--classifier", f"{CLASSIFIER}:2", "--prompt", "one or 2"], "'one or 2' names 2 of the classifier's classes"),
         (["--classifier", f"{CLASSIFIER}:2", "--gradient-interval", "0", "1"], "at t = 1 there is no picture left"),

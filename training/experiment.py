@@ -172,6 +172,7 @@ def short_cause(message: str) -> str:
         kinds = sorted(cls.__name__ for cls in concrete(import_object(base))) if base else []
         choice = f": take one of {', '.join(kinds)}" if kinds else ""
         cause = cause.replace(unknown[0], f"there is no {base.rpartition('.')[2] or 'class'} {unknown[1]}{choice}")
+    cause = re.sub(r"Expected a <class 'float'>\. Got value: (nan|-?inf)$", r"must be finite, got \1", cause)
     return re.sub(r"Type collections\.abc\.Callable.*? callable class: (.*?) Got value: .*?class_path='([\w.]+)'.*",
                   r"Problem with given class_path '\2': \1", cause)  # fmt: skip
 
