@@ -147,7 +147,7 @@ def test_the_committed_study_trains_what_its_students_and_measurements_need(comm
         assert needs[f"{digits}measured"] == measured
     assert needs["digits/1/grid"] == {"digits/1/teacher"}
     assert needs["shapes/teacher"] == {"shapes/store"}
-    students = {"shapes/2-rectified", "shapes/matched-1", "shapes/matched-2"}
+    students = {f"shapes/{name}" for name in ("2-rectified", "meanflow", "matched-1", "matched-2")}
     assert needs["shapes/judged"] == students
     assert needs["shapes/measured"] == students
     assert needs["shapes/measured-20"] == {"shapes/teacher"}
