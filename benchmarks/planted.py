@@ -54,6 +54,14 @@ FAULTS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("torch.sin(math.pi * (low + high) / 2)", "torch.cos(math.pi * (low + high) / 2)"),
         ("math.sqrt(2 * math.pi) * t * (1 - t))", "math.sqrt(2 * math.pi))"),
         ("torch.randperm(count, generator=generator)", "torch.arange(count)"),
+        ("shifted.clamp(max=1), t)", "shifted, t)"),
+        ("shifted.clamp(max=1), t)", "shifted.clamp(max=1), shifted)"),
+    ],
+    ("flow/sampler.py", "flow_sampler_calls"): [
+        ("(sigma * (1 + gamma)).minimum(most)", "sigma * (1 + gamma)"),
+    ],
+    ("storage/text.py", "storage_text"): [
+        ("if name.value in known:", "if name in known:"),
     ],
     ("flow/weight.py", "flow_weight"): [
         (".clamp(max=1)", ".clamp(min=1)"),
