@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     os.environ |= QUIET
-    with one_line_errors(ValueError, FileNotFoundError, NotADirectoryError):
+    with one_line_errors(ValueError, FileNotFoundError):
         for model in args.model or ():
             find_model(model)
         check_port(args.host, args.port)

@@ -56,7 +56,7 @@ def checked(argv: Sequence[str] | None) -> list[str]:
 
 @contextmanager
 def one_line_errors(*bad_input: type[Exception], cure: str = MEMORY_CURE) -> Iterator[None]:
-    """Ends the program with one line of error: status 2 for bad input and a file in the place of a folder.
+    """Ends the program with one line of error: status 2 for bad input and for a file where none may be.
 
     Status 1 is for other OSErrors and for full memory.
 

@@ -40,7 +40,7 @@ def write_hint(argv: list[str]) -> None:
     p.add_argument("--picture", type=Path, required=True, help="a picture in colour or grey")
     p.add_argument("--out", type=output, required=True, help="a PNG, which must not exist yet")
     args = p.parse_args(argv)
-    with one_line_errors(ValueError, FileNotFoundError, FileExistsError):
+    with one_line_errors(ValueError, FileNotFoundError):
         if args.out.exists():
             raise FileExistsError(f"{args.out} exists already: choose another --out")
         image = open_picture(args.picture, 3)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["hint"]:
         write_hint(argv[1:])
         return
-    with one_line_errors(ValueError, FileNotFoundError, NotADirectoryError):
+    with one_line_errors(ValueError, FileNotFoundError):
         rank, world, local_rank = own_ranks()
         try:
             settings, codec, text = build_sections(argv)

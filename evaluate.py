@@ -171,7 +171,7 @@ def check_autoencoder(name: str, model: Autoencoder, levels: int, real: tuple[in
 def measure_likelihood(args: Namespace) -> None:
     """Measures the bits per dimension of real pictures under every model."""
     with ExitStack() as held:
-        with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
+        with one_line_errors(ValueError, FileNotFoundError):
             check_flags(args)
             options = LoadOptions(**load_options_of(args))
             models: dict[str, Pipeline | Autoencoder] = {
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         measure_likelihood(args)
         return
     with ExitStack() as held:
-        with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
+        with one_line_errors(ValueError, FileNotFoundError):
             settings, measured = prepare(args)
             held.enter_context(hold(args.out))
             purpose = purpose_of("evaluate.py", args)

@@ -38,7 +38,6 @@ from storage.files import commit_json
 from storage.models import find_model, fingerprint
 from storage.purpose import KEY, check_result
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
 PROMPTS = "a text file with one prompt a line, or a store: its captions are the prompts"
 REPEATABLE = (  # flags that would be added to the defaults of --like
     "lora", "embedding", "control", "upscale", "upscale_prompt", "upscale_steps",
@@ -72,7 +71,7 @@ def pairs_parser() -> Parser:
 def write_pairs(argv: list[str]) -> None:
     """The command `pairs`. Under torchrun or srun every process makes its share."""
     args = pairs_parser().parse_args(argv)
-    with one_line_errors(*USER_ERRORS):
+    with one_line_errors(ValueError, FileNotFoundError):
         path = find_model(args.model)
         if args.lora or (path / "adapter_config.json").is_file():
             raise ValueError("pairs need a whole model: merge the LoRA first, with `python -m pipeline export --lora`")
@@ -115,7 +114,7 @@ def grid_parser() -> Parser:
 def search_grid(argv: list[str]) -> None:
     """The command `grid`."""
     args = grid_parser().parse_args(argv)
-    with one_line_errors(*USER_ERRORS):
+    with one_line_errors(ValueError, FileNotFoundError):
         path = find_model(args.model)
         check_count("--num", args.num)
         source = prompts_or_store(args.prompts)
@@ -144,7 +143,7 @@ def judge_pictures(name: str, argv: list[str]) -> None:
     from training import prefer
     from training.experiment import short_cause
 
-    with one_line_errors(*USER_ERRORS):
+    with one_line_errors(ValueError, FileNotFoundError):
         try:
             {"prefer": prefer.prefer, "rerank": prefer.rerank}[name](argv)
         except ValueError as error:
@@ -155,7 +154,7 @@ def parse(argv: list[str]) -> Namespace:
     """The flags of the command without a name, with the defaults of `--like`."""
     args = parser().parse_args(argv)
     if args.like:
-        with one_line_errors(*USER_ERRORS):
+        with one_line_errors(ValueError, FileNotFoundError):
             flags = recorded(args.like)
         texts = {name: value for name, value in flags.items() if name not in ("prompt", *REPEATABLE)}
         p = parser()
@@ -172,7 +171,7 @@ def parse(argv: list[str]) -> Namespace:
 def draw(argv: list[str]) -> None:
     """The command without a name."""
     args = parse(argv)
-    with one_line_errors(*USER_ERRORS):
+    with one_line_errors(ValueError, FileNotFoundError):
         find_model(args.model)  # these two before the slow imports
         read_prompts(args.prompt, args.prompts)
         from pipeline.command import plan

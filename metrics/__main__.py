@@ -19,7 +19,7 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    with one_line_errors(ValueError, FileNotFoundError, FileExistsError):
+    with one_line_errors(ValueError, FileNotFoundError):
         from metrics.page import write
 
         out = args.out or args.runs[0] / "page.html"

@@ -9,9 +9,9 @@ from studies.presentation import table
 
 METHOD = """\
 A claim holds ("yes") or does not ("no") if p < 0.05; otherwise it is undecided. p is two-sided, of the hypothesis that
-the true number equals the goal, which was set beforehand, by {test}, with Holm's correction for the number of
-claims. The intervals are not corrected. All of this is about other seeds of the training: the samples' noise, the
-captions and the held-out digits are the same for all.
+the true number equals the goal, by {test}, with Holm's correction for the number of claims. The intervals are not
+corrected. All of this is about other seeds of the training: the samples' noise, the captions and the held-out digits
+are the same for all.
 """
 YES, NO, UNDECIDED, ONE_SEED = "yes", "no", "undecided", "undecided (one seed)"
 

@@ -160,6 +160,7 @@ def test_a_run_may_be_moved(config: Path, capsys: pytest.CaptureFixture) -> None
         (["--data.workers", "1025"], "got 8 and 1025"),
         (["--run.seed", "-1"], "-1"),
         (["--optimization.lr", "-1"], "optimization needs lr"),
+        (["--optimization.lr", "nan"], "must be finite, got nan"),
         (["--optimization.warmup", "6"], "warmup must be below run.steps 6"),
         (["--network.patch_size", "3", "--network.sample_size", "9"], "height must be a multiple of 3"),
         (["--codec.channels", "3"], "in_channels is 1, but codec, text and objective need 3"),

@@ -174,6 +174,7 @@ def test_a_run_that_names_no_loss_learns_by_nft_and_goes_on(
     fit(tmp_path / "config.yaml", *config)
     fit(tmp_path / "config.yaml", *config)
     assert "is trained already" in capsys.readouterr().out
+    assert type(Judgement().preference) is NFT
 
 
 @torch.no_grad()

@@ -183,7 +183,7 @@ def write_coded(vqvae: VQVAE, pictures: Iterable[Tensor], folder: Path, dtype: t
 def main(argv: list[str] | None = None) -> None:
     plain_warnings()
     args = parser().parse_args(argv)
-    with one_line_errors(ValueError, FileNotFoundError, FileExistsError, NotADirectoryError):
+    with one_line_errors(ValueError, FileNotFoundError):
         picture, count, side = reader(args)
         args.widths = args.widths or ([32, 64, 128] if args.codes else [32, 64, 128, 128])
         args.latent = args.latent or (16 if args.codes else 4)
